@@ -1,0 +1,1 @@
+"""Supervised fine-tuning of reasoning models into hybrid ones, on megatron-core."""

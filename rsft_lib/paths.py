@@ -1,0 +1,32 @@
+"""Where things lie: every relative path is read from the project root, never from the current directory."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def resolve(path: str | Path) -> Path:
+    """`path` itself when absolute, else the path under the project root."""
+    return ROOT / Path(path).expanduser()
+
+
+def existing(path: str | Path, what: str) -> Path:
+    """The resolved `path`, which must exist; `what` names it in the error.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+    """
+    found = resolve(path)
+    if not found.exists():
+        raise FileNotFoundError(f"{what}: {found} does not exist (relative paths start at {ROOT})")
+    return found
+
+
+def folder_name(model: str) -> str:
+    """A hub name as the folder under `assets/checkpoints`.
+
+    >>> folder_name("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B")
+    'deepseek_ai_DeepSeek_R1_Distill_Qwen_1.5B'
+    """
+    return re.sub(r"[/-]", "_", model)
