@@ -30,11 +30,17 @@ def new_folder(final: Path, facts: dict) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        write_manifest(temporary, facts)
-        _replace(temporary, final)
+        publish(temporary, final, facts)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def publish(temporary: Path, final: Path, facts: dict) -> None:
+    """List a filled folder in its manifest and give it its final name, in place of what had it before."""
+    _refuse_foreign(final, facts["made_by"])
+    write_manifest(temporary, facts)
+    _replace(temporary, final)
 
 
 def write_manifest(folder: Path, facts: dict) -> None:

@@ -1,0 +1,1 @@
+"""Weights between Hugging Face folders and megatron-core `torch_dist` checkpoints."""

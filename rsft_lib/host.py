@@ -1,0 +1,88 @@
+"""megatron-core on a machine without CUDA.
+
+megatron-core asks for CUDA by name in many places although all of its arithmetic runs on CPU. Within
+`cuda_on_cpu()` those names mean the CPU. Where CUDA is there, nothing is changed.
+"""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from unittest import mock
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+def device() -> torch.device:
+    """The device that tensors of this process belong on."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Every torch function called with a CUDA device gets the CPU; `Tensor.cuda()` is the identity."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.Tensor.cuda:
+            return args[0]
+        if function is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # DDP and the optimizers sort parameters by these names.
+            return function(*args).replace("torch.", "torch.cuda.", 1)
+        if "device" in kwargs and _is_cuda(kwargs["device"]):
+            kwargs = {**kwargs, "device": "cpu"}
+        if function is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], "cpu", *args[2:])
+        if kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
+        return function(*args, **kwargs)
+
+
+def _is_cuda(wanted) -> bool:
+    # megatron-core also passes torch.cuda.current_device(), a bare int.
+    return isinstance(wanted, int) or str(wanted).startswith("cuda")
+
+
+class _Stream:
+    """Stands for the one stream that a CPU has."""
+
+    wait_stream = synchronize = record_event = wait_event = lambda self, *_: None
+
+
+@contextmanager
+def cuda_on_cpu() -> Iterator[None]:
+    """Let megatron-core run on this machine, with or without CUDA; enter it once, around everything."""
+    if torch.cuda.is_available():
+        yield
+        return
+    nothing = lambda *_, **__: None  # noqa: E731
+    stand_ins = {
+        "current_device": lambda: 0,
+        "set_device": nothing,
+        "synchronize": nothing,
+        "empty_cache": nothing,
+        "current_stream": lambda *_: _Stream(),
+        "default_stream": lambda *_: _Stream(),
+        "Stream": lambda *_, **__: _Stream(),
+        "stream": lambda *_: nullcontext(),
+        "manual_seed": nothing,
+        "get_rng_state": lambda *_: torch.empty(0, dtype=torch.uint8),
+        "set_rng_state": nothing,
+        "is_current_stream_capturing": lambda: False,
+    }
+    ranges = {"range_push": nothing, "range_pop": nothing}
+    with mock.patch.multiple(torch.cuda, **stand_ins), mock.patch.multiple(torch.cuda.nvtx, **ranges):
+        with _CudaMeansCpu():
+            yield
+
+
+def inside(function):
+    """Run `function` within `cuda_on_cpu()`."""
+
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+        with cuda_on_cpu():
+            return function(*args, **kwargs)
+
+    return wrapped

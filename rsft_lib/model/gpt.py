@@ -1,0 +1,96 @@
+"""The model that is trained: megatron-core's GPTModel with a loss over the trained tokens only."""
+
+import importlib.util
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import PretrainedConfig
+
+from rsft_lib.model.attention import TorchAttention
+
+LOSS_CHUNK = 1024  # trained tokens whose logits exist at one time
+
+
+def resolve_backend(backend: str) -> str:
+    """'te' or 'torch' for 'auto', 'te' or 'torch'.
+
+    Raises:
+        ValueError: the name is another, or 'te' is asked for where it cannot run.
+    """
+    available = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+    if backend == "auto":
+        return "te" if available else "torch"
+    if backend not in ("te", "torch"):
+        raise ValueError(f"backend is {backend!r}; choose 'auto', 'te' or 'torch'")
+    if backend == "te" and not available:
+        raise ValueError("backend 'te' needs a CUDA GPU and transformer-engine; install it or set backend='auto'")
+    return backend
+
+
+def layer_spec(backend: str) -> ModuleSpec:
+    """One transformer layer built from Transformer Engine ('te') or plain PyTorch ('torch') modules."""
+    if backend == "te":
+        return get_gpt_layer_with_transformer_engine_spec()
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    spec.submodules.self_attention.submodules.core_attention = TorchAttention
+    return spec
+
+
+class ResponseModel(GPTModel):
+    """GPTModel whose loss is computed at the trained positions only.
+
+    Called with `labels` [b, s] and `loss_mask` [b, s] it returns the float32 loss of each trained token,
+    [trained tokens]; without them, logits as GPTModel does. No [s, vocabulary] tensor is ever whole.
+    """
+
+    def _postprocess(self, hidden_states: Tensor, labels=None, loss_mask=None, **rest) -> Tensor:
+        if labels is None or not self.post_process:
+            return super()._postprocess(hidden_states=hidden_states, labels=labels, loss_mask=loss_mask, **rest)
+        trained = loss_mask.bool()
+        # hidden_states: [s, b, h]
+        return self._token_losses(hidden_states.transpose(0, 1)[trained], labels[trained])
+
+    def _token_losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """[n, h] and [n] -> [n]; the logits of a chunk are computed again in the backward pass."""
+        if len(labels) <= LOSS_CHUNK:
+            return self._chunk_losses(hidden, labels)
+        chunks = zip(hidden.split(LOSS_CHUNK), labels.split(LOSS_CHUNK), strict=True)
+        return torch.cat([checkpoint(self._chunk_losses, *chunk, use_reentrant=False) for chunk in chunks])
+
+    def _chunk_losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits, _ = self.output_layer(hidden.unsqueeze(1), weight=weight)  # [n, 1, vocabulary / TP]
+        return vocab_parallel_cross_entropy(logits, labels.unsqueeze(1)).squeeze(1)
+
+
+def build_model(
+    hf: PretrainedConfig,
+    config: TransformerConfig,
+    backend: str,
+    max_length: int,
+    pre_process: bool,
+    post_process: bool,
+) -> ResponseModel:
+    """This rank's part of the model, weights not yet loaded."""
+    vocab, parts = hf.vocab_size, config.tensor_model_parallel_size
+    if vocab % parts:
+        raise ValueError(f"vocab_size {vocab} of the model does not divide by tensor_parallel {parts}")
+    return ResponseModel(
+        config,
+        layer_spec(backend),
+        vocab_size=vocab,
+        max_sequence_length=max_length,
+        pre_process=pre_process,
+        post_process=post_process,
+        share_embeddings_and_output_weights=hf.tie_word_embeddings,
+        position_embedding_type="rope",
+        rotary_base=hf.rope_parameters["rope_theta"],
+    )
