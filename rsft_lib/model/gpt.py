@@ -3,6 +3,7 @@
 import importlib.util
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
@@ -71,15 +72,12 @@ class ResponseModel(GPTModel):
         return vocab_parallel_cross_entropy(logits, labels.unsqueeze(1)).squeeze(1)
 
 
-def build_model(
-    hf: PretrainedConfig,
-    config: TransformerConfig,
-    backend: str,
-    max_length: int,
-    pre_process: bool,
-    post_process: bool,
-) -> ResponseModel:
-    """This rank's part of the model, weights not yet loaded."""
+def build_model(hf: PretrainedConfig, config: TransformerConfig, backend: str, max_length: int) -> ResponseModel:
+    """This rank's part of the model, weights not yet loaded.
+
+    Raises:
+        ValueError: the vocabulary does not divide over the tensor-parallel ranks.
+    """
     vocab, parts = hf.vocab_size, config.tensor_model_parallel_size
     if vocab % parts:
         raise ValueError(f"vocab_size {vocab} of the model does not divide by tensor_parallel {parts}")
@@ -88,8 +86,8 @@ def build_model(
         layer_spec(backend),
         vocab_size=vocab,
         max_sequence_length=max_length,
-        pre_process=pre_process,
-        post_process=post_process,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
         share_embeddings_and_output_weights=hf.tie_word_embeddings,
         position_embedding_type="rope",
         rotary_base=hf.rope_parameters["rope_theta"],

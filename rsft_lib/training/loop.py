@@ -16,6 +16,7 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from rsft_lib.artifact import MANIFEST, file_hash
+from rsft_lib.checkpoint.sharded import load_weights
 from rsft_lib.data.packed import PackedDataset, rank_share
 from rsft_lib.data.store import TokenStore
 from rsft_lib.host import device
@@ -26,7 +27,7 @@ from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.loss import forward_step
 from rsft_lib.training.metrics import MetricsWriter
 from rsft_lib.training.optimizer import build_optimizer, build_schedule
-from rsft_lib.training.state import TrainState, load, load_weights, newest_checkpoint, refuse_another_run, save
+from rsft_lib.training.state import TrainState, load, newest_checkpoint, refuse_another_run, save
 
 
 def train(config: TrainConfig) -> TrainState:
@@ -82,8 +83,7 @@ def build_state(config: TrainConfig, checkpoint: Path) -> TrainState:
         bf16=bf16,
         calculate_per_token_loss=True,
     )
-    first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
-    model = build_model(hf, mcore, resolve_backend(config.backend), config.seq_length, first, last).to(device())
+    model = build_model(hf, mcore, resolve_backend(config.backend), config.seq_length).to(device())
     ddp = DistributedDataParallelConfig(
         use_distributed_optimizer=True,
         grad_reduce_in_fp32=True,
@@ -105,7 +105,8 @@ def start(state: TrainState, output: Path, checkpoint: Path, facts: dict) -> Non
     torch.distributed.broadcast_object_list(found)
     newest = found[0]
     if newest is None:
-        load_weights(state, checkpoint)
+        load_weights(state.model.module, checkpoint)
+        state.optimizer.reload_model_params()
         return
     refuse_another_run(newest, facts)
     load(state, newest)

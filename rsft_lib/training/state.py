@@ -6,17 +6,14 @@ from pathlib import Path
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from rsft_lib.artifact import publish, read_manifest, verify
+from rsft_lib.checkpoint.sharded import SHARDING, set_weights, sharded_weights
 from rsft_lib.training.config import SHAPES_THE_RUN
 from rsft_lib.training.optimizer import allocate_moments, load_optimizer_state
-
-# One tensor per layer and weight, whatever the layout that saves or loads it.
-SHARDING = {"non_homogeneous_layers": True, "distrib_optim_sharding_type": "fully_reshardable"}
 
 
 @dataclass
@@ -29,24 +26,16 @@ class TrainState:
     iteration: int = 0
 
 
-def load_weights(state: TrainState, checkpoint: Path) -> None:
-    """Load the weights of a converted or trained checkpoint; optimizer and iteration stay as they are."""
-    verify_on_rank_0(checkpoint)
-    weights = _model_state(state.model)
-    _set_weights(state.model, dist_checkpointing.load({"model": weights}, str(checkpoint))["model"])
-    state.optimizer.reload_model_params()
-
-
 def load(state: TrainState, checkpoint: Path) -> None:
     """Continue from a checkpoint of a run, saved at any parallel layout."""
-    model = _model_state(state.model)
+    model = sharded_weights(state.model.module)
     allocate_moments(state.optimizer)
     wanted = {
         "model": model,
         "optimizer": state.optimizer.sharded_state_dict(model, is_loading=True, metadata=SHARDING),
     }
     loaded = dist_checkpointing.load(wanted, str(checkpoint))
-    _set_weights(state.model, loaded["model"])
+    set_weights(state.model.module, loaded["model"])
     load_optimizer_state(state.optimizer, loaded["optimizer"])
     state.iteration = loaded["iteration"]
     state.scheduler.step(increment=state.iteration)
@@ -60,7 +49,7 @@ def save(state: TrainState, output: Path, model_config: Path, facts: dict) -> Pa
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     torch.distributed.barrier()
-    model = _model_state(state.model)
+    model = sharded_weights(state.model.module)
     content = {
         "model": model,
         "optimizer": state.optimizer.sharded_state_dict(model, metadata=SHARDING),
@@ -106,29 +95,6 @@ def refuse_another_run(checkpoint: Path, facts: dict) -> None:
             f"{checkpoint} belongs to another run:\n  {listed}\n"
             "Set these back to continue it, or choose another output folder for a new run."
         )
-
-
-def verify_on_rank_0(folder: Path) -> None:
-    """Check a folder's hashes once, not once per rank; a failure on rank 0 ends the job."""
-    if _rank_0():
-        verify(folder)
-    torch.distributed.barrier()
-
-
-def _model_state(model: DistributedDataParallel) -> dict:
-    # FP8 scales of Transformer Engine; without FP8 they are empty, and a checkpoint of the torch backend has none.
-    entries = model.module.sharded_state_dict(metadata=SHARDING)
-    return {
-        name: entry
-        for name, entry in entries.items()
-        if not (isinstance(entry, ShardedObject) and name.endswith("_extra_state"))
-    }
-
-
-def _set_weights(model: DistributedDataParallel, weights: dict) -> None:
-    result = model.module.load_state_dict(weights, strict=False)
-    lost = [name for name in result.missing_keys if not name.endswith("_extra_state")] + result.unexpected_keys
-    assert not lost, f"weights neither loaded nor expected: {lost}"
 
 
 def _rank_0() -> bool:
