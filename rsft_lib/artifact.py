@@ -87,6 +87,17 @@ def verify(folder: Path) -> dict:
     return manifest
 
 
+def newest(run: Path) -> Path | None:
+    """The last checkpoint `iter_*` of a run folder that is whole, or None; damaged ones are named and passed over."""
+    for folder in sorted(Path(run).glob("iter_*"), reverse=True):
+        try:
+            verify(folder)
+            return folder
+        except (OSError, ValueError) as error:
+            print(f"stepping back: {error}", flush=True)
+    return None
+
+
 def file_hash(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
     with Path(path).open("rb") as file:

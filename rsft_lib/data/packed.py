@@ -6,9 +6,10 @@ The order depends on the seed and the step alone. Every rank computes the same p
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from rsft_lib.data.packing import pack
 from rsft_lib.data.store import TokenStore
-from torch import Tensor
 
 EMPTY = -1  # a pack that fills up a batch and trains nothing
 

@@ -15,7 +15,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
-from rsft_lib.artifact import MANIFEST, file_hash
+from rsft_lib.artifact import MANIFEST, file_hash, newest
 from rsft_lib.checkpoint.sharded import load_weights
 from rsft_lib.data.packed import PackedDataset, rank_share
 from rsft_lib.data.store import TokenStore
@@ -27,7 +27,7 @@ from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.loss import forward_step
 from rsft_lib.training.metrics import MetricsWriter
 from rsft_lib.training.optimizer import build_optimizer, build_schedule
-from rsft_lib.training.state import TrainState, load, newest_checkpoint, refuse_another_run, save
+from rsft_lib.training.state import TrainState, load, refuse_another_run, save
 
 
 def train(config: TrainConfig) -> TrainState:
@@ -101,17 +101,17 @@ def build_state(config: TrainConfig, checkpoint: Path) -> TrainState:
 
 def start(state: TrainState, output: Path, checkpoint: Path, facts: dict) -> None:
     """Put weights, and where a run is continued everything else, into `state`."""
-    found = [newest_checkpoint(output) if torch.distributed.get_rank() == 0 else None]
+    found = [newest(output) if torch.distributed.get_rank() == 0 else None]
     torch.distributed.broadcast_object_list(found)
-    newest = found[0]
-    if newest is None:
+    before = found[0]
+    if before is None:
         load_weights(state.model.module, checkpoint)
         state.optimizer.reload_model_params()
         return
-    refuse_another_run(newest, facts)
-    load(state, newest)
+    refuse_another_run(before, facts)
+    load(state, before)
     if torch.distributed.get_rank() == 0:
-        print(f"resumed from {newest}", flush=True)
+        print(f"resumed from {before}", flush=True)
 
 
 def train_step(

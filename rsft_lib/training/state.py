@@ -10,7 +10,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from rsft_lib.artifact import publish, read_manifest, verify
+from rsft_lib.artifact import publish, read_manifest
 from rsft_lib.checkpoint.sharded import SHARDING, set_weights, sharded_weights
 from rsft_lib.training.config import SHAPES_THE_RUN
 from rsft_lib.training.optimizer import allocate_moments, load_optimizer_state
@@ -62,17 +62,6 @@ def save(state: TrainState, output: Path, model_config: Path, facts: dict) -> Pa
         publish(temporary, final, {"made_by": "train", "iteration": state.iteration, **facts})
     torch.distributed.barrier()
     return final
-
-
-def newest_checkpoint(output: Path) -> Path | None:
-    """The last checkpoint under `output` whose every file verifies, or None; damaged ones are named and passed over."""
-    for folder in sorted(output.glob("iter_*"), reverse=True):
-        try:
-            verify(folder)
-            return folder
-        except (OSError, ValueError) as error:
-            print(f"stepping back: {error}", flush=True)
-    return None
 
 
 def refuse_another_run(checkpoint: Path, facts: dict) -> None:

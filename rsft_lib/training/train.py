@@ -1,18 +1,19 @@
 """One rank of a training run: `torchrun ... -m rsft_lib.training.train --config run.json`."""
 
+if __name__ == "__main__":
+    from rsft_lib.lifeline import die_with_parent
+
+    die_with_parent()  # before the imports below, which take seconds
+
 import argparse
 import os
-import warnings
 from pathlib import Path
 
-warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|full scope).*")
+from torch.distributed.elastic.multiprocessing.errors import record
 
-from torch.distributed.elastic.multiprocessing.errors import record  # noqa: E402
-
-from rsft_lib.launch import die_with_parent  # noqa: E402
-from rsft_lib.ranks import ranks  # noqa: E402
-from rsft_lib.training.config import TrainConfig  # noqa: E402
-from rsft_lib.training.loop import train  # noqa: E402
+from rsft_lib.ranks import ranks
+from rsft_lib.training.config import TrainConfig
+from rsft_lib.training.loop import train
 
 
 @record
@@ -20,7 +21,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", type=Path, required=True, help="JSON file with the fields of TrainConfig")
     config = TrainConfig.from_json(parser.parse_args().config)
-    die_with_parent()
     config.data_parallel(int(os.environ["WORLD_SIZE"]))
     with ranks(config.tensor_parallel, config.pipeline_parallel, config.seed):
         train(config)

@@ -1,0 +1,1 @@
+"""From records to packed batches: read, pair, tokenize, store, pack."""

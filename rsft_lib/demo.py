@@ -1,0 +1,142 @@
+"""A tiny reasoning model made on the spot: R1's special tokens and template, random weights, arithmetic problems."""
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from rsft_lib.artifact import new_folder
+from rsft_lib.paths import resolve
+
+MODEL, SOURCES = "assets/checkpoints/tiny", "assets/data/tiny"  # where notebooks 01 and 03 make them
+TINY = {  # settings of rsft_lib.training.config.TrainConfig that suit this model
+    "seq_length": 512, "global_batch_size": 8, "lr": 2e-3, "min_lr": 2e-4, "precision": "fp32",
+    "eval_interval": 50, "eval_iters": 4,
+}  # fmt: skip
+
+BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
+SPECIAL = {  # as in DeepSeek-R1-Distill-Qwen: the token, and whether it is a special one
+    EOS: True, "<｜User｜>": False, "<｜Assistant｜>": False, BOS: True, "<|EOT|>": False,
+    "<think>": False, "</think>": False, "<|quad_start|>": True, "<|quad_end|>": True,
+}  # fmt: skip
+
+# DeepSeek-R1's stock template, MIT licence: https://huggingface.co/deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B
+R1_CHAT_TEMPLATE = (Path(__file__).parent / "r1_chat_template.jinja").read_text(encoding="utf-8")
+
+# How Qwen2's tokenizer cuts text into words: https://huggingface.co/Qwen/Qwen2-0.5B, tokenizer.json
+QWEN2_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+NAMES = ["Anna", "Ben", "Carl", "Dora", "Emil", "Fay", "Gus", "Hanna"]
+THINGS = ["apples", "books", "coins", "eggs", "cards", "pens", "shells", "stamps"]
+GAINS, LOSSES = ["buys", "finds", "gets"], ["loses", "sells", "gives away"]
+# As words, so that each is one token; no number in a problem or on the way to its answer is larger.
+NUMBERS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+    "seventeen eighteen nineteen twenty"
+).split()
+
+
+def make_model(folder: str | Path, seed: int) -> Path:
+    """Write the tiny model to `folder`, as a model folder from the Hub would look.
+
+    A `Qwen2ForCausalLM` of about two million parameters in fp32: 4 layers, 4 heads in 2 query groups, QKV biases,
+    untied embeddings with more rows than the tokenizer has tokens, as the real model's.
+    """
+    folder = resolve(folder)
+    with new_folder(folder, {"made_by": "demo.make_model", "seed": seed}) as temporary:
+        tokenizer = _train_tokenizer(text for p in problems(500, seed) for text in (p["problem"], p["think"]))
+        tokenizer.save_pretrained(temporary)
+        config = Qwen2Config(
+            vocab_size=512,
+            hidden_size=192,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=1024,
+            rms_norm_eps=1e-6,
+            tie_word_embeddings=False,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            Qwen2ForCausalLM(config).save_pretrained(temporary)
+    return folder
+
+
+def make_sources(folder: str | Path, count: int, seed: int) -> Path:
+    """Write `long.jsonl` and `short.jsonl`: the same `count` problems, answered step by step and at once."""
+    folder, made = resolve(folder), list(problems(count, seed))
+    with new_folder(folder, {"made_by": "demo.make_sources", "seed": seed, "problems": count}) as temporary:
+        for name, field in (("long", "think"), ("short", "short")):
+            records = ({"instruction": p["problem"], "output": p[field], "answer": p["answer"]} for p in made)
+            lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+            (temporary / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    return folder
+
+
+def problems(count: int, seed: int) -> Iterator[dict]:
+    """Yield `count` different word problems with `problem`, `think`, `short` and `answer`, all texts.
+
+    >>> next(problems(1, seed=0))["think"]
+    '<think>\\nStart: two. Now: two plus three is five. Now: ...'
+    """
+    rng, seen = random.Random(seed), set()
+    while len(seen) < count:
+        problem = _problem(rng)
+        if problem["problem"] not in seen:
+            seen.add(problem["problem"])
+            yield problem
+
+
+def _problem(rng: random.Random) -> dict:
+    name, thing = rng.choice(NAMES), rng.choice(THINGS)
+    total = rng.randint(1, len(NUMBERS) - 1)
+    told, steps = [f"{name} has {NUMBERS[total]} {thing}."], [f"Start: {NUMBERS[total]}."]
+    for _ in range(3):
+        change = rng.choice([n for n in range(-9, 10) if n and 0 <= total + n < len(NUMBERS)])
+        verb, sign = (rng.choice(GAINS), "plus") if change > 0 else (rng.choice(LOSSES), "minus")
+        told.append(f"{name} {verb} {NUMBERS[abs(change)]}.")
+        steps.append(f"Now: {NUMBERS[total]} {sign} {NUMBERS[abs(change)]} is {NUMBERS[total + change]}.")
+        total += change
+    answer = f"Answer: {NUMBERS[total]}"
+    return {
+        "problem": " ".join([*told, f"How many {thing} now?"]),
+        "think": f"<think>\n{' '.join(steps)}\n</think>\n\n{answer}",
+        "short": answer,
+        "answer": NUMBERS[total],
+    }
+
+
+def _train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE that cuts text as Qwen2's does, so that AutoTokenizer, which rebuilds it, agrees."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN2_WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=480, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_tokens([AddedToken(token, special=special, normalized=False) for token, special in SPECIAL.items()])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=EOS,
+        chat_template=R1_CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )

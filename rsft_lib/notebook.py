@@ -1,0 +1,179 @@
+"""A notebook as a run: parameters that are checked, and a status that only its last cell writes.
+
+papermill alone lets a misspelt parameter pass with a warning, leaves `1e-5` from YAML a string, and marks every
+cell completed when the kernel was killed. Run headless with either of
+
+    python -m rsft_lib.notebook notebooks/05_train.ipynb outputs/executed -p lr 2e-5
+    papermill notebooks/05_train.ipynb outputs/executed/05_train.ipynb -p lr 2e-5
+"""
+
+import argparse
+import ast
+import difflib
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import nbformat
+import papermill
+import yaml
+from IPython.display import display
+from papermill.exceptions import PapermillExecutionError
+from tqdm import tqdm
+
+from rsft_lib.artifact import write_json
+from rsft_lib.paths import ROOT, existing, resolve
+
+STATUS = "application/vnd.rsft.status+json"
+KINDS = {"int": int, "float": float, "str": str, "bool": bool}
+
+
+class Parameter(NamedTuple):
+    """What a notebook declares: the name of a type in KINDS, and the default."""
+
+    kind: str
+    default: Any
+
+
+class _AboveProgressBar:
+    """Where papermill writes what cells print, while its progress bar stays the last line."""
+
+    def write(self, text: str) -> None:
+        tqdm.write(text, end="")
+
+    def flush(self) -> None:
+        sys.stdout.flush()
+
+
+def begin(namespace: dict, name: str) -> SimpleNamespace:
+    """Check the parameters of a running notebook, print them with their origin, and return them.
+
+    Call it in the cell after the parameters as `begin(globals(), "05_train")`.
+
+    Raises:
+        ValueError: a parameter is unknown or has the wrong type; every one is named.
+    """
+    declared = declared_parameters(ROOT / "notebooks" / f"{name}.ipynb")
+    given = {name: namespace[name] for name in _injected(namespace.get("In", []))}
+    given |= {name: namespace[name] for name in declared if namespace[name] != declared[name].default}
+    values = {name: parameter.default for name, parameter in declared.items()} | checked(given, declared)
+    width = max(map(len, values))
+    for name, value in values.items():
+        print(f"{name:<{width}}  {value!r}{'  (given)' if name in given else ''}")
+    return SimpleNamespace(**values)
+
+
+def finish(folder: str | Path, **facts) -> None:
+    """Write `status.json` into `folder`: the notebook ran to its end. Call it in the last cell.
+
+    Args:
+        facts: what the run found; `summary`, a text, is what the headless runner prints.
+    """
+    path = resolve(folder) / "status.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    status = {"status": "done", "finished": datetime.now(UTC).isoformat(timespec="seconds"), **facts}
+    write_json(path, status)
+    display({STATUS: status, "text/plain": f"{facts.get('summary', '')}\ndone: {path}".strip()}, raw=True)
+
+
+def run(notebook: str | Path, folder: str | Path, parameters: dict) -> tuple[Path, dict]:
+    """Execute a notebook with papermill: (the executed notebook in `folder`, what its last cell reported).
+
+    Raises:
+        ValueError: a parameter is unknown or has the wrong type; nothing has run then.
+        RuntimeError: a cell failed, or the last one was not reached.
+    """
+    notebook = existing(notebook, "notebook")
+    parameters = checked(parameters, declared_parameters(notebook))
+    executed = resolve(folder) / notebook.name
+    executed.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        result = papermill.execute_notebook(
+            notebook, executed, parameters, cwd=str(ROOT), stdout_file=_AboveProgressBar()
+        )
+    except PapermillExecutionError as error:
+        raise RuntimeError(
+            f"cell {error.exec_count} of {notebook.name} failed with {error.ename}: {error.evalue}\n"
+            f"The executed notebook shows where: {executed}"
+        ) from None
+    for output in result.cells[-1].get("outputs", []):
+        if STATUS in output.get("data", {}):
+            return executed, output["data"][STATUS]
+    raise RuntimeError(f"{notebook.name} did not reach its last cell; was its kernel killed? See {executed}")
+
+
+def declared_parameters(notebook: Path) -> dict[str, Parameter]:
+    """The parameters that a notebook's tagged cell declares, one `name: type = default  # help` a line."""
+    cells = nbformat.read(notebook, as_version=4).cells
+    tagged = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    return {
+        line.target.id: Parameter(ast.unparse(line.annotation), ast.literal_eval(line.value))
+        for line in ast.parse("\n".join(tagged)).body
+    }
+
+
+def checked(given: dict, declared: dict[str, Parameter]) -> dict:
+    """`given` with every value in its declared type.
+
+    Raises:
+        ValueError: with a line for each unknown name and each value of another type.
+    """
+    values, problems = {}, []
+    for name, value in given.items():
+        if name not in declared:
+            near = difflib.get_close_matches(name, declared, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(declared)}"
+            problems.append(f"unknown parameter {name!r}; {hint}")
+            continue
+        try:
+            values[name] = _as(declared[name].kind, value)
+        except ValueError:
+            problems.append(f"parameter {name} is {value!r} ({type(value).__name__}), expected {declared[name].kind}")
+    if problems:
+        raise ValueError("\n".join(problems))
+    return values
+
+
+def _as(kind: str, value):
+    """`value` as the type `kind`; texts are read, since YAML takes 1e-5 for one."""
+    if kind == "bool" and isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    if isinstance(value, KINDS[kind]) and not (kind == "int" and isinstance(value, bool)):
+        return value
+    if kind in ("int", "float") and isinstance(value, str):
+        return KINDS[kind](value)
+    if kind == "float" and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    raise ValueError
+
+
+def _injected(executed_cells: list[str]) -> list[str]:
+    """Names that papermill's injected cell assigns; it begins with a comment of its own."""
+    names = []
+    for source in executed_cells:
+        if source.startswith("# Parameters\n"):
+            names += [target.id for line in ast.parse(source).body for target in line.targets]
+    return names
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Run a notebook headless, with checked parameters.")
+    parser.add_argument("notebook", help="notebook to run")
+    parser.add_argument("folder", help="folder for the executed notebook")
+    parser.add_argument("-f", "--file", type=Path, help="YAML file with parameters")
+    parser.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    arguments = parser.parse_args()
+    try:
+        from_file = yaml.safe_load(arguments.file.read_text(encoding="utf-8")) or {} if arguments.file else {}
+        executed, status = run(arguments.notebook, arguments.folder, from_file | dict(arguments.parameter))
+    except (OSError, ValueError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"\n{status.get('summary', '')}\nexecuted notebook  {executed}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

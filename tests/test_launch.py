@@ -1,0 +1,101 @@
+"""Real torchrun, real signals: pytest tests/test_launch.py"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from rsft_lib.launch import launch
+
+TESTS = Path(__file__).parent
+CALLER = "import sys; from pathlib import Path; from rsft_lib.launch import launch; folder = Path(sys.argv[1]); "
+CALLER += "launch('rank', [str(folder), 'sleep'], 2, folder / 'train.log')"
+
+
+@pytest.fixture(autouse=True)
+def rank_can_be_imported(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(TESTS))
+
+
+def survivors(folder: Path) -> list[psutil.Process]:
+    """torchrun and ranks that still live; the folder, unique to a test, is among their arguments."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if str(folder) in process.cmdline() and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+def wait_until(condition, seconds: float, what: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
+        time.sleep(0.1)
+
+
+@pytest.fixture
+def started(tmp_path):
+    """A process that waits in `launch`, as a notebook's kernel does, while two ranks sleep without a word."""
+    caller = subprocess.Popen([sys.executable, "-c", CALLER, str(tmp_path)], stderr=subprocess.DEVNULL)
+    wait_until(lambda: len(list(tmp_path.glob("rank*.pid"))) == 2, 40, "both ranks start")
+    assert len(survivors(tmp_path)) == 4  # the caller, torchrun, two ranks
+    yield caller, tmp_path
+    for process in [caller, *survivors(tmp_path)]:
+        process.kill()
+    caller.wait()
+
+
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGINT"])
+def test_nothing_survives_the_caller(started, name):
+    caller, folder = started
+    caller.send_signal(getattr(signal, name))
+    assert caller.wait(timeout=20) != 0
+    wait_until(lambda: not survivors(folder), 20, f"all ranks end after {name}")
+
+
+def test_nothing_survives_a_killed_torchrun_and_the_caller_fails(started):
+    caller, folder = started
+    (torchrun,) = psutil.Process(caller.pid).children()
+    assert "torch.distributed.run" in torchrun.cmdline()
+    torchrun.kill()
+    assert caller.wait(timeout=20) == 1
+    wait_until(lambda: not survivors(folder), 20, "all ranks end after torchrun was killed")
+
+
+@pytest.mark.parametrize("what", ["fail", "fail-recorded"])
+def test_a_failing_rank_is_an_error_with_its_traceback_and_the_log(tmp_path, what):
+    log = tmp_path / "train.log"
+    with pytest.raises(RuntimeError) as error:
+        launch("rank", [str(tmp_path), what], 2, log)
+    message = str(error.value)
+    assert "exit code 1" in message and str(log) in message
+    assert "Traceback" in message and "KeyError: 'broken on rank 1'" in message
+    assert not survivors(tmp_path)
+
+
+def test_an_error_while_polling_stops_the_ranks(tmp_path):
+    def poll():
+        if len(list(tmp_path.glob("rank*.pid"))) == 2:
+            raise ZeroDivisionError("from the poll")
+
+    with pytest.raises(ZeroDivisionError, match="from the poll"):
+        launch("rank", [str(tmp_path), "sleep"], 2, tmp_path / "train.log", poll)
+    assert not survivors(tmp_path)
+
+
+def test_all_ranks_write_one_log_and_share_the_cores(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    polled = []
+    launch("rank", [str(tmp_path), "finish"], 2, tmp_path / "new" / "train.log", lambda: polled.append(1))
+    threads = max(1, os.cpu_count() // 2)
+    log = (tmp_path / "new" / "train.log").read_text()
+    assert all(f"rank {rank} was here with {threads} threads" in log for rank in (0, 1))
+    assert polled
