@@ -5,6 +5,7 @@ to a process group reaches them; instead every link asks the kernel to be told w
 """
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +16,9 @@ from rsft_lib.lifeline import die_with_parent
 from rsft_lib.paths import resolve
 from rsft_lib.training.config import TrainConfig
 
-GRACE = 30  # seconds between asking a run to stop and killing it
+# Seconds between asking torchrun to stop and killing it. After 30 it kills the ranks that do not listen; were it
+# dead by then, nobody would.
+GRACE = 40
 
 
 def launch(module: str, arguments: list[str], nproc: int, log: Path, poll: Callable[[], None] = lambda: None) -> None:
@@ -89,7 +92,9 @@ def _stop(process: subprocess.Popen) -> None:
 
 
 def _cause(log: Path, lines: int = 40) -> str:
-    """The traceback of the rank that failed first, as torchrun reports it, else the end of the log."""
+    """The traceback of the rank that failed first, as torchrun reports it, else the end of what the ranks wrote."""
     text = log.read_text(encoding="utf-8", errors="replace").rstrip()
-    _, found, cause = text.rpartition("Root Cause (first observed failure):")
-    return "\n".join((cause if found else text).splitlines()[-lines:])
+    cause = text.rpartition("Root Cause (first observed failure):")[2]
+    if "Traceback" not in cause:  # torchrun knows it only of modules that use `record`
+        cause = re.split(r"^[EW]\d{4} .*elastic/multiprocessing/api\.py", text, maxsplit=1, flags=re.MULTILINE)[0]
+    return "\n".join(cause.rstrip().splitlines()[-lines:])

@@ -158,6 +158,16 @@ def _injected(executed_cells: list[str]) -> list[str]:
     return names
 
 
+def _read_parameters(file: Path) -> dict:
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is not YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} holds a {type(values).__name__}, expected lines of the form `name: value`")
+    return values
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Run a notebook headless, with checked parameters.")
     parser.add_argument("notebook", help="notebook to run")
@@ -166,7 +176,7 @@ def main() -> int:
     parser.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     arguments = parser.parse_args()
     try:
-        from_file = yaml.safe_load(arguments.file.read_text(encoding="utf-8")) or {} if arguments.file else {}
+        from_file = _read_parameters(arguments.file) if arguments.file else {}
         executed, status = run(arguments.notebook, arguments.folder, from_file | dict(arguments.parameter))
     except (OSError, ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)

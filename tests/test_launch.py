@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rsft_lib.launch import launch
+from rsft_lib.launch import GRACE, launch
 
 TESTS = Path(__file__).parent
 CALLER = "import sys; from pathlib import Path; from rsft_lib.launch import launch; folder = Path(sys.argv[1]); "
@@ -88,6 +88,18 @@ def test_an_error_while_polling_stops_the_ranks(tmp_path):
 
     with pytest.raises(ZeroDivisionError, match="from the poll"):
         launch("rank", [str(tmp_path), "sleep"], 2, tmp_path / "train.log", poll)
+    assert not survivors(tmp_path)
+
+
+def test_ranks_that_ignore_the_request_to_stop_are_killed(tmp_path, monkeypatch):
+    def interrupt():
+        if len(list(tmp_path.glob("rank*.pid"))) == 2:
+            raise KeyboardInterrupt
+
+    assert GRACE > 30  # torchrun's own patience, shortened here
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "2")
+    with pytest.raises(KeyboardInterrupt):
+        launch("rank", [str(tmp_path), "stubborn"], 2, tmp_path / "train.log", interrupt)
     assert not survivors(tmp_path)
 
 

@@ -1,0 +1,37 @@
+# Everything a newcomer needs; `make help` lists it.
+PYTHON ?= python3
+PIP := .venv/bin/python -m pip --disable-pip-version-check install -q
+# One build of torch for CPU machines, so that a laptop does not download CUDA. Where an NVIDIA driver is, PyPI's.
+TORCH := torch==2.13.0
+TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,--extra-index-url https://download.pytorch.org/whl/cpu)
+
+.PHONY: help demo test lint lab clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+demo: .venv/.installed  ## run the whole method on a tiny model, about 5 minutes on 2 CPU cores
+	@.venv/bin/python -m rsft_lib.notebook notebooks/00_quickstart.ipynb outputs/quickstart
+
+test: lint  ## lint and all tests
+	@.venv/bin/python -m pytest
+
+lint: .venv/.installed  ## style of code and notebooks
+	@.venv/bin/ruff check
+	@.venv/bin/ruff format --check
+
+lab: .venv/.installed  ## JupyterLab on the notebooks
+	@.venv/bin/jupyter lab notebooks
+
+clean:  ## remove the environment; assets and outputs stay
+	rm -rf .venv
+
+.venv/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v in ((3, 11), (3, 12)) else \
+	  f"Python 3.11 or 3.12 is needed, found %d.%d; say make PYTHON=python3.12" % v)'
+	@echo "creating .venv and installing; this happens once"
+	@$(PYTHON) -m venv .venv
+	@$(PIP) --retries 1 $(TORCH_INDEX) $(TORCH)
+	@$(PIP) -e '.[dev]'
+	@touch $@

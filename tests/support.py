@@ -1,0 +1,62 @@
+"""Small models, stores and runs that several tests share."""
+
+import random
+from pathlib import Path
+
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from rsft_lib.artifact import new_folder
+from rsft_lib.checkpoint import torch_dist
+from rsft_lib.data.store import StoreWriter
+from rsft_lib.launch import launch_training
+from rsft_lib.training.config import TrainConfig
+from rsft_lib.training.metrics import read_metrics
+
+VOCAB = 256
+
+
+def tiny_model(folder: Path, dtype: torch.dtype = torch.float32, **changes) -> Qwen2ForCausalLM:
+    """A Qwen2 of four layers in `folder`; noise on every weight, so that norms and biases do something."""
+    shape = {
+        "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(**{**shape, **changes})).to(dtype)
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    return model
+
+
+def random_store(folder: Path, samples: int = 60, longest: int = 60, seed: int = 0) -> Path:
+    """Samples of random tokens, the latter half of each trained."""
+    rng = random.Random(seed)
+    with new_folder(folder, {"made_by": "tokenize"}) as temporary:
+        writer = StoreWriter(temporary)
+        for _ in range(samples):
+            length = rng.randint(6, longest)
+            prompt = rng.randint(2, length - 2)
+            writer.add([rng.randrange(VOCAB) for _ in range(length)], [0] * prompt + [1] * (length - prompt))
+        writer.close()
+    return folder
+
+
+def settings(**changes) -> TrainConfig:
+    """Settings of a short run in fp32."""
+    short = {"seq_length": 96, "global_batch_size": 4, "lr": 1e-3, "precision": "fp32", "log_interval": 1}
+    return TrainConfig(**{**short, **changes})
+
+
+def trained(config: TrainConfig, nproc: int = 1) -> list[dict]:
+    """Run a training to its end and return its metrics."""
+    launch_training(config, nproc)
+    return read_metrics(Path(config.output))
+
+
+def all_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, those of the optimizer too."""
+    return {
+        name: torch_dist.read(checkpoint, empty, name) for name, empty in torch_dist.tensors(checkpoint).items()
+    }

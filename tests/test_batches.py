@@ -1,0 +1,84 @@
+"""Which samples make up a step, and their tensors: pytest tests/test_batches.py"""
+
+import numpy as np
+import pytest
+import torch
+from support import random_store
+
+from rsft_lib.data.packed import EMPTY, PackedDataset, rank_share
+from rsft_lib.data.store import StoreWriter, TokenStore
+
+
+@pytest.fixture
+def data(tmp_path) -> PackedDataset:
+    return PackedDataset(TokenStore(random_store(tmp_path / "store")), seq_length=96, seed=7)
+
+
+def test_a_batch_holds_its_samples_shifted_by_one_with_positions_restarted(tmp_path):
+    """
+    sample          5 6 7 8 | mask 0 0 1 1
+    tokens          5 6 7 0 0 0
+    labels          6 7 8 0 0 0
+    loss mask       0 1 1 0 0 0
+    positions       0 1 2 0 1 2
+    """
+    (tmp_path / "manifest.json").write_text("{}")
+    writer = StoreWriter(tmp_path)
+    writer.add([5, 6, 7, 8], [0, 0, 1, 1])
+    writer.close()
+    batch = PackedDataset(TokenStore(tmp_path), seq_length=6, seed=0).batch([0])
+    assert batch["tokens"].tolist() == [[5, 6, 7, 0, 0, 0]]
+    assert batch["labels"].tolist() == [[6, 7, 8, 0, 0, 0]]
+    assert batch["loss_mask"].tolist() == [[0, 1, 1, 0, 0, 0]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2]]
+    assert batch["cu_seqlens"].tolist() == [0, 3, 6] and batch["cu_seqlens"].dtype == torch.int32
+
+
+def test_an_epoch_shows_every_token_once(data):
+    seen = [batch for step in range(len(data)) for batch in [data.batch(data.step(step, 1))]]
+    found = torch.cat([b["labels"][b["loss_mask"] == 1] for b in seen])
+    expected = np.concatenate([tokens[mask == 1] for tokens, mask in map(data.store.__getitem__, range(len(data.store)))])
+    assert sorted(found.tolist()) == sorted(expected.tolist())
+    assert all(b["tokens"].shape == (1, 96) and b["cu_seqlens"][-1] == 96 for b in seen)
+
+
+def test_epochs_differ_in_order_and_a_seed_repeats_them(data):
+    first, second = data.step(0, len(data)), data.step(1, len(data))
+    assert sorted(first) == sorted(second) == list(range(len(data)))
+    assert first != second
+    again = PackedDataset(data.store, 96, seed=7)
+    assert again.step(1, len(data)) == second
+    assert PackedDataset(data.store, 96, seed=8).step(0, len(data)) != first
+
+
+def test_a_batch_may_span_two_epochs(data):
+    size = len(data) - 1
+    assert data.step(1, size)[0] == data.step(0, len(data))[-1]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("micro_batch_size", [1, 2])
+def test_ranks_share_out_the_same_global_batch(ranks, micro_batch_size):
+    packs = list(range(8))
+    shares = [rank_share(packs, micro_batch_size, rank, ranks) for rank in range(ranks)]
+    assert sorted(pack for share in shares for micro_batch in share for pack in micro_batch) == packs
+    assert {len(share) for share in shares} == {8 // micro_batch_size // ranks}
+
+
+def test_evaluation_goes_through_the_data_once_and_fills_up_with_nothing(data):
+    packs = data.in_order(0, len(data) + 2)
+    assert packs == [*range(len(data)), EMPTY, EMPTY]
+    assert data.batch([EMPTY])["loss_mask"].sum() == 0
+
+
+def test_a_sample_that_is_too_long_is_named(data):
+    longest = int(data.store.lengths.max())
+    PackedDataset(data.store, longest - 1, seed=0)
+    with pytest.raises(ValueError, match=f"has {longest} tokens, seq_length {longest - 2} holds {longest - 1}"):
+        PackedDataset(data.store, longest - 2, seed=0)
+
+
+def test_a_sample_outlives_its_store(tmp_path):
+    random_store(tmp_path / "store")
+    tokens, mask = TokenStore(tmp_path / "store")[0]
+    assert tokens.sum() >= 0 and mask.max() == 1
