@@ -22,7 +22,7 @@ lint: .venv/.installed  ## style of code and notebooks
 	@.venv/bin/ruff format --check
 
 lab: .venv/.installed  ## JupyterLab on the notebooks
-	@.venv/bin/jupyter lab notebooks
+	@.venv/bin/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks
 
 clean:  ## remove the environment; assets and outputs stay
 	rm -rf .venv

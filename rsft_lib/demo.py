@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from rsft_lib.paths import resolve
 
 MODEL, SOURCES = "assets/checkpoints/tiny", "assets/data/tiny"  # where notebooks 01 and 03 make them
 TINY = {  # settings of rsft_lib.training.config.TrainConfig that suit this model
-    "seq_length": 512, "global_batch_size": 8, "lr": 2e-3, "min_lr": 2e-4, "precision": "fp32",
+    "seq_length": 512, "global_batch_size": 4, "lr": 2e-3, "min_lr": 2e-4, "precision": "fp32",
     "eval_interval": 50, "eval_iters": 4,
 }  # fmt: skip
 
@@ -84,35 +85,45 @@ def make_sources(folder: str | Path, count: int, seed: int) -> Path:
 
 
 def problems(count: int, seed: int) -> Iterator[dict]:
-    """Yield `count` different word problems with `problem`, `think`, `short` and `answer`, all texts.
+    """Yield `count` word problems with `problem`, `think`, `short` and `answer`, all texts.
+
+    No two have the same numbers in the same order, so a held-out problem is never a trained one in other words.
 
     >>> next(problems(1, seed=0))["think"]
-    '<think>\\nStart: two. Now: two plus three is five. Now: ...'
+    '<think>\\nStart: sixteen. Now: sixteen plus three is nineteen. Now: ...'
+
+    Raises:
+        ValueError: there are not as many different problems.
     """
-    rng, seen = random.Random(seed), set()
-    while len(seen) < count:
-        problem = _problem(rng)
-        if problem["problem"] not in seen:
-            seen.add(problem["problem"])
-            yield problem
+    rng, walks = random.Random(seed), _walks(changes=3)
+    if count > len(walks):
+        raise ValueError(f"{count} problems are asked for, but only {len(walks)} have different numbers")
+    for totals in rng.sample(walks, count):
+        yield _problem(rng, totals)
 
 
-def _problem(rng: random.Random) -> dict:
+def _walks(changes: int) -> list[tuple[int, ...]]:
+    """Every way from a total to another in so many changes of one to nine, all within `NUMBERS`."""
+    walks = [(start,) for start in range(1, len(NUMBERS))]
+    for _ in range(changes):
+        walks = [(*w, total) for w in walks for total in range(len(NUMBERS)) if 0 < abs(total - w[-1]) < 10]
+    return walks
+
+
+def _problem(rng: random.Random, totals: tuple[int, ...]) -> dict:
     name, thing = rng.choice(NAMES), rng.choice(THINGS)
-    total = rng.randint(1, len(NUMBERS) - 1)
-    told, steps = [f"{name} has {NUMBERS[total]} {thing}."], [f"Start: {NUMBERS[total]}."]
-    for _ in range(3):
-        change = rng.choice([n for n in range(-9, 10) if n and 0 <= total + n < len(NUMBERS)])
-        verb, sign = (rng.choice(GAINS), "plus") if change > 0 else (rng.choice(LOSSES), "minus")
-        told.append(f"{name} {verb} {NUMBERS[abs(change)]}.")
-        steps.append(f"Now: {NUMBERS[total]} {sign} {NUMBERS[abs(change)]} is {NUMBERS[total + change]}.")
-        total += change
-    answer = f"Answer: {NUMBERS[total]}"
+    told, steps = [f"{name} has {NUMBERS[totals[0]]} {thing}."], [f"Start: {NUMBERS[totals[0]]}."]
+    for before, after in pairwise(totals):
+        verb, sign = (rng.choice(GAINS), "plus") if after > before else (rng.choice(LOSSES), "minus")
+        change = NUMBERS[abs(after - before)]
+        told.append(f"{name} {verb} {change}.")
+        steps.append(f"Now: {NUMBERS[before]} {sign} {change} is {NUMBERS[after]}.")
+    answer = f"Answer: {NUMBERS[totals[-1]]}"
     return {
         "problem": " ".join([*told, f"How many {thing} now?"]),
         "think": f"<think>\n{' '.join(steps)}\n</think>\n\n{answer}",
         "short": answer,
-        "answer": NUMBERS[total],
+        "answer": NUMBERS[totals[-1]],
     }
 
 
@@ -137,6 +148,7 @@ def _train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
         bos_token=BOS,
         eos_token=EOS,
         pad_token=EOS,
+        unk_token=None,  # said, since AutoTokenizer would add one where the file does not say
         chat_template=R1_CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )

@@ -20,6 +20,7 @@ import nbformat
 import papermill
 import yaml
 from IPython.display import display
+from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from tqdm import tqdm
 
@@ -27,6 +28,7 @@ from rsft_lib.artifact import write_json
 from rsft_lib.paths import ROOT, existing, resolve
 
 STATUS = "application/vnd.rsft.status+json"
+STATUS_FILE = "status.json"
 KINDS = {"int": int, "float": float, "str": str, "bool": bool}
 
 
@@ -47,10 +49,14 @@ class _AboveProgressBar:
         sys.stdout.flush()
 
 
-def begin(namespace: dict, name: str) -> SimpleNamespace:
+def begin(namespace: dict, name: str, status: str = "") -> SimpleNamespace:
     """Check the parameters of a running notebook, print them with their origin, and return them.
 
-    Call it in the cell after the parameters as `begin(globals(), "05_train")`.
+    Call it in the cell after the parameters as `begin(globals(), "05_train")`. The `status.json` of a run before
+    is removed, so that one that is there belongs to this run.
+
+    Args:
+        status: the parameter whose folder `finish` is given; `outputs/<name>` if empty.
 
     Raises:
         ValueError: a parameter is unknown or has the wrong type; every one is named.
@@ -59,6 +65,7 @@ def begin(namespace: dict, name: str) -> SimpleNamespace:
     given = {name: namespace[name] for name in _injected(namespace.get("In", []))}
     given |= {name: namespace[name] for name in declared if namespace[name] != declared[name].default}
     values = {name: parameter.default for name, parameter in declared.items()} | checked(given, declared)
+    (resolve(values[status] if status else f"outputs/{name}") / STATUS_FILE).unlink(missing_ok=True)
     width = max(map(len, values))
     for name, value in values.items():
         print(f"{name:<{width}}  {value!r}{'  (given)' if name in given else ''}")
@@ -71,7 +78,7 @@ def finish(folder: str | Path, **facts) -> None:
     Args:
         facts: what the run found; `summary`, a text, is what the headless runner prints.
     """
-    path = resolve(folder) / "status.json"
+    path = resolve(folder) / STATUS_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     status = {"status": "done", "finished": datetime.now(UTC).isoformat(timespec="seconds"), **facts}
     write_json(path, status)
@@ -98,6 +105,8 @@ def run(notebook: str | Path, folder: str | Path, parameters: dict) -> tuple[Pat
             f"cell {error.exec_count} of {notebook.name} failed with {error.ename}: {error.evalue}\n"
             f"The executed notebook shows where: {executed}"
         ) from None
+    except DeadKernelError:
+        raise RuntimeError(f"the kernel of {notebook.name} was killed (out of memory?); see {executed}") from None
     for output in result.cells[-1].get("outputs", []):
         if STATUS in output.get("data", {}):
             return executed, output["data"][STATUS]

@@ -57,6 +57,4 @@ def trained(config: TrainConfig, nproc: int = 1) -> list[dict]:
 
 def all_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, those of the optimizer too."""
-    return {
-        name: torch_dist.read(checkpoint, empty, name) for name, empty in torch_dist.tensors(checkpoint).items()
-    }
+    return {name: torch_dist.read(checkpoint, empty, name) for name, empty in torch_dist.tensors(checkpoint).items()}

@@ -35,9 +35,10 @@ def test_a_batch_holds_its_samples_shifted_by_one_with_positions_restarted(tmp_p
 
 
 def test_an_epoch_shows_every_token_once(data):
-    seen = [batch for step in range(len(data)) for batch in [data.batch(data.step(step, 1))]]
+    seen = [data.batch(data.step(step, 1)) for step in range(len(data))]
     found = torch.cat([b["labels"][b["loss_mask"] == 1] for b in seen])
-    expected = np.concatenate([tokens[mask == 1] for tokens, mask in map(data.store.__getitem__, range(len(data.store)))])
+    samples = [data.store[i] for i in range(len(data.store))]
+    expected = np.concatenate([tokens[mask == 1] for tokens, mask in samples])
     assert sorted(found.tolist()) == sorted(expected.tolist())
     assert all(b["tokens"].shape == (1, 96) and b["cu_seqlens"][-1] == 96 for b in seen)
 

@@ -17,7 +17,7 @@ from rsft_lib.data.records import read_records
 from rsft_lib.tokenizer import load_tokenizer, patch_tokenizer
 
 TEXTS = [
-    "<｜User｜>Anna has twelve apples.<｜Assistant｜><think>\nStart: twelve.\n</think>\n\nAnswer: two<｜end▁of▁sentence｜>",
+    "<｜User｜>Anna has two eggs.<｜Assistant｜><think>\nStart: two.\n</think>\n\nAnswer: two<｜end▁of▁sentence｜>",
     "  4711 = x_1;\n\n\tthey're  ok ",
     "数学 🙂 naïve e\u0301",
     "<｜begin▁of▁sentence｜><short> <|quad_start|><|endoftext|>",
@@ -73,7 +73,7 @@ def test_the_model_is_an_r1_like_qwen2_that_two_tensor_ranks_and_four_stages_can
     assert config["rms_norm_eps"] == 1e-6 and config["rope_parameters"]["rope_theta"] == 10_000
     assert loaded.dtype.itemsize == 4 and loaded.model.layers[0].self_attn.q_proj.bias is not None
     assert loaded.lm_head.weight is not loaded.model.embed_tokens.weight
-    assert loaded.lm_head.weight.shape[0] > len(load_tokenizer(model)), "rows without a token, as in the real model"
+    assert loaded.lm_head.weight.shape[0] == 512 > len(load_tokenizer(model)), "rows without a token, as in R1's"
     assert loaded.config.num_key_value_heads < loaded.config.num_attention_heads
     assert loaded.config.num_key_value_heads % 2 == loaded.config.num_hidden_layers % 4 == 0
     assert 1e6 < sum(parameter.numel() for parameter in loaded.parameters()) < 4e6
@@ -110,12 +110,17 @@ def test_every_step_of_a_thought_is_true_and_goes_on_where_the_last_one_ended(pr
             left, sign, right, _, result = step.split()
             assert value(left) == total
             total += value(right) if sign == "plus" else -value(right)
-            assert value(result) == total
+            assert value(result) == total and 0 < value(right) < 10
         assert demo.NUMBERS[total] == problem["answer"]
 
 
 def test_no_two_problems_have_the_same_numbers_so_no_held_out_one_was_trained_under_another_name(problems):
     assert len({problem["think"] for problem in problems}) == len(problems)
+
+
+def test_more_problems_than_there_are_is_an_error_and_the_number_is_named():
+    with pytest.raises(ValueError, match="60000 problems are asked for, but only 57429"):
+        next(demo.problems(60_000, seed=0))
 
 
 def test_both_sources_hold_the_same_problems_and_become_a_hybrid_dataset_that_can_be_trained(model, tmp_path):

@@ -1,7 +1,6 @@
 """Answers in either mode, and their marks: pytest tests/test_generate.py"""
 
 import pytest
-import torch
 from transformers import Qwen2ForCausalLM
 
 from rsft_lib import demo
@@ -23,7 +22,7 @@ def model(tmp_path_factory):
 
 
 def speaking(model, folder, *texts):
-    """A copy of `model` in `folder` that continues each token with the one after it in `texts`, whatever came before."""
+    """A copy of `model` in `folder` that continues every token with the one after it in `texts`."""
     tokenizer = load_tokenizer(model)
     chains = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     seen = sorted({token for chain in chains for token in chain})

@@ -123,7 +123,8 @@ def test_given_parameters_are_marked_and_defaults_are_not(tmp_path):
 def test_a_killed_kernel_is_not_a_finished_run(tmp_path):
     notebook = write_notebook(tmp_path, "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
     done = strict(notebook, tmp_path / "executed")
-    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.returncode == 1 and "was killed" in done.stderr and "Traceback" not in done.stderr
+    assert str(tmp_path / "executed" / "small.ipynb") in done.stderr
 
 
 def test_what_an_earlier_run_left_does_not_make_a_run_finished(tmp_path):

@@ -67,7 +67,9 @@ def test_packed_loss_and_every_gradient_are_those_of_transformers_sample_by_samp
     expected = dict(hf.named_parameters())
     assert gradients.keys() == expected.keys()
     for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, expected[name].grad, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            gradient, expected[name].grad, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def gradients_by_hf_name(model, folder) -> dict[str, torch.Tensor]:

@@ -90,7 +90,7 @@ def test_every_default_has_its_declared_type(notebook):
 
 def test_parameters_are_checked_first_and_the_end_is_reported_last(notebook):
     cells = code(notebook)
-    assert f"notebook.begin(globals(), '{notebook.stem}')" in ast.unparse(ast.parse(cells[1]))
+    assert f"notebook.begin(globals(), '{notebook.stem}'" in ast.unparse(ast.parse(cells[1]))
     assert "notebook.finish" in calls(cells[-1])
     assert not any("notebook.finish" in calls(cell) for cell in cells[:-1])
 

@@ -1,4 +1,4 @@
-"""The chain on R1's own tokenizer and config, real R1 traces and GSM8K: RSFT_REAL_DATA=... pytest tests/test_real_input.py"""
+"""R1's own tokenizer and config, real traces and GSM8K: RSFT_REAL_DATA=... pytest tests/test_real_input.py"""
 
 import gzip
 import json

@@ -83,7 +83,7 @@ class TrainConfig:
             ValueError: the ranks cannot be dealt out, or the global batch cannot be spread over the replicas.
         """
         model = self.tensor_parallel * self.pipeline_parallel
-        if world_size % model:
+        if world_size < 1 or world_size % model:
             raise ValueError(
                 f"{world_size} ranks do not divide by tensor_parallel {self.tensor_parallel} x "
                 f"pipeline_parallel {self.pipeline_parallel}"
