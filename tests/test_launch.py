@@ -13,7 +13,9 @@ import pytest
 from rsft_lib.launch import GRACE, launch
 
 TESTS = Path(__file__).parent
-CALLER = "import sys; from pathlib import Path; from rsft_lib.launch import launch; folder = Path(sys.argv[1]); "
+# Started in the background of a shell it would ignore SIGINT; a kernel never does.
+CALLER = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+CALLER += "from pathlib import Path; from rsft_lib.launch import launch; folder = Path(sys.argv[1]); "
 CALLER += "launch('rank', [str(folder), 'sleep'], 2, folder / 'train.log')"
 
 

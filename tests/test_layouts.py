@@ -106,6 +106,13 @@ def test_five_steps_and_five_after_a_resume_are_ten_bit_for_bit(inputs, one_rank
     assert [name for name, tensor in resumed.items() if not torch.equal(tensor, straight[name])] == []
 
 
+def test_bf16_follows_fp32_and_resumes_bit_for_bit(inputs, one_rank, tmp_path):
+    straight = run(inputs, tmp_path / "straight", precision="bf16")
+    assert [r["loss"] for r in straight] == pytest.approx([r["loss"] for r in one_rank[1]], rel=0.01)
+    resumed = run(inputs, stopped_half_way(tmp_path / "straight", tmp_path / "resumed"), precision="bf16")
+    same_curve(resumed, straight, tolerance=0)
+
+
 def test_a_checkpoint_of_two_by_two_ranks_resumes_on_one(inputs, layouts, one_rank, tmp_path):
     output = stopped_half_way(layouts("tp2pp2")[0], tmp_path / "run")
     same_curve(run(inputs, output), one_rank[1], tolerance=1e-4)

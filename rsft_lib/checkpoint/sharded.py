@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.models.gpt import GPTModel
 
 from rsft_lib.artifact import verify
 
@@ -27,6 +28,8 @@ def sharded_weights(model: torch.nn.Module) -> dict:
 
 def set_weights(model: torch.nn.Module, loaded: dict) -> None:
     """Put what was loaded for `sharded_weights(model)` into the model."""
+    while not isinstance(model, GPTModel):  # the wrapper for bf16 tells nothing of what it loads
+        model = model.module
     result = model.load_state_dict(loaded, strict=False)
     missing = [name for name in result.missing_keys if not name.endswith("_extra_state")]
     assert not missing and not result.unexpected_keys, (missing, result.unexpected_keys)
