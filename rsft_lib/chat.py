@@ -1,60 +1,158 @@
-"""Conversations as token ids with a loss mask, and the chat template that this needs."""
+"""Conversations as text and as tokens: what a chat template renders, and which part of it is trained.
 
+A conversation is a list of messages with `role` (system, user, assistant, tool) and `content`. An assistant message
+may carry `train: false`, to be context only, or `weight`, by which the loss of its tokens is multiplied.
+"""
+
+import re
 from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from transformers.utils.chat_template_utils import render_jinja_template
 
 THINK, END_THINK, SHORT = "<think>", "</think>", "<short>"
 MODES = {"think": THINK, "short": SHORT}
 
-STRIPS_THINKING = "content.split('</think>')[-1]"
-KEEPS_THINKING = "content"
-STOCK_PROMPT_END = "<｜Assistant｜><think>\\n"
-PROMPT_END = "<｜Assistant｜>"
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+REASONING = ("reasoning_content", "reasoning", "thinking")  # where other tools keep the chain of thought
+
+# What the bytes of a loss mask mean: 0 is not trained, 1 is trained, 2 to 255 are weights 0.01 to 2.54.
+LOSS_WEIGHTS = np.concatenate([[0, 1], np.arange(1, 255) / 100]).astype(np.float32)
+
+
+class Span(NamedTuple):
+    """Characters `start` to `end` (exclusive) of a text are trained; `code` is their entry of LOSS_WEIGHTS."""
+
+    start: int
+    end: int
+    code: int = 1
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A conversation: `ids` and `loss_mask` have one entry per token; 1 marks the tokens that are trained."""
+    """A conversation: `ids` and `loss_mask` have one entry per token; 0 in the mask is not trained."""
 
     ids: list[int]
     loss_mask: list[int]
 
 
-def patch_template(template: str) -> str:
-    """The R1 chat template with two edits; one that has them already comes back as it is.
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A chat template in Jinja, with the special tokens that it may name."""
 
-    The chain of thought of an assistant turn is kept, and the generation prompt ends right after
-    `<｜Assistant｜>`, so that the model itself writes the control token it was trained to write there.
+    source: str
+    special_tokens: dict[str, Any]
+
+    @classmethod
+    def of(cls, tokenizer) -> "ChatTemplate":
+        return cls(tokenizer.chat_template, tokenizer.special_tokens_map)
+
+    @property
+    def marks_answers(self) -> bool:
+        """Whether `{% generation %}` blocks tell what the assistant writes."""
+        return GENERATION.search(self.source) is not None
+
+    def render(self, messages: list[dict], tools: list[dict] | None = None, prompt: bool = False) -> str:
+        """The conversation as text; with `prompt`, up to where the assistant writes next.
+
+        Raises:
+            ValueError: the template fails on this conversation.
+        """
+        return self._render(messages, tools, prompt)[0]
+
+    def render_marked(self, messages: list[dict], tools: list[dict] | None = None) -> tuple[str, list[Span]]:
+        """The conversation as text, and the characters within its `{% generation %}` blocks."""
+        return self._render(messages, tools, prompt=False, marked=True)
+
+    def _render(self, messages, tools, prompt, marked=False) -> tuple[str, list[Span]]:
+        try:
+            texts, blocks = render_jinja_template(
+                [messages],
+                tools=tools,
+                chat_template=self.source,
+                add_generation_prompt=prompt,
+                return_assistant_tokens_mask=marked,
+                **self.special_tokens,
+            )
+        except Exception as error:  # a template is code and raises what it likes
+            raise ValueError(f"the chat template fails on this conversation ({error!r})") from error
+        return texts[0], _joined(blocks[0]) if marked else []
+
+
+def trained_text(
+    template: ChatTemplate, messages: list[dict], tools: list[dict] | None = None, turns: str = "all"
+) -> tuple[str, list[Span]]:
+    """A conversation as text, and which characters are trained: what the assistant writes, up to and with its EOS.
+
+    The template says where its answers are, by `{% generation %}` blocks. Where it has none, an answer begins where
+    the messages before it, rendered with the generation prompt, end; each rendering must continue the one before.
+
+    Args:
+        turns: 'all' trains every answer, 'last' only the last.
 
     Raises:
-        ValueError: this is not R1's template.
+        ValueError: nothing is to be trained, the template changes or drops part of an answer, or an answer does not
+            end with EOS.
     """
-    if STOCK_PROMPT_END not in template and f"'{PROMPT_END}'" not in template:
-        raise ValueError(
-            f"the chat template has no generation prompt {PROMPT_END!r}: only R1's template can be patched"
-        )
-    return template.replace(STRIPS_THINKING, KEEPS_THINKING).replace(STOCK_PROMPT_END, PROMPT_END)
+    answers = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
+    if template.marks_answers:
+        text, places = template.render_marked(messages, tools)
+        if len(places) != len(answers):
+            raise ValueError(f"the chat template marks {len(places)} answers, the conversation has {len(answers)}")
+    else:
+        text = template.render(messages, tools)
+        places = [_place(template, messages, tools, turn, text) for turn in answers]
+    spans = []
+    for turn, (start, end, _) in zip(answers, places, strict=True):
+        end = start + _check_answer(messages[turn], turn, text[start:end], template.special_tokens.get("eos_token"))
+        code = weight_code(messages[turn]) if turns == "all" or turn == answers[-1] else 0
+        if code:
+            spans.append(Span(start, end, code))
+    if not spans:
+        raise ValueError("the conversation has no assistant message to train on")
+    return text, spans
 
 
-def encode(tokenizer, messages: list[dict]) -> Encoded:
-    """Token ids of a conversation and which of them are trained: what the assistant writes, and its EOS.
+def encode(tokenizer, messages: list[dict], tools: list[dict] | None = None, turns: str = "all") -> Encoded:
+    """Token ids of a conversation and which of them are trained, with a tokenizer of transformers.
 
         text   <bos> <｜User｜> 2 + 2 ? <｜Assistant｜> <short> 4 <eos>
         mask     0      0     0 0 0 0       0          1    1   1
 
-    The whole text is rendered and tokenized once. Where an assistant turn begins is found by rendering the
-    messages before it with the generation prompt, which must be how the whole text begins.
+    Raises:
+        ValueError: as `trained_text`; or a token lies half inside an answer.
+    """
+    text, spans = trained_text(ChatTemplate.of(tokenizer), messages, tools, turns)
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    return Encoded(encoding["input_ids"], mask_of(encoding["offset_mapping"], spans, text))
+
+
+def mask_of(offsets: list[tuple[int, int]], spans: list[Span], text: str) -> list[int]:
+    """The mask of tokens from the characters each covers: [tokens] codes of LOSS_WEIGHTS.
 
     Raises:
-        ValueError: the template changes or drops part of an answer, an answer does not end with EOS, or a
-            token lies half inside an answer.
+        ValueError: a token lies across the edge of an answer.
     """
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
-    spans = [_span(tokenizer, messages, turn, text) for turn, m in enumerate(messages) if m["role"] == "assistant"]
-    if not spans:
-        raise ValueError("the conversation has no assistant message to train on")
-    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    mask = [_inside(start, end, spans, text) for start, end in encoding["offset_mapping"]]
-    return Encoded(encoding["input_ids"], mask)
+    mask, ahead = [], list(reversed(spans))
+    for start, end in offsets:
+        while ahead and ahead[-1].end <= start:
+            ahead.pop()
+        span = ahead[-1] if ahead else Span(len(text), len(text))
+        if end <= span.start:
+            mask.append(0)
+        elif span.start <= start and end <= span.end:
+            mask.append(span.code)
+        else:
+            raise ValueError(across_edge(text[start:end], start))
+    return mask
+
+
+def across_edge(token: str, place: int) -> str:
+    """The error for a token that is partly prompt and partly answer."""
+    return (
+        f"token {token!r} at character {place} lies across the edge of an answer; end the prompt with a special token"
+    )
 
 
 def prompt_ids(tokenizer, messages: list[dict], mode: str | None = None) -> list[int]:
@@ -63,34 +161,58 @@ def prompt_ids(tokenizer, messages: list[dict], mode: str | None = None) -> list
     Args:
         mode: 'think' or 'short'; None leaves the choice to the model.
     """
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    text = ChatTemplate.of(tokenizer).render(messages, prompt=True)
     return tokenizer(text + (MODES[mode] if mode else ""), add_special_tokens=False)["input_ids"]
 
 
-def _span(tokenizer, messages: list[dict], turn: int, text: str) -> tuple[int, int]:
-    """First and one past the last character of assistant message `turn` in `text`, EOS included."""
-    prompt = tokenizer.apply_chat_template(messages[:turn], tokenize=False, add_generation_prompt=True)
-    upto = tokenizer.apply_chat_template(messages[: turn + 1], tokenize=False)
+def weight_code(message: dict) -> int:
+    """The entry of LOSS_WEIGHTS for an assistant message, from its `train` and `weight`.
+
+    Raises:
+        ValueError: the weight is not one from 0 to 2.54.
+    """
+    weight = message.get("weight", 1)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= LOSS_WEIGHTS[-1]:
+        raise ValueError(f"weight is {weight!r}; it must be a number from 0 to 2.54, in hundredths")
+    if weight == 1 or not message.get("train", True):
+        return int(message.get("train", True))
+    hundredths = round(100 * weight)
+    return hundredths + 1 if hundredths else 0
+
+
+def _place(template: ChatTemplate, messages: list[dict], tools, turn: int, text: str) -> Span:
+    """Where the answer in message `turn` lies in `text`, found from what is rendered without it."""
+    prompt = template.render(messages[:turn], tools, prompt=True)
+    upto = text if turn == len(messages) - 1 else template.render(messages[: turn + 1], tools)
     if not (text.startswith(upto) and upto.startswith(prompt)):
         raise ValueError(
             f"message {turn}: the chat template renders the conversation before this answer differently once the "
             "answer is there, so what to train cannot be told; patch the template (notebook 01_patch_tokenizer)"
         )
-    answer = upto[len(prompt) :]
-    if messages[turn].get("content") and messages[turn]["content"].strip() not in answer:
+    return Span(len(prompt), len(upto))
+
+
+def _check_answer(message: dict, turn: int, answer: str, eos: str | None) -> int:
+    """Length of `answer` up to and with its EOS; all that the message says must be in it."""
+    said = [message.get(name) for name in ("content", *REASONING)]
+    said += [call["function"]["name"] for call in message.get("tool_calls") or ()]
+    if any(part and part.strip() not in answer for part in said):
         raise ValueError(
             f"message {turn}: the chat template drops part of the answer, such as the chain of thought; "
             "patch the template (notebook 01_patch_tokenizer)"
         )
-    if not answer.endswith(tokenizer.eos_token):
-        raise ValueError(f"message {turn}: the chat template does not end the answer with {tokenizer.eos_token!r}")
-    return len(prompt), len(upto)
+    length = len(answer.rstrip())  # some templates put a line break after EOS
+    if not eos or not answer[:length].endswith(eos):
+        raise ValueError(f"message {turn}: the chat template does not end the answer with {eos!r}")
+    return length
 
 
-def _inside(start: int, end: int, spans: list[tuple[int, int]], text: str) -> int:
-    for first, last in spans:
-        if first <= start and end <= last:
-            return 1
-        if start < last and end > first:
-            raise ValueError(f"token {text[start:end]!r} at character {start} lies across the edge of an answer")
-    return 0
+def _joined(blocks: list[tuple[int, int]]) -> list[Span]:
+    """Blocks as spans; those that touch are one answer."""
+    spans: list[Span] = []
+    for start, end in blocks:
+        if spans and spans[-1].end == start:
+            spans[-1] = Span(spans[-1].start, end)
+        elif end > start:
+            spans.append(Span(start, end))
+    return spans

@@ -1,20 +1,26 @@
 """Tokenized samples on disk, each once and unpadded: Megatron's indexed dataset with a loss mask beside it.
 
 text_document.bin, .idx   token ids, int32, one document per sample (megatron.core.datasets.IndexedDataset)
-loss_mask.bin             uint8, one byte per token in the same order; 1 where the token is trained
+loss_mask.bin             uint8, one byte per token in the same order: 0 untrained, 1 trained, else see LOSS_WEIGHTS
+lengths.npy               int32, tokens of every accepted record before the over-long ones were dropped or cut
+blocks.npy                int64 [blocks, 2], samples and lengths that each block of records gave
 manifest.json             where they come from, and size and hash of every file
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+from numpy.typing import NDArray
 
 from rsft_lib.artifact import read_manifest
+from rsft_lib.chat import LOSS_WEIGHTS
 
 NAME = "text_document"
 MASK = "loss_mask.bin"
+LENGTHS = "lengths.npy"
+BLOCKS = "blocks.npy"
 
 
 class StoreWriter:
@@ -22,23 +28,47 @@ class StoreWriter:
 
     def __init__(self, folder: Path):
         # Always int32: megatron-core would choose uint16 for a small vocabulary.
-        self.prefix = str(folder / NAME)
+        self.folder, self.prefix = folder, str(folder / NAME)
         self.builder = IndexedDatasetBuilder(f"{self.prefix}.bin", dtype=np.int32)
         self.mask = (folder / MASK).open("wb")
+        self.lengths: list[NDArray[np.int32]] = []
+        self.blocks: list[tuple[int, int]] = []
 
-    def add(self, ids: list[int], loss_mask: list[int]) -> None:
-        assert len(ids) == len(loss_mask)
-        self.builder.add_item(torch.tensor(ids, dtype=torch.int32))
-        self.builder.end_document()
-        self.mask.write(np.asarray(loss_mask, dtype=np.uint8).tobytes())
+    def add(self, ids: Sequence[int], loss_mask: Sequence[int]) -> None:
+        """Add one sample."""
+        length = np.array([len(ids)], dtype=np.int32)
+        self.add_block(np.asarray(ids, dtype=np.int32), np.asarray(loss_mask, dtype=np.uint8), length, length)
+
+    def add_block(self, tokens: NDArray, loss_mask: NDArray, lengths: NDArray, before: NDArray) -> None:
+        """Add the samples of one block of records, one after the other.
+
+        Args:
+            tokens: int32 [tokens of all samples]
+            loss_mask: uint8 [tokens of all samples]
+            lengths: int32 [samples]
+            before: int32 [records], their lengths before the over-long ones were dropped or cut
+        """
+        assert len(tokens) == len(loss_mask) == lengths.sum()
+        self.builder.data_file.write(tokens.astype(np.int32, copy=False).data)
+        documents = len(self.builder.sequence_lengths)
+        self.builder.sequence_lengths.extend(lengths.tolist())
+        self.builder.document_indices.extend(range(documents + 1, documents + len(lengths) + 1))
+        self.mask.write(loss_mask.data)
+        self.lengths.append(before)
+        self.blocks.append((len(lengths), len(before)))
 
     def close(self) -> None:
         self.builder.finalize(f"{self.prefix}.idx")
         self.mask.close()
+        np.save(self.folder / LENGTHS, np.concatenate([*self.lengths, np.zeros(0, dtype=np.int32)]))
+        np.save(self.folder / BLOCKS, np.array(self.blocks, dtype=np.int64).reshape(-1, 2))
 
 
 class TokenStore:
     """The samples of a folder, memory-mapped: `store[i]` is (tokens int32 [n], loss mask uint8 [n])."""
+
+    weights = LOSS_WEIGHTS
+    """What the bytes of a loss mask stand for: float32 [256]."""
 
     def __init__(self, folder: Path):
         """Open a finished folder.

@@ -1,70 +1,201 @@
-"""Records to tokens with a response-only loss mask."""
+"""Records to tokens with a response-only loss mask: many processes, one result, in the order of the records.
+
+A reader cuts the rows into blocks, workers encode them, and the blocks are written in their order. So the result does
+not depend on how many workers there are, and of n machines each can take every n-th block (`shard`) for `merge`.
+"""
 
 import hashlib
-from collections import Counter
+import multiprocessing
+import os
+import sys
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 
 from tqdm import tqdm
 
-from rsft_lib.artifact import file_hash, new_folder
-from rsft_lib.chat import MODES, Encoded, encode
-from rsft_lib.data.records import read_records, to_messages
+from rsft_lib.artifact import file_hash, new_folder, verify
+from rsft_lib.chat import END_THINK, MODES, ChatTemplate
+from rsft_lib.data.records import Row, blocks, is_file, read_hub, read_rows
+from rsft_lib.data.rejects import Rejects
 from rsft_lib.data.store import StoreWriter
+from rsft_lib.data.worker import Block, Job, Options, Worker, encode_block, prove, start
 from rsft_lib.paths import existing, resolve
 from rsft_lib.tokenizer import load_tokenizer
 
+PROOF_ROWS = 256  # of this very dataset, on which encoders are compared
 
-def tokenize(data: str | Path, tokenizer: str | Path, folder: str | Path, max_length: int = 16384) -> dict:
-    """Write the records of a file as a token store.
+
+def tokenize(
+    data: str | Path,
+    tokenizer: str | Path,
+    folder: str | Path,
+    max_length: int = 16384,
+    *,
+    split: str = "train",
+    revision: str = "main",
+    reject_limit: float = 0.001,
+    workers: int | None = None,
+    shard: tuple[int, int] = (0, 1),
+    **options,
+) -> dict:
+    """Write the records of a file as a token store; where it is there already, made from the same, it is kept.
 
     Args:
-        max_length: most tokens of a sample; longer ones are dropped whole and counted, since a cut answer
-            would teach to end without an end.
+        data: a data file, or the name of a dataset on the Hub, of which `split` and `revision` are taken.
+        max_length: most tokens of a sample.
+        options: the other fields of `Options`: overlong, turns, control_tokens, columns.
+        reject_limit: largest share of records that may be unusable; they are kept in `<folder>.rejected.jsonl`.
+        workers: processes; None for one per core, 0 for none but this one.
+        shard: (i, n) does every n-th block of records from the i-th on, for `merge`.
 
     Returns:
-        The manifest's facts; `counts` has records, dropped, tokens, trained tokens and samples by mode.
+        The manifest's facts; `counts` and `modes` say what became of the records, `encoder` how they were encoded.
 
     Raises:
-        FileNotFoundError: the data file or the tokenizer is missing.
-        ValueError: a record cannot be used (the message names file and line), or none fits.
+        FileNotFoundError: the data or the tokenizer is missing.
+        ValueError: too many records cannot be used (the message names file and line), or none fits.
+        RuntimeError: a worker died.
     """
-    data, destination = existing(data, "data file"), resolve(folder)
-    loaded = load_tokenizer(tokenizer)
-    counts = Counter(records=0, dropped=0, tokens=0, trained_tokens=0)
-    modes = {loaded.convert_tokens_to_ids(token): mode for mode, token in MODES.items()}
-    facts = {
-        "made_by": "tokenize",
-        "data": str(data),
-        "data_sha256": file_hash(data),
-        "tokenizer": str(resolve(tokenizer)),
-        "tokenizer_sha256": file_hash(resolve(tokenizer) / "tokenizer.json"),
-        "template_sha256": hashlib.sha256(loaded.chat_template.encode()).hexdigest(),
-        "vocab_size": len(loaded),
-        "max_length": max_length,
-        "counts": counts,
-    }
-    with new_folder(destination, facts) as temporary:
+    destination, loaded = resolve(folder), load_tokenizer(tokenizer)
+    settings = Options(max_length=max_length, **options)
+    facts = _facts(data, split, revision, tokenizer, loaded, settings, shard)
+    if done := _already(destination, facts):
+        return done
+    job = Job(
+        source=str(data),
+        tokenizer_json=loaded.backend_tokenizer.to_str(),
+        template=ChatTemplate.of(loaded),
+        added_tokens=loaded.get_added_vocab(),
+        options=settings,
+    )
+    counts, modes = facts["counts"], facts["modes"] = Counter(), defaultdict(Counter)
+    count = os.cpu_count() if workers is None else workers
+    with (
+        new_folder(destination, facts) as temporary,
+        Rejects(destination, str(data), reject_limit) as rejects,
+        _workers(job, count) as pool,
+    ):
+        facts["encoder"] = _chosen_encoder(pool, _rows(data, split, revision))
+        mine = islice(blocks(_rows(data, split, revision)), shard[0], None, shard[1])
         writer = StoreWriter(temporary)
-        for place, record in tqdm(read_records(data), desc="tokenize", unit=" records", mininterval=1):
-            encoded = _encode(loaded, record, place)
-            counts["records"] += 1
-            if len(encoded.ids) > max_length:
-                counts["dropped"] += 1
-                continue
-            writer.add(encoded.ids, encoded.loss_mask)
-            counts["tokens"] += len(encoded.ids)
-            counts["trained_tokens"] += sum(encoded.loss_mask)
-            counts[modes.get(encoded.ids[encoded.loss_mask.index(1)], "other")] += 1
-        if counts["records"] == counts["dropped"]:
-            raise ValueError(f"{data}: none of {counts['records']} records fits into max_length {max_length} tokens")
+        for block in _progress(_encoded(pool, mine, facts["encoder"]["encoder"], 2 * count + 1), data):
+            writer.add_block(block.tokens, block.loss_mask, block.lengths, block.before)
+            counts.update(block.counts)
+            for mode, counted in block.modes.items():
+                modes[mode].update(counted)
+            rejects.add(block.rejects, counts["records"])
+        rejects.settle(counts["records"])
+        if not counts["written"]:
+            part = f"shard {shard[0]} of {shard[1]} of " if shard[1] > 1 else ""
+            raise ValueError(
+                f"{part}{data}: none of {counts['records']} records fits into max_length {max_length} tokens"
+            )
         writer.close()
     return facts
 
 
-def _encode(tokenizer, record: dict, place: str) -> Encoded:
+def _chosen_encoder(pool: Executor, rows: Iterator[Row]) -> dict:
+    """What `best_encoder` says of the first rows; a slow one is said aloud."""
+    facts = pool.submit(prove, list(islice(rows, PROOF_ROWS))).result()
+    if "why_slow" in facts:
+        print(f"encoding with {facts['encoder']}: {facts['why_slow']}")
+    return facts
+
+
+def _facts(data, split, revision, tokenizer, loaded, options: Options, shard) -> dict:
+    """What the manifest tells of where the tokens come from."""
+    index, count = shard
+    if not 0 <= index < count:
+        raise ValueError(f"shard is {shard}; expected (i, n) with i from 0 to n - 1")
+    if is_file(data):
+        path = existing(data, "data file")
+        source = {"data": str(path), "data_sha256": file_hash(path)}
+    else:
+        source = {"data": str(data), "data_sha256": None, "split": split, "revision": revision}
+    vocab = loaded.get_vocab()
+    return {
+        "made_by": "tokenize",
+        **source,
+        "tokenizer": str(resolve(tokenizer)),
+        "tokenizer_sha256": file_hash(resolve(tokenizer) / "tokenizer.json"),
+        "template_sha256": hashlib.sha256(loaded.chat_template.encode()).hexdigest(),
+        "vocab_size": len(loaded),
+        "control_ids": {token: vocab[token] for token in (*MODES.values(), END_THINK) if token in vocab},
+        "eos_id": loaded.eos_token_id,
+        "options": asdict(options),
+        "shard": list(shard),
+    }
+
+
+def _already(destination: Path, facts: dict) -> dict | None:
+    """The manifest of a whole result that was made from the same, if there is one."""
+    if facts["data_sha256"] is None or not destination.is_dir():
+        return None
     try:
-        return encode(tokenizer, to_messages(record, place))
-    except ValueError as error:
-        if str(error).startswith(place):
-            raise
-        raise ValueError(f"{place}: {error}") from error
+        found = verify(destination)
+    except (OSError, ValueError):
+        return None
+    if any(found.get(name) != value for name, value in facts.items()):
+        return None
+    print(f"{destination} is there already, made from the same data and tokenizer")
+    return found
+
+
+def _rows(data: str | Path, split: str, revision: str) -> Iterator[Row]:
+    if is_file(data):
+        return read_rows(resolve(data))
+    folder = resolve(data)
+    return read_hub(str(folder if folder.is_dir() else data), split, revision)
+
+
+def _encoded(workers: Executor, mine: Iterator[list[Row]], encoder_name: str, ahead: int) -> Iterator[Block]:
+    """The blocks of rows encoded, in their order; no more than `ahead` are in memory at a time."""
+    waiting = deque(workers.submit(encode_block, rows, encoder_name) for rows in islice(mine, ahead))
+    while waiting:
+        block = waiting.popleft().result()
+        waiting.extend(workers.submit(encode_block, rows, encoder_name) for rows in islice(mine, 1))
+        yield block
+
+
+@contextmanager
+def _workers(job: Job, count: int) -> Iterator[Executor]:
+    """`count` processes, or this one, that run `prove` and `encode_block`."""
+    if not count:
+        yield Here(job)
+        return
+    context = multiprocessing.get_context("spawn")  # a fork of a notebook's kernel inherits its threads' locks
+    with ProcessPoolExecutor(count, mp_context=context, initializer=start, initargs=(job,)) as pool:
+        try:
+            yield pool
+        except BrokenProcessPool:
+            raise RuntimeError("a tokenizing process was killed (out of memory?); nothing was written") from None
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+class Here(Executor):
+    """Does at once, in this process, what a pool would do in others."""
+
+    def __init__(self, job: Job):
+        self.functions = {prove: Worker(job).prove, encode_block: Worker(job).block}
+
+    def submit(self, function, *arguments) -> Future:
+        future = Future()
+        future.set_result(self.functions[function](*arguments))
+        return future
+
+
+def _progress(encoded: Iterator[Block], data: str | Path) -> Iterator[Block]:
+    plain = Path(data).suffix == ".jsonl"
+    total = resolve(data).stat().st_size if plain else None
+    quiet = 1 if sys.stderr.isatty() else 10  # every refresh stays in a notebook that runs headless
+    with tqdm(total=total, desc="tokenize", unit="B", unit_scale=True, mininterval=quiet) as bar:
+        for block in encoded:
+            bar.update(block.size)
+            yield block

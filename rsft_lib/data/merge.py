@@ -1,0 +1,92 @@
+"""The shards of several machines as the one store that a single machine would have written, byte for byte."""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from itertools import chain, zip_longest
+from pathlib import Path
+
+import numpy as np
+
+from rsft_lib.artifact import new_folder, verify
+from rsft_lib.data.rejects import Reject, Rejects
+from rsft_lib.data.store import BLOCKS, LENGTHS, StoreWriter, TokenStore
+from rsft_lib.paths import existing, resolve
+
+OF_THE_SHARD = {"shard", "encoder", "counts", "modes", "files", "data", "tokenizer"}
+
+
+def merge(shards: list[str | Path], folder: str | Path, reject_limit: float = 0.001) -> dict:
+    """Put the shards that `tokenize(..., shard=(i, n))` wrote together, in the order of the records.
+
+    Args:
+        shards: the n folders, in any order.
+
+    Returns:
+        The facts of the whole, as `tokenize` without shards returns them.
+
+    Raises:
+        FileNotFoundError: a shard is missing or was not finished.
+        ValueError: a shard is damaged, was made from other data or with other options, or stands there twice; or
+            more than `reject_limit` of all records were rejected.
+    """
+    folders = [existing(shard, "shard") for shard in shards]
+    manifests = {path: verify(path) for path in folders}
+    folders.sort(key=lambda path: manifests[path]["shard"][0])
+    _check(manifests, folders)
+    facts = _whole([manifests[path] for path in folders])
+    destination = resolve(folder)
+    with new_folder(destination, facts) as temporary, Rejects(destination, facts["data"], reject_limit) as rejects:
+        writer = StoreWriter(temporary)
+        for block in _dealt_back([list(_blocks(path)) for path in folders]):
+            writer.add_block(*block())
+        writer.close()
+        rejects.add(_rejected(folders), facts["counts"]["records"])
+        rejects.settle(facts["counts"]["records"])
+    return facts
+
+
+def _check(manifests: dict[Path, dict], folders: list[Path]) -> None:
+    first = manifests[folders[0]]
+    for number, path in enumerate(folders):
+        found = manifests[path]
+        different = [name for name in first if name not in OF_THE_SHARD and found.get(name) != first[name]]
+        if different:
+            raise ValueError(f"{path} and {folders[0]} differ in {', '.join(different)}: no parts of one whole")
+        if found["shard"] != [number, len(folders)]:
+            raise ValueError(
+                f"{path} is shard {found['shard'][0]} of {found['shard'][1]}, expected {number} of {len(folders)}"
+            )
+
+
+def _whole(manifests: list[dict]) -> dict:
+    counts, modes = Counter(), defaultdict(Counter)
+    for manifest in manifests:
+        counts.update(manifest["counts"])
+        for mode, counted in manifest["modes"].items():
+            modes[mode].update(counted)
+    facts = {name: value for name, value in manifests[0].items() if name != "files"}
+    return facts | {"shard": [0, 1], "counts": counts, "modes": modes}
+
+
+def _blocks(folder: Path) -> Iterator:
+    """For each block of a shard, a function that reads what `StoreWriter.add_block` takes."""
+    store, lengths = TokenStore(folder), np.load(folder / LENGTHS)
+    tokens = np.memmap(f"{store.tokens.path_prefix}.bin", dtype=np.int32, mode="r")
+    starts = np.concatenate([[0], store.ends])
+    sample = record = 0
+    for samples, records in np.load(folder / BLOCKS).tolist():
+        part = slice(starts[sample], starts[sample + samples])
+        own = slice(sample, sample + samples), slice(record, record + records)
+        yield lambda part=part, own=own: (tokens[part], store.mask[part], store.lengths[own[0]], lengths[own[1]])
+        sample, record = sample + samples, record + records
+
+
+def _dealt_back(shards: list[list]) -> Iterator:
+    return (block for block in chain.from_iterable(zip_longest(*shards)) if block)
+
+
+def _rejected(folders: list[Path]) -> list[Reject]:
+    files = [path.with_name(f"{path.name}.rejected.jsonl") for path in folders]
+    lines = (line for file in files if file.is_file() for line in file.read_text(encoding="utf-8").splitlines())
+    return sorted(Reject(**json.loads(line)) for line in lines)

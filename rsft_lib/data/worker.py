@@ -1,0 +1,269 @@
+"""One of the processes that turn rows into tokens; it imports neither torch nor megatron-core, so it starts quickly."""
+
+import json
+import multiprocessing
+import os
+import re
+import resource
+import signal
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rsft_lib.chat import END_THINK, MODES, ChatTemplate, Span, trained_text
+from rsft_lib.data.encoder import Tokens, best_encoder, encoder
+from rsft_lib.data.records import Row, conversation, parse, tools_of
+from rsft_lib.data.rejects import Reject
+from rsft_lib.lifeline import die_with_parent
+
+# A chat template is somebody's code: one that loops for ever or builds a gigabyte costs its row, not the machine.
+ROW_SECONDS = 10  # of processor time
+EXTRA_MEMORY = 3 << 30  # bytes of address space above what the process has when it starts
+
+PROOF_CHARACTERS = 1 << 20  # of this very dataset, on which encoders are compared
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What decides the tokens of a record, besides tokenizer and template."""
+
+    max_length: int = 16384
+    """Most tokens of a sample."""
+    overlong: str = "drop"
+    """Longer ones are left out ('drop'), cut without an EOS ('truncate'), or end the work ('error')."""
+    turns: str = "all"
+    """Every answer of a conversation is trained ('all') or the last one only ('last')."""
+    control_tokens: str = "reject"
+    """A record whose text spells a control token is refused ('reject'), or the text becomes the token ('allow')."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """What the dataset calls a field, e.g. {'prompt': 'question', 'response': 'answer'}."""
+
+    def __post_init__(self):
+        choices = {"overlong": ("drop", "truncate", "error"), "turns": ("all", "last"),
+                   "control_tokens": ("reject", "allow")}  # fmt: skip
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
+        if self.max_length < 2:
+            raise ValueError(f"max_length is {self.max_length}; a sample has at least 2 tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """All that a worker needs to know."""
+
+    source: str
+    tokenizer_json: str
+    template: ChatTemplate
+    added_tokens: dict[str, int]
+    options: Options
+
+
+@dataclass
+class Block:
+    """The tokens of a list of rows, as `StoreWriter.add_block` takes them, and what became of each row."""
+
+    tokens: NDArray[np.int32]
+    loss_mask: NDArray[np.uint8]
+    lengths: NDArray[np.int32]
+    before: NDArray[np.int32]
+    rejects: list[Reject]
+    counts: Counter
+    modes: dict[str, Counter]
+    size: int
+
+
+class Worker:
+    """Encodes blocks of rows by the rules of a job."""
+
+    def __init__(self, job: Job, row_seconds: float = 0):
+        """`row_seconds` is the longest that a row may take; 0 for no limit, as signals need a process of one's own."""
+        self.job, self.row_seconds, self.encoder = job, row_seconds, None
+        self.modes = {job.added_tokens.get(token): mode for mode, token in MODES.items()}
+        tokens = {token for token in job.added_tokens if token.strip()}
+        self.forbidden = {"assistant": _any_of(tokens - {*MODES.values(), END_THINK}), "": _any_of(tokens)}
+        self.shows_tools = re.search(r"\btools\b", job.template.source) is not None
+
+    def prove(self, rows: list[Row]) -> dict:
+        """Choose the encoder on the texts of `rows`; the facts of `best_encoder`."""
+        texts, left = [], PROOF_CHARACTERS
+        for row in rows:
+            with suppress(ValueError, MemoryError), _time_limit(self.row_seconds):
+                texts.append(self.text(row, Counter())[0][:left])
+                left -= len(texts[-1])
+            if left <= 0:
+                break
+        self.encoder, facts = best_encoder(self.job.tokenizer_json, texts)
+        return facts
+
+    def block(self, rows: list[Row], encoder_name: str) -> Block:
+        """Encode rows; one that cannot be used is returned among the rejects.
+
+        Args:
+            encoder_name: what `prove` chose, here or in another process.
+
+        Raises:
+            ValueError: a sample is too long and `overlong` is 'error'.
+        """
+        if self.encoder is None:
+            self.encoder = encoder(encoder_name, self.job.tokenizer_json)
+        samples, before, rejects = [], [], []
+        counts, modes = Counter(records=len(rows)), defaultdict(Counter)
+        for row in rows:
+            try:
+                with _time_limit(self.row_seconds):
+                    sample = self.sample(row, counts)
+            except (ValueError, MemoryError) as error:
+                rejects.append(Reject(row.number, str(error), _as_text(row.content)))
+                continue
+            before.append(len(sample.ids))
+            mode = self.modes.get(int(sample.ids[sample.loss_mask.argmax()]), "other")
+            if fitted := self.fitted(sample, row, counts, modes[mode]):
+                samples.append(fitted)
+                for counter in (counts, modes[mode]):
+                    counter.update(written=1, tokens=len(fitted.ids), trained_tokens=int((fitted.loss_mask > 0).sum()))
+        counts["rejected"] = len(rejects)
+        return _block(samples, before, rejects, counts, dict(modes), rows)
+
+    def sample(self, row: Row, counts: Counter) -> Tokens:
+        """A row's tokens, however many.
+
+        Raises:
+            ValueError: the row cannot be used.
+        """
+        sample = self.encoder.encode(*self.text(row, counts))
+        trained = np.count_nonzero(sample.loss_mask)
+        if trained in (0, len(sample.ids)):
+            raise ValueError(f"{trained} of {len(sample.ids)} tokens would be trained; is this the right template?")
+        return sample
+
+    def text(self, row: Row, counts: Counter) -> tuple[str, list[Span]]:
+        """A row as text with its trained spans; raises as `sample`."""
+        record, options = parse(row.content), self.job.options
+        messages, tools = conversation(record, options.columns), tools_of(record)
+        if options.control_tokens == "reject":
+            self.refuse_control_tokens(messages, tools)
+        if tools and not self.shows_tools:
+            counts["tools_not_shown"] += 1
+        return trained_text(self.job.template, messages, tools, options.turns)
+
+    def fitted(self, sample: Tokens, row: Row, counts: Counter, mode: Counter) -> Tokens | None:
+        """The sample within `max_length`, or None where it is dropped.
+
+        Raises:
+            ValueError: it is too long and `overlong` is 'error'.
+        """
+        limit = self.job.options.max_length
+        if len(sample.ids) <= limit:
+            return sample
+        if self.job.options.overlong == "error":
+            raise ValueError(
+                f"{self.job.source}:{row.number}: the sample has {len(sample.ids)} tokens, max_length is {limit}; "
+                "raise it, or set overlong to 'drop' or 'truncate'"
+            )
+        cut = Tokens(sample.ids[:limit], sample.loss_mask[:limit])
+        fate = "truncated" if self.job.options.overlong == "truncate" and cut.loss_mask.any() else "dropped"
+        counts[fate] += 1
+        mode[fate] += 1
+        return cut if fate == "truncated" else None
+
+    def refuse_control_tokens(self, messages: list[dict], tools: list | None) -> None:
+        """Text must not become a control token by chance; answers may hold those of thinking.
+
+        Raises:
+            ValueError: a text of the record spells one.
+        """
+        for place, part, role in [*((f"messages[{i}]", m, m["role"]) for i, m in enumerate(messages)),
+                                  ("tools", tools, "")]:  # fmt: skip
+            pattern = self.forbidden.get(role, self.forbidden[""])
+            for text in _texts(part):
+                if found := pattern.search(text):
+                    raise ValueError(
+                        f"{place}: the text holds {found[0]!r} at character {found.start()}, which would become a "
+                        "control token; remove it, or set control_tokens to 'allow'"
+                    )
+
+
+_worker: Worker | None = None
+
+
+def start(job: Job) -> None:
+    """Make this process a worker; it ends with its parent."""
+    global _worker
+    die_with_parent()
+    if os.getppid() != multiprocessing.parent_process().pid:  # it went while this process was starting
+        os._exit(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for the notebook
+    signal.signal(signal.SIGVTALRM, _out_of_time)
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + EXTRA_MEMORY, resource.RLIM_INFINITY))
+    _worker = Worker(job, ROW_SECONDS)
+
+
+def prove(rows: list[Row]) -> dict:
+    """`Worker.prove` in a worker."""
+    return _worker.prove(rows)
+
+
+def encode_block(rows: list[Row], encoder_name: str) -> Block:
+    """`Worker.block` in a worker."""
+    return _worker.block(rows, encoder_name)
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    if not seconds:
+        yield
+        return
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+
+
+def _out_of_time(*_) -> None:
+    raise ValueError(f"the record took more than {ROW_SECONDS} seconds; does the chat template loop for ever?")
+
+
+def _block(samples: list[Tokens], before: list[int], rejects, counts, modes, rows: list[Row]) -> Block:
+    none = Tokens(np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.uint8))
+    ids, masks = zip(none, *samples, strict=True)
+    return Block(
+        tokens=np.concatenate(ids),
+        loss_mask=np.concatenate(masks),
+        lengths=np.array([len(sample.ids) for sample in samples], dtype=np.int32),
+        before=np.array(before, dtype=np.int32),
+        rejects=rejects,
+        counts=counts,
+        modes=modes,
+        size=sum(len(row.content) for row in rows),
+    )
+
+
+def _any_of(tokens: set[str]) -> re.Pattern:
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
+
+
+def _texts(value) -> Iterator[str]:
+    """Every text in a message or a list of tools; names too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            yield key
+            yield from _texts(part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _texts(part)
+
+
+def _as_text(content: bytes | dict) -> str:
+    if isinstance(content, bytes):
+        return content.rstrip(b"\r\n").decode("utf-8", "backslashreplace")
+    return json.dumps(content, ensure_ascii=False, default=str)

@@ -1,0 +1,182 @@
+"""What is read as a record, and what is refused: pytest tests/test_records.py"""
+
+import gzip
+import json
+import subprocess
+import sys
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from rsft_lib.data.records import (
+    LINE_LIMIT,
+    blocks,
+    conversation,
+    parse,
+    read_hub,
+    read_records,
+    read_rows,
+    to_messages,
+)
+
+PAIR = {"instruction": "2 + 2 ?", "output": "<think>\nhm\n</think>\n\n4"}
+MESSAGES = [{"role": "user", "content": PAIR["instruction"]}, {"role": "assistant", "content": PAIR["output"]}]
+LINE = json.dumps(PAIR)
+CALL = {"type": "function", "function": {"name": "add", "arguments": '{"a": 2}'}}
+
+
+def write(folder, name: str):
+    path = folder / name
+    text = json.dumps([PAIR, PAIR]) if ".json" in path.suffixes else f"{LINE}\n{LINE}\n"
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(text.encode()))
+    elif path.suffix == ".zst":
+        with pyarrow.output_stream(str(path), compression="zstd") as file:
+            file.write(text.encode())
+    elif path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([PAIR, PAIR]), path)
+    else:
+        path.write_text(("\ufeff" if "bom" in name else "") + text)
+    return path
+
+
+KINDS = "a.jsonl a.jsonl.gz a.jsonl.zst a.json a.json.gz a.json.zst bom.json bom.jsonl a.parquet"
+
+
+@pytest.mark.parametrize("name", KINDS.split())
+def test_every_kind_of_file_gives_the_same_records_with_their_places(name, tmp_path):
+    path = write(tmp_path, name)
+    assert list(read_records(path)) == [(f"{path}:1", PAIR), (f"{path}:2", PAIR)]
+
+
+def test_a_json_file_that_holds_lines_is_read_as_lines(tmp_path):
+    path = tmp_path / "lines.json"
+    path.write_text(f"{LINE}\n{LINE}\n")
+    assert [record for _, record in read_records(path)] == [PAIR, PAIR]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+def test_a_file_that_was_cut_off_is_named(name, tmp_path):
+    path = write(tmp_path, name)
+    path.write_bytes(path.read_bytes()[:-12])
+    with pytest.raises(ValueError, match=f"{name} cannot be read to its end .* fetch it again"):
+        list(read_records(path))
+
+
+def test_a_folder_of_files_is_read_as_a_dataset_of_the_hub_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    (tmp_path / "set").mkdir()
+    write(tmp_path / "set", "train.jsonl")
+    assert [(row.number, row.content) for row in read_hub(str(tmp_path / "set"), "train", "main")] == [
+        (1, PAIR),
+        (2, PAIR),
+    ]
+    with pytest.raises(FileNotFoundError, match="no dataset with split 'none'"):
+        list(read_hub(str(tmp_path / "set"), "none", "main"))
+
+
+@pytest.mark.parametrize(
+    ("record", "columns"),
+    [
+        (PAIR, None),
+        ({"prompt": PAIR["instruction"], "response": PAIR["output"]}, None),
+        ({"problem": PAIR["instruction"], "solution": PAIR["output"]}, None),
+        ({"messages": MESSAGES}, None),
+        ({"conversations": [{"from": "human", "value": "2 + 2 ?"}, {"from": "gpt", "value": PAIR["output"]}]}, None),
+        ({"question": PAIR["instruction"], "r1": PAIR["output"]}, {"prompt": "question", "response": "r1"}),
+        ({"chat": MESSAGES}, {"messages": "chat"}),
+        ({"messages": [{**MESSAGES[0], "name": None}, MESSAGES[1]]}, None),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "2 + 2 ?"}]}, MESSAGES[1]]}, None),
+    ],
+)
+def test_every_form_of_a_record_is_the_same_conversation(record, columns):
+    assert conversation(record, columns) == MESSAGES
+
+
+def test_tool_calls_need_no_content_and_tool_results_may_be_empty():
+    messages = [
+        MESSAGES[0],
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "content": ""},
+        MESSAGES[1],
+    ]
+    assert conversation({"messages": messages})[1] == {"role": "assistant", "tool_calls": [CALL]}
+
+
+def user(content) -> dict:
+    return {"messages": [{"role": "user", "content": content}, MESSAGES[1]]}
+
+
+BAD = {
+    '{"question": "x", "output": "y"}': r"found the fields \['output', 'question'\], expected one of messages",
+    '{"instruction": "x", "output": "  "}': "output is '  ', expected a text that is not empty",
+    '{"instruction": "x", "output": 4}': "output is 4",
+    '{"instruction": "x", "output": "\\ud800"}': "half of a surrogate pair at character 0",
+    json.dumps({"messages": "hello"}): "messages is str, expected a list",
+    json.dumps({"messages": ["hello"]}): r"messages\[0\] is 'hello', expected an object",
+    json.dumps({"messages": [{"role": "robot", "content": "x"}]}): "role is 'robot', expected one of system, user",
+    json.dumps(user("")): r"messages\[0\].content is '', expected a text",
+    json.dumps(user(None)): r"messages\[0\].content is None, expected a text",
+    json.dumps(user([{"type": "image"}])): r"messages\[0\].content is \[{'type': 'image'}\], expected a text",
+    json.dumps({"messages": [{"role": "assistant", "content": "x", "train": "no"}]}): "train is 'no', expected true",
+    json.dumps({"messages": [{"role": "assistant", "tool_calls": [{}]}]}): "a tool call needs function.name",
+    "{'instruction'": "no JSON",
+    '{"instruction": "cut off': "no JSON",
+    "": "no JSON",
+    "[1, 2]": "found list, expected an object",
+    f"{LINE}{LINE}": "no JSON .Extra data",
+    '{"a": NaN}': "NaN is no JSON number",
+    '{"a": 1, "a": 2}': "'a' stands twice",
+    '{"a": "\x01"}': "no JSON",
+    '{"a": ' + "1" * 5000 + "}": "no JSON",
+    '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}": "no JSON",
+}
+
+
+@pytest.mark.parametrize("line", BAD, ids=lambda line: line[:40])
+def test_a_line_that_cannot_be_used_is_named_with_what_is_wrong(line, tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text(f"{LINE}\n{line}\n{LINE}\n")
+    with pytest.raises(ValueError, match=f"(?s)^{path}:2: .*{BAD[line]}"):
+        for place, record in read_records(path):
+            to_messages(record, place)
+
+
+def test_bytes_that_are_no_utf8_are_refused():
+    with pytest.raises(ValueError, match="no JSON .*codec can't decode byte 0xff"):
+        parse(b'{"instruction": "\xff"}')
+
+
+def test_columns_that_are_not_there_are_named():
+    with pytest.raises(ValueError, match=r"found the fields \['instruction', 'output'\], but `columns` names question"):
+        conversation(PAIR, {"prompt": "question", "response": "output"})
+
+
+def test_an_endless_line_is_refused_and_the_lines_after_it_keep_their_numbers(tmp_path):
+    path = tmp_path / "data.jsonl"
+    with path.open("w") as file:
+        file.write(f"{LINE}\n")
+        for _ in range(65):
+            file.write("x" * (1 << 20))
+        file.write(f"\n{LINE}\n")
+    first, endless, last = read_rows(path)
+    assert (first.number, last.number) == (1, 3) and parse(last.content) == PAIR
+    assert len(endless.content) == LINE_LIMIT + 1
+    with pytest.raises(ValueError, match="the line has over 64 MiB"):
+        parse(endless.content)
+
+
+def test_blocks_hold_every_row_once_and_end_by_records_or_bytes(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(str(10**n) for n in range(100)))
+    rows = list(read_rows(path))
+    cut = list(blocks(iter(rows), records=7, size=200))
+    assert [row for block in cut for row in block] == rows
+    assert max(map(len, cut)) == 7
+    assert all(len(b) == 7 or sum(len(r.content) for r in b) >= 200 for b in cut[:-1])
+
+
+def test_reading_imports_no_torch():
+    code = "import sys, rsft_lib.data.worker; sys.exit('torch' in sys.modules or 'megatron' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0, "workers would take seconds to start"

@@ -1,0 +1,394 @@
+"""Records to a token store, and what becomes of every row: pytest tests/test_tokenize.py"""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from rsft_lib import demo
+from rsft_lib.artifact import verify
+from rsft_lib.chat import LOSS_WEIGHTS, ChatTemplate, encode
+from rsft_lib.data import worker
+from rsft_lib.data.encoder import ReferenceEncoder
+from rsft_lib.data.merge import merge
+from rsft_lib.data.records import Row, read_records, to_messages
+from rsft_lib.data.store import LENGTHS, MASK, TokenStore
+from rsft_lib.data.tokenize import tokenize
+from rsft_lib.data.worker import Job, Options, Worker
+from rsft_lib.tokenizer import load_tokenizer, patch_tokenizer
+
+FILES = ["text_document.bin", "text_document.idx", MASK, LENGTHS, "blocks.npy"]
+GOOD = json.dumps({"instruction": "2 + 2 ?", "output": "<think>\nhm\n</think>\n\n4"})
+
+
+@pytest.fixture(scope="module")
+def patched(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    demo.make_model(folder / "model", seed=0)
+    patch_tokenizer(folder / "model", folder / "patched", {"<|quad_start|>": "<short>"})
+    return folder / "patched"
+
+
+@pytest.fixture(scope="module")
+def problems(tmp_path_factory) -> Path:
+    """Two thousand records, of several blocks."""
+    sources = demo.make_sources(tmp_path_factory.mktemp("problems") / "sources", 1000, seed=0)
+    (sources / "both.jsonl").write_text((sources / "long.jsonl").read_text() + (sources / "short.jsonl").read_text())
+    return sources / "both.jsonl"
+
+
+def lines(folder: Path, *rows: str) -> Path:
+    path = folder / "data.jsonl"
+    path.write_text("".join(f"{row}\n" for row in rows))
+    return path
+
+
+def rejected(folder: Path) -> list[dict]:
+    path = folder.with_name(f"{folder.name}.rejected.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def samples(folder: Path) -> list[tuple[bytes, bytes]]:
+    store = TokenStore(folder)
+    return [(tokens.tobytes(), mask.tobytes()) for tokens, mask in (store[i] for i in range(len(store)))]
+
+
+def same_files(a: Path, b: Path) -> bool:
+    return all((a / name).read_bytes() == (b / name).read_bytes() for name in FILES)
+
+
+def test_a_store_gives_back_ids_and_masks_as_int32_and_refuses_a_mask_of_another_size(patched, tmp_path):
+    tokenize(lines(tmp_path, GOOD), patched, tmp_path / "out", workers=0)
+    store = TokenStore(tmp_path / "out")
+    encoded = encode(load_tokenizer(patched), to_messages(json.loads(GOOD), ""))
+    tokens, mask = store[0]
+    assert tokens.tolist() == encoded.ids and mask.tolist() == encoded.loss_mask and tokens.dtype == "int32"
+    counts = {"written": 1, "tokens": len(tokens), "trained_tokens": int(mask.sum())}
+    assert store.manifest["counts"] == {"records": 1, "rejected": 0, **counts}
+    assert store.manifest["modes"] == {"think": counts}
+    assert store.manifest["control_ids"]["<short>"] == load_tokenizer(patched).convert_tokens_to_ids("<short>")
+    verify(store.folder)
+    with (store.folder / MASK).open("ab") as file:
+        file.write(b"1")
+    with pytest.raises(ValueError, match="tokenize again"):
+        TokenStore(store.folder)
+
+
+def test_any_number_of_workers_and_machines_writes_the_same_bytes(patched, problems, tmp_path):
+    alone = tokenize(problems, patched, tmp_path / "alone", workers=0)
+    assert alone["counts"]["written"] == 2000 and len(np.load(tmp_path / "alone" / "blocks.npy")) > 4
+    tokenize(problems, patched, tmp_path / "two", workers=2)
+    assert same_files(tmp_path / "alone", tmp_path / "two")
+
+    shards = [tmp_path / f"shard{i}" for i in range(3)]
+    for i, shard in enumerate(shards):
+        tokenize(problems, patched, shard, workers=0, shard=(i, 3))
+    merge([shards[2], shards[0], shards[1]], tmp_path / "merged")
+    assert same_files(tmp_path / "alone", tmp_path / "merged")
+    manifests = [json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("alone", "merged")]
+    assert manifests[0] == manifests[1]
+
+
+def test_shards_that_are_no_whole_are_refused(patched, problems, tmp_path):
+    for i in range(2):
+        tokenize(problems, patched, tmp_path / f"s{i}", workers=0, shard=(i, 2))
+    tokenize(problems, patched, tmp_path / "other", 100, workers=0, shard=(1, 2))
+    for shards, message in [
+        (["s0"], "s0 is shard 0 of 2, expected 0 of 1"),
+        (["s0", "s0"], "s0 is shard 0 of 2, expected 1 of 2"),
+        (["s0", "other"], "other and .*s0 differ in options"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            merge([tmp_path / name for name in shards], tmp_path / "out")
+    with pytest.raises(ValueError, match=r"shard is \(2, 2\)"):
+        tokenize(problems, patched, tmp_path / "out", shard=(2, 2))
+    assert not (tmp_path / "out").exists()
+
+
+def test_rejected_rows_of_shards_come_together_in_order(patched, problems, tmp_path):
+    rows = problems.read_text().splitlines()
+    for place in (3, 600, 1500, 1501):
+        rows[place - 1] = "no JSON"
+    data = lines(tmp_path, *rows)
+    tokenize(data, patched, tmp_path / "alone", workers=0, reject_limit=0.01)
+    for i in range(2):
+        tokenize(data, patched, tmp_path / f"s{i}", workers=0, shard=(i, 2), reject_limit=0.01)
+    merge([tmp_path / "s0", tmp_path / "s1"], tmp_path / "merged", reject_limit=0.01)
+    assert rejected(tmp_path / "merged") == rejected(tmp_path / "alone")
+    assert [row["line"] for row in rejected(tmp_path / "merged")] == [3, 600, 1500, 1501]
+    assert same_files(tmp_path / "alone", tmp_path / "merged")
+
+
+def test_what_is_there_from_the_same_inputs_is_kept_and_anything_else_is_made_anew(patched, tmp_path, capsys):
+    def inode(**options):
+        tokenize(data, patched, tmp_path / "out", workers=0, **options)
+        return (tmp_path / "out" / "manifest.json").stat().st_ino
+
+    data = lines(tmp_path, GOOD)
+    first = inode()
+    assert inode() == first and "there already" in capsys.readouterr().out
+    changed = inode(max_length=999)
+    assert changed != first
+    lines(tmp_path, GOOD, GOOD)
+    assert inode(max_length=999) != changed and len(TokenStore(tmp_path / "out")) == 2
+    with (tmp_path / "out" / MASK).open("r+b") as file:
+        file.write(b"\x09")
+    inode(max_length=999)
+    verify(tmp_path / "out")
+
+
+def test_missing_files_and_options_that_do_not_exist_are_named(patched, tmp_path):
+    with pytest.raises(FileNotFoundError, match="data file: .*none.jsonl does not exist"):
+        tokenize(tmp_path / "none.jsonl", patched, tmp_path / "out")
+    data = lines(tmp_path, GOOD)
+    for option, message in [
+        ({"overlong": "cut"}, "overlong is 'cut'; choose one of drop, truncate, error"),
+        ({"turns": "first"}, "turns is 'first'; choose one of all, last"),
+        ({"reject_limit": 2}, "reject_limit is 2; it is a share"),
+        ({"max_length": 1}, "max_length is 1"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            tokenize(data, patched, tmp_path / "out", **option, workers=0)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["data.jsonl"]
+
+
+# Rows that cannot be used
+
+
+def test_bad_rows_are_kept_with_their_reason_and_too_many_end_the_work(patched, tmp_path):
+    data = lines(tmp_path, *[GOOD] * 3, '{"instruction": "x"}', *[GOOD] * 6)
+    with pytest.raises(ValueError, match=f"(?s)^{data}:4: found the fields .*1 of 10 records are rejected, .* 9.00%"):
+        tokenize(data, patched, tmp_path / "out", workers=0, reject_limit=0.09)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["data.jsonl", "out.rejected.jsonl"]
+    tokenize(data, patched, tmp_path / "out", workers=0, reject_limit=0.1)
+    (row,) = rejected(tmp_path / "out")
+    assert row["line"] == 4 and "found the fields" in row["reason"] and row["record"] == '{"instruction": "x"}'
+    assert len(samples(tmp_path / "out")) == 9
+
+    tokenize(lines(tmp_path, GOOD), patched, tmp_path / "out", workers=0)
+    assert rejected(tmp_path / "out") == []
+
+
+def test_a_file_of_bad_rows_is_not_read_to_its_end(patched, tmp_path):
+    data = lines(tmp_path, *["{}"] * 5000)
+    with pytest.raises(ValueError, match=r"1024 of 1024 records are rejected"):
+        tokenize(data, patched, tmp_path / "out", workers=0, reject_limit=0.01)
+
+
+SMUGGLED = [
+    {"instruction": f"x{demo.EOS}<｜Assistant｜>y", "output": "<short>4"},
+    {"instruction": "is <think> a tag?", "output": "<short>4"},
+    {"instruction": "x", "output": "<short>4<｜User｜>and now?"},
+    {"messages": [{"role": "user", "content": "x"}, {"role": "tool", "content": demo.BOS},
+                  {"role": "assistant", "content": "<short>4"}]},
+    {"instruction": "x", "output": "<short>4", "tools": [{"name": "<short>"}]},
+]  # fmt: skip
+
+
+def test_text_does_not_become_a_control_token_unless_allowed(patched, tmp_path):
+    data = lines(tmp_path, GOOD, *map(json.dumps, SMUGGLED[:3]))
+    tokenize(data, patched, tmp_path / "out", workers=0, reject_limit=1)
+    assert [row["line"] for row in rejected(tmp_path / "out")] == [2, 3, 4]
+    assert "'<｜end▁of▁sentence｜>' at character 1" in rejected(tmp_path / "out")[0]["reason"]
+    tokenize(data, patched, tmp_path / "out", workers=0, control_tokens="allow")
+    assert len(samples(tmp_path / "out")) == 4
+
+    for record in SMUGGLED:
+        assert "would become a control token" in reason(patched, record)
+
+
+def reason(tokenizer: Path, record: dict, template: str = "", row_seconds: float = 0) -> str:
+    """Why a worker rejects a record."""
+    loaded = load_tokenizer(tokenizer)
+    job = Job(
+        source="data.jsonl",
+        tokenizer_json=loaded.backend_tokenizer.to_str(),
+        template=ChatTemplate(template or loaded.chat_template, loaded.special_tokens_map),
+        added_tokens=loaded.get_added_vocab(),
+        options=Options(),
+    )
+    (reject,) = Worker(job, row_seconds).block([Row(1, record)], ReferenceEncoder.name).rejects
+    return reject.reason
+
+
+def test_a_mask_of_nothing_or_of_everything_is_refused(patched):
+    everything = "{% generation %}{% for m in messages %}{{ m.content }}{% endfor %}{{ eos_token }}{% endgeneration %}"
+    assert "tokens would be trained; is this the right template?" in reason(patched, json.loads(GOOD), everything)
+
+
+def test_a_template_that_never_ends_costs_its_row_and_not_the_work(patched):
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    before = signal.signal(signal.SIGVTALRM, worker._out_of_time)
+    try:
+        began = time.process_time()
+        assert "does the chat template loop for ever?" in reason(patched, json.loads(GOOD), endless, row_seconds=0.3)
+    finally:
+        signal.signal(signal.SIGVTALRM, before)
+    assert time.process_time() - began < 5
+
+
+def test_a_template_that_builds_gigabytes_costs_its_row_and_not_the_machine(patched, tmp_path):
+    huge = tmp_path / "huge"
+    huge.mkdir()
+    for path in patched.iterdir():
+        (huge / path.name).write_bytes(path.read_bytes())
+    template = (
+        load_tokenizer(patched).chat_template + "{% if '3' in messages[0].content %}{{ 'a' * 10**10 }}{% endif %}"
+    )
+    (huge / "chat_template.jinja").write_text(template)
+    data = lines(tmp_path, GOOD, GOOD.replace("2 + 2", "3 + 1"), GOOD)
+    tokenize(data, huge, tmp_path / "out", workers=1, reject_limit=0.5)
+    (row,) = rejected(tmp_path / "out")
+    assert row["line"] == 2 and "MemoryError" in row["reason"]
+
+
+# Over-long samples
+
+
+def test_an_exact_fit_is_not_overlong_and_each_policy_does_what_it_says(patched, tmp_path):
+    short, long = GOOD, GOOD.replace("hm", "hm " * 40)
+    data = lines(tmp_path, short, long)
+    whole = tokenize(data, patched, tmp_path / "whole", workers=0)
+    lengths = TokenStore(tmp_path / "whole").lengths.tolist()
+    assert len(lengths) == 2 and "dropped" not in whole["counts"]
+    tokenize(data, patched, tmp_path / "exact", lengths[1], workers=0)
+    assert same_files(tmp_path / "whole", tmp_path / "exact")
+
+    for policy, count, written in [("drop", "dropped", lengths[:1]), ("truncate", "truncated", [lengths[0], 60])]:
+        facts = tokenize(data, patched, tmp_path / policy, 60, workers=0, overlong=policy)
+        store = TokenStore(tmp_path / policy)
+        assert facts["counts"][count] == facts["modes"]["think"][count] == 1 and store.lengths.tolist() == written
+        assert np.load(tmp_path / policy / LENGTHS).tolist() == lengths
+    tokens, mask = store[1]
+    uncut, uncut_mask = TokenStore(tmp_path / "whole")[1]
+    assert (tokens == uncut[:60]).all() and (mask == uncut_mask[:60]).all() and tokens[-1] != store.manifest["eos_id"]
+    for workers in (0, 1):
+        with pytest.raises(ValueError, match=f"^{data}:2: the sample has {lengths[1]} tokens, max_length is 60; raise"):
+            tokenize(data, patched, tmp_path / "error", 60, workers=workers, overlong="error")
+
+
+def test_a_prompt_longer_than_the_limit_is_dropped_also_when_cutting(patched, tmp_path):
+    data = lines(tmp_path, GOOD, GOOD.replace("2 + 2", "2 + 2 " * 40))
+    facts = tokenize(data, patched, tmp_path / "out", 60, workers=0, overlong="truncate")
+    assert facts["counts"]["dropped"] == 1 and "truncated" not in facts["counts"]
+    with pytest.raises(ValueError, match="none of 2 records fits into max_length 5 tokens"):
+        tokenize(data, patched, tmp_path / "none", 5, workers=0)
+
+
+def test_one_token_answers_several_turns_and_weights_are_stored(patched, tmp_path):
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "4", "weight": 0.5}]
+    data = lines(tmp_path, json.dumps({"messages": messages + messages}))
+    tokenize(data, patched, tmp_path / "out", workers=0)
+    store = TokenStore(tmp_path / "out")
+    assert store.weights[store[0][1]].tolist().count(0.5) == 4  # twice the answer and its end
+    tokenize(data, patched, tmp_path / "out", workers=0, turns="last")
+    assert (TokenStore(tmp_path / "out")[0][1] > 0).sum() == 2
+    assert store.weights is LOSS_WEIGHTS
+
+
+# Ten thousand mutated lines
+
+
+def mutated(line: bytes, rng: random.Random) -> bytes:
+    """A line with bytes flipped, cut, doubled or put in; never with a line break."""
+    out = bytearray(line)
+    for _ in range(rng.randint(1, 3)):
+        place = rng.randrange(len(out) + 1)
+        kind = rng.randrange(6)
+        if kind == 0 and place < len(out):
+            out[place] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            del out[place:]
+        elif kind == 2:
+            del out[place : place + rng.randint(1, 8)]
+        elif kind == 3:
+            out[place:place] = rng.choice([b"NaN", b"\\ud800", b'"', b"{", b"\xff", b"<think>", "｜".encode(), b"\x00"])
+        elif kind == 4:
+            out[place:place] = out[max(0, place - 20) : place]
+        else:
+            out[:] = out.replace(rng.choice([b"output", b"instruction", b": ", b"</think>"]), b"", 1)
+    return bytes(byte for byte in out if byte not in b"\r\n")
+
+
+def test_every_mutated_row_is_written_rejected_or_dropped_and_no_other_is_touched(patched, problems, tmp_path):
+    rng, good = random.Random(0), problems.read_bytes().splitlines()
+    rows = [mutated(rng.choice(good), rng) for _ in range(10_000)]
+    data = tmp_path / "data.jsonl"
+    data.write_bytes(b"".join(row + b"\n" + good[i % len(good)] + b"\n" for i, row in enumerate(rows)))
+    tokenize(problems, patched, tmp_path / "good", workers=0)
+    longest = int(TokenStore(tmp_path / "good").lengths.max())
+    facts = tokenize(data, patched, tmp_path / "out", longest, workers=2, reject_limit=1)
+    counts = facts["counts"]
+    assert counts["records"] == 20_000 == counts["written"] + counts["rejected"] + counts["dropped"]
+    assert counts["rejected"] > 2000 and counts["written"] > 11_000 and counts["dropped"] > 0
+
+    lost = {row["line"] for row in rejected(tmp_path / "out")}
+    assert len(lost) == counts["rejected"] and all(line % 2 for line in lost)
+    accepted = [line for line in range(1, 20_001) if line not in lost]
+    lengths = np.load(tmp_path / "out" / LENGTHS)
+    kept = [line for line, length in zip(accepted, lengths, strict=True) if length <= longest]
+    found = {line: sample for line, sample in zip(kept, samples(tmp_path / "out"), strict=True) if line % 2 == 0}
+    expected = samples(tmp_path / "good")
+    assert found == {2 * i + 2: expected[i % len(good)] for i in range(10_000)}
+
+
+# Whoever is killed
+
+
+def test_a_killed_worker_ends_the_work_with_an_error_and_leaves_nothing(patched, problems, tmp_path, monkeypatch):
+    def killing(encoded, data):
+        for block in encoded:
+            for child in psutil.Process().children():
+                if "spawn_main" in " ".join(child.cmdline()):
+                    child.kill()
+            yield block
+
+    monkeypatch.setattr("rsft_lib.data.tokenize._progress", killing)
+    with pytest.raises(RuntimeError, match="a tokenizing process was killed"):
+        tokenize(problems, patched, tmp_path / "out", workers=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+SCRIPT = """
+import sys
+if __name__ == "__main__":
+    from rsft_lib.data.tokenize import tokenize
+    tokenize(*sys.argv[1:4], workers=2)
+"""
+
+
+def test_a_killed_run_leaves_no_result_and_no_process_and_can_be_run_again(patched, problems, tmp_path):
+    (tmp_path / "run.py").write_text(SCRIPT)
+    big = tmp_path / "big.jsonl"
+    big.write_bytes(problems.read_bytes() * 50)
+    process = subprocess.Popen([sys.executable, tmp_path / "run.py", big, patched, tmp_path / "out"])
+    while not any(tmp_path.glob(".out.tmp-*/*.bin")) or not next(tmp_path.glob(".out.tmp-*/*.bin")).stat().st_size:
+        time.sleep(0.02)
+        assert process.poll() is None
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "out").exists()
+    deadline = time.monotonic() + 10
+    while any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children):
+        assert time.monotonic() < deadline, "workers outlive the run"
+        time.sleep(0.05)
+    tokenize(problems, patched, tmp_path / "out", workers=0)
+    assert len(TokenStore(tmp_path / "out")) == 2000
+    assert sorted(p.name for p in tmp_path.glob("[!.]*")) == ["big.jsonl", "out", "run.py"]
+
+
+def test_read_records_and_tokenize_agree_on_places(tmp_path, patched):
+    data = lines(tmp_path, GOOD, "nonsense")
+    with pytest.raises(ValueError) as by_reading:
+        list(read_records(data))
+    with pytest.raises(ValueError) as by_tokenizing:
+        tokenize(data, patched, tmp_path / "out", workers=0)
+    assert str(by_tokenizing.value).startswith(str(by_reading.value))
