@@ -94,11 +94,10 @@ def test_patching_renames_the_token_everywhere_keeps_its_id_and_leaves_the_sourc
     assert patch_template(patch_template(demo.R1_CHAT_TEMPLATE)) == patch_template(demo.R1_CHAT_TEMPLATE)
 
 
-def test_a_tokenizer_that_cannot_be_patched_is_refused_and_nothing_is_left(model, patched, tmp_path):
+def test_a_tokenizer_that_cannot_be_patched_is_refused_and_nothing_is_left(model, tmp_path):
     for source, replacements, message in [
         (model, {"<none>": "<short>"}, "no added token '<none>' to replace; there are"),
         (model, {"<|quad_start|>": "<think>"}, "'<think>' is a token already"),
-        (patched, SHORT, "is this folder patched"),
     ]:
         with pytest.raises(ValueError, match=message):
             patch_tokenizer(source, tmp_path / "out", replacements)
