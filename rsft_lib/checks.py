@@ -31,6 +31,12 @@ class Checks(list[Check]):
     def failed(self) -> list[Check]:
         return [check for check in self if check.passed is False]
 
+    def require(self, what: str) -> None:
+        """Raise a ValueError that names every check that failed, and begins with `what`."""
+        if self.failed:
+            found = "\n".join(f"  {check.name}: {check.detail}" for check in self.failed)
+            raise ValueError(f"{what} breaks the contract between training and serving (notebook 01):\n{found}")
+
     def run(self, name: str, check: Callable[..., str], *arguments) -> bool:
         """Add a check: what `check` returns is the detail of a success, its ValueError that of a failure."""
         try:

@@ -17,13 +17,14 @@ from pathlib import Path
 from rsft_lib.chat import END_THINK, MODES, SHORT, THINK, encode, prompt_ids
 from rsft_lib.checks import Check, Checks, Skip
 from rsft_lib.lifeline import die_with_parent
-from rsft_lib.sandbox import SECONDS, limited
+from rsft_lib.sandbox import SECONDS, end_after, limited
 from rsft_lib.templates import is_ours
 from rsft_lib.tokenizer import load_tokenizer
 
 ANSWERS = {"think": f"{THINK}\nTwo and two.\n{END_THINK}\n\nFour.", "short": f"{SHORT}Four."}
 USER = {"role": "user", "content": "How many are 2 + 2?"}
 THOUGHT, AT_ONCE = ({"role": "assistant", "content": answer} for answer in ANSWERS.values())
+DEADLINE = 60  # seconds for all checks by the clock, in a process that has to start first
 CHAT = [{"role": "system", "content": "Be brief."}, USER, THOUGHT, USER, AT_ONCE]
 
 
@@ -68,7 +69,7 @@ def _check_mask(checks: Checks, tokenizer) -> None:
 
 
 def _check_elsewhere(folder: Path) -> Checks:
-    """Run the checks in a process with limits, which is watched from here for what its own limits do not end."""
+    """Run the checks in a process with limits, which is watched from here as well: it could sleep."""
     command = [sys.executable, "-m", "rsft_lib.template_checks", str(folder)]
     try:
         done = subprocess.run(
@@ -76,14 +77,15 @@ def _check_elsewhere(folder: Path) -> Checks:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=6 * SECONDS,
+            timeout=DEADLINE,
             preexec_fn=die_with_parent,
         )
     except subprocess.TimeoutExpired:
-        return _not_rendered(f"no end after {6 * SECONDS} seconds; the template may loop for ever")
+        return _not_rendered(f"there was no end after {DEADLINE} seconds")
+    if done.returncode < 0:
+        return _not_rendered(f"it was ended by signal {-done.returncode} after more than {SECONDS} seconds")
     if done.returncode:
-        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        return _not_rendered(said[-1])
+        return _not_rendered((done.stderr.strip().splitlines() or ["it failed without a word"])[-1])
     return Checks(Check(**check) for check in json.loads(done.stdout))
 
 
@@ -229,6 +231,7 @@ CHECKS = ["template renders", "prompt begins text", "thought survives", "BOS onc
 def main() -> None:
     folder = Path(sys.argv[1])
     tokenizer = load_tokenizer(folder)
+    end_after(2 * SECONDS)
     try:
         with limited("rendering the template"):
             checks = _check(tokenizer)
