@@ -21,8 +21,8 @@ FILES = [
     "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "config.json", "generation_config.json",
 ]  # fmt: skip
 
-# Where tokenizer files list or name tokens that are special beside BOS, EOS and padding; a control token is none.
-SPECIAL_LISTS = {"additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens"}
+# Where tokenizer files list the tokens that are special beside BOS, EOS and padding; a control token is none.
+SPECIAL_LISTS = {"additional_special_tokens", "extra_special_tokens"}
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
@@ -183,16 +183,18 @@ def _is_llama(config: dict, folder: Path) -> bool:
 
 
 def _renamed(node, replacements: dict[str, str], key: str = ""):
-    """`node` with tokens renamed wherever one is a whole string, key or value, and no longer special."""
+    """`node` with tokens renamed wherever one is a whole string, key or value, and no longer special.
+
+    `merges` are left out, since no added token is made of others.
+    """
     if isinstance(node, str):
         return replacements.get(node, node)
+    if key == "merges" or not isinstance(node, list | dict):
+        return node
     if isinstance(node, list):
         kept = [item for item in node if key not in SPECIAL_LISTS or not _names(item, replacements)]
         return [_renamed(item, replacements) for item in kept]
-    if not isinstance(node, dict):
-        return node
-    kept = {k: v for k, v in node.items() if key not in SPECIAL_LISTS or not _names(v, replacements)}
-    renamed = {replacements.get(k, k): _renamed(v, replacements, k) for k, v in kept.items()}
+    renamed = {replacements.get(k, k): _renamed(v, replacements, k) for k, v in node.items()}
     if "special" in node and renamed.get("content") in replacements.values():
         renamed |= {flag: False for flag in ("special", "lstrip", "rstrip", "single_word") if flag in node}
     return renamed
@@ -221,11 +223,13 @@ def _check_patched(folder: Path, expected: dict[str, int], size: int) -> dict[st
         raise ValueError(f"{folder}: {len(after)} tokens, the source has {size}; a file names a token elsewhere too")
     found = {t: after(t, add_special_tokens=False)["input_ids"] for t in [*MODES.values(), END_THINK, *expected]}
     for token, ids in found.items():
-        if len(ids) != 1 or ids[0] != expected.get(token, ids[0]):
+        if len(ids) != 1:
             raise ValueError(
-                f"{token!r} should be one token{f', {expected[token]},' * (token in expected)} but is {ids}; an unused "
-                f"token can become it: add `unused token -> {token}` to the replacements"
+                f"{token!r} should be one token but is {ids}: let an unused one become it, by adding "
+                f"`unused token -> {token}` to the replacements"
             )
+        if ids[0] != expected.get(token, ids[0]):
+            raise ValueError(f"{folder}: {token!r} should have id {expected[token]} and has {ids[0]}")
     return {token: ids[0] for token, ids in found.items()}
 
 
