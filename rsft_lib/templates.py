@@ -90,7 +90,8 @@ def _apply(edit: Edit, template: str, family: Family) -> str:
             f"the chat template looks like that of {family.name}, but the edit {edit.name!r} does not find "
             f"{edit.start if start < 0 else edit.end!r} in it. {BY_HAND}"
         )
-    return template[:start] + edit.text + template[stop:]
+    there = template[start:stop].strip() == edit.text.strip()
+    return template if there else template[:start] + edit.text + template[stop:]
 
 
 def _statements(template: str) -> list[str]:
