@@ -245,7 +245,8 @@ ATTACKS = {
     "a loop without end": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "a gigabyte": "{{ 'a' * 10**9 }}",
     "a gigabyte bit by bit": "{% for i in range(99999) %}{{ 'a' * 10**5 }}{% endfor %}",
-    "one call that never ends": "{{ 7 ** (7 ** 11) }}",
+    "one comparison that never ends": "{% set ns = namespace(a=[0], b=[0]) %}{% for i in range(60) %}"
+    "{% set ns.a = [ns.a, ns.a] %}{% set ns.b = [ns.b, ns.b] %}{% endfor %}{{ ns.a == ns.b }}",
 }
 
 

@@ -54,7 +54,7 @@ def by_hand(chat: list[dict], tools: list[dict], header: str) -> list[tuple[str,
 
 
 def answer_by_hand(message: dict) -> str:
-    thought, calls = message.get("reasoning_content"), []
+    content, thought, calls = message.get("content") or "", message.get("reasoning_content"), []
     for call in message.get("tool_calls") or []:
         arguments = call["function"]["arguments"]
         text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
@@ -62,7 +62,8 @@ def answer_by_hand(message: dict) -> str:
             f"<｜tool▁call▁begin｜>{call['type']}<｜tool▁sep｜>{call['function']['name']}\n```json\n{text}\n```<｜tool▁call▁end｜>"
         )
     written = f"<｜tool▁calls▁begin｜>{chr(10).join(calls)}<｜tool▁calls▁end｜>" if calls else ""
-    return (f"<think>\n{thought}\n</think>\n\n" if thought else "") + (message.get("content") or "") + written
+    thought = f"<think>\n{thought}\n</think>\n\n" if thought and "</think>" not in content else ""
+    return thought + content + written
 
 
 def random_chat(rng: random.Random) -> list[dict]:
@@ -75,7 +76,7 @@ def random_chat(rng: random.Random) -> list[dict]:
             )
             chat += [{"role": "tool", "content": rng.choice(HARD)} for _ in chat[-1]["tool_calls"]]
         chat.append({"role": "assistant", "content": rng.choice(HARD)})
-        if rng.random() < 0.2 and "</think>" not in chat[-1]["content"]:
+        if rng.random() < 0.2:
             chat[-1]["reasoning_content"] = "in a field of its own"
     return chat
 

@@ -101,7 +101,7 @@ def test_every_file_names_the_new_token_where_it_named_the_old_one_and_says_no_m
 
 
 def test_nothing_else_in_the_tokenizer_changes(source, patched):
-    before, after = ((folder / "tokenizer.json").read_text("utf-8").splitlines() for folder in (source, patched))
+    before, after = ((folder / "tokenizer.json").read_text("utf-8").split("\n") for folder in (source, patched))
     changed = [new.strip() for old, new in zip(before, after, strict=True) if old != new]
     assert changed == ['"content": "<short>",', '"special": false']
 
@@ -131,6 +131,12 @@ def test_the_source_is_untouched_and_only_files_of_the_tokenizer_are_copied(sour
     patch_tokenizer(crowded, tmp_path / "out", SHORT)
     assert hashes(crowded) == before
     assert hashes(tmp_path / "out").keys() == hashes(source).keys() | {"manifest.json"}
+
+
+def test_a_file_that_names_no_token_is_copied_byte_for_byte(model, tmp_path):
+    (model / "generation_config.json").write_text('{"eos_token_id":426 , "top_p": 1e0}')
+    patch_tokenizer(model, tmp_path / "out", SHORT)
+    assert (tmp_path / "out" / "generation_config.json").read_text() == '{"eos_token_id":426 , "top_p": 1e0}'
 
 
 def test_patching_twice_gives_the_same_bytes(source, patched):
