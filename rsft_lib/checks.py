@@ -4,6 +4,8 @@ import html
 from collections.abc import Callable
 from dataclasses import dataclass
 
+SHOWN = 1000  # characters of a detail; a template can write any number
+
 MARKS = {True: "ok", False: "FAIL", None: "-"}
 STYLES = {
     True: "background:#0b4f8a;color:#ffffff", False: "background:#8a1c0b;color:#ffffff",
@@ -44,7 +46,7 @@ class Checks(list[Check]):
         except Skip as reason:
             self.append(Check(name, None, str(reason)))
         except ValueError as error:
-            self.append(Check(name, False, str(error)))
+            self.append(Check(name, False, str(error)[:SHOWN]))
         return bool(self[-1].passed)
 
     def __repr__(self) -> str:

@@ -36,6 +36,7 @@ def calling(arguments) -> list[dict]:
 
 
 TOOLS = calling('{"numbers": [2, 2]}') * 2
+TOOL = {"type": "function", "function": {"name": "add", "description": "Add numbers.", "parameters": {}}}
 
 
 def check_template(folder: Path, tokenizer) -> Checks:
@@ -173,7 +174,9 @@ def _tool_calls(tokenizer) -> str:
             raise ValueError(f"turn {end} is served after {tokenizer.decode(prompt)!r}, which training never shows")
     if _text(tokenizer, calling({"numbers": [2, 2]}) * 2) != _text(tokenizer, TOOLS):
         raise ValueError("arguments as an object, as servers pass them, are not written as those that come as text")
-    return "trained to their end; results and headers are not"
+    if TOOL["function"]["description"] not in _text(tokenizer, [USER], tools=[TOOL]):
+        raise ValueError("the template does not write the tools of a conversation, so the model is not told of them")
+    return "tools are told; calls are trained to their end, results are not"
 
 
 def _mask_as_marked(tokenizer) -> str:
@@ -187,8 +190,8 @@ def _mask_as_marked(tokenizer) -> str:
     return f"{sum(mask)} tokens are trained, those that the template marks"
 
 
-def _text(tokenizer, chat: list[dict], prompt: bool = False) -> str:
-    return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt)
+def _text(tokenizer, chat: list[dict], prompt: bool = False, tools: list[dict] | None = None) -> str:
+    return tokenizer.apply_chat_template(chat, tools=tools, tokenize=False, add_generation_prompt=prompt)
 
 
 def _ids(tokenizer, chat: list[dict]) -> list[int]:

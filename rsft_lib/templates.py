@@ -1,4 +1,9 @@
-"""What the kit knows of chat templates: the stock ones it makes ready for training, and the edits of each."""
+"""What the kit knows of chat templates: the stock ones it makes ready for training, and the edits of each.
+
+Patched templates mark what the assistant writes with the tag `{% generation %}`. transformers, and what renders with it
+(vLLM, other trainers), read the loss mask from it. It writes nothing: for an engine of plain Jinja, which does not know
+it, take the tag and `{% endgeneration %}` out, and the text is the same.
+"""
 
 import difflib
 from dataclasses import dataclass
@@ -69,9 +74,9 @@ def recognise(template: str) -> Family:
     raise ValueError(f"the chat template is none that this kit can edit, which are those of {known}. {BY_HAND}")
 
 
-def is_ours(template: str) -> bool:
+def is_ours(template) -> bool:
     """Whether this very text has been read by whoever made the kit, so that it may run without limits."""
-    return template in OURS
+    return isinstance(template, str) and template in OURS
 
 
 def template_diff(before: str, after: str) -> str:

@@ -220,6 +220,17 @@ def test_a_mask_that_is_not_what_the_template_marks_is_found(sound, monkeypatch)
     assert [check.name for check in check_contract(sound).failed] == ["mask as marked"]
 
 
+def test_a_template_that_drops_the_tools_is_found(folder):
+    assert broken(folder, template("{%- if tools %}", "{%- if false %}")) == {"tool calls"}
+
+
+def test_a_folder_without_a_template_or_with_several_is_no_crash(folder):
+    assert broken(folder, lambda place: (place / "chat_template.jinja").unlink()) == {"template renders"}
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "other.jinja").write_text("x")
+    assert "template renders" in {check.name for check in check_contract(folder).failed}
+
+
 def test_the_stock_template_fails_because_it_strips_the_chain_of_thought(folder):
     failed = broken(folder, lambda place: (place / "chat_template.jinja").write_text(R1_CHAT_TEMPLATE, "utf-8"))
     assert failed == {"prompt begins text", "thought survives"}
