@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from rsft_lib.artifact import new_folder
 from rsft_lib.paths import resolve
+from rsft_lib.templates import R1_CHAT_TEMPLATE
 
 MODEL, SOURCES = "assets/checkpoints/tiny", "assets/data/tiny"  # where notebooks 01 and 03 make them
 TINY = {  # settings of rsft_lib.training.config.TrainConfig that suit this model
@@ -24,9 +25,6 @@ SPECIAL = {  # as in DeepSeek-R1-Distill-Qwen: the token, and whether it is a sp
     EOS: True, "<｜User｜>": False, "<｜Assistant｜>": False, BOS: True, "<|EOT|>": False,
     "<think>": False, "</think>": False, "<|quad_start|>": True, "<|quad_end|>": True,
 }  # fmt: skip
-
-# DeepSeek-R1's stock template, MIT licence: https://huggingface.co/deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B
-R1_CHAT_TEMPLATE = (Path(__file__).parent / "r1_chat_template.jinja").read_text(encoding="utf-8")
 
 # How Qwen2's tokenizer cuts text into words: https://huggingface.co/Qwen/Qwen2-0.5B, tokenizer.json
 QWEN2_WORDS = (

@@ -1,0 +1,62 @@
+"""Limits for code that came with data: a chat template is a program, and one from elsewhere may never end."""
+
+import math
+import os
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+SECONDS, MEMORY = 4, 512 << 20  # a thousand times what rendering a conversation takes
+
+
+@contextmanager
+def limited(what: str, seconds: int = SECONDS, memory: int = MEMORY) -> Iterator[None]:
+    """Run the block with so many seconds of CPU time, and bytes of memory beside those that the process has.
+
+    Both hold for the whole process, so use it in one that does nothing else meanwhile, and in its main thread. Time is
+    counted by the kernel in whole seconds. A single call into C, such as a power of huge numbers, is not cut short;
+    `end_after` is for that.
+
+    Raises:
+        ValueError: the block needs more; the message begins with `what`.
+    """
+    space, processor = resource.getrlimit(resource.RLIMIT_AS), resource.getrlimit(resource.RLIMIT_CPU)
+    before = signal.signal(signal.SIGXCPU, _out_of_time)
+    resource.setrlimit(resource.RLIMIT_CPU, (_lower(math.ceil(_cpu_seconds()) + seconds, processor[1]), processor[1]))
+    resource.setrlimit(resource.RLIMIT_AS, (_lower(_address_space() + memory, space[1]), space[1]))
+    try:
+        yield
+    except TimeoutError:
+        raise ValueError(f"{what} takes more than {seconds} seconds") from None
+    except MemoryError:
+        raise ValueError(f"{what} takes more than {memory >> 20} MiB of memory") from None
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, space)
+        resource.setrlimit(resource.RLIMIT_CPU, processor)
+        signal.signal(signal.SIGXCPU, before)
+
+
+def end_after(seconds: int) -> None:
+    """Have the kernel kill this process when it has used so many more seconds of CPU time, whatever it does then."""
+    hard = math.ceil(_cpu_seconds()) + seconds
+    resource.setrlimit(resource.RLIMIT_CPU, (hard, hard))
+
+
+def _out_of_time(number, frame) -> None:
+    raise TimeoutError
+
+
+def _lower(limit: int, hard: int) -> int:
+    return limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+
+
+def _cpu_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+def _address_space() -> int:
+    """Bytes of address space of this process (proc(5): the first number of statm, in pages)."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
