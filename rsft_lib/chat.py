@@ -75,6 +75,8 @@ class ChatTemplate:
                 return_assistant_tokens_mask=marked,
                 **self.special_tokens,
             )
+        except TimeoutError:  # of rsft_lib.sandbox
+            raise
         except Exception as error:  # a template is code and raises what it likes
             raise ValueError(f"the chat template fails on this conversation ({error!r})") from error
         return texts[0], _joined(blocks[0]) if marked else []
@@ -155,13 +157,13 @@ def across_edge(token: str, place: int) -> str:
     )
 
 
-def prompt_ids(tokenizer, messages: list[dict], mode: str | None = None) -> list[int]:
+def prompt_ids(tokenizer, messages: list[dict], mode: str | None = None, tools: list[dict] | None = None) -> list[int]:
     """Token ids to generate from: the conversation, the assistant's header and the mode's control token.
 
     Args:
         mode: 'think' or 'short'; None leaves the choice to the model.
     """
-    text = ChatTemplate.of(tokenizer).render(messages, prompt=True)
+    text = ChatTemplate.of(tokenizer).render(messages, tools, prompt=True)
     return tokenizer(text + (MODES[mode] if mode else ""), add_special_tokens=False)["input_ids"]
 
 

@@ -124,9 +124,12 @@ def test_a_template_that_strips_the_chain_of_thought_is_refused(model):
         encode(tokenizer, conversation(THOUGHT))
 
 
-def test_reasoning_that_the_template_does_not_show_is_refused(tokenizer):
+def test_reasoning_in_a_field_of_its_own_is_trained_or_refused_where_the_template_does_not_show_it(tokenizer):
+    messages = conversation("Answer: four", reasoning_content="two plus two")
+    assert trained(tokenizer, messages) == THOUGHT + demo.EOS
+    tokenizer.chat_template = CHATML
     with pytest.raises(ValueError, match="message 1: the chat template drops part of the answer"):
-        encode(tokenizer, conversation("four", reasoning_content="two plus two"))
+        encode(tokenizer, messages)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import json
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -15,7 +14,6 @@ import pytest
 from rsft_lib import demo
 from rsft_lib.artifact import verify
 from rsft_lib.chat import LOSS_WEIGHTS, ChatTemplate, encode
-from rsft_lib.data import worker
 from rsft_lib.data.encoder import ReferenceEncoder
 from rsft_lib.data.merge import merge
 from rsft_lib.data.records import Row, read_records, to_messages
@@ -225,13 +223,9 @@ def test_a_mask_of_nothing_or_of_everything_is_refused(patched):
 
 def test_a_template_that_never_ends_costs_its_row_and_not_the_work(patched):
     endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-    before = signal.signal(signal.SIGVTALRM, worker._out_of_time)
-    try:
-        began = time.process_time()
-        assert "does the chat template loop for ever?" in reason(patched, json.loads(GOOD), endless, row_seconds=0.3)
-    finally:
-        signal.signal(signal.SIGVTALRM, before)
-    assert time.process_time() - began < 5
+    began = time.process_time()
+    found = reason(patched, json.loads(GOOD), endless, row_seconds=0.3)
+    assert "takes more than 0.3 seconds" in found and time.process_time() - began < 5
 
 
 def test_a_template_that_builds_gigabytes_costs_its_row_and_not_the_machine(patched, tmp_path):
@@ -244,7 +238,7 @@ def test_a_template_that_builds_gigabytes_costs_its_row_and_not_the_machine(patc
     )
     (huge / "chat_template.jinja").write_text(template)
     data = lines(tmp_path, GOOD, GOOD.replace("2 + 2", "3 + 1"), GOOD)
-    tokenize(data, huge, tmp_path / "out", workers=1, reject_limit=0.5)
+    tokenize(data, huge, tmp_path / "out", workers=1, reject_limit=0.5, contract=False)
     (row,) = rejected(tmp_path / "out")
     assert row["line"] == 2 and "MemoryError" in row["reason"]
 

@@ -4,7 +4,6 @@ A reader cuts the rows into blocks, workers encode them, and the blocks are writ
 not depend on how many workers there are, and of n machines each can take every n-th block (`shard`) for `merge`.
 """
 
-import hashlib
 import multiprocessing
 import os
 import sys
@@ -21,12 +20,13 @@ from tqdm import tqdm
 
 from rsft_lib.artifact import file_hash, new_folder, verify
 from rsft_lib.chat import END_THINK, MODES, ChatTemplate
+from rsft_lib.contract import require_contract
 from rsft_lib.data.records import Row, blocks, is_file, read_hub, read_rows
 from rsft_lib.data.rejects import Rejects
 from rsft_lib.data.store import StoreWriter
 from rsft_lib.data.worker import Block, Job, Options, Worker, encode_block, prove, start
 from rsft_lib.paths import existing, resolve
-from rsft_lib.tokenizer import load_tokenizer
+from rsft_lib.tokenizer import load_tokenizer, text_hash
 
 PROOF_ROWS = 256  # of this very dataset, on which encoders are compared
 
@@ -42,6 +42,7 @@ def tokenize(
     reject_limit: float = 0.001,
     workers: int | None = None,
     shard: tuple[int, int] = (0, 1),
+    contract: bool = True,
     **options,
 ) -> dict:
     """Write the records of a file as a token store; where it is there already, made from the same, it is kept.
@@ -53,13 +54,16 @@ def tokenize(
         reject_limit: largest share of records that may be unusable; they are kept in `<folder>.rejected.jsonl`.
         workers: processes; None for one per core, 0 for none but this one.
         shard: (i, n) does every n-th block of records from the i-th on, for `merge`.
+        contract: whether the tokenizer must pass `require_contract`; without it, what is trained may not be what is
+            served.
 
     Returns:
         The manifest's facts; `counts` and `modes` say what became of the records, `encoder` how they were encoded.
 
     Raises:
         FileNotFoundError: the data or the tokenizer is missing.
-        ValueError: too many records cannot be used (the message names file and line), or none fits.
+        ValueError: the tokenizer breaks the contract, too many records cannot be used (the message names file and
+            line), or none fits.
         RuntimeError: a worker died.
     """
     destination, loaded = resolve(folder), load_tokenizer(tokenizer)
@@ -67,6 +71,8 @@ def tokenize(
     facts = _facts(data, split, revision, tokenizer, loaded, settings, shard)
     if done := _already(destination, facts):
         return done
+    if contract:
+        require_contract(tokenizer)
     job = Job(
         source=str(data),
         tokenizer_json=loaded.backend_tokenizer.to_str(),
@@ -124,7 +130,7 @@ def _facts(data, split, revision, tokenizer, loaded, options: Options, shard) ->
         **source,
         "tokenizer": str(resolve(tokenizer)),
         "tokenizer_sha256": file_hash(resolve(tokenizer) / "tokenizer.json"),
-        "template_sha256": hashlib.sha256(loaded.chat_template.encode()).hexdigest(),
+        "template_sha256": text_hash(loaded.chat_template),
         "vocab_size": len(loaded),
         "control_ids": {token: vocab[token] for token in (*MODES.values(), END_THINK) if token in vocab},
         "eos_id": loaded.eos_token_id,

@@ -4,13 +4,11 @@ import json
 import multiprocessing
 import os
 import re
-import resource
 import signal
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,10 +18,10 @@ from rsft_lib.data.encoder import Tokens, best_encoder, encoder
 from rsft_lib.data.records import Row, conversation, parse, tools_of
 from rsft_lib.data.rejects import Reject
 from rsft_lib.lifeline import die_with_parent
+from rsft_lib.sandbox import limit_memory, time_limit
 
 # A chat template is somebody's code: one that loops for ever or builds a gigabyte costs its row, not the machine.
-ROW_SECONDS = 10  # of processor time
-EXTRA_MEMORY = 3 << 30  # bytes of address space above what the process has when it starts
+ROW_SECONDS, EXTRA_MEMORY = 10, 3 << 30
 
 PROOF_CHARACTERS = 1 << 20  # of this very dataset, on which encoders are compared
 
@@ -82,7 +80,7 @@ class Worker:
     """Encodes blocks of rows by the rules of a job."""
 
     def __init__(self, job: Job, row_seconds: float = 0):
-        """`row_seconds` is the longest that a row may take; 0 for no limit, as signals need a process of one's own."""
+        """`row_seconds` is the longest that a row may take; 0 for no limit, which needs a process of one's own."""
         self.job, self.row_seconds, self.encoder = job, row_seconds, None
         self.modes = {job.added_tokens.get(token): mode for mode, token in MODES.items()}
         tokens = {token for token in job.added_tokens if token.strip()}
@@ -93,7 +91,7 @@ class Worker:
         """Choose the encoder on the texts of `rows`; the facts of `best_encoder`."""
         texts, left = [], PROOF_CHARACTERS
         for row in rows:
-            with suppress(ValueError, MemoryError), _time_limit(self.row_seconds):
+            with suppress(ValueError, MemoryError), self.limit():
                 texts.append(self.text(row, Counter())[0][:left])
                 left -= len(texts[-1])
             if left <= 0:
@@ -116,7 +114,7 @@ class Worker:
         counts, modes = Counter(records=len(rows)), defaultdict(Counter)
         for row in rows:
             try:
-                with _time_limit(self.row_seconds):
+                with self.limit():
                     sample = self.sample(row, counts)
             except (ValueError, MemoryError) as error:
                 rejects.append(Reject(row.number, str(error), _as_text(row.content)))
@@ -129,6 +127,9 @@ class Worker:
                     counter.update(written=1, tokens=len(fitted.ids), trained_tokens=int((fitted.loss_mask > 0).sum()))
         counts["rejected"] = len(rejects)
         return _block(samples, before, rejects, counts, dict(modes), rows)
+
+    def limit(self) -> AbstractContextManager:
+        return time_limit("the record", self.row_seconds) if self.row_seconds else nullcontext()
 
     def sample(self, row: Row, counts: Counter) -> Tokens:
         """A row's tokens, however many.
@@ -199,9 +200,7 @@ def start(job: Job) -> None:
     if os.getppid() != multiprocessing.parent_process().pid:  # it went while this process was starting
         os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for the notebook
-    signal.signal(signal.SIGVTALRM, _out_of_time)
-    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (size + EXTRA_MEMORY, resource.RLIM_INFINITY))
+    limit_memory(EXTRA_MEMORY)
     _worker = Worker(job, ROW_SECONDS)
 
 
@@ -213,22 +212,6 @@ def prove(rows: list[Row]) -> dict:
 def encode_block(rows: list[Row], encoder_name: str) -> Block:
     """`Worker.block` in a worker."""
     return _worker.block(rows, encoder_name)
-
-
-@contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    if not seconds:
-        yield
-        return
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-
-
-def _out_of_time(*_) -> None:
-    raise ValueError(f"the record took more than {ROW_SECONDS} seconds; does the chat template loop for ever?")
 
 
 def _block(samples: list[Tokens], before: list[int], rejects, counts, modes, rows: list[Row]) -> Block:
