@@ -59,16 +59,17 @@ class ChatTemplate:
         Raises:
             ValueError: the template fails on this conversation.
         """
-        return self._render(messages, tools, prompt)[0]
+        return self._render([messages], tools, prompt)[0][0]
 
-    def render_marked(self, messages: list[dict], tools: list[dict] | None = None) -> tuple[str, list[Span]]:
-        """The conversation as text, and the characters within its `{% generation %}` blocks."""
-        return self._render(messages, tools, prompt=False, marked=True)
+    def render_marked(self, chats: list[list[dict]], tools: list[dict] | None = None) -> list[tuple[str, list[Span]]]:
+        """Each conversation as text, and the characters within its `{% generation %}` blocks."""
+        texts, blocks = self._render(chats, tools, marked=True)
+        return [(text, _joined(own)) for text, own in zip(texts, blocks, strict=True)]
 
-    def _render(self, messages, tools, prompt, marked=False) -> tuple[str, list[Span]]:
+    def _render(self, chats, tools, prompt=False, marked=False) -> tuple[list[str], list]:
         try:
-            texts, blocks = render_jinja_template(
-                [messages],
+            return render_jinja_template(
+                chats,
                 tools=tools,
                 chat_template=self.source,
                 add_generation_prompt=prompt,
@@ -79,41 +80,37 @@ class ChatTemplate:
             raise
         except Exception as error:  # a template is code and raises what it likes
             raise ValueError(f"the chat template fails on this conversation ({error!r})") from error
-        return texts[0], _joined(blocks[0]) if marked else []
 
 
-def trained_text(
-    template: ChatTemplate, messages: list[dict], tools: list[dict] | None = None, turns: str = "all"
-) -> tuple[str, list[Span]]:
-    """A conversation as text, and which characters are trained: what the assistant writes, up to and with its EOS.
+def trained_texts(
+    template: ChatTemplate, chats: list[list[dict]], tools: list[dict] | None = None, turns: str = "all"
+) -> list[tuple[str, list[Span]]]:
+    """Conversations as text, and which characters are trained: what the assistant writes, up to and with its EOS.
 
     The template says where its answers are, by `{% generation %}` blocks. Where it has none, an answer begins where
     the messages before it, rendered with the generation prompt, end; each rendering must continue the one before.
 
     Args:
+        tools: what all of them may call.
         turns: 'all' trains every answer, 'last' only the last.
 
     Raises:
-        ValueError: nothing is to be trained, the template changes or drops part of an answer, or an answer does not
-            end with EOS.
+        ValueError: in one of them nothing is to be trained, the template changes or drops part of an answer, or an
+            answer does not end with EOS.
     """
-    answers = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
     if template.marks_answers:
-        text, places = template.render_marked(messages, tools)
-        if len(places) != len(answers):
-            raise ValueError(f"the chat template marks {len(places)} answers, the conversation has {len(answers)}")
+        marked = template.render_marked(chats, tools)
     else:
-        text = template.render(messages, tools)
-        places = [_place(template, messages, tools, turn, text) for turn in answers]
-    spans = []
-    for turn, (start, end, _) in zip(answers, places, strict=True):
-        end = start + _check_answer(messages[turn], turn, text[start:end], template.special_tokens.get("eos_token"))
-        code = weight_code(messages[turn]) if turns == "all" or turn == answers[-1] else 0
-        if code:
-            spans.append(Span(start, end, code))
-    if not spans:
-        raise ValueError("the conversation has no assistant message to train on")
-    return text, spans
+        marked = [_found(template, messages, tools) for messages in chats]
+    eos = template.special_tokens.get("eos_token")
+    return [(text, _spans(m, text, places, eos, turns)) for m, (text, places) in zip(chats, marked, strict=True)]
+
+
+def trained_text(
+    template: ChatTemplate, messages: list[dict], tools: list[dict] | None = None, turns: str = "all"
+) -> tuple[str, list[Span]]:
+    """`trained_texts` of one conversation."""
+    return trained_texts(template, [messages], tools, turns)[0]
 
 
 def encode(tokenizer, messages: list[dict], tools: list[dict] | None = None, turns: str = "all") -> Encoded:
@@ -182,16 +179,35 @@ def weight_code(message: dict) -> int:
     return hundredths + 1 if hundredths else 0
 
 
-def _place(template: ChatTemplate, messages: list[dict], tools, turn: int, text: str) -> Span:
-    """Where the answer in message `turn` lies in `text`, found from what is rendered without it."""
-    prompt = template.render(messages[:turn], tools, prompt=True)
-    upto = text if turn == len(messages) - 1 else template.render(messages[: turn + 1], tools)
-    if not (text.startswith(upto) and upto.startswith(prompt)):
-        raise ValueError(
-            f"message {turn}: the chat template renders the conversation before this answer differently once the "
-            "answer is there, so what to train cannot be told; patch the template (notebook 01_patch_tokenizer)"
-        )
-    return Span(len(prompt), len(upto))
+def _spans(messages: list[dict], text: str, places: list[Span], eos: str | None, turns: str) -> list[Span]:
+    """The places of a conversation's answers, checked, without what is not trained."""
+    answers = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
+    if len(places) != len(answers):
+        raise ValueError(f"the chat template marks {len(places)} answers, the conversation has {len(answers)}")
+    spans = []
+    for turn, (start, end, _) in zip(answers, places, strict=True):
+        end = start + _check_answer(messages[turn], turn, text[start:end], eos)
+        code = weight_code(messages[turn]) if turns == "all" or turn == answers[-1] else 0
+        if code:
+            spans.append(Span(start, end, code))
+    if not spans:
+        raise ValueError("the conversation has no assistant message to train on")
+    return spans
+
+
+def _found(template: ChatTemplate, messages: list[dict], tools: list[dict] | None) -> tuple[str, list[Span]]:
+    """A conversation as text, and where its answers lie, found from what is rendered without each."""
+    text, places = template.render(messages, tools), []
+    for turn in (turn for turn, message in enumerate(messages) if message["role"] == "assistant"):
+        prompt = template.render(messages[:turn], tools, prompt=True)
+        upto = text if turn == len(messages) - 1 else template.render(messages[: turn + 1], tools)
+        if not (text.startswith(upto) and upto.startswith(prompt)):
+            raise ValueError(
+                f"message {turn}: the chat template renders the conversation before this answer differently once the "
+                "answer is there, so what to train cannot be told; patch the template (notebook 01_patch_tokenizer)"
+            )
+        places.append(Span(len(prompt), len(upto)))
+    return text, places
 
 
 def _check_answer(message: dict, turn: int, answer: str, eos: str | None) -> int:

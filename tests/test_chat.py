@@ -156,8 +156,8 @@ def test_a_token_across_the_edge_of_an_answer_is_refused_by_both_encoders(tokeni
     messages = [{"role": "user", "content": "Emil has fif"}, {"role": "assistant", "content": "teen eggs"}]
     text, spans = trained_text(ChatTemplate.of(tokenizer), messages)
     for encoder in encoders(tokenizer):
-        with pytest.raises(ValueError, match="lies across the edge"):
-            encoder.encode(text, spans)
+        (found,) = encoder.encode([text], [spans])
+        assert isinstance(found, ValueError) and "lies across the edge" in str(found)
 
 
 def encoders(tokenizer) -> list:
@@ -165,13 +165,17 @@ def encoders(tokenizer) -> list:
     return [kind(tokenizer.backend_tokenizer.to_str()) for kind in kinds]
 
 
+@pytest.mark.skipif(not gigatoken, reason="gigatoken is not installed")
 def test_the_fast_encoder_is_taken_only_when_it_agrees(tokenizer, monkeypatch):
     tokenizer_json = tokenizer.backend_tokenizer.to_str()
     chosen, facts = best_encoder(tokenizer_json, ["two eggs"])
     assert facts["hard_texts_compared"] > 250 and facts["texts_compared"] == 1
-    assert chosen.name == facts["encoder"] == (FastEncoder if gigatoken else ReferenceEncoder).name
+    assert chosen.name == facts["encoder"] == FastEncoder.name
 
-    monkeypatch.setattr(FastEncoder, "ids", lambda self, text: self.tokenizer.encode(text).astype("int32")[::-1])
+    def backwards(self, *arguments, encode=FastEncoder.encode):
+        return [sample._replace(ids=sample.ids[::-1]) for sample in encode(self, *arguments)]
+
+    monkeypatch.setattr(FastEncoder, "encode", backwards)
     chosen, facts = best_encoder(tokenizer_json, ["two eggs"])
     assert isinstance(chosen, ReferenceEncoder) and "encodes" in facts["why_slow"]
     monkeypatch.setattr("rsft_lib.data.encoder.gigatoken", None)
@@ -226,7 +230,7 @@ def check_against_oracle(tokenizer, conversations) -> int:
         ids, mask = oracle_mask(tokenizer, messages)
         text, spans = trained_text(template, messages)
         for encoder in fast or [reference]:
-            found = encoder.encode(text, spans)
+            (found,) = encoder.encode([text], [spans])
             assert found.ids.tolist() == ids and found.loss_mask.tolist() == mask, messages
     return rows
 

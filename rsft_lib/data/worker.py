@@ -7,13 +7,15 @@ import re
 import signal
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import accumulate, groupby
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rsft_lib.chat import END_THINK, MODES, ChatTemplate, Span, trained_text
+from rsft_lib.chat import END_THINK, MODES, ChatTemplate, Span, trained_texts
 from rsft_lib.data.encoder import Tokens, best_encoder, encoder
 from rsft_lib.data.records import Row, conversation, parse, tools_of
 from rsft_lib.data.rejects import Reject
@@ -76,6 +78,14 @@ class Block:
     size: int
 
 
+class Text(NamedTuple):
+    """A row as text, and what of it is trained."""
+
+    row: Row
+    text: str
+    spans: list[Span]
+
+
 class Worker:
     """Encodes blocks of rows by the rules of a job."""
 
@@ -89,14 +99,10 @@ class Worker:
 
     def prove(self, rows: list[Row]) -> dict:
         """Choose the encoder on the texts of `rows`; the facts of `best_encoder`."""
-        texts, left = [], PROOF_CHARACTERS
-        for row in rows:
-            with suppress(ValueError, MemoryError), self.limit():
-                texts.append(self.text(row, Counter())[0][:left])
-                left -= len(texts[-1])
-            if left <= 0:
-                break
-        self.encoder, facts = best_encoder(self.job.tokenizer_json, texts)
+        texts = [text for _, text, _ in self.texts(rows, Counter(), [])]
+        ends = accumulate(map(len, texts))
+        some = [text for text, end in zip(texts, ends, strict=True) if end <= PROOF_CHARACTERS]
+        self.encoder, facts = best_encoder(self.job.tokenizer_json, some or texts[:1])
         return facts
 
     def block(self, rows: list[Row], encoder_name: str) -> Block:
@@ -110,48 +116,59 @@ class Worker:
         """
         if self.encoder is None:
             self.encoder = encoder(encoder_name, self.job.tokenizer_json)
-        samples, before, rejects = [], [], []
-        counts, modes = Counter(records=len(rows)), defaultdict(Counter)
-        for row in rows:
-            try:
-                with self.limit():
-                    sample = self.sample(row, counts)
-            except (ValueError, MemoryError) as error:
-                rejects.append(Reject(row.number, str(error), _as_text(row.content)))
+        counts, modes, samples, before, rejects = Counter(records=len(rows)), defaultdict(Counter), [], [], []
+        texts = self.texts(rows, counts, rejects)
+        encoded = self.encoder.encode([t.text for t in texts], [t.spans for t in texts])
+        for (row, _, _), sample in zip(texts, encoded, strict=True):
+            if problem := _problem(sample):
+                rejects.append(reject(row, problem))
                 continue
             before.append(len(sample.ids))
-            mode = self.modes.get(int(sample.ids[sample.loss_mask.argmax()]), "other")
-            if fitted := self.fitted(sample, row, counts, modes[mode]):
-                samples.append(fitted)
-                for counter in (counts, modes[mode]):
-                    counter.update(written=1, tokens=len(fitted.ids), trained_tokens=int((fitted.loss_mask > 0).sum()))
+            mode = modes[self.modes.get(int(sample.ids[sample.loss_mask.argmax()]), "other")]
+            if sample := self.fitted(sample, row, counts, mode):
+                samples.append(sample)
+                _count(sample, counts, mode)
         counts["rejected"] = len(rejects)
-        return _block(samples, before, rejects, counts, dict(modes), rows)
+        return _block(samples, before, sorted(rejects), counts, dict(modes), rows)
 
-    def limit(self) -> AbstractContextManager:
-        return time_limit("the record", self.row_seconds) if self.row_seconds else nullcontext()
+    def texts(self, rows: list[Row], counts: Counter, rejects: list[Reject]) -> list[Text]:
+        """The rows that can be used, as texts; the others are added to `rejects`."""
+        chats, done = [], []
+        for row in rows:
+            try:
+                chats.append((row, *self.chat(row.content, counts)))
+            except ValueError as error:
+                rejects.append(reject(row, error))
+        for tools, group in groupby(chats, key=lambda chat: chat[2]):
+            group = list(group)
+            for (row, _, _), result in zip(group, self.rendered([chat[1] for chat in group], tools), strict=True):
+                if isinstance(result, ValueError):
+                    rejects.append(reject(row, result))
+                else:
+                    done.append(Text(row, *result))
+        return done
 
-    def sample(self, row: Row, counts: Counter) -> Tokens:
-        """A row's tokens, however many.
+    def chat(self, content: bytes | dict, counts: Counter) -> tuple[list[dict], list[dict] | None]:
+        """The messages and the tools of a row.
 
         Raises:
-            ValueError: the row cannot be used.
+            ValueError: the row is no conversation, or a text in it spells a control token.
         """
-        sample = self.encoder.encode(*self.text(row, counts))
-        trained = np.count_nonzero(sample.loss_mask)
-        if trained in (0, len(sample.ids)):
-            raise ValueError(f"{trained} of {len(sample.ids)} tokens would be trained; is this the right template?")
-        return sample
-
-    def text(self, row: Row, counts: Counter) -> tuple[str, list[Span]]:
-        """A row as text with its trained spans; raises as `sample`."""
-        record, options = parse(row.content), self.job.options
-        messages, tools = conversation(record, options.columns), tools_of(record)
-        if options.control_tokens == "reject":
+        record = parse(content)
+        messages, tools = conversation(record, self.job.options.columns), tools_of(record)
+        if self.job.options.control_tokens == "reject":
             self.refuse_control_tokens(messages, tools)
         if tools and not self.shows_tools:
             counts["tools_not_shown"] += 1
-        return trained_text(self.job.template, messages, tools, options.turns)
+        return messages, tools
+
+    def rendered(self, chats: list[list[dict]], tools: list[dict] | None) -> list[tuple[str, list[Span]] | ValueError]:
+        """`trained_texts` within limits: of all at once, which takes half the time, or of each where that fails."""
+        try:
+            with time_limit("the record", self.row_seconds) if self.row_seconds else nullcontext():
+                return trained_texts(self.job.template, chats, tools, self.job.options.turns)
+        except ValueError as error:
+            return [error] if len(chats) == 1 else [self.rendered([messages], tools)[0] for messages in chats]
 
     def fitted(self, sample: Tokens, row: Row, counts: Counter, mode: Counter) -> Tokens | None:
         """The sample within `max_length`, or None where it is dropped.
@@ -214,6 +231,32 @@ def encode_block(rows: list[Row], encoder_name: str) -> Block:
     return _worker.block(rows, encoder_name)
 
 
+def reject(row: Row, reason: str | ValueError) -> Reject:
+    if isinstance(row.content, bytes):
+        record = row.content.rstrip(b"\r\n").decode("utf-8", "backslashreplace")
+    else:
+        record = json.dumps(row.content, ensure_ascii=False, default=str)
+    return Reject(row.number, str(reason), record)
+
+
+def _problem(sample: Tokens | ValueError) -> str:
+    """Why the tokens of a row cannot be trained, or nothing."""
+    if isinstance(sample, ValueError):
+        return str(sample)
+    trained = np.count_nonzero(sample.loss_mask)
+    if trained in (0, len(sample.ids)):
+        return f"{trained} of {len(sample.ids)} tokens would be trained; is this the right template?"
+    return ""
+
+
+def _count(sample: Tokens, *counters: Counter) -> None:
+    tokens, trained = len(sample.ids), int(np.count_nonzero(sample.loss_mask))
+    for counter in counters:
+        counter["written"] += 1
+        counter["tokens"] += tokens
+        counter["trained_tokens"] += trained
+
+
 def _block(samples: list[Tokens], before: list[int], rejects, counts, modes, rows: list[Row]) -> Block:
     none = Tokens(np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.uint8))
     ids, masks = zip(none, *samples, strict=True)
@@ -244,9 +287,3 @@ def _texts(value) -> Iterator[str]:
     elif isinstance(value, list):
         for part in value:
             yield from _texts(part)
-
-
-def _as_text(content: bytes | dict) -> str:
-    if isinstance(content, bytes):
-        return content.rstrip(b"\r\n").decode("utf-8", "backslashreplace")
-    return json.dumps(content, ensure_ascii=False, default=str)
