@@ -20,7 +20,8 @@ NOTEBOOKS = [
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 REQUIRED = {
     requirement.name: requirement
-    for requirement in map(Requirement, PROJECT["dependencies"] + PROJECT["optional-dependencies"]["te"])
+    for group in (PROJECT["dependencies"], *(PROJECT["optional-dependencies"][name] for name in ("te", "fast")))
+    for requirement in map(Requirement, group)
 }
 
 

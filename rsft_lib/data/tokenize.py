@@ -4,14 +4,11 @@ A reader cuts the rows into blocks, workers encode them, and the blocks are writ
 not depend on how many workers there are, and of n machines each can take every n-th block (`shard`) for `merge`.
 """
 
-import multiprocessing
 import os
 import sys
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from concurrent.futures import Executor
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -21,10 +18,11 @@ from tqdm import tqdm
 from rsft_lib.artifact import file_hash, new_folder, verify
 from rsft_lib.chat import END_THINK, MODES, ChatTemplate
 from rsft_lib.contract import require_contract
+from rsft_lib.data.pool import pool_of
 from rsft_lib.data.records import Row, blocks, is_file, read_hub, read_rows
 from rsft_lib.data.rejects import Rejects
 from rsft_lib.data.store import StoreWriter
-from rsft_lib.data.worker import Block, Job, Options, Worker, encode_block, prove, start
+from rsft_lib.data.worker import Block, Job, Options
 from rsft_lib.paths import existing, resolve
 from rsft_lib.tokenizer import load_tokenizer, text_hash
 
@@ -71,44 +69,51 @@ def tokenize(
     facts = _facts(data, split, revision, tokenizer, loaded, settings, shard)
     if done := _already(destination, facts):
         return done
-    if contract:
-        require_contract(tokenizer)
-    job = Job(
-        source=str(data),
+    count = os.cpu_count() if workers is None else workers
+    with pool_of(count) as pool:
+        if contract:
+            require_contract(tokenizer)
+        pool.begin(_job(str(data), loaded, settings))
+        facts["encoder"] = _chosen_encoder(pool, _rows(data, split, revision))
+        mine = islice(blocks(_rows(data, split, revision)), shard[0], None, shard[1])
+        encoded = _encoded(pool, mine, facts["encoder"]["encoder"], ahead=2 * count + 1)
+        with new_folder(destination, facts) as temporary, Rejects(destination, str(data), reject_limit) as rejects:
+            _write(_progress(encoded, data), StoreWriter(temporary), rejects, facts)
+    return facts
+
+
+def _write(encoded: Iterator[Block], writer: StoreWriter, rejects: Rejects, facts: dict) -> None:
+    """Write the blocks as they come, and count in `facts` what became of the rows."""
+    counts, modes = facts["counts"], facts["modes"] = Counter(), defaultdict(Counter)
+    for block in encoded:
+        writer.add_block(block.tokens, block.loss_mask, block.lengths, block.before)
+        counts.update(block.counts)
+        for mode, counted in block.modes.items():
+            modes[mode].update(counted)
+        rejects.add(block.rejects, counts["records"])
+    rejects.settle(counts["records"])
+    if not counts["written"]:
+        shard, count = facts["shard"]
+        raise ValueError(
+            f"{f'shard {shard} of {count} of ' * (count > 1)}{facts['data']}: none of {counts['records']} records fits "
+            f"into max_length {facts['options']['max_length']} tokens"
+        )
+    writer.close()
+
+
+def _job(source: str, loaded, options: Options) -> Job:
+    return Job(
+        source=source,
         tokenizer_json=loaded.backend_tokenizer.to_str(),
         template=ChatTemplate.of(loaded),
         added_tokens=loaded.get_added_vocab(),
-        options=settings,
+        options=options,
     )
-    counts, modes = facts["counts"], facts["modes"] = Counter(), defaultdict(Counter)
-    count = os.cpu_count() if workers is None else workers
-    with (
-        new_folder(destination, facts) as temporary,
-        Rejects(destination, str(data), reject_limit) as rejects,
-        _workers(job, count) as pool,
-    ):
-        facts["encoder"] = _chosen_encoder(pool, _rows(data, split, revision))
-        mine = islice(blocks(_rows(data, split, revision)), shard[0], None, shard[1])
-        writer = StoreWriter(temporary)
-        for block in _progress(_encoded(pool, mine, facts["encoder"]["encoder"], 2 * count + 1), data):
-            writer.add_block(block.tokens, block.loss_mask, block.lengths, block.before)
-            counts.update(block.counts)
-            for mode, counted in block.modes.items():
-                modes[mode].update(counted)
-            rejects.add(block.rejects, counts["records"])
-        rejects.settle(counts["records"])
-        if not counts["written"]:
-            part = f"shard {shard[0]} of {shard[1]} of " if shard[1] > 1 else ""
-            raise ValueError(
-                f"{part}{data}: none of {counts['records']} records fits into max_length {max_length} tokens"
-            )
-        writer.close()
-    return facts
 
 
 def _chosen_encoder(pool: Executor, rows: Iterator[Row]) -> dict:
     """What `best_encoder` says of the first rows; a slow one is said aloud."""
-    facts = pool.submit(prove, list(islice(rows, PROOF_ROWS))).result()
+    facts = pool.submit("prove", list(islice(rows, PROOF_ROWS))).result()
     if "why_slow" in facts:
         print(f"encoding with {facts['encoder']}: {facts['why_slow']}")
     return facts
@@ -160,41 +165,13 @@ def _rows(data: str | Path, split: str, revision: str) -> Iterator[Row]:
     return read_hub(str(folder if folder.is_dir() else data), split, revision)
 
 
-def _encoded(workers: Executor, mine: Iterator[list[Row]], encoder_name: str, ahead: int) -> Iterator[Block]:
+def _encoded(pool: Executor, mine: Iterator[list[Row]], encoder_name: str, ahead: int) -> Iterator[Block]:
     """The blocks of rows encoded, in their order; no more than `ahead` are in memory at a time."""
-    waiting = deque(workers.submit(encode_block, rows, encoder_name) for rows in islice(mine, ahead))
+    waiting = deque(pool.submit("block", rows, encoder_name) for rows in islice(mine, ahead))
     while waiting:
         block = waiting.popleft().result()
-        waiting.extend(workers.submit(encode_block, rows, encoder_name) for rows in islice(mine, 1))
+        waiting.extend(pool.submit("block", rows, encoder_name) for rows in islice(mine, 1))
         yield block
-
-
-@contextmanager
-def _workers(job: Job, count: int) -> Iterator[Executor]:
-    """`count` processes, or this one, that run `prove` and `encode_block`."""
-    if not count:
-        yield Here(job)
-        return
-    context = multiprocessing.get_context("spawn")  # a fork of a notebook's kernel inherits its threads' locks
-    with ProcessPoolExecutor(count, mp_context=context, initializer=start, initargs=(job,)) as pool:
-        try:
-            yield pool
-        except BrokenProcessPool:
-            raise RuntimeError("a tokenizing process was killed (out of memory?); nothing was written") from None
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-class Here(Executor):
-    """Does at once, in this process, what a pool would do in others."""
-
-    def __init__(self, job: Job):
-        self.functions = {prove: Worker(job).prove, encode_block: Worker(job).block}
-
-    def submit(self, function, *arguments) -> Future:
-        future = Future()
-        future.set_result(self.functions[function](*arguments))
-        return future
 
 
 def _progress(encoded: Iterator[Block], data: str | Path) -> Iterator[Block]:

@@ -1,13 +1,14 @@
 """One of the processes that turn rows into tokens; it imports neither torch nor megatron-core, so it starts quickly."""
 
+import contextlib
 import json
-import multiprocessing
 import os
+import pickle
 import re
 import signal
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import accumulate, groupby
 from typing import NamedTuple
@@ -19,7 +20,6 @@ from rsft_lib.chat import END_THINK, MODES, ChatTemplate, Span, trained_texts
 from rsft_lib.data.encoder import Tokens, best_encoder, encoder
 from rsft_lib.data.records import Row, conversation, parse, tools_of
 from rsft_lib.data.rejects import Reject
-from rsft_lib.lifeline import die_with_parent
 from rsft_lib.sandbox import limit_memory, time_limit
 
 # A chat template is somebody's code: one that loops for ever or builds a gigabyte costs its row, not the machine.
@@ -165,7 +165,7 @@ class Worker:
     def rendered(self, chats: list[list[dict]], tools: list[dict] | None) -> list[tuple[str, list[Span]] | ValueError]:
         """`trained_texts` within limits: of all at once, which takes half the time, or of each where that fails."""
         try:
-            with time_limit("the record", self.row_seconds) if self.row_seconds else nullcontext():
+            with time_limit("the record", self.row_seconds) if self.row_seconds else contextlib.nullcontext():
                 return trained_texts(self.job.template, chats, tools, self.job.options.turns)
         except ValueError as error:
             return [error] if len(chats) == 1 else [self.rendered([messages], tools)[0] for messages in chats]
@@ -207,28 +207,22 @@ class Worker:
                     )
 
 
-_worker: Worker | None = None
-
-
-def start(job: Job) -> None:
-    """Make this process a worker; it ends with its parent."""
-    global _worker
-    die_with_parent()
-    if os.getppid() != multiprocessing.parent_process().pid:  # it went while this process was starting
-        os._exit(1)
+def main() -> None:
+    """Serve the calls of `rsft_lib.data.pool`: first a job, then (method, arguments), until the parent goes."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whoever prints does not write among the answers
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for the notebook
-    limit_memory(EXTRA_MEMORY)
-    _worker = Worker(job, ROW_SECONDS)
-
-
-def prove(rows: list[Row]) -> dict:
-    """`Worker.prove` in a worker."""
-    return _worker.prove(rows)
-
-
-def encode_block(rows: list[Row], encoder_name: str) -> Block:
-    """`Worker.block` in a worker."""
-    return _worker.block(rows, encoder_name)
+    with contextlib.suppress(EOFError, BrokenPipeError, pickle.UnpicklingError):
+        worker = Worker(pickle.load(sys.stdin.buffer), ROW_SECONDS)
+        limit_memory(EXTRA_MEMORY)
+        while True:
+            method, arguments = pickle.load(sys.stdin.buffer)
+            try:
+                answer = getattr(worker, method)(*arguments)
+            except Exception as error:
+                answer = error
+            pickle.dump(answer, answers, protocol=pickle.HIGHEST_PROTOCOL)
+            answers.flush()
 
 
 def reject(row: Row, reason: str | ValueError) -> Reject:
