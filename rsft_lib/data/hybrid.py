@@ -40,7 +40,7 @@ def build_hybrid(
     tokenizer: str | Path = "",
     empty_think: bool = False,
     on_disagreement: str = "drop",
-    limit: float = 0.001,
+    reject_limit: float = 0.001,
 ) -> dict:
     """Write `train.jsonl` and `heldout.jsonl` from a file of long answers and one of short answers.
 
@@ -57,7 +57,7 @@ def build_hybrid(
         tokenizer: folder of the tokenizer that measures lengths; empty measures characters.
         empty_think: accept `<think>` with nothing in it.
         on_disagreement: 'drop' or 'error', for answers to one problem whose final answers are not the same.
-        limit: share of the records that may be rejected.
+        reject_limit: largest share of the records that may be unusable.
 
     Returns:
         The manifest's facts. `counts` has the samples by split and mode, `balance` also the length of their prompts
@@ -71,7 +71,7 @@ def build_hybrid(
     sources = [existing(long, "long answers"), *([existing(short, "short answers")] if short else [])]
     facts = {"made_by": "build_hybrid", "sources": {str(path): file_hash(path) for path in sources}}
     facts |= {"held_out": held_out, "seed": seed, "unit": "tokens" if tokenizer else "characters"}
-    rejects = Rejects(resolve(folder), limit)
+    rejects = Rejects(resolve(folder), reject_limit)
     with new_folder(resolve(folder), facts) as temporary, TemporaryFile(dir=temporary) as file:
         scratch = Scratch(file, sources)
         scratch.fill(_samples(sources, cut_short or not short, empty_think, rejects), _measure(tokenizer))
