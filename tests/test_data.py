@@ -12,13 +12,11 @@ from transformers import AutoTokenizer
 from rsft_lib import demo
 from rsft_lib.artifact import new_folder, verify
 from rsft_lib.chat import MODES, encode, patch_template, prompt_ids
-from rsft_lib.data.hybrid import build_hybrid
 from rsft_lib.data.packing import pack
 from rsft_lib.data.records import read_records, to_messages
 from rsft_lib.data.store import MASK, TokenStore
 from rsft_lib.data.tokenize import tokenize
 from rsft_lib.tokenizer import load_tokenizer, patch_tokenizer
-from rsft_lib.view.mask import show_mask
 
 SHORT = {"<|quad_start|>": "<short>"}
 THOUGHT = "<think>\ntwo plus two\n</think>\n\nAnswer: four"
@@ -176,27 +174,6 @@ def test_a_store_gives_back_ids_and_masks_as_int32_and_refuses_a_mask_of_another
         TokenStore(store.folder)
 
 
-def test_the_split_is_by_problem_and_a_seed_repeats_it(tmp_path):
-    sources = demo.make_sources(tmp_path / "s", 50, seed=0)
-    arguments = (sources / "long.jsonl", sources / "short.jsonl")
-    built = build_hybrid(*arguments, tmp_path / "a", held_out=0.2, seed=3)
-    build_hybrid(*arguments, tmp_path / "b", held_out=0.2, seed=3)
-    split = {n: [r for _, r in read_records(tmp_path / "a" / f"{n}.jsonl")] for n in ("train", "heldout")}
-    assert not {r["instruction"] for r in split["train"]} & {r["instruction"] for r in split["heldout"]}
-    assert built["counts"] == {"train": {"think": 40, "short": 40}, "heldout": {"think": 10, "short": 10}}
-    assert all(r["output"].startswith(MODES[r["mode"]]) for r in split["train"])
-    assert (tmp_path / "a" / "train.jsonl").read_bytes() == (tmp_path / "b" / "train.jsonl").read_bytes()
-
-
-def test_a_long_answer_without_an_end_of_thought_is_named(tmp_path):
-    sources = demo.make_sources(tmp_path / "s", 3, seed=0)
-    lines = (sources / "long.jsonl").read_text().splitlines()
-    (tmp_path / "long.jsonl").write_text(f"{lines[0]}\n{lines[1].replace('</think>', '')}\n")
-    with pytest.raises(ValueError, match="long.jsonl:2: a long answer must begin with <think>, close it"):
-        build_hybrid(tmp_path / "long.jsonl", sources / "short.jsonl", tmp_path / "out", held_out=0.1, seed=0)
-    assert not (tmp_path / "out").exists()
-
-
 def best_fit_decreasing(lengths: list[int], capacity: int) -> list[list[int]]:
     packs, free = [], []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -222,18 +199,6 @@ def test_packing_is_best_fit_decreasing_and_loses_nothing():
         assert fills[0] == fills[1]
     with pytest.raises(ValueError, match="sample 1 needs 41 positions, a pack has 40"):
         pack([1, 41], 40)
-
-
-def test_the_mask_view_marks_what_is_trained_with_and_without_colour(patched):
-    tokenizer = load_tokenizer(patched)
-    encoded = encode(tokenizer, conversation("<short>数学 🙂 <script>alert(1)</script>"))
-    view = show_mask(encoded.ids, encoded.loss_mask, tokenizer)
-    assert f"<｜Assistant｜>[[<short>数学 🙂 <script>alert(1)</script>{demo.EOS}]]" in repr(view)
-    assert "<script>" not in view._repr_html_() and "&lt;script&gt;" in view._repr_html_()
-    assert f"{sum(encoded.loss_mask)} trained" in view.header
-    for mask in ([0] * len(encoded.ids), [1] * len(encoded.ids)):
-        with pytest.raises(ValueError, match="the mask is wrong"):
-            show_mask(encoded.ids, mask, tokenizer)
 
 
 def test_a_step_that_fails_leaves_the_folder_of_before_and_foreign_ones_are_kept(tmp_path):

@@ -4,7 +4,7 @@ import re
 import unicodedata
 from fractions import Fraction
 
-from rsft_lib.chat import END_THINK
+from rsft_lib.chat import END_THINK, SHORT
 
 MARKS = re.compile(r"^####(?!#)|\bAnswer\**:\**|\\boxed\s*\{", re.M)
 CLOSING = 2000  # characters at the end of a text in which its final answer is looked for
@@ -23,7 +23,7 @@ def final_answer(text: str) -> str | None:
     >>> final_answer("so 24 + 48 = 72.\n#### 72")
     '72'
     """
-    text = text[-CLOSING:].rpartition(END_THINK)[2]
+    text = text.removeprefix(SHORT)[-CLOSING:].rpartition(END_THINK)[2]
     for mark in reversed(list(MARKS.finditer(text))):
         rest = text[mark.end() :]
         if mark[0].endswith("{"):

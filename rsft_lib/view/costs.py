@@ -76,13 +76,13 @@ def layouts(lengths: np.ndarray, seq_length: int, seed: int = 0) -> list[Layout]
     """
     positions = lengths - 1
     packs = len(pack(positions, seq_length))
-    shuffled = np.random.default_rng(seed).permutation(positions)
-    shuffled = np.concatenate([shuffled, np.zeros(-len(shuffled) % BATCH, shuffled.dtype)])
-    longest = shuffled.reshape(-1, BATCH).max(axis=1).astype(np.int64)
+    begins = np.arange(0, len(positions), BATCH)
+    longest = np.maximum.reduceat(np.random.default_rng(seed).permutation(positions), begins).astype(np.int64)
+    padded = int((longest * np.diff(begins, append=len(positions))).sum())
     stored = 5 * int(lengths.sum(dtype=np.int64))  # int32 token and a byte of mask
     return [
         Layout("packed", packs, packs * seq_length, stored),
-        Layout(f"padded to longest of {BATCH}", len(lengths), int(longest.sum()) * BATCH, stored),
+        Layout(f"padded to longest of {BATCH}", len(lengths), padded, stored),
         Layout("padded to seq_length", len(lengths), len(lengths) * seq_length, 8 * len(lengths) * seq_length),
     ]
 

@@ -11,7 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 INK, FAINT = "#1f2328", "#59636e"  # text and secondary text; on white
-PANEL = f"background:#ffffff;color:{INK};border:1px solid #d0d7de;border-radius:6px;padding:10px 14px;font-size:13px;line-height:1.4"
+PANEL = (
+    f"background:#ffffff;color:{INK};border:1px solid #d0d7de;border-radius:6px;padding:10px 14px;"
+    "font-size:13px;line-height:1.4"
+)
 BLOCK = (
     "margin:0;padding:3px 8px;white-space:pre-wrap;word-break:normal;overflow-wrap:anywhere;unicode-bidi:plaintext;"
     "font-size:12px;line-height:1.45;font-family:monospace"
