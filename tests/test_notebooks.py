@@ -39,6 +39,7 @@ def steps(tmp_path_factory) -> tuple[Path, dict]:
         "02_convert_checkpoint": {"model": str(model), "output": place["megatron"]},
         "03_build_dataset": {
             "long": str(sources / "long.jsonl"), "short": str(sources / "short.jsonl"), "output": place["hybrid"],
+            "tokenizer": place["tiny_Hybrid"],
         },
         "04_tokenize_and_inspect": {"data": place["hybrid"], "tokenizer": place["tiny_Hybrid"], "max_length": 129},
         "05_train": {

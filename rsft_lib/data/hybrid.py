@@ -1,74 +1,264 @@
-"""A hybrid dataset: long answers that begin with <think> and short ones that begin with <short>, shuffled and split."""
+"""A hybrid dataset: long answers that begin with <think> and short ones that begin with <short>, shuffled and split.
 
+Two passes, so that a million long traces need little memory. The first reads, checks and measures the records and
+lays them down in a scratch file; about 50 bytes of each stay in memory (`pairs.ROW`). The second copies those that
+stay from there in their final order. The scratch file takes as much disk as the dataset and is gone at the end.
+"""
+
+import hashlib
 import json
-import random
+import re
 from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryFile
+
+import numpy as np
 
 from rsft_lib.artifact import file_hash, new_folder
 from rsft_lib.chat import END_THINK, SHORT, THINK
+from rsft_lib.data.answers import final_answer, normalized
+from rsft_lib.data.pairs import balance, coverage, disagreeing, held_back, not_shorter
 from rsft_lib.data.records import read_records, to_messages
+from rsft_lib.data.scratch import Sample, Scratch
 from rsft_lib.paths import existing, resolve
+from rsft_lib.tokenizer import load_tokenizer
+
+FINDINGS = "findings.jsonl"
+TAGS = re.compile("|".join((THINK, END_THINK, SHORT)))
 
 
-def build_hybrid(long: str | Path, short: str | Path, folder: str | Path, held_out: float, seed: int) -> dict:
+def build_hybrid(
+    long: str | Path,
+    short: str | Path,
+    folder: str | Path,
+    held_out: float,
+    seed: int,
+    *,
+    cut_short: bool = False,
+    tokenizer: str | Path = "",
+    empty_think: bool = False,
+    on_disagreement: str = "drop",
+    reject_limit: float = 0.001,
+) -> dict:
     """Write `train.jsonl` and `heldout.jsonl` from a file of long answers and one of short answers.
 
-    The split is by problem: a problem's answers, long and short, go to one side.
+    Either file may have problems that the other has not. The split is by problem, whatever its white space: all
+    answers to it go to one side. `findings.jsonl` names the answers that disagree and the pairs whose short one is
+    no shorter; `FOLDER.rejected.jsonl`, beside the folder, the records that cannot be used.
 
     Args:
-        long: records whose answers begin with `<think>` and close it.
-        short: records whose answers are concise; `<short>` is put before them.
-        held_out: share of the problems that is kept from training.
+        long: records whose answers are `<think>` thoughts `</think>` answer.
+        short: records whose answers are concise; `<short>` is put before them. Empty: they are cut from `long`,
+            from after `</think>`.
+        held_out: share of the problems that is kept from training; 0 for none, and then no `heldout.jsonl`.
+        cut_short: cut short answers, too, to the problems that `short` does not have.
+        tokenizer: folder of the tokenizer that measures lengths; empty measures characters.
+        empty_think: accept `<think>` with nothing in it.
+        on_disagreement: 'drop' or 'error', for answers to one problem whose final answers are not the same.
+        reject_limit: largest share of the records that may be unusable.
 
     Returns:
-        The manifest's facts; `counts` has the records by split and mode.
+        The manifest's facts. `counts` has the samples by split and mode, `balance` also the length of their prompts
+        and answers in `unit`, `problems` how many are answered in which modes, `records` what became of those read.
 
     Raises:
-        ValueError: a record is unusable; the message names its file and line.
+        ValueError: too many records are unusable, answers disagree where that is an error, or nothing is left.
     """
-    long, short = existing(long, "long answers"), existing(short, "short answers")
-    records = [_long(*item) for item in read_records(long)] + [_short(*item) for item in read_records(short)]
-    problems = sorted({record["instruction"] for record in records})
-    shuffle = random.Random(seed).shuffle
-    shuffle(problems)
-    kept_back = set(problems[: round(held_out * len(problems))])
-    shuffle(records)
-    splits = {
-        "train": [r for r in records if r["instruction"] not in kept_back],
-        "heldout": [r for r in records if r["instruction"] in kept_back],
-    }
-    facts = {
-        "made_by": "build_hybrid",
-        "sources": {str(path): file_hash(path) for path in (long, short)},
-        "seed": seed,
-        "counts": {name: dict(Counter(r["mode"] for r in split)) for name, split in splits.items()},
-    }
-    with new_folder(resolve(folder), facts) as temporary:
-        for name, split in splits.items():
-            lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in split)
-            (temporary / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    if not 0 <= held_out < 1 or on_disagreement not in ("drop", "error"):
+        raise ValueError(f"{held_out=} must be from 0 to below 1, and {on_disagreement=} 'drop' or 'error'")
+    sources = [existing(long, "long answers"), *([existing(short, "short answers")] if short else [])]
+    facts = {"made_by": "build_hybrid", "sources": {str(path): file_hash(path) for path in sources}}
+    facts |= {"held_out": held_out, "seed": seed, "unit": "tokens" if tokenizer else "characters"}
+    rejects = Rejects(resolve(folder), reject_limit)
+    with new_folder(resolve(folder), facts) as temporary, TemporaryFile(dir=temporary) as file:
+        scratch = Scratch(file, sources)
+        scratch.fill(_samples(sources, cut_short or not short, empty_think, rejects), _measure(tokenizer))
+        rejects.check(int((~_cut_rows(scratch.rows)).sum()) + rejects.count)
+        kept, findings = _kept(scratch, on_disagreement)
+        facts["records"] = _counts(scratch.rows, kept, rejects.count)
+        facts["problems"] = coverage(scratch.rows[kept])
+        facts["findings"] = dict(Counter(finding["finding"] for finding in findings))
+        facts["balance"] = found = _write_splits(scratch, kept, held_out, seed, temporary)
+        facts["counts"] = {s: {mode: n["samples"] for mode, n in modes.items()} for s, modes in found.items()}
+        lines = (json.dumps(finding, ensure_ascii=False) + "\n" for finding in findings)
+        (temporary / FINDINGS).write_text("".join(lines), encoding="utf-8")
     return facts
 
 
-def _long(place: str, record: dict) -> dict:
-    pair = _hybrid_record(place, record, "think")
-    answer = pair["output"]
-    if not answer.startswith(THINK) or not answer.partition(END_THINK)[2].strip():
-        raise ValueError(f"{place}: a long answer must begin with {THINK}, close it with {END_THINK} and then answer")
-    return pair
+class Rejects:
+    """Records that cannot be used, kept beside a folder with place and reason; too many of them end the run."""
+
+    def __init__(self, folder: Path, limit: float):
+        self.path, self.limit = folder.with_name(f"{folder.name}.rejected.jsonl"), limit
+        self.count, self.first = 0, ""
+        self.path.unlink(missing_ok=True)
+
+    def add(self, place: str, reason: str, record: dict) -> None:
+        reason, (file, _, line) = reason.removeprefix(f"{place}: "), place.rpartition(":")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="ascii") as rejected:
+            entry = {"file": file, "line": int(line), "reason": reason, "record": record}
+            rejected.write(json.dumps(entry) + "\n")
+        self.count, self.first = self.count + 1, self.first or f"{place}: {reason}"
+
+    def check(self, read: int) -> None:
+        """Raise ValueError if more than the limit was rejected."""
+        if self.count > self.limit * read:
+            raise ValueError(
+                f"{self.first} ({self.count:,} of {read:,} records are rejected, more than the limit of "
+                f"{self.limit:.2%}; {self.path} has all of them)"
+            )
 
 
-def _short(place: str, record: dict) -> dict:
-    pair = _hybrid_record(place, record, "short")
-    if THINK in pair["output"] or END_THINK in pair["output"]:
-        raise ValueError(f"{place}: a short answer must not hold {THINK} or {END_THINK}")
-    return pair | {"output": SHORT + pair["output"].removeprefix(SHORT)}
+def _measure(tokenizer: str | Path) -> Callable[[list[str]], list[int]]:
+    """What gives the lengths of texts: in tokens, or in characters where no tokenizer is named."""
+    if not tokenizer:
+        return lambda texts: [len(text) for text in texts]
+    loaded = load_tokenizer(tokenizer)
+    split = [tag for tag in (THINK, END_THINK, SHORT) if len(loaded.encode(tag, add_special_tokens=False)) != 1]
+    if split:
+        raise ValueError(f"{tokenizer}: {', '.join(split)} is not one token; patch it (notebook 01_patch_tokenizer)")
+    backend = loaded.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    return lambda texts: [len(encoding) for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
-def _hybrid_record(place: str, record: dict, mode: str) -> dict:
+def _samples(sources: list[Path], cut: bool, empty_think: bool, rejects: Rejects) -> Iterator[Sample]:
+    """The samples of the short answers, then of the long ones, each with a short one cut from it where that is due."""
+    long, answered = sources[0], set()
+    for path in sources[1:]:
+        for _, sample in _usable(path, _short, rejects):
+            answered.add(sample.facts["problem"])
+            yield sample
+    for place, sample in _usable(long, partial(_long, empty_think=empty_think), rejects):
+        yield sample
+        if cut and sample.facts["problem"] not in answered:
+            yield _cut(sample, place)
+
+
+def _usable(path: Path, make: Callable[[str, dict], Sample], rejects: Rejects) -> Iterator[tuple[str, Sample]]:
+    """(place, sample) of every record of a file that makes one; the others are among the rejects."""
+    for place, record in read_records(path):
+        try:
+            sample = make(place, record)
+        except ValueError as error:
+            rejects.add(place, str(error), record)
+        else:
+            yield place, sample
+
+
+def _long(place: str, record: dict, empty_think: bool) -> Sample:
+    prompt, answer = _pair(place, record)
+    tags = TAGS.findall(answer)
+    if tags != [THINK, END_THINK] or not answer.startswith(THINK):
+        raise ValueError(
+            f"a long answer must begin with {THINK}, close it with {END_THINK} once, and then answer; found "
+            f"{' '.join(tags) or 'no tags'}, and {answer[:20]!r} at its beginning"
+        )
+    thoughts, _, rest = answer.removeprefix(THINK).partition(END_THINK)
+    if not rest.strip():
+        raise ValueError(f"a long answer must answer after {END_THINK}; nothing is there")
+    if not thoughts.strip() and not empty_think:
+        raise ValueError(f"{THINK} holds no thoughts; empty_think accepts that")
+    return _sample(place, record, prompt, answer, long=True, from_long=True)
+
+
+def _short(place: str, record: dict) -> Sample:
+    prompt, answer = _pair(place, record)
+    answer = answer.removeprefix(SHORT)
+    if tags := TAGS.findall(answer):
+        raise ValueError(f"a short answer must not hold {' '.join(tags)}")
+    return _sample(place, record, prompt, SHORT + answer, long=False, from_long=False)
+
+
+def _cut(sample: Sample, place: str) -> Sample:
+    """The short sample that says what a long one says after its thoughts."""
+    answer = sample.record["output"].partition(END_THINK)[2].strip()
+    return _sample(place, sample.record, sample.record["instruction"], SHORT + answer, long=False, from_long=True)
+
+
+def _pair(place: str, record: dict) -> tuple[str, str]:
     messages = to_messages(record, place)
-    if [m["role"] for m in messages] != ["user", "assistant"]:
-        raise ValueError(f"{place}: expected one user and one assistant message")
-    pair = {"instruction": messages[0]["content"], "output": messages[1]["content"], "mode": mode}
-    return pair | ({"answer": record["answer"]} if "answer" in record else {})
+    if [message["role"] for message in messages] != ["user", "assistant"]:
+        raise ValueError("expected one user and one assistant message")
+    return messages[0]["content"], messages[1]["content"]
+
+
+def _sample(place: str, record: dict, prompt: str, answer: str, *, long: bool, from_long: bool) -> Sample:
+    made = {"instruction": prompt, "output": answer, "mode": "think" if long else "short"}
+    made |= {name: record[name] for name in ("id", "answer") if name in record}
+    stated, said = _stated(record), final_answer(answer)
+    if said and stated is None:
+        made["answer"] = said
+    problem, claim = " ".join(prompt.split()), normalized(said or stated or "")
+    facts = {
+        "long": long,
+        "from_long": from_long,
+        "line": int(place.rpartition(":")[2]),
+        "problem": _hash(problem),
+        "claim": _hash(problem, claim) if claim else 0,
+        "wrong": bool(said and stated) and normalized(said) != normalized(stated),
+    }
+    return Sample(made, json.dumps(made, ensure_ascii=False).encode() + b"\n", facts)
+
+
+def _stated(record: dict) -> str | None:
+    """What the field `answer` of a record says; it may be a whole solution, as GSM8K's is."""
+    stated = record.get("answer")
+    if not isinstance(stated, str | int | float) or not str(stated).strip():
+        return None
+    return final_answer(str(stated)) or str(stated)
+
+
+def _hash(*texts: str) -> int:
+    return int.from_bytes(hashlib.blake2b("\0".join(texts).encode(), digest_size=8).digest(), "little")
+
+
+def _kept(scratch: Scratch, on_disagreement: str) -> tuple[np.ndarray, list[dict]]:
+    """(numbers of the samples that stay, int64 [kept]; findings about them and about those that go)."""
+    rows = scratch.rows
+    dropped, against = disagreeing(rows)
+    read = ~_cut_rows(rows)[dropped]  # what is cut from a wrong answer is no second finding
+    found = sorted({tuple(sorted({i, j})) for i, j in zip(dropped[read].tolist(), against[read].tolist(), strict=True)})
+    what = {1: "the final answer is not the field `answer`", 2: "final answers differ"}
+    findings = [scratch.finding(what[len(pair)], *pair) for pair in found]
+    if findings and on_disagreement == "error":
+        said = " and ".join(f"{answer['says']!r} at {answer['place']}" for answer in findings[0]["answers"])
+        raise ValueError(f"{len(findings):,} answers disagree; the first: {findings[0]['finding']}, {said}")
+    kept = np.delete(np.arange(len(rows)), dropped)
+    if not len(kept):
+        raise ValueError(f"of {len(rows):,} samples none is left: {len(dropped):,} disagree with another or themselves")
+    for short, long in zip(*not_shorter(rows[kept]), strict=True):
+        findings.append(scratch.finding("the short answer is no shorter", kept[long], kept[short]))
+    return kept, findings
+
+
+def _cut_rows(rows: np.ndarray) -> np.ndarray:
+    return rows["from_long"] & ~rows["long"]
+
+
+def _counts(rows: np.ndarray, kept: np.ndarray, rejected: int) -> dict[str, int]:
+    """What became of the records read; samples = read - rejected - disagreeing + cut."""
+    records, cut = int((~_cut_rows(rows)).sum()), int(_cut_rows(rows[kept]).sum())
+    return {
+        "read": records + rejected,
+        "rejected": rejected,
+        "disagreeing": records - (len(kept) - cut),
+        "cut": cut,
+    }
+
+
+def _write_splits(scratch: Scratch, kept: np.ndarray, held_out: float, seed: int, folder: Path) -> dict:
+    """Write the samples `kept`, shuffled, and return their balance by split and mode."""
+    held = held_back(scratch.rows[kept], held_out, seed)
+    order = np.random.default_rng(seed).permutation(len(kept))
+    kept, held, found = kept[order], held[order], {}
+    for split, numbers in (("train", kept[~held]), ("heldout", kept[held])):
+        if len(numbers):
+            found[split] = balance(scratch.rows[numbers])
+            with (folder / f"{split}.jsonl").open("wb") as file:
+                file.writelines(map(scratch.line, numbers.tolist()))
+    return found

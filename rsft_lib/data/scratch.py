@@ -1,0 +1,63 @@
+"""Samples laid down once, to be compared by their rows and read back in any order."""
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from itertools import islice
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from rsft_lib.data.answers import final_answer
+from rsft_lib.data.pairs import ROW
+
+BATCH = 128  # samples that are measured at a time; an encoding takes some 100 bytes a token
+
+
+class Sample(NamedTuple):
+    """A record as it will be written, as a line too, and what `ROW` tells of it before it is measured."""
+
+    record: dict
+    line: bytes
+    facts: dict[str, int | bool]
+
+
+class Scratch:
+    """Samples laid down in a file one after the other, to be read back in any order; `rows` has what they are."""
+
+    def __init__(self, file: BinaryIO, sources: list[Path]):
+        self.file, self.sources, self.rows = file, sources, np.zeros(0, ROW)
+
+    def fill(self, samples: Iterable[Sample], measure: Callable[[list[str]], list[int]]) -> None:
+        samples, blocks = iter(tqdm(samples, "read", unit=" samples", mininterval=1)), []
+        while batch := list(islice(samples, BATCH)):
+            block = np.zeros(len(batch), ROW)
+            for name in batch[0].facts:
+                block[name] = [sample.facts[name] for sample in batch]
+            block["prompt"] = measure([sample.record["instruction"] for sample in batch])
+            block["answer"] = measure([sample.record["output"] for sample in batch])
+            block["size"] = [len(sample.line) for sample in batch]
+            block["offset"] = self.file.tell() + np.cumsum(block["size"], dtype=np.int64) - block["size"]
+            self.file.writelines(sample.line for sample in batch)
+            blocks.append(block)
+        self.file.flush()
+        self.rows = np.concatenate([self.rows, *blocks])
+
+    def line(self, number: int) -> bytes:
+        row = self.rows[number]
+        return os.pread(self.file.fileno(), int(row["size"]), int(row["offset"]))
+
+    def finding(self, what: str, *numbers: int) -> dict:
+        """Samples of one problem for the list of findings."""
+        found = {"finding": what, "problem": "", "answers": []}
+        for number in numbers:
+            row, record = self.rows[number], json.loads(self.line(number))
+            place = f"{self.sources[0 if row['from_long'] else 1]}:{row['line']}"
+            said = final_answer(record["output"]) or record.get("answer")
+            found["problem"] = record["instruction"]
+            found["answers"].append(
+                {"place": place, "mode": record["mode"], "says": said, "length": int(row["answer"])}
+            )
+        return found

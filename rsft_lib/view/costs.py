@@ -1,0 +1,111 @@
+"""What a choice of length costs: over-long samples by policy, and positions that hold nothing by layout."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rsft_lib.data.packing import pack
+from rsft_lib.view.markup import Table
+from rsft_lib.view.measure import MODES, Samples
+
+BATCH = 8  # samples that are padded to the longest of them
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How samples are laid out in rows: the number of these, and of their positions."""
+
+    name: str
+    rows: int
+    positions: int
+    bytes: int  # on disk
+
+
+def overlong_costs(samples: Samples, limits: Sequence[int] = ()) -> Table:
+    """What each policy for over-long samples would cost at each `max_length` of `limits`, in tokens.
+
+    `drop` loses whole samples and what they train. `truncate` cuts them: each loses its EOS, and so teaches to go on
+    for ever, some lose `</think>` too, and some have nothing left that is trained. `error` stops. Of samples that
+    were too long to be stored only the length is known.
+
+    Args:
+        limits: empty takes the powers of two from 512 up to one that holds every sample.
+    """
+    modes = samples.present + ["not stored"] * bool(len(samples.dropped))
+    columns = (
+        "max_length", "over-long", "of all", *modes, "drop: tokens lost", "of those trained", "truncate: tokens lost",
+        "without EOS", "without </think>", "without any training", "error",
+    )  # fmt: skip
+    rows = [_overlong_row(samples, modes, limit) for limit in limits or _powers_of_two(samples)]
+    note = (
+        f"{len(samples.dropped):,} samples were too long to be stored: their modes and masks are not known, so what "
+        "they train and their </think> come on top; tokenize with a larger max_length to have them counted"
+    )
+    return Table("what each policy for over-long samples costs", columns, rows, note if len(samples.dropped) else "")
+
+
+def _overlong_row(samples: Samples, modes: list[str], limit: int) -> tuple:
+    every = np.concatenate([samples.lengths, samples.dropped])
+    excess, over = (every - limit).clip(min=0), samples.lengths > limit
+    count = int((excess > 0).sum())
+    by_mode = [int((over & samples.of(mode)).sum()) if mode in MODES else count - int(over.sum()) for mode in modes]
+    return (
+        limit,
+        count,
+        count / len(every),
+        *by_mode,
+        _share(every[excess > 0], every),
+        _share(samples.trained[over], samples.trained),
+        _share(excess, every),
+        count,
+        int((over & (samples.closed > limit)).sum()),
+        int((over & (samples.first >= limit)).sum()),
+        "stops" if count else "passes",
+    )
+
+
+def layouts(lengths: np.ndarray, seq_length: int, seed: int = 0) -> list[Layout]:
+    """The samples packed; padded to the longest of a batch; and each padded to `seq_length`, as the original does.
+
+    Args:
+        lengths: int [samples], tokens; a sample takes one position fewer.
+
+    Raises:
+        ValueError: a sample does not fit into `seq_length`.
+    """
+    positions = lengths - 1
+    packs = len(pack(positions, seq_length))
+    begins = np.arange(0, len(positions), BATCH)
+    longest = np.maximum.reduceat(np.random.default_rng(seed).permutation(positions), begins).astype(np.int64)
+    padded = int((longest * np.diff(begins, append=len(positions))).sum())
+    stored = 5 * int(lengths.sum(dtype=np.int64))  # int32 token and a byte of mask
+    return [
+        Layout("packed", packs, packs * seq_length, stored),
+        Layout(f"padded to longest of {BATCH}", len(lengths), padded, stored),
+        Layout("padded to seq_length", len(lengths), len(lengths) * seq_length, 8 * len(lengths) * seq_length),
+    ]
+
+
+def layout_costs(lengths: np.ndarray, seq_length: int) -> Table:
+    """`layouts` as a table: what is useful of the positions that are computed, and what lies on disk."""
+    useful, found = int((lengths - 1).sum(dtype=np.int64)), layouts(lengths, seq_length)
+    columns = ("layout", "rows", "positions", "useful", "work", "on disk")
+    rows = [
+        (x.name, x.rows, x.positions, useful / x.positions, f"{x.positions / found[0].positions:.1f} x", _size(x.bytes))
+        for x in found
+    ]
+    return Table(f"what a batch computes at seq_length {seq_length:,}", columns, rows)
+
+
+def _powers_of_two(samples: Samples) -> list[int]:
+    longest = max(int(lengths.max(initial=0)) for lengths in (samples.lengths, samples.dropped))
+    return [2**power for power in range(9, max(10, longest.bit_length() + 1))]
+
+
+def _share(part: np.ndarray, whole: np.ndarray) -> float:
+    return float(part.sum(dtype=np.int64) / whole.sum(dtype=np.int64))
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"

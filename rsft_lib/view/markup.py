@@ -1,0 +1,129 @@
+"""Text of datasets as HTML: nothing in it acts, hides or reorders. And tables and bars, readable without colour.
+
+Styles are inline and of the kind that JupyterLab leaves in untrusted notebooks; GitHub drops all of them, so what
+a colour says is said by a word too.
+"""
+
+import html
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+INK, FAINT = "#1f2328", "#59636e"  # text and secondary text; on white
+PANEL = (
+    f"background:#ffffff;color:{INK};border:1px solid #d0d7de;border-radius:6px;padding:10px 14px;"
+    "font-size:13px;line-height:1.4"
+)
+BLOCK = (
+    "margin:0;padding:3px 8px;white-space:pre-wrap;word-break:normal;overflow-wrap:anywhere;unicode-bidi:plaintext;"
+    "font-size:12px;line-height:1.45;font-family:monospace"
+)
+CELL = "text-align:left;vertical-align:top;padding:2px 14px 2px 0;border:0"
+RIGHT = ";text-align:right;white-space:nowrap"
+
+GAP = "⋮"  # a cell of a row that stands for rows that are left out
+
+# Characters that act on a terminal, take no space or turn the direction of writing. The joiners U+200C and U+200D are
+# left between letters of other scripts and within emoji, which need them.
+HIDDEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b\u200e\u200f\u2028-\u202e"
+    "\u2060-\u206f\u3164\ufeff\uffa0\ufff9-\ufffb\U000e0000-\U000e007f]|(?<![^\x00-\u02ff])[\u200c\u200d]"
+)
+
+
+def visible(text: str) -> str:
+    """`text` with characters that hide or act replaced by signs for them: `␛` for escape, `⟨200B⟩` for others."""
+    return HIDDEN.sub(lambda found: _sign(ord(found[0])), text)
+
+
+def escaped(text: str) -> str:
+    """`text` as HTML that shows it as it is; line breaks and tabs have a sign before them."""
+    return html.escape(visible(text), quote=False).replace("\n", "↵\n").replace("\t", "⇥\t")
+
+
+def inert(text: str) -> str:
+    """`text` as HTML outside of <pre>, where notebooks would set what stands between dollar signs as mathematics."""
+    return re.sub(r"[$\\]", r"<span>\g<0></span>", html.escape(visible(text)))
+
+
+def one_line(text: str) -> str:
+    """`text` with signs in place of line breaks and tabs."""
+    return visible(text).replace("\n", "↵").replace("\t", "⇥")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A small table: text in a terminal, HTML in a notebook. Columns of numbers stand to the right."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence]
+    note: str = ""
+
+    def __repr__(self) -> str:
+        cells = [[_cell(value) for value in row] for row in (self.columns, *self.rows)]
+        widths = [max(map(_width, column)) for column in zip(*cells, strict=True)]
+        right = self._right()
+        lines = [
+            "   ".join(_pad(c, w, r) for c, w, r in zip(row, widths, right, strict=True)).rstrip() for row in cells
+        ]
+        return "\n".join([self.title, *lines, *([self.note] if self.note else [])])
+
+    def _repr_html_(self) -> str:
+        right = self._right()
+        head = self._row_html("th", self.columns, right, ";border-bottom:1px solid #8c959f")
+        body = "".join(self._row_html("td", row, right) for row in self.rows)
+        note = f"<div style='color:{FAINT};margin-top:4px'>{inert(self.note)}</div>" if self.note else ""
+        return (
+            f"<div style='background:#ffffff;color:{INK};padding:4px 0;font-size:13px'><b>{inert(self.title)}</b>"
+            f"<table style='border-collapse:collapse;margin:2px 0'><thead>{head}</thead><tbody>{body}</tbody></table>"
+            f"{note}</div>"
+        )
+
+    def _row_html(self, tag: str, row: Sequence, right: list[bool], style: str = "") -> str:
+        cells = (
+            f"<{tag} style='{CELL}{RIGHT if is_right else ''}{style}'>{inert(_cell(value))}</{tag}>"
+            for value, is_right in zip(row, right, strict=True)
+        )
+        return f"<tr style='background:#ffffff'>{''.join(cells)}</tr>"
+
+    def _right(self) -> list[bool]:
+        return [all(_cell(value)[:1].isdigit() for value in column if value != GAP) for column in self._by_column()]
+
+    def _by_column(self) -> list[tuple]:
+        return list(zip(*self.rows, strict=True)) if self.rows else [()] * len(self.columns)
+
+
+def bar(parts: Sequence[tuple[float, str, str]]) -> str:
+    """(share, label, style) of each part as a bar to scale, a few pixels at least for each."""
+    cells = "".join(
+        f"<div title='{html.escape(label)}' style='flex:{share:.4f} 1 auto;min-width:3px;height:12px;{style}'></div>"
+        for share, label, style in parts
+    )
+    return f"<div style='display:flex;margin:6px 0'>{cells}</div>"
+
+
+def warning(text: str) -> str:
+    return f"<div style='background:#fff1c2;color:#3d2c00;padding:2px 8px;margin:4px 0'><b>!</b> {inert(text)}</div>"
+
+
+def _sign(code: int) -> str:
+    if code < 0x20:
+        return chr(0x2400 + code)
+    return "␡" if code == 0x7F else f"⟨{code:04X}⟩"
+
+
+def _cell(value) -> str:
+    if isinstance(value, float):
+        return f"{value:.1%}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _width(text: str) -> int:
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else not unicodedata.combining(c) for c in text)
+
+
+def _pad(text: str, width: int, right: bool) -> str:
+    space = " " * (width - _width(text))
+    return space + text if right else text + space
