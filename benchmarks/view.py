@@ -78,9 +78,8 @@ def compare_views(tokenizer, chats: list[list[dict]]) -> None:
     text = len(answer.encode())
     print(f"mask view of {len(encoded.ids):,} tokens, {text / 1e3:.0f} KB of text")
     print(f"  in runs           {ours * 1e3:7.1f} ms {len(view.encode()) / 1e3:8.0f} KB")
-    print(
-        f"  token by token    {theirs * 1e3:7.1f} ms {len(other.encode()) / 1e3:8.0f} KB   {theirs / ours:.0f} x the time"
-    )
+    size = len(other.encode()) / 1e3
+    print(f"  token by token    {theirs * 1e3:7.1f} ms {size:8.0f} KB   {theirs / ours:.0f} x the time")
 
 
 def compare_reading(folder: Path, tokenizer, chats: list[list[dict]]) -> Samples:
@@ -98,9 +97,8 @@ def compare_reading(folder: Path, tokenizer, chats: list[list[dict]]) -> Samples
     files = (np.memmap(folder / f"{NAME}.bin", np.int32, "r"), np.memmap(folder / MASK, np.uint8, "r"))
     floor, _ = seconds(lambda: [int(file.sum(dtype=np.int64)) for file in files], 3)
     print(f"columns of {len(store):,} samples, {tokens:,} tokens")
-    print(
-        f"  measure           {took * 1e3:7.0f} ms {tokens / took / 1e6:8.0f} M tokens/s   {took / floor:.1f} x the floor"
-    )
+    speed = tokens / took / 1e6
+    print(f"  measure           {took * 1e3:7.0f} ms {speed:8.0f} M tokens/s   {took / floor:.1f} x the floor")
     print(f"  floor, two sums   {floor * 1e3:7.0f} ms {tokens / floor / 1e6:8.0f} M tokens/s")
     return samples
 

@@ -158,11 +158,11 @@ def test_an_answer_that_is_not_of_its_mode_is_named_and_kept_with_the_reason(ans
     good = {"long": record("2 + 2 ?", think("hm", "4")), "short": record("2 + 2 ?", "4")}
     files = {name: [good[name]] + [record("bad ?", answer)] * (name == kind) for name in good}
     reason = (BAD_LONG if kind == "long" else BAD_SHORT)[answer]
-    with pytest.raises(ValueError, match=rf"{kind}.jsonl:2: .*{re.escape(reason)}.*\(1 of 3 records are rejected"):
+    with pytest.raises(ValueError, match=rf"(?s){kind}.jsonl:2: .*{re.escape(reason)}.*1 of 3 records are rejected"):
         build(tmp_path, files["long"], files["short"])
     assert not (tmp_path / "out").exists()
     (rejected,) = map(json.loads, (tmp_path / "out.rejected.jsonl").read_text().splitlines())
-    assert rejected["line"] == 2 and reason in rejected["reason"] and rejected["record"]["output"] == answer
+    assert rejected["line"] == 2 and reason in rejected["reason"] and json.loads(rejected["record"])["output"] == answer
 
     assert build(tmp_path, files["long"], files["short"], reject_limit=0.4)["records"]["rejected"] == 1
     assert (tmp_path / "out.rejected.jsonl").exists()

@@ -20,7 +20,8 @@ from rsft_lib.artifact import file_hash, new_folder
 from rsft_lib.chat import END_THINK, SHORT, THINK
 from rsft_lib.data.answers import final_answer, normalized
 from rsft_lib.data.pairs import balance, coverage, disagreeing, held_back, not_shorter
-from rsft_lib.data.records import read_records, to_messages
+from rsft_lib.data.records import as_text, conversation, parse, read_rows
+from rsft_lib.data.rejects import Reject, Rejects
 from rsft_lib.data.scratch import Sample, Scratch
 from rsft_lib.paths import existing, resolve
 from rsft_lib.tokenizer import load_tokenizer
@@ -71,11 +72,15 @@ def build_hybrid(
     sources = [existing(long, "long answers"), *([existing(short, "short answers")] if short else [])]
     facts = {"made_by": "build_hybrid", "sources": {str(path): file_hash(path) for path in sources}}
     facts |= {"held_out": held_out, "seed": seed, "unit": "tokens" if tokenizer else "characters"}
-    rejects = Rejects(resolve(folder), reject_limit)
-    with new_folder(resolve(folder), facts) as temporary, TemporaryFile(dir=temporary) as file:
+    destination = resolve(folder)
+    with (
+        new_folder(destination, facts) as temporary,
+        TemporaryFile(dir=temporary) as file,
+        Rejects(destination, reject_limit) as rejects,
+    ):
         scratch = Scratch(file, sources)
         scratch.fill(_samples(sources, cut_short or not short, empty_think, rejects), _measure(tokenizer))
-        rejects.check(int((~_cut_rows(scratch.rows)).sum()) + rejects.count)
+        rejects.settle(int((~_cut_rows(scratch.rows)).sum()) + rejects.count)
         kept, findings = _kept(scratch, on_disagreement)
         facts["records"] = _counts(scratch.rows, kept, rejects.count)
         facts["problems"] = coverage(scratch.rows[kept])
@@ -85,31 +90,6 @@ def build_hybrid(
         lines = (json.dumps(finding, ensure_ascii=False) + "\n" for finding in findings)
         (temporary / FINDINGS).write_text("".join(lines), encoding="utf-8")
     return facts
-
-
-class Rejects:
-    """Records that cannot be used, kept beside a folder with place and reason; too many of them end the run."""
-
-    def __init__(self, folder: Path, limit: float):
-        self.path, self.limit = folder.with_name(f"{folder.name}.rejected.jsonl"), limit
-        self.count, self.first = 0, ""
-        self.path.unlink(missing_ok=True)
-
-    def add(self, place: str, reason: str, record: dict) -> None:
-        reason, (file, _, line) = reason.removeprefix(f"{place}: "), place.rpartition(":")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="ascii") as rejected:
-            entry = {"file": file, "line": int(line), "reason": reason, "record": record}
-            rejected.write(json.dumps(entry) + "\n")
-        self.count, self.first = self.count + 1, self.first or f"{place}: {reason}"
-
-    def check(self, read: int) -> None:
-        """Raise ValueError if more than the limit was rejected."""
-        if self.count > self.limit * read:
-            raise ValueError(
-                f"{self.first} ({self.count:,} of {read:,} records are rejected, more than the limit of "
-                f"{self.limit:.2%}; {self.path} has all of them)"
-            )
 
 
 def _measure(tokenizer: str | Path) -> Callable[[list[str]], list[int]]:
@@ -141,17 +121,18 @@ def _samples(sources: list[Path], cut: bool, empty_think: bool, rejects: Rejects
 
 def _usable(path: Path, make: Callable[[str, dict], Sample], rejects: Rejects) -> Iterator[tuple[str, Sample]]:
     """(place, sample) of every record of a file that makes one; the others are among the rejects."""
-    for place, record in read_records(path):
+    for row in read_rows(path):
+        place = f"{path}:{row.number}"
         try:
-            sample = make(place, record)
+            sample = make(place, parse(row.content))
         except ValueError as error:
-            rejects.add(place, str(error), record)
+            rejects.add([Reject(str(path), row.number, str(error), as_text(row.content))], seen=row.number)
         else:
             yield place, sample
 
 
 def _long(place: str, record: dict, empty_think: bool) -> Sample:
-    prompt, answer = _pair(place, record)
+    prompt, answer = _pair(record)
     tags = TAGS.findall(answer)
     if tags != [THINK, END_THINK] or not answer.startswith(THINK):
         raise ValueError(
@@ -167,7 +148,7 @@ def _long(place: str, record: dict, empty_think: bool) -> Sample:
 
 
 def _short(place: str, record: dict) -> Sample:
-    prompt, answer = _pair(place, record)
+    prompt, answer = _pair(record)
     answer = answer.removeprefix(SHORT)
     if tags := TAGS.findall(answer):
         raise ValueError(f"a short answer must not hold {' '.join(tags)}")
@@ -180,8 +161,8 @@ def _cut(sample: Sample, place: str) -> Sample:
     return _sample(place, sample.record, sample.record["instruction"], SHORT + answer, long=False, from_long=True)
 
 
-def _pair(place: str, record: dict) -> tuple[str, str]:
-    messages = to_messages(record, place)
+def _pair(record: dict) -> tuple[str, str]:
+    messages = conversation(record)
     if [message["role"] for message in messages] != ["user", "assistant"]:
         raise ValueError("expected one user and one assistant message")
     return messages[0]["content"], messages[1]["content"]

@@ -36,7 +36,7 @@ def merge(shards: list[str | Path], folder: str | Path, reject_limit: float = 0.
     _check(manifests, folders)
     facts = _whole([manifests[path] for path in folders])
     destination = resolve(folder)
-    with new_folder(destination, facts) as temporary, Rejects(destination, facts["data"], reject_limit) as rejects:
+    with new_folder(destination, facts) as temporary, Rejects(destination, reject_limit) as rejects:
         writer = StoreWriter(temporary)
         for block in _dealt_back([list(_blocks(path)) for path in folders]):
             writer.add_block(*block())

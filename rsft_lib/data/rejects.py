@@ -8,8 +8,9 @@ HOPELESS = 1000  # rejected rows after which work that mostly fails is not carri
 
 
 class Reject(NamedTuple):
-    """A row that was refused: its number in the file, why, and what stood there."""
+    """A row that was refused: its file and its number there, why, and what stood there."""
 
+    file: str
     line: int
     reason: str
     record: str
@@ -21,12 +22,12 @@ class Rejects:
     Use as a context; `add` rows in order and `settle` at the end, which raises when the limit is passed.
     """
 
-    def __init__(self, final: Path, source: str, limit: float):
+    def __init__(self, final: Path, limit: float):
         """`limit` is the largest share of rows, from 0 to 1, that may be rejected."""
         if not 0 <= limit <= 1:
             raise ValueError(f"reject_limit is {limit}; it is a share of the rows, from 0 to 1")
         self.path = final.with_name(f"{final.name}.rejected.jsonl")
-        self.source, self.limit, self.count, self.first = source, limit, 0, None
+        self.limit, self.count, self.first = limit, 0, None
 
     def __enter__(self) -> "Rejects":
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,8 +62,8 @@ class Rejects:
         self.temporary.replace(self.path)
         if self.count > self.limit * seen:
             raise ValueError(
-                f"{self.source}:{self.first.line}: {self.first.reason}\n{self.count} of {seen} records are rejected, "
-                f"more than the limit of {self.limit:.2%}; each is in {self.path} with its reason. "
+                f"{self.first.file}:{self.first.line}: {self.first.reason}\n"
+                f"{self.count} of {seen} records are rejected, more than the limit of {self.limit:.2%}; each is in {self.path} with its reason. "
                 "Mend them, or raise reject_limit to go on without them."
             )
 

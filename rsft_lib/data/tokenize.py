@@ -77,7 +77,7 @@ def tokenize(
         facts["encoder"] = _chosen_encoder(pool, _rows(data, split, revision))
         mine = islice(blocks(_rows(data, split, revision)), shard[0], None, shard[1])
         encoded = _encoded(pool, mine, facts["encoder"]["encoder"], ahead=2 * count + 1)
-        with new_folder(destination, facts) as temporary, Rejects(destination, str(data), reject_limit) as rejects:
+        with new_folder(destination, facts) as temporary, Rejects(destination, reject_limit) as rejects:
             _write(_progress(encoded, data), StoreWriter(temporary), rejects, facts)
     return facts
 

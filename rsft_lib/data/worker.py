@@ -1,7 +1,6 @@
 """One of the processes that turn rows into tokens; it imports neither torch nor megatron-core, so it starts quickly."""
 
 import contextlib
-import json
 import os
 import pickle
 import re
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 
 from rsft_lib.chat import END_THINK, MODES, ChatTemplate, Span, trained_texts
 from rsft_lib.data.encoder import Tokens, best_encoder, encoder
-from rsft_lib.data.records import Row, conversation, parse, tools_of
+from rsft_lib.data.records import Row, as_text, conversation, parse, tools_of
 from rsft_lib.data.rejects import Reject
 from rsft_lib.sandbox import limit_memory, time_limit
 
@@ -121,7 +120,7 @@ class Worker:
         encoded = self.encoder.encode([t.text for t in texts], [t.spans for t in texts])
         for (row, _, _), sample in zip(texts, encoded, strict=True):
             if problem := _problem(sample):
-                rejects.append(reject(row, problem))
+                rejects.append(self.reject(row, problem))
                 continue
             before.append(len(sample.ids))
             mode = modes[self.modes.get(int(sample.ids[sample.loss_mask.argmax()]), "other")]
@@ -138,12 +137,12 @@ class Worker:
             try:
                 chats.append((row, *self.chat(row.content, counts)))
             except ValueError as error:
-                rejects.append(reject(row, error))
+                rejects.append(self.reject(row, error))
         for tools, group in groupby(chats, key=lambda chat: chat[2]):
             group = list(group)
             for (row, _, _), result in zip(group, self.rendered([chat[1] for chat in group], tools), strict=True):
                 if isinstance(result, ValueError):
-                    rejects.append(reject(row, result))
+                    rejects.append(self.reject(row, result))
                 else:
                     done.append(Text(row, *result))
         return done
@@ -190,6 +189,9 @@ class Worker:
         mode[fate] += 1
         return cut if fate == "truncated" else None
 
+    def reject(self, row: Row, reason: str | ValueError) -> Reject:
+        return Reject(self.job.source, row.number, str(reason), as_text(row.content))
+
     def refuse_control_tokens(self, messages: list[dict], tools: list | None) -> None:
         """Text must not become a control token by chance; answers may hold those of thinking.
 
@@ -223,14 +225,6 @@ def main() -> None:
                 answer = error
             pickle.dump(answer, answers, protocol=pickle.HIGHEST_PROTOCOL)
             answers.flush()
-
-
-def reject(row: Row, reason: str | ValueError) -> Reject:
-    if isinstance(row.content, bytes):
-        record = row.content.rstrip(b"\r\n").decode("utf-8", "backslashreplace")
-    else:
-        record = json.dumps(row.content, ensure_ascii=False, default=str)
-    return Reject(row.number, str(reason), record)
 
 
 def _problem(sample: Tokens | ValueError) -> str:
