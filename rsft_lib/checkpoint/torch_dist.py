@@ -1,59 +1,154 @@
-"""A megatron-core `torch_dist` checkpoint, written and read one tensor at a time, with no model and no ranks.
+"""A megatron-core `torch_dist` checkpoint, written and read tensor by tensor, with no model and no ranks.
 
-The format is torch's distributed checkpoint (`.metadata` and `*.distcp`) with megatron-core's `metadata.json`
-and `common.pt` beside it: megatron/core/dist_checkpointing/strategies.
+The format is torch's distributed checkpoint with megatron-core's `metadata.json` and `common.pt` beside it
+(megatron/core/dist_checkpointing/strategies): `*.distcp` files are `torch.save`d tensors one after the other, and
+`.metadata`, a pickle, tells which part of which weight begins where. torch itself loads that pickle with no
+restriction; here it may name nothing but the classes that the format consists of.
 """
 
-import warnings
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.utils import _create_file_view
+from torch.utils.serialization import config as serialization
+
+from rsft_lib.artifact import HashedFile, verify
+from rsft_lib.checkpoint.pieces import Piece, Weights
+
+METADATA = ".metadata"
+FILE_SIZE = 2**30  # bytes after which the next file is begun; files are hashed side by side when they are verified
+
+_OF_THE_FORMAT = {
+    "pathlib": {"PosixPath", "PurePosixPath", "Path"},
+    "torch": {"Size", *(str(d).removeprefix("torch.") for d in vars(torch).values() if isinstance(d, torch.dtype))},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
+}  # fmt: skip
 
 
-class _LazyPlanner(DefaultSavePlanner):
-    """Plans from empty tensors and fetches each real one when its turn to be written comes."""
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str):
+        if name not in _OF_THE_FORMAT.get(module, ()):
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which is no part of a checkpoint")
+        return super().find_class(module, name)
 
-    def __init__(self, read: Callable[[str], Tensor]):
-        super().__init__()
-        self.read = read
-
-    def lookup_object(self, index):
-        return self.read(index.fqn)
+    def persistent_load(self, pid):
+        raise pickle.UnpicklingError("it refers to objects outside of itself")
 
 
-def write(folder: Path, empty: dict[str, Tensor], read: Callable[[str], Tensor]) -> None:
-    """Write a checkpoint into `folder`.
+def read_metadata(folder: Path) -> Metadata:
+    """What `.metadata` tells, with nothing in it run.
+
+    Raises:
+        ValueError: it names a class or function that is no part of the format, or is no pickle of it at all.
+    """
+    path = Path(folder) / METADATA
+    try:
+        with path.open("rb") as file:
+            metadata = _Unpickler(file).load()
+        if not isinstance(metadata, Metadata):
+            raise pickle.UnpicklingError(f"it holds a {type(metadata).__name__}")
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # a damaged pickle may raise anything
+        raise ValueError(f"{path} is refused: {error}; do not load this checkpoint") from error
+    return metadata
+
+
+def check(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> Metadata:
+    """Check a checkpoint before anything in it is used: every file that holds a `wanted` weight, and the metadata.
+
+    Raises:
+        FileNotFoundError: the checkpoint was not finished, or lacks a file.
+        ValueError: a file is damaged, not of this checkpoint, or not to be trusted.
+    """
+    folder = Path(folder)
+    manifest = verify(folder, only={METADATA, "metadata.json", "common.pt", "config.json"})
+    metadata = read_metadata(folder)
+    holding = {info.relative_path for index, info in metadata.storage_data.items() if wanted(index.fqn)}
+    foreign = holding - manifest["files"].keys()
+    if foreign:
+        raise ValueError(f"{folder / METADATA} is refused: it points at {min(foreign)!r}, no file of this checkpoint")
+    verify(folder, only=holding)
+    return metadata
+
+
+def open_weights(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> Weights:
+    """The `wanted` tensors of a checkpoint, memory-mapped; check it first."""
+    metadata, files, pieces = read_metadata(folder), {}, {}
+    for index, info in metadata.storage_data.items():
+        if not isinstance(metadata.state_dict_metadata[index.fqn], TensorStorageMetadata) or not wanted(index.fqn):
+            continue
+        path = Path(folder) / info.relative_path
+        if path not in files:
+            files[path] = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
+        pieces.setdefault(index.fqn, []).append(Piece(tuple(index.offset or ()), _mapped(path, info, files[path])))
+    return Weights(pieces)
+
+
+def _mapped(path: Path, info: _StorageInfo, mapped: torch.UntypedStorage) -> Tensor:
+    """One `torch.save`d tensor of a file, as a view of the mapped file."""
+    with path.open("rb") as file:
+        view = _create_file_view(file, info.offset, info.length)
+        empty = torch.load(view, map_location="meta", weights_only=True)
+    start = info.offset + empty.untyped_storage()._checkpoint_offset
+    stored = mapped[start : start + empty.untyped_storage().nbytes()]
+    flat = torch.tensor([], dtype=torch.uint8).set_(stored).view(empty.dtype)
+    return flat.as_strided(empty.shape, empty.stride(), empty.storage_offset())
+
+
+def write(folder: Path, weights: Weights, progress: Callable[[int], None] = lambda nbytes: None) -> dict[str, dict]:
+    """Write a checkpoint into `folder`, no more than a block of one weight in memory at a time.
 
     Args:
-        empty: name -> tensor on the meta device, which gives shape and dtype.
-        read: gives the tensor of a name; called once for each.
+        progress: called with the bytes of every block that is written.
+
+    Returns:
+        The entries of the written files for a manifest.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch speaks of the missing process group
-        dcp.save(empty, storage_writer=dcp.FileSystemWriter(folder), planner=_LazyPlanner(read), no_dist=True)
+    files, layout, places = [HashedFile(folder / "__0_0.distcp")], {}, {}
+    for name in weights:
+        chunks = []
+        for row, block in weights.blocks(name):
+            if files[-1].size > FILE_SIZE:
+                files[-1].close()
+                files.append(HashedFile(folder / f"__0_{len(files)}.distcp"))
+            chunk = ChunkStorageMetadata(torch.Size([row, *[0] * (block.ndim - 1)]), block.shape)
+            places[MetadataIndex(name, chunk.offsets, len(chunks))] = _append(files[-1], block)
+            chunks.append(chunk)
+            progress(block.nbytes)
+        empty = weights.empty(name)
+        layout[name] = TensorStorageMetadata(TensorProperties(dtype=empty.dtype), empty.shape, chunks)
+    files[-1].close()
+    metadata = Metadata(layout, planner_data={name: (name,) for name in layout}, storage_data=places)
+    (folder / METADATA).write_bytes(pickle.dumps(metadata))
     torch.save({}, folder / "common.pt")
     save_config(CheckpointingConfig("torch_dist"), str(folder))
+    return {name: entry for file in files for name, entry in file.listing().items()}
 
 
-def tensors(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of the checkpoint by name, on the meta device: shape and dtype without data."""
-    metadata = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    return {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
-        for name, entry in metadata.items()
-        if isinstance(entry, dcp.metadata.TensorStorageMetadata)
-    }
-
-
-def read(folder: Path, empty: Tensor, name: str) -> Tensor:
-    """The tensor `name`, whole, whatever layout it was saved in; `empty` is its entry of `tensors`."""
-    loaded = {name: torch.empty_like(empty, device="cpu")}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dcp.load(loaded, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
-    return loaded[name]
+def _append(file: HashedFile, block: Tensor) -> _StorageInfo:
+    start = file.size
+    # A tensor of its own on the same memory: torch.save would write all of the file that a view belongs to. The
+    # manifest's hash makes a checksum in each record needless.
+    exact = torch.frombuffer(block.flatten().view(torch.uint8).numpy(), dtype=block.dtype).view(block.shape)
+    with serialization.patch("save.compute_crc32", False):
+        torch.save(exact, file)
+    return _StorageInfo(file.path.name, start, file.size - start)

@@ -1,53 +1,179 @@
-"""Proof that a checkpoint is the model it was made from: every tensor bit for bit, and the logits side by side."""
+"""Proof that a checkpoint is the model it was made from: every tensor bit for bit, and what both of them say.
+
+    torchrun --standalone -m rsft_lib.checkpoint.verify --model HF_FOLDER --checkpoint FOLDER
+"""
 
 import argparse
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from rsft_lib.artifact import write_json
-from rsft_lib.checkpoint import torch_dist
-from rsft_lib.checkpoint.convert import HfWeights
+from rsft_lib.artifact import PROOF, new_folder, write_json
+from rsft_lib.checkpoint import hf, source, torch_dist
+from rsft_lib.checkpoint.convert import copy_along, differing
+from rsft_lib.checkpoint.export import export
+from rsft_lib.checkpoint.pieces import Box, Weights, resized
 from rsft_lib.checkpoint.sharded import load_weights
 from rsft_lib.host import device
 from rsft_lib.model.config import read_config, transformer_config
 from rsft_lib.model.gpt import build_model
-from rsft_lib.model.weights import to_hf
 from rsft_lib.ranks import ranks
+from rsft_lib.tokenizer import load_tokenizer
+
+SENTENCE = "The quick brown fox jumps over the lazy dog. How many words does this sentence have?"
+SHOWN = 5  # most likely next tokens that are listed side by side
+
+Logits = Callable[[Tensor], Tensor]  # ids [1, s] -> logits [1, s, vocabulary]
+
+
+def prove(model: Path, checkpoint: Path, sentence: str = SENTENCE, new_tokens: int = 16) -> dict:
+    """Compare a Hugging Face folder and a checkpoint, whichever was made from the other. Needs no GPU.
+
+    Returns:
+        `tensors`: a row for each Hugging Face tensor with its shape, dtype, norm and whether both have the same bits;
+        `differing_tensors`: names of those that have not; `lost_in_round_trip`: names of the tensors that, with every
+        number changed in its last bit, do not come back as they went in; and what `compare_outputs` gives.
+    """
+    table = tensor_table(model, checkpoint)
+    return {
+        "model": str(model),
+        "checkpoint": str(checkpoint),
+        "differing_tensors": [row["name"] for row in table if not row["same"]],
+        "lost_in_round_trip": lost_in_round_trip(model, checkpoint.parent),
+        **compare_outputs(model, checkpoint, sentence, new_tokens),
+        "tensors": table,
+    }
+
+
+def tensor_table(model: Path, checkpoint: Path) -> list[dict]:
+    """Every Hugging Face tensor: name, shape, dtype, Euclidean norm, and whether the checkpoint has the same bits."""
+    weights, others = _both(model, checkpoint)
+    different = set(differing(weights, others))
+    return [
+        {
+            "name": name,
+            "shape": list(weights.empty(name).shape),
+            "dtype": str(weights.empty(name).dtype).removeprefix("torch."),
+            "norm": sum(float(block.double().square().sum()) for _, block in weights.blocks(name)) ** 0.5,
+            "same": name not in different,
+        }
+        for name in weights
+    ]
 
 
 def differing_tensors(model: Path, checkpoint: Path) -> list[str]:
     """Names of the Hugging Face tensors that the checkpoint does not give back bit for bit."""
-    stored, weights = torch_dist.tensors(checkpoint), HfWeights(model)
-    returned = to_hf(lambda name: torch_dist.read(checkpoint, stored[name], name), read_config(checkpoint))
-    return [name for name, tensor in returned if not torch.equal(tensor, weights.read(name))]
+    return differing(*_both(model, checkpoint))
+
+
+def _both(model: Path, checkpoint: Path) -> tuple[Weights, Weights]:
+    """The weights of each by Hugging Face names; those of a training in another precision are rounded as export does."""
+    config = read_config(model)
+    weights = hf.open_weights(model, config)
+    source.check(checkpoint)
+    stored = resized(source.open_weights(checkpoint, config), source.vocabulary(config), config.vocab_size)
+    dtypes = {weights.empty(name).dtype for name in weights}
+    return weights, Weights(hf.as_hf(stored, config).pieces, dtypes.pop() if len(dtypes) == 1 else None)
+
+
+class _Perturbed(Weights):
+    """Weights with the last bit of every number flipped, so that nothing can come back that was not carried."""
+
+    def read(self, name: str, box: Box = ()) -> Tensor:
+        tensor = super().read(name, box)
+        bits = torch.int16 if tensor.itemsize == 2 else torch.int32
+        return (tensor.contiguous().view(bits) ^ 1).view(tensor.dtype)
+
+
+def lost_in_round_trip(model: Path, scratch: Path) -> list[str]:
+    """Names of tensors that do not survive a way into a checkpoint and, with `export`, out again, every bit changed.
+
+    Takes twice the model's size on the disk of `scratch` while it runs.
+    """
+    config = read_config(model)
+    perturbed = _Perturbed(hf.open_weights(model, config).pieces)
+    with tempfile.TemporaryDirectory(dir=scratch, prefix=".round-trip-") as place:
+        facts = {"made_by": "convert"}
+        with new_folder(Path(place) / "checkpoint", facts) as folder:
+            facts["files"] = torch_dist.write(folder, _Perturbed(hf.as_megatron(perturbed, config).pieces))
+            copy_along(model, folder)
+        export(Path(place) / "checkpoint", model, Path(place) / "exported")
+        return differing(perturbed, hf.open_weights(Path(place) / "exported", config))
+
+
+def logit_difference(model: Path, checkpoint: Path, tokens: int = 64) -> float:
+    """Largest absolute difference of the logits of transformers and megatron-core, in fp32, on random tokens."""
+    vocab = read_config(model).vocab_size
+    ids = torch.randint(vocab, (1, tokens), generator=torch.Generator().manual_seed(0)).to(device())
+    expected = with_transformers(model, lambda logits: logits(ids))
+    found = with_megatron(model, checkpoint, tokens, lambda logits: logits(ids))
+    return (found - expected).abs().max().item()
+
+
+def compare_outputs(model: Path, checkpoint: Path, sentence: str, new_tokens: int) -> dict:
+    """What transformers makes of the folder, and megatron-core of the checkpoint, both in fp32, of one sentence.
+
+    Returns:
+        `logit_difference`: the largest absolute difference over all positions; `next_tokens`: the most likely ones
+        with both logits; `text`: the greedy continuation of each, by the name of the library.
+    """
+    tokenizer = load_tokenizer(model)
+    ids = torch.tensor([tokenizer(sentence)["input_ids"]], device=device())
+
+    def speak(logits: Logits) -> tuple[Tensor, list[int]]:
+        return logits(ids), _greedy(logits, ids, new_tokens)
+
+    expected, words = with_transformers(model, speak)
+    found, our_words = with_megatron(model, checkpoint, ids.shape[1] + new_tokens, speak)
+    likely = expected[0, -1].topk(SHOWN).indices.tolist()
+    return {
+        "sentence": sentence,
+        "logit_difference": (found - expected).abs().max().item(),
+        "next_tokens": [
+            {"token": tokenizer.decode([t]), "transformers": expected[0, -1, t].item(), "megatron": found[0, -1, t].item()}
+            for t in likely
+        ],
+        "text": {"transformers": tokenizer.decode(words), "megatron": tokenizer.decode(our_words)},
+    }
 
 
 @torch.no_grad()
-def logit_difference(model: Path, checkpoint: Path, tokens: int = 64) -> float:
-    """Largest absolute difference of the logits of transformers and megatron-core, in fp32, on random tokens."""
-    config = read_config(checkpoint)
-    ids = torch.randint(config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0)).to(device())
-    expected = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).to(device())(ids).logits
+def with_transformers(model: Path, use: Callable[[Logits], object]):
+    """What `use` makes of the model of a folder, loaded by transformers in fp32 and let go afterwards."""
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).to(device()).eval()
+    return use(lambda ids: loaded(ids, use_cache=False).logits)
+
+
+@torch.no_grad()
+def with_megatron(model: Path, checkpoint: Path, max_length: int, use: Callable[[Logits], object]):
+    """What `use` makes of a checkpoint, loaded by megatron-core in fp32 on one rank; `model` describes it."""
+    config = read_config(model)
     with ranks():
-        ours = build_model(config, transformer_config(config), "torch", tokens).to(device())
-        load_weights(ours, checkpoint)
-        found = ours(ids, torch.arange(tokens, device=ids.device)[None], None)
-    return (found - expected).abs().max().item()
+        loaded = build_model(config, transformer_config(config), "torch", max_length).to(device()).eval()
+        load_weights(loaded, checkpoint)
+        return use(lambda ids: loaded(ids, torch.arange(ids.shape[1], device=ids.device)[None], None))
+
+
+def _greedy(logits: Logits, ids: Tensor, new_tokens: int) -> list[int]:
+    """The most likely continuation, token by token."""
+    start = ids.shape[1]
+    for _ in range(new_tokens):
+        ids = torch.cat([ids, logits(ids)[:, -1].argmax(dim=-1, keepdim=True)], dim=1)
+    return ids[0, start:].tolist()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder")
-    parser.add_argument("--checkpoint", type=Path, required=True, help="converted checkpoint")
-    parser.add_argument("--output", type=Path, required=True, help="JSON file for the result")
+    parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder with its tokenizer")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint made from it, or it from")
+    parser.add_argument("--output", type=Path, help=f"JSON file for the result; {PROOF} in the checkpoint by default")
     arguments = parser.parse_args()
-    result = {
-        "differing_tensors": differing_tensors(arguments.model, arguments.checkpoint),
-        "logit_difference": logit_difference(arguments.model, arguments.checkpoint),
-    }
-    write_json(arguments.output, result)
+    result = prove(arguments.model, arguments.checkpoint)
+    write_json(arguments.output or arguments.checkpoint / PROOF, result)
 
 
 if __name__ == "__main__":
