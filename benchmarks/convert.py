@@ -4,9 +4,9 @@
     python benchmarks/convert.py --shape 7b --layers 4
 
 Each step runs in a process of its own, so that its memory is its own: the peak of anonymous memory (RssAnon of
-/proc/self/status) above nothing, page cache and mapped files not counted. `cp` runs before and after every step, and
-a ratio is to the mean of both. All files are in the page cache when a step begins. Needs five times the model's size
-on disk and no GPU.
+/proc/self/status), page cache and mapped files not counted. `cp` runs before and after every step, in a process of
+the same kind, and a ratio is to the mean of both. All files are in the page cache when a step begins. Needs four times
+the model's size on disk and no GPU.
 """
 
 import argparse
@@ -55,6 +55,15 @@ def make_model(folder: str, shape: str, layers: int) -> None:
     Path(folder).mkdir()
     hf.write(Path(folder), Weights.of(tensors), "5GB")
     config.save_pretrained(folder)
+
+
+def copy(source: str, destination: str) -> None:
+    """What every step is measured against: `cp`, and fsync of every file."""
+    subprocess.run(["cp", "-r", source, destination], check=True)
+    for path in Path(destination).iterdir():
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
 
 def into_megatron(source: str, destination: str) -> None:
@@ -117,19 +126,6 @@ def _anonymous() -> int:
     raise OSError("no RssAnon in /proc/self/status")
 
 
-def copy(source: Path, destination: Path) -> float:
-    """Seconds that `cp` takes, with fsync."""
-    began = time.perf_counter()
-    subprocess.run(["cp", "-r", source, destination], check=True)
-    for path in destination.iterdir():
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-    seconds = time.perf_counter() - began
-    shutil.rmtree(destination)
-    return seconds
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="1.5b")
@@ -146,8 +142,7 @@ def main() -> None:
 def run(place: Path, arguments) -> dict:
     layers = arguments.layers or SHAPES[arguments.shape]["layers"]
     measured(make_model, str(place / "hf"), arguments.shape, layers)
-    into_megatron_once = (into_megatron, place / "hf", place / "megatron")
-    measured(*map(str_or_step, into_megatron_once))
+    measured(into_megatron, str(place / "hf"), str(place / "megatron"))
     steps = {
         "hf -> torch_dist": (into_megatron, place / "hf"),
         "torch_dist -> hf": (out_of_megatron, place / "megatron"),
@@ -163,11 +158,16 @@ def run(place: Path, arguments) -> dict:
 
 
 def one_round(step, source: Path, place: Path) -> dict:
-    cp = [copy(source, place / "copy")]
+    before = once(copy, source, place)
+    found = once(step, source, place)
+    after = once(copy, source, place)
+    return {**found, "cp": (before["seconds"] + after["seconds"]) / 2}
+
+
+def once(step, source: Path, place: Path) -> dict:
     found = measured(step, str(source), str(place / "out"))
     shutil.rmtree(place / "out", ignore_errors=True)
-    cp.append(copy(source, place / "copy"))
-    return {**found, "cp": sum(cp) / 2}
+    return found
 
 
 def summary(rounds: list[dict]) -> dict:
@@ -179,10 +179,6 @@ def summary(rounds: list[dict]) -> dict:
         "peak GB": round(middle["peak"] / 1e9, 3),
         "of it imports GB": round(middle["before"] / 1e9, 3),
     }
-
-
-def str_or_step(value):
-    return str(value) if isinstance(value, Path) else value
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """A folder that is either whole or not there: written beside its final name, listed in a manifest, renamed."""
 
 import errno
+import fcntl
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import uuid
@@ -12,31 +14,52 @@ from contextlib import contextmanager
 from pathlib import Path
 
 MANIFEST = "manifest.json"
+BUFFER = 16 * 2**20  # bytes that are written at one time
+O_DIRECT = getattr(os, "O_DIRECT", 0)  # Linux only
 PROOF = "verify.json"  # may be laid into a finished folder; no step reads it
 
 
 class HashedFile:
-    """A file being written whose SHA-256 is taken on the way, by a second thread, so that no byte is read twice."""
+    """A large file being written, whose SHA-256 is taken on the way so that no byte is read a second time.
+
+    While one buffer is hashed and written by two threads, the next is filled. Writes go around the page cache where
+    the file system lets them: filling it with what nobody reads soon takes longer than hashing.
+    """
 
     def __init__(self, path: Path):
         self.path, self.size = path, 0
-        self._file, self._digest, self._thread = path.open("wb"), hashlib.sha256(), ThreadPoolExecutor(1)
+        self._descriptor = _open_around_cache(path)
+        # Anonymous maps begin at a page, as writing around the cache asks for.
+        self._buffers, self._filled = [memoryview(mmap.mmap(-1, BUFFER)) for _ in range(2)], 0
+        self._digest, self._threads, self._pending = hashlib.sha256(), ThreadPoolExecutor(2), []
 
     def write(self, data) -> int:
         """Append any object with a buffer, and return its size in bytes."""
-        data = memoryview(data).cast("B")
-        hashing = self._thread.submit(self._digest.update, data)
-        self._file.write(data)
-        hashing.result()
+        left = data = memoryview(data).cast("B")
+        while left:
+            count = min(len(left), BUFFER - self._filled)
+            self._buffers[0][self._filled : self._filled + count] = left[:count]
+            self._filled += count
+            left = left[count:]
+            if self._filled == BUFFER:
+                self._drain()
         self.size += len(data)
         return len(data)
 
     def flush(self) -> None:
-        self._file.flush()
+        """For torch.save; everything is written by `close`."""
 
     def close(self) -> None:
-        self._thread.shutdown()
-        self._file.close()
+        try:
+            self._drain()
+            self._wait()
+        finally:
+            self._threads.shutdown()
+            os.close(self._descriptor)
+
+    def listing(self) -> dict[str, dict]:
+        """The file's entry in the manifest of its folder, for `facts["files"]`, once it is closed."""
+        return {self.path.name: {"bytes": self.size, "sha256": self._digest.hexdigest()}}
 
     def __enter__(self) -> "HashedFile":
         return self
@@ -44,9 +67,36 @@ class HashedFile:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def listing(self) -> dict[str, dict]:
-        """The file's entry in the manifest of its folder, for `facts["files"]`."""
-        return {self.path.name: {"bytes": self.size, "sha256": self._digest.hexdigest()}}
+    def _drain(self) -> None:
+        self._wait()
+        full = self._buffers[0][: self._filled]
+        self._pending = [self._threads.submit(use, full) for use in (self._digest.update, self._append)]
+        self._buffers.reverse()
+        self._filled = 0
+
+    def _wait(self) -> None:
+        for pending in self._pending:
+            pending.result()
+
+    def _append(self, data: memoryview) -> None:
+        while data:
+            try:
+                data = data[os.write(self._descriptor, data) :]
+            except OSError as error:  # the odd end of a file has to go through the cache, on some systems all of it
+                flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
+                if error.errno != errno.EINVAL or not flags & O_DIRECT:
+                    raise
+                fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~O_DIRECT)
+
+
+def _open_around_cache(path: Path) -> int:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    try:
+        return os.open(path, flags | O_DIRECT, 0o666)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return os.open(path, flags, 0o666)
 
 
 @contextmanager
@@ -67,7 +117,7 @@ def new_folder(final: Path, facts: dict, size: int = 0) -> Iterator[Path]:
     """
     final = Path(final)
     _refuse_foreign(final, facts["made_by"])
-    _require_space(final, size)
+    require_space(final, size)
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = final.with_name(f".{final.name}.tmp-{uuid.uuid4().hex[:8]}")
     temporary.mkdir()
@@ -211,7 +261,12 @@ def _hashes(folder: Path, names: list[str]) -> dict[str, str]:
         return dict(zip(names, threads.map(file_hash, (folder / name for name in names)), strict=True))
 
 
-def _require_space(final: Path, size: int) -> None:
+def require_space(final: Path, size: int) -> None:
+    """Check that the disk on which `final` will lie has `size` bytes left.
+
+    Raises:
+        OSError: it has not.
+    """
     there = next(path for path in final.absolute().parents if path.exists())
     free = shutil.disk_usage(there).free
     if size > free:

@@ -22,6 +22,10 @@ from rsft_lib.model.config import read_config, transformer_config  # noqa: E402
 from rsft_lib.model.gpt import build_model  # noqa: E402
 
 SIZES = (1, 2, 4)
+WITH_TRANSFORMER_ENGINE = {  # what its layers call the weights that ours call otherwise
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+}
 
 
 def logits(model, ids):
@@ -42,6 +46,33 @@ def logits(model, ids):
     return torch.cat(parts, dim=-1)
 
 
+def te_name(name: str) -> str:
+    for ours, theirs in WITH_TRANSFORMER_ENGINE.items():
+        name = name.replace(f".{ours}", f".{theirs}")
+    return name
+
+
+def check_legacy(folder: Path, model, config, tp: int, pp: int) -> None:
+    """A rank's file has what the state of the model that megatron-core built for the rank has."""
+    tp_rank, pp_rank = (
+        parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank(),
+    )  # fmt: skip
+    assert (folder / "latest_checkpointed_iteration.txt").read_text() == "1"
+    name = f"mp_rank_{tp_rank:02d}" if pp == 1 else f"mp_rank_{tp_rank:02d}_{pp_rank:03d}"
+    content = torch.load(folder / "iter_0000001" / name / "model_optim_rng.pt", weights_only=True)
+    assert content.keys() == {"model", "iteration", "checkpoint_version"} and content["checkpoint_version"] == 3.0
+    found, expected = content["model"], {te_name(key): value for key, value in model.state_dict().items()}
+    attention = {key for key in found if key.endswith("core_attention._extra_state")}
+    assert len(attention) == config.num_hidden_layers // pp and found.keys() - attention == expected.keys()
+    for key, value in expected.items():
+        if value is None:
+            assert found[key] is None, key
+        elif value.shape[0] == model.vocab_size // tp:  # Megatron-LM pads the vocabulary further than we do
+            assert len(found[key]) == -(-config.vocab_size // (128 * tp)) * 128, key
+        else:
+            assert torch.equal(found[key], value), key
+
+
 @torch.no_grad()
 def compare(folder: Path, tp: int, pp: int) -> None:
     parallel_state.initialize_model_parallel(tp, pp)
@@ -54,6 +85,8 @@ def compare(folder: Path, tp: int, pp: int) -> None:
         for kind in ("hf", "torch_dist", f"legacy_TP{tp}PP{pp}"):
             model = build_model(config, settings, "torch", ids.shape[1]).eval()
             load_weights(model, model_folder / kind)
+            if kind.startswith("legacy"):
+                check_legacy(model_folder / kind, model, config, tp, pp)
             found = logits(model, ids)
             if found is not None and parallel_state.get_tensor_model_parallel_rank() == 0:
                 assert not found[..., config.vocab_size :].any(), "rows of padding are zero"

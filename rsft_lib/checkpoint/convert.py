@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PretrainedConfig
 
@@ -135,10 +136,14 @@ def _same(weights: Weights, others: Weights, name: str) -> bool:
     if name not in weights.pieces or name not in others.pieces:
         return False
     a, b = weights.empty(name), others.empty(name)
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    pairs = zip(weights.blocks(name), others.blocks(name), strict=True)
-    return all(torch.equal(x.flatten().view(torch.uint8), y.flatten().view(torch.uint8)) for (_, x), (_, y) in pairs)
+    return a.shape == b.shape and a.dtype == b.dtype and all(
+        torch.equal(_bits(block), _bits(others.read(name, (slice(row, row + len(block)), *[slice(None)] * (a.ndim - 1)))))
+        for row, block in weights.blocks(name)
+    )
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().flatten().view(torch.uint8)
 
 
 def _write(destination: Path, facts: dict, weights: Weights, config: PretrainedConfig, describing: Path) -> None:

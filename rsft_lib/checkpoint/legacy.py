@@ -146,12 +146,19 @@ def _allocated(empty: Tensor, boxes: list[Box]) -> Tensor:
 
 
 def iteration_folder(folder: Path) -> Path | None:
-    """The folder with the files of the ranks, `folder` itself or the one its tracker names; None if there is none."""
-    tracker = Path(folder) / TRACKER
-    if tracker.is_file():
-        name = tracker.read_text().strip()
-        folder = Path(folder) / (f"iter_{int(name):07d}" if name.isdigit() else "release")
-    return Path(folder) if any(Path(folder).glob(f"mp_rank_*/{FILE}")) else None
+    """The folder with the files of the ranks, `folder` itself or the one its tracker names; None if there is none.
+
+    Raises:
+        ValueError: the tracker names a folder without such files.
+    """
+    folder, tracker = Path(folder), Path(folder) / TRACKER
+    if not tracker.is_file():
+        return folder if any(folder.glob(f"mp_rank_*/{FILE}")) else None
+    name = tracker.read_text(errors="replace").strip()
+    named = folder / (f"iter_{int(name):07d}" if name.isdecimal() else "release")
+    if not any(named.glob(f"mp_rank_*/{FILE}")):
+        raise ValueError(f"{tracker} says {name!r}, but {named} holds no mp_rank_*/{FILE}")
+    return named
 
 
 def open_weights(folder: Path, config: PretrainedConfig) -> Weights:

@@ -3,6 +3,7 @@
 import math
 import sys
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -62,14 +63,20 @@ class Weights:
         return whole
 
     def blocks(self, name: str, box: Box = ()) -> Iterator[tuple[int, Tensor]]:
-        """Yield a weight, or the `box` of it, in contiguous blocks of whole rows: (row within the box, tensor)."""
+        """Yield a weight, or the `box` of it, in contiguous blocks of whole rows: (row within the box, tensor).
+
+        A large piece begins a block of its own, and so is not copied.
+        """
         empty = self.empty(name)
         rows, *rest = _within(box, empty)
         row_bytes = math.prod(s.stop - s.start for s in rest) * empty.itemsize
         step = max(1, BLOCK // max(1, row_bytes))
-        for start in range(rows.start, rows.stop, step):
-            block = self.read(name, (slice(start, min(start + step, rows.stop)), *rest))
-            yield start - rows.start, block.contiguous()
+        large = (p.offset[0] for p in self.pieces[name] if p.tensor.nbytes >= BLOCK // 8)
+        starts = [rows.start, *sorted({row for row in large if rows.start < row < rows.stop}), rows.stop]
+        for first, last in pairwise(starts):
+            for start in range(first, last, step):
+                block = self.read(name, (slice(start, min(start + step, last)), *rest))
+                yield start - rows.start, block.contiguous()
 
 
 def rows(pieces: list[Piece], start: int, stop: int, at: int) -> list[Piece]:

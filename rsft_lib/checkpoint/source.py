@@ -43,7 +43,7 @@ def check(folder: Path) -> None:
     elif found == "legacy":
         for root in (folder, folder.parent):  # the manifest lies beside the tracker
             if (root / MANIFEST).is_file():
-                verify_files(root, [name for name in verify(root, only=())["files"] if name.endswith(legacy.FILE)])
+                verify(root)
 
 
 def open_weights(folder: Path, config: PretrainedConfig) -> Weights:

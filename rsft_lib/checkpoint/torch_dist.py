@@ -24,11 +24,11 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.utils import _create_file_view
 from torch.utils.serialization import config as serialization
 
-from rsft_lib.artifact import HashedFile, verify
+from rsft_lib.artifact import HashedFile, read_manifest, verify, verify_files
 from rsft_lib.checkpoint.pieces import Piece, Weights
 
-METADATA = ".metadata"
-FILE_SIZE = 2**30  # bytes after which the next file is begun; files are hashed side by side when they are verified
+METADATA, COMMON, SUFFIX = ".metadata", "common.pt", ".distcp"
+FILE_SIZE = 2**29  # bytes after which the next file is begun; files are hashed side by side when they are verified
 
 _OF_THE_FORMAT = {
     "pathlib": {"PosixPath", "PurePosixPath", "Path"},
@@ -72,29 +72,34 @@ def read_metadata(folder: Path) -> Metadata:
     return metadata
 
 
-def check(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> Metadata:
-    """Check a checkpoint before anything in it is used: every file that holds a `wanted` weight, and the metadata.
+def check(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:
+    """Check a checkpoint before anything in it is used: every file that holds a `wanted` weight, and all pickles.
 
     Raises:
         FileNotFoundError: the checkpoint was not finished, or lacks a file.
         ValueError: a file is damaged, not of this checkpoint, or not to be trusted.
     """
     folder = Path(folder)
-    manifest = verify(folder, only={METADATA, "metadata.json", "common.pt", "config.json"})
+    listed = read_manifest(folder)["files"]
+    verify(folder, only=[name for name in listed if not name.endswith(SUFFIX)])
     metadata = read_metadata(folder)
-    holding = {info.relative_path for index, info in metadata.storage_data.items() if wanted(index.fqn)}
-    foreign = holding - manifest["files"].keys()
+    places = {index: info for index, info in metadata.storage_data.items() if wanted(index.fqn)}
+    holding = {info.relative_path for info in places.values()}
+    foreign = holding - listed.keys()
     if foreign:
         raise ValueError(f"{folder / METADATA} is refused: it points at {min(foreign)!r}, no file of this checkpoint")
-    verify(folder, only=holding)
-    return metadata
+    verify_files(folder, holding)
+    _load(folder / COMMON)
+    for index, info in places.items():
+        if not isinstance(metadata.state_dict_metadata.get(index.fqn), TensorStorageMetadata):
+            _load(folder / info.relative_path, info)  # torch would load it with no restriction
 
 
 def open_weights(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> Weights:
     """The `wanted` tensors of a checkpoint, memory-mapped; check it first."""
     metadata, files, pieces = read_metadata(folder), {}, {}
     for index, info in metadata.storage_data.items():
-        if not isinstance(metadata.state_dict_metadata[index.fqn], TensorStorageMetadata) or not wanted(index.fqn):
+        if not wanted(index.fqn) or not isinstance(metadata.state_dict_metadata[index.fqn], TensorStorageMetadata):
             continue
         path = Path(folder) / info.relative_path
         if path not in files:
@@ -105,13 +110,24 @@ def open_weights(folder: Path, wanted: Callable[[str], bool] = lambda name: True
 
 def _mapped(path: Path, info: _StorageInfo, mapped: torch.UntypedStorage) -> Tensor:
     """One `torch.save`d tensor of a file, as a view of the mapped file."""
-    with path.open("rb") as file:
-        view = _create_file_view(file, info.offset, info.length)
-        empty = torch.load(view, map_location="meta", weights_only=True)
+    empty = _load(path, info, map_location="meta")
     start = info.offset + empty.untyped_storage()._checkpoint_offset
     stored = mapped[start : start + empty.untyped_storage().nbytes()]
     flat = torch.tensor([], dtype=torch.uint8).set_(stored).view(empty.dtype)
     return flat.as_strided(empty.shape, empty.stride(), empty.storage_offset())
+
+
+def _load(path: Path, info: _StorageInfo | None = None, map_location: str = "cpu"):
+    """What was `torch.save`d at one place of a file, or as all of it, with nothing in it run."""
+    try:
+        with path.open("rb") as file:
+            view = _create_file_view(file, info.offset, info.length) if info else file
+            return torch.load(view, map_location=map_location, weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # of zip or pickle
+        place = f" at byte {info.offset}" if info else ""
+        raise ValueError(f"{path}{place} is refused: {error}; do not load this checkpoint") from error
 
 
 def write(folder: Path, weights: Weights, progress: Callable[[int], None] = lambda nbytes: None) -> dict[str, dict]:
@@ -123,13 +139,13 @@ def write(folder: Path, weights: Weights, progress: Callable[[int], None] = lamb
     Returns:
         The entries of the written files for a manifest.
     """
-    files, layout, places = [HashedFile(folder / "__0_0.distcp")], {}, {}
+    files, layout, places = [HashedFile(folder / f"__0_0{SUFFIX}")], {}, {}
     for name in weights:
         chunks = []
         for row, block in weights.blocks(name):
             if files[-1].size > FILE_SIZE:
                 files[-1].close()
-                files.append(HashedFile(folder / f"__0_{len(files)}.distcp"))
+                files.append(HashedFile(folder / f"__0_{len(files)}{SUFFIX}"))
             chunk = ChunkStorageMetadata(torch.Size([row, *[0] * (block.ndim - 1)]), block.shape)
             places[MetadataIndex(name, chunk.offsets, len(chunks))] = _append(files[-1], block)
             chunks.append(chunk)
@@ -139,7 +155,7 @@ def write(folder: Path, weights: Weights, progress: Callable[[int], None] = lamb
     files[-1].close()
     metadata = Metadata(layout, planner_data={name: (name,) for name in layout}, storage_data=places)
     (folder / METADATA).write_bytes(pickle.dumps(metadata))
-    torch.save({}, folder / "common.pt")
+    torch.save({}, folder / COMMON)
     save_config(CheckpointingConfig("torch_dist"), str(folder))
     return {name: entry for file in files for name, entry in file.listing().items()}
 
