@@ -25,7 +25,8 @@ WEIGHTS = [  # the first kind that a repository has; no code, and no second copy
 def model_folder(name: str, revision: str = "main", token: str | None = None) -> Path:
     """The folder of a Hugging Face model, downloaded to `assets/checkpoints/<org_name>` if need be.
 
-    What was downloaded whole is used again without asking the Hub; a download that was cut off goes on where it was.
+    What was downloaded whole is used again without asking the Hub; a download that was cut off
+    goes on with the files that are missing.
 
     Args:
         name: a folder (relative ones start at the project root), or a name on the Hub such as

@@ -31,7 +31,7 @@ class Hub(ThreadingHTTPServer):
     def __init__(self, folder):
         super().__init__(("127.0.0.1", 0), Answer)
         self.files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-        self.requests, self.token, self.damage = [], None, None
+        self.requests, self.token, self.damage, self.break_off = [], None, None, None
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -97,12 +97,15 @@ class Answer(BaseHTTPRequestHandler):
         if path == self.server.damage:
             data = data[:-1] + bytes([data[-1] ^ 1])
         start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
+        if self.command == "GET" and path == self.server.break_off:
+            self.server.break_off, self.close_connection = None, True
+            return self.send(200, data, headers, cut=len(data) // 2)
         if start:
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-            self.server.requests.append((f"RANGE {start}", path))
+            self.server.requests.append(("RANGE", path))
         return self.send(206 if start else 200, data[start:], headers)
 
-    def send(self, status, body=b"", headers=None):
+    def send(self, status, body=b"", headers=None, cut=None):
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
         self.send_header("Content-Type", "application/json" if body[:1] in (b"{", b"[") else "application/octet-stream")
@@ -110,7 +113,7 @@ class Answer(BaseHTTPRequestHandler):
             self.send_header(key, value)
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(body)
+            self.wfile.write(body[:cut])
 
 
 def point_to(endpoint, monkeypatch):
@@ -176,24 +179,29 @@ def test_bin_files_are_taken_where_there_is_nothing_else(server):
     assert (folder / "pytorch_model.bin").read_bytes() == b"pickled"
 
 
-def test_a_download_that_was_cut_off_goes_on_where_it_was(server, tmp_path, monkeypatch):
-    whole = server.files["model.safetensors"].read_bytes()
+def test_a_connection_that_breaks_off_is_taken_up_where_it_was(server, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 10_000)
+    server.break_off = "model.safetensors"
+    verify(hub.model_folder(NAME))
+    assert [path for method, path in server.requests if method == "RANGE"] == ["model.safetensors"]
+
+
+def test_a_download_that_was_killed_goes_on_with_the_files_that_are_missing(server, tmp_path, monkeypatch):
     real = huggingface_hub.file_download.http_get
 
-    def cut_off(url, temp_file, **kwargs):
-        if not url.endswith("model.safetensors"):
-            return real(url, temp_file, **kwargs)
-        temp_file.write(whole[:1000])
-        raise ConnectionError("the cable was pulled out")
+    def pulled_out(url, *args, **kwargs):
+        if url.endswith("model.safetensors"):
+            raise ConnectionError("the cable was pulled out")
+        return real(url, *args, **kwargs)
 
-    with monkeypatch.context() as pulled, pytest.raises(FileNotFoundError, match="the cable was pulled out"):
-        pulled.setattr(huggingface_hub.file_download, "http_get", cut_off)
+    with monkeypatch.context() as cable, pytest.raises(FileNotFoundError, match="the cable was pulled out"):
+        cable.setattr(huggingface_hub.file_download, "http_get", pulled_out)
         hub.model_folder(NAME)
     assert not (tmp_path / "checkpoints" / FOLDER).exists()
-    folder = hub.model_folder(NAME)
-    assert ("RANGE 1000", "model.safetensors") in server.requests
-    assert (folder / "model.safetensors").read_bytes() == whole
-    verify(folder)
+    before = server.fetched()
+    server.requests.clear()
+    verify(hub.model_folder(NAME))
+    assert "model.safetensors" in server.fetched() and server.fetched().isdisjoint(before)
 
 
 def test_a_file_that_came_over_damaged_is_refused_and_fetched_again_next_time(server, tmp_path):
