@@ -171,7 +171,9 @@ def read_manifest(folder: Path) -> dict:
         if own_hash != _own_hash(content) or text != _json(content | {"manifest_sha256": own_hash}):
             raise ValueError("its text does not have the hash that it names")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path} is damaged or was edited ({error}); run the step that makes {folder} again") from error
+        raise ValueError(
+            f"{path} is damaged or was edited ({error}); run the step that makes {folder} again"
+        ) from error
     return content
 
 

@@ -124,9 +124,7 @@ SOURCES = {
     "bin": lambda m: as_bin(m, sharded=False),
     "sharded bin": lambda m: as_bin(m, sharded=True),
     "old bin": lambda m: (
-        torch.save(
-            load_file(m / "model.safetensors"), m / "pytorch_model.bin", _use_new_zipfile_serialization=False
-        ),
+        torch.save(load_file(m / "model.safetensors"), m / "pytorch_model.bin", _use_new_zipfile_serialization=False),
         (m / "model.safetensors").unlink(),
     ),
     "rotary buffers": lambda m: edit_weights(

@@ -32,7 +32,7 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Answer)
         self.files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
         self.requests, self.token, self.damage, self.break_off = [], None, None, None
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     @property
     def endpoint(self):
@@ -40,7 +40,9 @@ class Hub(ThreadingHTTPServer):
 
     def fetched(self):
         """The files whose content was asked for."""
-        return {path.split(f"/{COMMIT}/")[-1] for method, path in self.requests if method == "GET" and "/resolve/" in path}
+        return {
+            path.split(f"/{COMMIT}/")[-1] for method, path in self.requests if method == "GET" and "/resolve/" in path
+        }
 
 
 class Answer(BaseHTTPRequestHandler):
@@ -75,7 +77,10 @@ class Answer(BaseHTTPRequestHandler):
         if commit is None:
             return self.send(404, headers={"X-Error-Code": "RevisionNotFound"})
         if rest and rest[0] == "tree":
-            entries = [{"type": "file", "path": p, "size": f.stat().st_size, **self.lfs(p)} for p, f in self.server.files.items()]
+            entries = [
+                {"type": "file", "path": p, "size": f.stat().st_size, **self.lfs(p)}
+                for p, f in self.server.files.items()
+            ]
             return self.send(200, json.dumps(entries).encode())
         siblings = [{"rfilename": p, "size": f.stat().st_size, **self.lfs(p)} for p, f in self.server.files.items()]
         return self.send(200, json.dumps({"id": NAME, "sha": commit, "siblings": siblings}).encode())

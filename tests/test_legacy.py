@@ -82,7 +82,9 @@ def test_rows_that_were_cut_off_are_not_made_up(model, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("tokens", "tensor_parallel", "rows"), [(0, 1, 256), (0, 4, 512), (251, 2, 256), (100, 1, 128)])
+@pytest.mark.parametrize(
+    ("tokens", "tensor_parallel", "rows"), [(0, 1, 256), (0, 4, 512), (251, 2, 256), (100, 1, 128)]
+)
 def test_the_vocabulary_is_padded_as_megatron_lm_does(model, tokens, tensor_parallel, rows, tmp_path):
     facts = convert(model, tmp_path / "made", format="legacy", vocab_size=tokens, tensor_parallel=tensor_parallel)
     parts = [load_rank(facts["folder"], r)["model"]["output_layer.weight"] for r in range(tensor_parallel)]

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from support import all_tensors, tiny_model, tiny_tokenizer
-
 from torch.distributed.checkpoint.api import CheckpointException
 
 from rsft_lib.artifact import MANIFEST, read_manifest, verify, write_manifest
@@ -221,7 +220,9 @@ ATTACKS = {
         lambda c, m: (c / ".metadata").write_bytes(pickle.dumps({"w": 1})), "refused: it holds a dict",
     ),
     "a call in common.pt": (lambda c, m: torch.save(Payload(m), c / "common.pt"), "common.pt is refused"),
-    "a call in a tensor's place": (lambda c, m: in_a_tensors_place(c, Payload(m)), "0.distcp at byte 0 is refused|corrupt"),
+    "a call in a tensor's place": (
+        lambda c, m: in_a_tensors_place(c, Payload(m)), "0.distcp at byte 0 is refused|corrupt",
+    ),
     "a call in an object beside the tensors": (
         lambda c, m: with_object(c, Payload(m)), "9.distcp at byte 0 is refused",
     ),

@@ -136,10 +136,13 @@ def _same(weights: Weights, others: Weights, name: str) -> bool:
     if name not in weights.pieces or name not in others.pieces:
         return False
     a, b = weights.empty(name), others.empty(name)
-    return a.shape == b.shape and a.dtype == b.dtype and all(
-        torch.equal(_bits(block), _bits(others.read(name, (slice(row, row + len(block)), *[slice(None)] * (a.ndim - 1)))))
-        for row, block in weights.blocks(name)
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    columns = [slice(None)] * (a.ndim - 1)
+    pairs = (
+        (block, others.read(name, (slice(row, row + len(block)), *columns))) for row, block in weights.blocks(name)
     )
+    return all(torch.equal(_bits(block), _bits(other)) for block, other in pairs)
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -150,9 +153,10 @@ def _write(destination: Path, facts: dict, weights: Weights, config: PretrainedC
     layout = facts["tensor_parallel"], facts["pipeline_parallel"]
     files = legacy.plan(weights, config, *layout) if facts["format"] == "legacy" else []
     size = legacy.nbytes(weights, files) if files else sum(weights.empty(name).nbytes for name in weights)
-    with new_folder(destination, facts, size) as folder, tqdm(
-        total=size, desc="convert", unit="B", unit_scale=True
-    ) as bar:
+    with (
+        new_folder(destination, facts, size) as folder,
+        tqdm(total=size, desc="convert", unit="B", unit_scale=True) as bar,
+    ):
         if files:
             legacy.write(folder, weights, files, bar.update)
         else:

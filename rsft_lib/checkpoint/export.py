@@ -90,7 +90,9 @@ def _check_settings(dtype: str, tokenizer: Path, config: PretrainedConfig) -> No
         raise ValueError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}, or '' to keep it")
     tokens = len(load_tokenizer(tokenizer))
     if tokens > config.vocab_size:
-        raise ValueError(f"{tokenizer} has {tokens} tokens, the model only {config.vocab_size}: they do not belong together")
+        raise ValueError(
+            f"{tokenizer} has {tokens} tokens, the model only {config.vocab_size}: they do not belong together"
+        )
 
 
 def _weights(checkpoint: Path, config: PretrainedConfig, dtype: str, original: Path | None) -> Weights:

@@ -53,7 +53,9 @@ def open_weights(folder: Path, config: PretrainedConfig) -> Weights:
     opened = {file: _open(Path(folder) / file) for file in weight_files(folder)}
     index = index_of(folder)
     placed = dict.fromkeys(opened[index], index) if isinstance(index, str) else index
-    problems = [f"{name}: not in {file}, where the index has it" for name, file in placed.items() if name not in opened[file]]
+    problems = [
+        f"{name}: not in {file}, where the index has it" for name, file in placed.items() if name not in opened[file]
+    ]
     tensors = {name: opened[file][name] for name, file in placed.items() if name in opened[file]}
     tensors = {name: tensor for name, tensor in tensors.items() if not BUFFERS.search(name)}
     if config.tie_word_embeddings and "lm_head.weight" in tensors:

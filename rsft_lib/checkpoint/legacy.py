@@ -200,7 +200,9 @@ def _load(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: the checkpoint is not whole")
     try:
-        own = [name for name in torch.serialization.get_unsafe_globals_in_checkpoint(path) if name.startswith("megatron.")]
+        own = [
+            name for name in torch.serialization.get_unsafe_globals_in_checkpoint(path) if name.startswith("megatron.")
+        ]
         with torch.serialization.safe_globals([(type("Inert", (_Inert,), {}), name) for name in own]):
             state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         if not isinstance(state["model"], dict):

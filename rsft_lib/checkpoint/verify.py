@@ -1,9 +1,10 @@
 """Proof that a checkpoint is the model it was made from: every tensor bit for bit, and what both of them say.
 
-    torchrun --standalone -m rsft_lib.checkpoint.verify --model HF_FOLDER --checkpoint FOLDER
+torchrun --standalone -m rsft_lib.checkpoint.verify --model HF_FOLDER --checkpoint FOLDER
 """
 
 import argparse
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -30,28 +31,55 @@ SHOWN = 5  # most likely next tokens that are listed side by side
 Logits = Callable[[Tensor], Tensor]  # ids [1, s] -> logits [1, s, vocabulary]
 
 
-def prove(model: Path, checkpoint: Path, sentence: str = SENTENCE, new_tokens: int = 16) -> dict:
+def prove(
+    model: Path, checkpoint: Path, sentence: str = SENTENCE, new_tokens: int = 16, round_trip: bool = True
+) -> dict:
     """Compare a Hugging Face folder and a checkpoint, whichever was made from the other. Needs no GPU.
+
+    Args:
+        round_trip: also see what `lost_in_round_trip` finds.
 
     Returns:
         `tensors`: a row for each Hugging Face tensor with its shape, dtype, norm and whether both have the same bits;
-        `differing_tensors`: names of those that have not; `lost_in_round_trip`: names of the tensors that, with every
-        number changed in its last bit, do not come back as they went in; and what `compare_outputs` gives.
+        `differing_tensors`: names of those that have not; `rounded`: whether one of both has a shorter dtype, in which
+        they were compared; what `lost_in_round_trip` and `compare_outputs` give.
     """
-    table = tensor_table(model, checkpoint)
+    weights, others, rounded = _both(model, checkpoint)
+    table = tensor_table(weights, others)
+    lost = {"lost_in_round_trip": lost_in_round_trip(model, checkpoint.parent)} if round_trip else {}
     return {
         "model": str(model),
         "checkpoint": str(checkpoint),
+        "rounded": rounded,
         "differing_tensors": [row["name"] for row in table if not row["same"]],
-        "lost_in_round_trip": lost_in_round_trip(model, checkpoint.parent),
+        **lost,
         **compare_outputs(model, checkpoint, sentence, new_tokens),
         "tensors": table,
     }
 
 
-def tensor_table(model: Path, checkpoint: Path) -> list[dict]:
-    """Every Hugging Face tensor: name, shape, dtype, Euclidean norm, and whether the checkpoint has the same bits."""
-    weights, others = _both(model, checkpoint)
+def report(proof: dict) -> str:
+    """A proof as text: a line for each kind of tensor, over all layers, then what both libraries say."""
+    kinds = {}
+    for row in proof["tensors"]:
+        kind = (re.sub(r"\.\d+\.", ".*.", row["name"]), "x".join(map(str, row["shape"])), row["dtype"])
+        kinds.setdefault(kind, []).append(row)
+    lines = [f"{'tensor':<48} {'shape':>13} {'dtype':>9} {'count':>5} {'norms':>21}  same bits"]
+    for (name, shape, dtype), found in kinds.items():
+        norms, same = [row["norm"] for row in found], sum(row["same"] for row in found)
+        span = f"{min(norms):.4g} to {max(norms):.4g}" if len(found) > 1 else f"{norms[0]:.4g}"
+        lines.append(f"{name:<48} {shape:>13} {dtype:>9} {len(found):>5} {span:>21}  {same} of {len(found)}")
+    lines += ["", f"{proof['sentence']!r} goes on, in fp32, by the logits of transformers and of megatron-core, with"]
+    lines += [
+        f"{row['token']!r:>20} {row['transformers']:>12.5f} {row['megatron']:>12.5f}" for row in proof["next_tokens"]
+    ]
+    lines += [f"largest difference of any logit: {proof['logit_difference']:.1e}"]
+    lines += [f"{library:>12} writes {text!r}" for library, text in proof["text"].items()]
+    return "\n".join(lines)
+
+
+def tensor_table(weights: Weights, others: Weights) -> list[dict]:
+    """Every tensor: name, shape, dtype, Euclidean norm, and whether it has the same bits in both."""
     different = set(differing(weights, others))
     return [
         {
@@ -67,17 +95,22 @@ def tensor_table(model: Path, checkpoint: Path) -> list[dict]:
 
 def differing_tensors(model: Path, checkpoint: Path) -> list[str]:
     """Names of the Hugging Face tensors that the checkpoint does not give back bit for bit."""
-    return differing(*_both(model, checkpoint))
+    weights, others, _ = _both(model, checkpoint)
+    return differing(weights, others)
 
 
-def _both(model: Path, checkpoint: Path) -> tuple[Weights, Weights]:
-    """The weights of each by Hugging Face names; those of a training in another precision are rounded as export does."""
+def _both(model: Path, checkpoint: Path) -> tuple[Weights, Weights, bool]:
+    """The weights of each by Hugging Face names; where one was rounded to a shorter dtype, both in that, and True."""
     config = read_config(model)
     weights = hf.open_weights(model, config)
     source.check(checkpoint)
-    stored = resized(source.open_weights(checkpoint, config), source.vocabulary(config), config.vocab_size)
-    dtypes = {weights.empty(name).dtype for name in weights}
-    return weights, Weights(hf.as_hf(stored, config).pieces, dtypes.pop() if len(dtypes) == 1 else None)
+    stored = source.open_weights(checkpoint, config)
+    others = hf.as_hf(resized(stored, source.vocabulary(config), config.vocab_size), config)
+    dtypes = [{w.empty(name).dtype for name in w} for w in (weights, others)]
+    if dtypes[0] != dtypes[1] and [len(found) for found in dtypes] == [1, 1]:
+        shorter = min(dtypes[1].pop(), dtypes[0].pop(), key=lambda dtype: dtype.itemsize)
+        return Weights(weights.pieces, shorter), Weights(others.pieces, shorter), True
+    return weights, others, False
 
 
 class _Perturbed(Weights):
@@ -119,7 +152,7 @@ def compare_outputs(model: Path, checkpoint: Path, sentence: str, new_tokens: in
 
     Returns:
         `logit_difference`: the largest absolute difference over all positions; `next_tokens`: the most likely ones
-        with both logits; `text`: the greedy continuation of each, by the name of the library.
+        with both logits; `tokens` and `text`: the greedy continuation of each, by the name of the library.
     """
     tokenizer = load_tokenizer(model)
     ids = torch.tensor([tokenizer(sentence)["input_ids"]], device=device())
@@ -134,9 +167,14 @@ def compare_outputs(model: Path, checkpoint: Path, sentence: str, new_tokens: in
         "sentence": sentence,
         "logit_difference": (found - expected).abs().max().item(),
         "next_tokens": [
-            {"token": tokenizer.decode([t]), "transformers": expected[0, -1, t].item(), "megatron": found[0, -1, t].item()}
+            {
+                "token": tokenizer.decode([t]),
+                "transformers": expected[0, -1, t].item(),
+                "megatron": found[0, -1, t].item(),
+            }
             for t in likely
         ],
+        "tokens": {"transformers": words, "megatron": our_words},
         "text": {"transformers": tokenizer.decode(words), "megatron": tokenizer.decode(our_words)},
     }
 
@@ -171,8 +209,11 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder with its tokenizer")
     parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint made from it, or it from")
     parser.add_argument("--output", type=Path, help=f"JSON file for the result; {PROOF} in the checkpoint by default")
+    parser.add_argument("--sentence", default=SENTENCE, help="what both are asked to go on with")
+    parser.add_argument("--no-round-trip", action="store_true", help="leave out the way in and out with changed bits")
     arguments = parser.parse_args()
-    result = prove(arguments.model, arguments.checkpoint)
+    round_trip = not arguments.no_round_trip
+    result = prove(arguments.model, arguments.checkpoint, arguments.sentence, round_trip=round_trip)
     write_json(arguments.output or arguments.checkpoint / PROOF, result)
 
 
