@@ -1,4 +1,4 @@
-"""Trainings that begin from any kind of folder, with a vocabulary that divides by nothing: pytest tests/test_start.py"""
+"""Trainings from any kind of folder, with a vocabulary that divides by nothing: pytest tests/test_start.py"""
 
 import shutil
 from pathlib import Path
