@@ -15,6 +15,7 @@ from pathlib import Path
 
 MANIFEST = "manifest.json"
 BUFFER = 16 * 2**20  # bytes that are written at one time
+WRITERS = min(4, os.cpu_count() or 1)  # files that are hashed or written at a time
 O_DIRECT = getattr(os, "O_DIRECT", 0)  # Linux only
 PROOF = "verify.json"  # may be laid into a finished folder; no step reads it
 
@@ -259,7 +260,7 @@ def _files(folder: Path) -> list[str]:
 
 def _hashes(folder: Path, names: list[str]) -> dict[str, str]:
     """Name -> SHA-256; several files at a time, since hashing holds no lock."""
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+    with ThreadPoolExecutor(WRITERS) as threads:
         return dict(zip(names, threads.map(file_hash, (folder / name for name in names)), strict=True))
 
 

@@ -4,7 +4,6 @@ import shutil
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 from transformers import PretrainedConfig
 
@@ -138,15 +137,8 @@ def _same(weights: Weights, others: Weights, name: str) -> bool:
     a, b = weights.empty(name), others.empty(name)
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    columns = [slice(None)] * (a.ndim - 1)
-    pairs = (
-        (block, others.read(name, (slice(row, row + len(block)), *columns))) for row, block in weights.blocks(name)
-    )
-    return all(torch.equal(_bits(block), _bits(other)) for block, other in pairs)
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().flatten().view(torch.uint8)
+    pairs = ((weights.read(name, box), others.read(name, box)) for box in weights.cuts(name))
+    return all(torch.equal(*(tensor.contiguous().flatten().view(torch.uint8) for tensor in pair)) for pair in pairs)
 
 
 def _write(destination: Path, facts: dict, weights: Weights, config: PretrainedConfig, describing: Path) -> None:

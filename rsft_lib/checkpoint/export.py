@@ -29,7 +29,7 @@ def export(
     destination: str | Path,
     *,
     dtype: str = "",
-    max_shard_size: str = "5GB",
+    max_shard_size: str = "2GB",
     original: str | Path = "",
 ) -> dict:
     """Write a checkpoint and a tokenizer as a Hugging Face folder. Nothing is done where it is there already.

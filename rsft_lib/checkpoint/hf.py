@@ -4,6 +4,7 @@ import json
 import re
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -12,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from rsft_lib.artifact import HashedFile, write_json
-from rsft_lib.checkpoint.pieces import Weights, refuse, rows
+from rsft_lib.artifact import WRITERS, HashedFile, write_json
+from rsft_lib.checkpoint.pieces import Weights, data_of, refuse, rows
 from rsft_lib.model.weights import hf_shapes, row_map
 
 FORMATS = ("model.safetensors", "pytorch_model.bin")  # the first that is there is read
@@ -133,7 +134,7 @@ def write(
     """Write weights by Hugging Face names as safetensors, sharded with an index where one file would be too large.
 
     The format is https://github.com/huggingface/safetensors#format: the length of the header, the header, the data.
-    No more than a block of one weight is in memory at a time.
+    Several files are written at a time, and a block of a weight of each is in memory.
 
     Args:
         progress: called with the bytes of every block that is written.
@@ -144,19 +145,23 @@ def write(
     shards = split_torch_state_dict_into_shards(
         {name: weights.empty(name) for name in weights}, max_shard_size=max_shard_size
     )
-    entries = {}
-    for file, names in shards.filename_to_tensors.items():
-        names = sorted(names, key=lambda name: -weights.empty(name).itemsize)  # so that every tensor is aligned
-        with HashedFile(folder / file) as out:
-            out.write(_header(weights, names))
-            for name in names:
-                for _, block in weights.blocks(name):
-                    progress(out.write(block.flatten().view(torch.uint8).numpy()))
-        entries |= out.listing()
+    files = shards.filename_to_tensors
+    with ThreadPoolExecutor(WRITERS) as threads:
+        listings = list(threads.map(lambda file: _write_file(folder / file, weights, files[file], progress), files))
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         write_json(folder / "model.safetensors.index.json", index)
-    return entries
+    return {file: entry for listing in listings for file, entry in listing.items()}
+
+
+def _write_file(path: Path, weights: Weights, names: list[str], progress: Callable[[int], None]) -> dict[str, dict]:
+    names = sorted(names, key=lambda name: -weights.empty(name).itemsize)  # so that every tensor is aligned
+    with HashedFile(path) as file:
+        file.write(_header(weights, names))
+        for name in names:
+            for block in weights.blocks(name):
+                progress(file.write(data_of(block)))
+    return file.listing()
 
 
 def _header(weights: Weights, names: list[str]) -> bytes:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from rsft_lib.checkpoint.pieces import Box, Piece, Weights, refuse
+from rsft_lib.checkpoint.pieces import Box, Piece, Weights, data_of, refuse
 from rsft_lib.model.config import check_layout, padded_vocab_size
 from rsft_lib.model.weights import EMBEDDING, HEAD, split_axis, weight_map
 
@@ -134,9 +134,8 @@ def _write_rank(path: Path, weights: Weights, names: dict, boxes: dict[str, list
         for ours, theirs in names.items():
             file.seek(places[ours].untyped_storage()._checkpoint_offset)
             for box in boxes[ours]:
-                for _, block in weights.blocks(theirs, box):
-                    file.write(block.flatten().view(torch.uint8).numpy())
-                    progress(block.nbytes)
+                for block in weights.blocks(theirs, box):
+                    progress(file.write(data_of(block)))
 
 
 def _allocated(empty: Tensor, boxes: list[Box]) -> Tensor:

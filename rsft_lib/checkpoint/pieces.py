@@ -62,8 +62,8 @@ class Weights:
             whole[tuple(slice(o, o + n) for o, n in zip(offset, tensor.shape, strict=True))] = tensor
         return whole
 
-    def blocks(self, name: str, box: Box = ()) -> Iterator[tuple[int, Tensor]]:
-        """Yield a weight, or the `box` of it, in contiguous blocks of whole rows: (row within the box, tensor).
+    def cuts(self, name: str, box: Box = ()) -> list[Box]:
+        """The weight, or the `box` of it, in blocks of whole rows that are handled one at a time.
 
         A large piece begins a block of its own, and so is not copied.
         """
@@ -73,10 +73,21 @@ class Weights:
         step = max(1, BLOCK // max(1, row_bytes))
         large = (p.offset[0] for p in self.pieces[name] if p.tensor.nbytes >= BLOCK // 8)
         starts = [rows.start, *sorted({row for row in large if rows.start < row < rows.stop}), rows.stop]
-        for first, last in pairwise(starts):
-            for start in range(first, last, step):
-                block = self.read(name, (slice(start, min(start + step, last)), *rest))
-                yield start - rows.start, block.contiguous()
+        return [
+            (slice(start, min(start + step, last)), *rest)
+            for first, last in pairwise(starts)
+            for start in range(first, last, step)
+        ]
+
+    def blocks(self, name: str, box: Box = ()) -> Iterator[Tensor]:
+        """Yield the blocks of a weight, or of the `box` of it, one below the other and each contiguous."""
+        for cut in self.cuts(name, box):
+            yield self.read(name, cut).contiguous()
+
+
+def data_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, without a copy."""
+    return memoryview(tensor.flatten().view(torch.uint8).numpy())
 
 
 def rows(pieces: list[Piece], start: int, stop: int, at: int) -> list[Piece]:

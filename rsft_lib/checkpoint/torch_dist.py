@@ -8,6 +8,7 @@ restriction; here it may name nothing but the classes that the format consists o
 
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -24,11 +25,11 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.utils import _create_file_view
 from torch.utils.serialization import config as serialization
 
-from rsft_lib.artifact import HashedFile, read_manifest, verify, verify_files
-from rsft_lib.checkpoint.pieces import Piece, Weights
+from rsft_lib.artifact import WRITERS, HashedFile, read_manifest, verify, verify_files
+from rsft_lib.checkpoint.pieces import Box, Piece, Weights, data_of
 
 METADATA, COMMON, SUFFIX = ".metadata", "common.pt", ".distcp"
-FILE_SIZE = 2**29  # bytes after which the next file is begun; files are hashed side by side when they are verified
+FILE_SIZE = 2**29  # bytes after which the next file is begun
 
 _OF_THE_FORMAT = {
     "pathlib": {"PosixPath", "PurePosixPath", "Path"},
@@ -131,7 +132,7 @@ def _load(path: Path, info: _StorageInfo | None = None, map_location: str = "cpu
 
 
 def write(folder: Path, weights: Weights, progress: Callable[[int], None] = lambda nbytes: None) -> dict[str, dict]:
-    """Write a checkpoint into `folder`, no more than a block of one weight in memory at a time.
+    """Write a checkpoint into `folder`, several files at a time and a block of a weight of each in memory.
 
     Args:
         progress: called with the bytes of every block that is written.
@@ -139,32 +140,52 @@ def write(folder: Path, weights: Weights, progress: Callable[[int], None] = lamb
     Returns:
         The entries of the written files for a manifest.
     """
-    files, layout, places = [HashedFile(folder / f"__0_0{SUFFIX}")], {}, {}
+    plan = _planned(weights)
+    paths = [folder / f"__0_{number}{SUFFIX}" for number in range(len(plan))]
+    # The manifest's hash makes a checksum in each record needless.
+    with serialization.patch("save.compute_crc32", False), ThreadPoolExecutor(WRITERS) as threads:
+        written = list(threads.map(lambda path, blocks: _write_file(path, weights, blocks, progress), paths, plan))
+    layout = {}
     for name in weights:
-        chunks = []
-        for row, block in weights.blocks(name):
-            if files[-1].size > FILE_SIZE:
-                files[-1].close()
-                files.append(HashedFile(folder / f"__0_{len(files)}{SUFFIX}"))
-            chunk = ChunkStorageMetadata(torch.Size([row, *[0] * (block.ndim - 1)]), block.shape)
-            places[MetadataIndex(name, chunk.offsets, len(chunks))] = _append(files[-1], block)
-            chunks.append(chunk)
-            progress(block.nbytes)
-        empty = weights.empty(name)
+        empty, chunks = weights.empty(name), [_chunk(box) for box in weights.cuts(name)]
         layout[name] = TensorStorageMetadata(TensorProperties(dtype=empty.dtype), empty.shape, chunks)
-    files[-1].close()
-    metadata = Metadata(layout, planner_data={name: (name,) for name in layout}, storage_data=places)
+    metadata = Metadata(
+        layout,
+        planner_data={name: (name,) for name in weights},
+        storage_data={index: place for _, places in written for index, place in places.items()},
+    )
     (folder / METADATA).write_bytes(pickle.dumps(metadata))
     torch.save({}, folder / COMMON)
     save_config(CheckpointingConfig("torch_dist"), str(folder))
-    return {name: entry for file in files for name, entry in file.listing().items()}
+    return {name: entry for listing, _ in written for name, entry in listing.items()}
 
 
-def _append(file: HashedFile, block: Tensor) -> _StorageInfo:
-    start = file.size
-    # A tensor of its own on the same memory: torch.save would write all of the file that a view belongs to. The
-    # manifest's hash makes a checksum in each record needless.
-    exact = torch.frombuffer(block.flatten().view(torch.uint8).numpy(), dtype=block.dtype).view(block.shape)
-    with serialization.patch("save.compute_crc32", False):
-        torch.save(exact, file)
-    return _StorageInfo(file.path.name, start, file.size - start)
+def _planned(weights: Weights) -> list[list[tuple[str, Box]]]:
+    """The blocks of all weights, dealt out to files."""
+    plan, size = [[]], 0
+    for name in weights:
+        row_bytes = weights.empty(name)[:1].nbytes
+        for box in weights.cuts(name):
+            if size > FILE_SIZE:
+                plan.append([])
+                size = 0
+            plan[-1].append((name, box))
+            size += row_bytes * (box[0].stop - box[0].start)
+    return plan
+
+
+def _write_file(path: Path, weights: Weights, blocks: list[tuple[str, Box]], progress: Callable[[int], None]) -> tuple:
+    """Write one file: its entry in a manifest, and which block begins where."""
+    places = {}
+    with HashedFile(path) as file:
+        for name, box in blocks:
+            start, block = file.size, weights.read(name, box).contiguous()
+            # A tensor of its own on the same memory: torch.save would write all of the file that a view belongs to.
+            torch.save(torch.frombuffer(data_of(block), dtype=block.dtype).view(block.shape), file)
+            places[MetadataIndex(name, _chunk(box).offsets)] = _StorageInfo(path.name, start, file.size - start)
+            progress(block.nbytes)
+    return file.listing(), places
+
+
+def _chunk(box: Box) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(torch.Size(s.start for s in box), torch.Size(s.stop - s.start for s in box))

@@ -86,7 +86,7 @@ def tensor_table(weights: Weights, others: Weights) -> list[dict]:
             "name": name,
             "shape": list(weights.empty(name).shape),
             "dtype": str(weights.empty(name).dtype).removeprefix("torch."),
-            "norm": sum(float(block.double().square().sum()) for _, block in weights.blocks(name)) ** 0.5,
+            "norm": sum(float(block.double().square().sum()) for block in weights.blocks(name)) ** 0.5,
             "same": name not in different,
         }
         for name in weights
