@@ -6,6 +6,7 @@ has a folder for each model with `expected.pt`, the logits of transformers, and 
 """
 
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -115,8 +116,13 @@ def main() -> None:
             rank(folder, number, layouts)
             os._exit(0)
         children.append(child)
-    failed = [child for child in children if os.waitpid(child, 0)[1]]
-    sys.exit(f"{len(failed)} ranks failed" if failed else 0)
+    while children:
+        child, status = os.wait()
+        children.remove(child)
+        if status:  # the others would wait for it
+            for other in children:
+                os.kill(other, signal.SIGKILL)
+            sys.exit("a rank failed")
 
 
 if __name__ == "__main__":

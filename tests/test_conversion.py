@@ -107,6 +107,17 @@ def test_a_dtype_that_is_asked_for_is_that_of_every_tensor_and_of_the_config(mod
     assert same_tensors(after.state_dict(), {name: tensor.bfloat16().half() for name, tensor in before.items()})
 
 
+def test_a_training_in_fp32_is_exported_in_the_dtype_of_the_model(tokenizer, tmp_path):
+    tiny_model(tmp_path / "hf", torch.bfloat16)
+    convert(tmp_path / "hf", tmp_path / "megatron", dtype="float32")
+    trained = perturbed(tmp_path / "megatron", tmp_path / "trained")
+    export(trained, tokenizer, tmp_path / "out")
+    export(trained, tokenizer, tmp_path / "long", dtype="float32")
+    short, long = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "long"))
+    assert same_tensors(short, {name: tensor.bfloat16() for name, tensor in long.items()})
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "long", dtype="auto").dtype == torch.float32
+
+
 def as_bin(model, sharded):
     tensors = load_file(model / "model.safetensors")
     (model / "model.safetensors").unlink()

@@ -10,6 +10,9 @@ import torch
 from families import FAMILIES, tiny_family
 
 from rsft_lib.checkpoint.convert import convert
+from rsft_lib.model.config import read_config, transformer_config
+from rsft_lib.model.gpt import build_model
+from rsft_lib.ranks import ranks
 
 SIZES = (1, 2, 4)
 
@@ -41,3 +44,12 @@ def test_logits_are_those_of_transformers_at_every_layout_from_every_kind_of_fol
     kinds, layouts = ("hf", "torch_dist", "legacy"), [f"{tp}x{pp}" for tp in SIZES for pp in SIZES]
     assert found.keys() == {(kind, layout) for kind in kinds for layout in layouts}
     assert {key: value for key, value in found.items() if not value < 1e-4} == {}
+
+
+def test_a_model_is_not_given_more_positions_than_it_attends_to(tmp_path):
+    tiny_family(tmp_path, "mistral")
+    config = read_config(tmp_path)
+    with ranks():
+        build_model(config, transformer_config(config), "torch", max_length=64)
+        with pytest.raises(ValueError, match="sequences of 65 are longer than the model's sliding_window 64"):
+            build_model(config, transformer_config(config), "torch", max_length=65)

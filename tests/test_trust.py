@@ -14,7 +14,7 @@ from support import all_tensors, tiny_model, tiny_tokenizer
 from torch.distributed.checkpoint.api import CheckpointException
 
 from rsft_lib.artifact import MANIFEST, read_manifest, verify, write_manifest
-from rsft_lib.checkpoint import source, torch_dist
+from rsft_lib.checkpoint import sources, torch_dist
 from rsft_lib.checkpoint.convert import convert
 from rsft_lib.checkpoint.export import export
 from rsft_lib.checkpoint.pieces import Weights
@@ -44,7 +44,7 @@ def refuses(folder, tmp_path, monkeypatch, message):
     with ranks():
         model = build_model(config, transformer_config(config), "torch", 16)
         uses["load_weights"] = lambda: load_weights(model, folder)
-        uses["load"] = lambda: load({"model": sharded_weights(model)}, folder)
+        uses["load"] = lambda: (verify(folder), load({"model": sharded_weights(model)}, folder))
         for use in uses.values():
             with pytest.raises((ValueError, FileNotFoundError, CheckpointException), match=message):
                 use()
@@ -69,12 +69,12 @@ def damage(folder: Path, flips: int, cuts: int, seed: int = 0) -> tuple[int, int
         else:
             path.write_bytes(whole[: rng.randrange(len(whole))])
         try:
-            source.check(folder)
+            sources.check(folder)
         except (ValueError, FileNotFoundError) as error:
             assert path.name in str(error) or path.name == MANIFEST, f"{path} is not named: {error}"
             found[number >= flips] += 1
         path.write_bytes(whole)
-    source.check(folder)
+    sources.check(folder)
     return tuple(found)
 
 

@@ -8,7 +8,7 @@ from tqdm import tqdm
 from transformers import PretrainedConfig
 
 from rsft_lib.artifact import file_hash, new_folder, read_manifest
-from rsft_lib.checkpoint import legacy, source, torch_dist
+from rsft_lib.checkpoint import legacy, sources, torch_dist
 from rsft_lib.checkpoint.pieces import Weights, resized, with_row_means
 from rsft_lib.model.config import check_layout, read_config
 from rsft_lib.paths import existing, resolve
@@ -19,7 +19,7 @@ ALONG = ("config.json", "generation_config.json")  # so that the checkpoint desc
 
 
 def convert(
-    model: str | Path,
+    source: str | Path,
     destination: str | Path,
     *,
     format: str = "torch_dist",
@@ -35,7 +35,7 @@ def convert(
     Memory holds one block of one weight at a time; weights keep their dtype and every bit.
 
     Args:
-        model: a Hugging Face folder (safetensors, or `.bin` files of tensors only), or a checkpoint of either
+        source: a Hugging Face folder (safetensors, or `.bin` files of tensors only), or a checkpoint of either
             format, a training's too; its optimizer state is not read.
         format: 'torch_dist', which loads at every parallel size, or 'legacy', Megatron-LM's older layout with a
             file for each rank, which goes into `destination` with `_TP1PP1` appended.
@@ -57,13 +57,13 @@ def convert(
         OSError: the disk has not enough space.
         ValueError: the weights are not those that `config.json` describes, or a setting does not fit the model.
     """
-    model, destination = existing(model, "model folder"), resolve(destination)
-    describing = existing(original, "original model") if original else model
+    source, destination = existing(source, "model folder"), resolve(destination)
+    describing = existing(original, "original model") if original else source
     config, row_means = read_config(describing), row_means or {}
     _check_settings(config, format, tensor_parallel, pipeline_parallel, vocab_size, dtype, row_means)
-    source.check(model)
-    weights = source.whole_vocabulary(source.open_weights(model, config), config, describing if original else None)
-    rows, vocabulary = config.vocab_size, source.vocabulary(config)
+    sources.check(source)
+    weights = sources.whole_vocabulary(sources.open_weights(source, config), config, describing if original else None)
+    rows, vocabulary = config.vocab_size, sources.vocabulary(config)
     if format == "legacy":
         rows = legacy.rows_of_vocabulary(vocab_size or rows, tensor_parallel)
         destination = destination.with_name(f"{destination.name}_TP{tensor_parallel}PP{pipeline_parallel}")
@@ -82,8 +82,8 @@ def convert(
     if _already_there(destination, facts, weights, config):
         print(f"{destination} is there already, whole and the same")
     else:
-        _write(destination, {**facts, "source": str(model)}, weights, config, describing)
-    return {**facts, "source": str(model), "folder": str(destination)}
+        _write(destination, {**facts, "source": str(source)}, weights, config, describing)
+    return {**facts, "source": str(source), "folder": str(destination)}
 
 
 def _check_settings(
@@ -118,12 +118,12 @@ def _already_there(destination: Path, facts: dict, weights: Weights, config: Pre
         before = read_manifest(destination)
         if any(before.get(name) != fact for name, fact in facts.items()):
             return False
-        source.check(destination)
+        sources.check(destination)
     except (OSError, ValueError) as error:
         if destination.exists():
             print(f"converting again: {error}")
         return False
-    return not differing(weights, source.open_weights(destination, config))
+    return not differing(weights, sources.open_weights(destination, config))
 
 
 def differing(weights: Weights, others: Weights) -> list[str]:

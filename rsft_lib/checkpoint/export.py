@@ -9,7 +9,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PretrainedConfig
 
 from rsft_lib.artifact import MANIFEST, file_hash, new_folder, read_manifest, verify
-from rsft_lib.checkpoint import hf, source
+from rsft_lib.checkpoint import hf, sources
 from rsft_lib.checkpoint.card import model_card
 from rsft_lib.checkpoint.convert import DTYPES
 from rsft_lib.checkpoint.pieces import Weights, resized
@@ -97,9 +97,9 @@ def _check_settings(dtype: str, tokenizer: Path, config: PretrainedConfig) -> No
 
 def _weights(checkpoint: Path, config: PretrainedConfig, dtype: str, original: Path | None) -> Weights:
     """What will be written, by Hugging Face names."""
-    source.check(checkpoint)
-    weights = source.whole_vocabulary(source.open_weights(checkpoint, config), config, original)
-    weights = hf.as_hf(resized(weights, source.vocabulary(config), config.vocab_size), config)
+    sources.check(checkpoint)
+    weights = sources.whole_vocabulary(sources.open_weights(checkpoint, config), config, original)
+    weights = hf.as_hf(resized(weights, sources.vocabulary(config), config.vocab_size), config)
     trained = (checkpoint / MANIFEST).is_file() and read_manifest(checkpoint)["made_by"] == "train"
     return Weights(weights.pieces, DTYPES[dtype] if dtype else (config.dtype or torch.float32) if trained else None)
 

@@ -103,7 +103,10 @@ def _open(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}
-        return torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+        tensors = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+        if not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+            raise TypeError("it holds something else")
+        return tensors
     except Exception as error:  # of safetensors, pickle, zip: each means that the file is not whole or not safe
         what = "safetensors file" if isinstance(error, SafetensorError) else "file of tensors only"
         raise ValueError(f"{path} is no whole {what} ({error}): download it again") from error

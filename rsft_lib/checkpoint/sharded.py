@@ -7,7 +7,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.models.gpt import GPTModel
 
-from rsft_lib.checkpoint import source, torch_dist
+from rsft_lib.checkpoint import sources, torch_dist
 from rsft_lib.checkpoint.pieces import Weights, refuse, resized
 from rsft_lib.model.config import read_config
 
@@ -49,10 +49,10 @@ def load_weights(model: torch.nn.Module, folder: Path) -> None:
         ValueError: a file is damaged or not to be trusted, or the weights are not those of this model.
     """
     if torch.distributed.get_rank() == 0:
-        source.check(folder)
+        sources.check(folder)
     torch.distributed.barrier()
     config = read_config(folder)
-    weights = source.whole_vocabulary(source.open_weights(folder, config), config)
+    weights = sources.whole_vocabulary(sources.open_weights(folder, config), config)
     places = _places(sharded_weights(model))
     rows = {place.key: place.global_shape[0] for place in places if place.allow_shape_mismatch}
     for name, padded in rows.items():
@@ -63,14 +63,15 @@ def load_weights(model: torch.nn.Module, folder: Path) -> None:
 
 
 def load(wanted: dict, folder: Path) -> dict:
-    """megatron-core's `dist_checkpointing.load`, of a checkpoint whose hashes and pickles were checked before.
+    """megatron-core's `dist_checkpointing.load`, after a look into the pickles that it would load as they are.
+
+    The hashes are not checked again: take a checkpoint that `artifact.newest` or `artifact.verify` found whole.
 
     Raises:
-        FileNotFoundError: the checkpoint was not finished, or lacks a file.
-        ValueError: a file is damaged or not to be trusted.
+        ValueError: a pickle is not to be trusted.
     """
     if torch.distributed.get_rank() == 0:
-        torch_dist.check(folder)
+        torch_dist.check_pickles(folder)
     torch.distributed.barrier()
     return dist_checkpointing.load(wanted, str(folder))
 

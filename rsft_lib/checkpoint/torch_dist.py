@@ -80,20 +80,29 @@ def check(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> No
         FileNotFoundError: the checkpoint was not finished, or lacks a file.
         ValueError: a file is damaged, not of this checkpoint, or not to be trusted.
     """
-    folder = Path(folder)
-    listed = read_manifest(folder)["files"]
-    verify(folder, only=[name for name in listed if not name.endswith(SUFFIX)])
-    metadata = read_metadata(folder)
-    places = {index: info for index, info in metadata.storage_data.items() if wanted(index.fqn)}
-    holding = {info.relative_path for info in places.values()}
-    foreign = holding - listed.keys()
-    if foreign:
-        raise ValueError(f"{folder / METADATA} is refused: it points at {min(foreign)!r}, no file of this checkpoint")
-    verify_files(folder, holding)
+    verify(folder, only=[name for name in read_manifest(folder)["files"] if not name.endswith(SUFFIX)])
+    check_pickles(folder)
+    verify_files(
+        folder, {i.relative_path for index, i in read_metadata(folder).storage_data.items() if wanted(index.fqn)}
+    )
+
+
+def check_pickles(folder: Path) -> None:
+    """Check that nothing would run if megatron-core loaded a checkpoint, whose hashes were checked before.
+
+    Raises:
+        ValueError: a pickle names what is no part of the format, or `.metadata` points out of the folder.
+    """
+    folder, metadata = Path(folder), read_metadata(folder)
     _load(folder / COMMON)
-    for index, info in places.items():
+    files = read_manifest(folder)["files"]
+    for index, info in metadata.storage_data.items():
+        if info.relative_path not in files:
+            raise ValueError(
+                f"{folder / METADATA} is refused: it points at {info.relative_path!r}, no file of the checkpoint"
+            )
         if not isinstance(metadata.state_dict_metadata.get(index.fqn), TensorStorageMetadata):
-            _load(folder / info.relative_path, info)  # torch would load it with no restriction
+            _load(folder / info.relative_path, info)  # torch would load such an object with no restriction
 
 
 def open_weights(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> Weights:
@@ -112,6 +121,8 @@ def open_weights(folder: Path, wanted: Callable[[str], bool] = lambda name: True
 def _mapped(path: Path, info: _StorageInfo, mapped: torch.UntypedStorage) -> Tensor:
     """One `torch.save`d tensor of a file, as a view of the mapped file."""
     empty = _load(path, info, map_location="meta")
+    if not isinstance(empty, Tensor):
+        raise ValueError(f"{path} at byte {info.offset} holds a {type(empty).__name__}, expected a tensor")
     start = info.offset + empty.untyped_storage()._checkpoint_offset
     stored = mapped[start : start + empty.untyped_storage().nbytes()]
     flat = torch.tensor([], dtype=torch.uint8).set_(stored).view(empty.dtype)

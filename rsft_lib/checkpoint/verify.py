@@ -1,6 +1,6 @@
 """Proof that a checkpoint is the model it was made from: every tensor bit for bit, and what both of them say.
 
-torchrun --standalone -m rsft_lib.checkpoint.verify --model HF_FOLDER --checkpoint FOLDER
+On its own: `python -m rsft_lib.checkpoint.verify --model HF_FOLDER --checkpoint FOLDER`.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from rsft_lib.artifact import PROOF, new_folder, write_json
-from rsft_lib.checkpoint import hf, source, torch_dist
+from rsft_lib.checkpoint import hf, sources, torch_dist
 from rsft_lib.checkpoint.convert import copy_along, differing
 from rsft_lib.checkpoint.export import export
 from rsft_lib.checkpoint.pieces import Box, Weights, resized
@@ -103,9 +103,9 @@ def _both(model: Path, checkpoint: Path) -> tuple[Weights, Weights, bool]:
     """The weights of each by Hugging Face names; where one was rounded to a shorter dtype, both in that, and True."""
     config = read_config(model)
     weights = hf.open_weights(model, config)
-    source.check(checkpoint)
-    stored = source.open_weights(checkpoint, config)
-    others = hf.as_hf(resized(stored, source.vocabulary(config), config.vocab_size), config)
+    sources.check(checkpoint)
+    stored = sources.open_weights(checkpoint, config)
+    others = hf.as_hf(resized(stored, sources.vocabulary(config), config.vocab_size), config)
     dtypes = [{w.empty(name).dtype for name in w} for w in (weights, others)]
     if dtypes[0] != dtypes[1] and [len(found) for found in dtypes] == [1, 1]:
         shorter = min(dtypes[1].pop(), dtypes[0].pop(), key=lambda dtype: dtype.itemsize)
