@@ -1,30 +1,124 @@
 """A folder that is either whole or not there: written beside its final name, listed in a manifest, renamed."""
 
+import errno
+import fcntl
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 MANIFEST = "manifest.json"
+BUFFER = 16 * 2**20  # bytes that are written at one time
+WRITERS = min(4, os.cpu_count() or 1)  # files that are hashed or written at a time
+O_DIRECT = getattr(os, "O_DIRECT", 0)  # Linux only
+PROOF = "verify.json"  # may be laid into a finished folder; no step reads it
+
+
+class HashedFile:
+    """A large file being written, whose SHA-256 is taken on the way so that no byte is read a second time.
+
+    While one buffer is hashed and written by two threads, the next is filled. Writes go around the page cache where
+    the file system lets them: filling it with what nobody reads soon takes longer than hashing.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.size = path, 0
+        self._descriptor = _open_around_cache(path)
+        # Anonymous maps begin at a page, as writing around the cache asks for.
+        self._buffers, self._filled = [memoryview(mmap.mmap(-1, BUFFER)) for _ in range(2)], 0
+        self._digest, self._threads, self._pending = hashlib.sha256(), ThreadPoolExecutor(2), []
+
+    def write(self, data) -> int:
+        """Append any object with a buffer, and return its size in bytes."""
+        left = data = memoryview(data).cast("B")
+        while left:
+            count = min(len(left), BUFFER - self._filled)
+            self._buffers[0][self._filled : self._filled + count] = left[:count]
+            self._filled += count
+            left = left[count:]
+            if self._filled == BUFFER:
+                self._drain()
+        self.size += len(data)
+        return len(data)
+
+    def flush(self) -> None:
+        """For torch.save; everything is written by `close`."""
+
+    def close(self) -> None:
+        try:
+            self._drain()
+            self._wait()
+        finally:
+            self._threads.shutdown()
+            os.close(self._descriptor)
+
+    def listing(self) -> dict[str, dict]:
+        """The file's entry in the manifest of its folder, for `facts["files"]`, once it is closed."""
+        return {self.path.name: {"bytes": self.size, "sha256": self._digest.hexdigest()}}
+
+    def __enter__(self) -> "HashedFile":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def _drain(self) -> None:
+        self._wait()
+        full = self._buffers[0][: self._filled]
+        self._pending = [self._threads.submit(use, full) for use in (self._digest.update, self._append)]
+        self._buffers.reverse()
+        self._filled = 0
+
+    def _wait(self) -> None:
+        for pending in self._pending:
+            pending.result()
+
+    def _append(self, data: memoryview) -> None:
+        while data:
+            try:
+                data = data[os.write(self._descriptor, data) :]
+            except OSError as error:  # the odd end of a file has to go through the cache, on some systems all of it
+                flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
+                if error.errno != errno.EINVAL or not flags & O_DIRECT:
+                    raise
+                fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~O_DIRECT)
+
+
+def _open_around_cache(path: Path) -> int:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    try:
+        return os.open(path, flags | O_DIRECT, 0o666)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return os.open(path, flags, 0o666)
 
 
 @contextmanager
-def new_folder(final: Path, facts: dict) -> Iterator[Path]:
+def new_folder(final: Path, facts: dict, size: int = 0) -> Iterator[Path]:
     """Yield a temporary folder to fill; when the block ends well it becomes `final`, else it is removed.
 
     `facts` is what the manifest tells besides the files: at least `made_by`, the step that wrote it. It is
-    read when the block ends, so the block may still add to it. A folder that this kit made before is
-    replaced in one move; any other existing folder is refused.
+    read when the block ends, so the block may still add to it; `files` in it are taken as they are listed, those
+    missing there are hashed. A folder that this kit made before is replaced in one move; any other existing
+    folder is refused.
+
+    Args:
+        size: bytes that will be written, if known.
 
     Raises:
         FileExistsError: `final` exists and is not the output of the same step.
+        OSError: the disk has not `size` bytes left.
     """
     final = Path(final)
     _refuse_foreign(final, facts["made_by"])
+    require_space(final, size)
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = final.with_name(f".{final.name}.tmp-{uuid.uuid4().hex[:8]}")
     temporary.mkdir()
@@ -44,15 +138,21 @@ def publish(temporary: Path, final: Path, facts: dict) -> None:
 
 
 def write_manifest(folder: Path, facts: dict) -> None:
-    """Flush every file of `folder` to disk and list it, with size in bytes and SHA-256, in `manifest.json`."""
-    files = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}
-    write_json(folder / MANIFEST, {**facts, "files": files})
-    _fsync(folder)
+    """Flush every file of `folder` to disk and list it, with size in bytes and SHA-256, in `manifest.json`.
+
+    `manifest_sha256` is the hash of the manifest's own text without that line.
+    """
+    names, known = _files(folder), facts.get("files", {})
+    for name in names:
+        _fsync(folder / name)
+    hashes = _hashes(folder, [name for name in names if name not in known])
+    files = {
+        name: known.get(name) or {"bytes": (folder / name).stat().st_size, "sha256": hashes[name]} for name in names
+    }
+    content = {**facts, "files": files}
+    write_json(folder / MANIFEST, content | {"manifest_sha256": _own_hash(content)})
+    for directory in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
+        _fsync(directory)
 
 
 def read_manifest(folder: Path) -> dict:
@@ -60,31 +160,61 @@ def read_manifest(folder: Path) -> dict:
 
     Raises:
         FileNotFoundError: the folder holds none, so no step of this kit finished it.
+        ValueError: it is damaged.
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: {folder} was not finished; run the step that makes it")
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
+        own_hash = content.pop("manifest_sha256")
+        if own_hash != _own_hash(content) or text != _json(content | {"manifest_sha256": own_hash}):
+            raise ValueError("its text does not have the hash that it names")
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"{path} is damaged or was edited ({error}); run the step that makes {folder} again"
+        ) from error
+    return content
 
 
-def verify(folder: Path) -> dict:
+def verify(folder: Path, only: Collection[str] | None = None) -> dict:
     """Check every file of `folder` against its manifest, and return the manifest.
+
+    Args:
+        only: names of the files whose content will be used; of others only the size is checked.
 
     Raises:
         FileNotFoundError: no manifest, or a listed file is missing.
-        ValueError: a file has another size or content than when it was written.
+        ValueError: a file has another size or content than when it was written, or is not listed.
     """
-    manifest = read_manifest(folder)
+    folder = Path(folder)
+    manifest, present = read_manifest(folder), _files(folder)
     for name, expected in manifest["files"].items():
-        path = Path(folder) / name
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is listed in {MANIFEST} but missing")
-        size = path.stat().st_size
+        if name not in present:
+            raise FileNotFoundError(f"{folder / name} is listed in {MANIFEST} but missing")
+        size = (folder / name).stat().st_size
         if size != expected["bytes"]:
-            raise ValueError(f"{path} has {size} bytes, {MANIFEST} says {expected['bytes']}: it is damaged")
-        if file_hash(path) != expected["sha256"]:
-            raise ValueError(f"{path} does not have the SHA-256 in {MANIFEST}: it is damaged or was edited")
+            raise ValueError(f"{folder / name} has {size} bytes, {MANIFEST} says {expected['bytes']}: it is damaged")
+    foreign = set(present) - manifest["files"].keys() - {PROOF}
+    if foreign:
+        raise ValueError(f"{folder / min(foreign)} is not listed in {MANIFEST}: it was put there later; remove it")
+    verify_files(folder, manifest["files"] if only is None else only)
     return manifest
+
+
+def verify_files(folder: Path, names: Collection[str]) -> None:
+    """Check the content of some files that the manifest of `folder` lists, and nothing else.
+
+    Raises:
+        ValueError: a file has another content than when it was written, or is not listed.
+    """
+    listed = read_manifest(folder)["files"]
+    for name, found in _hashes(Path(folder), sorted(names)).items():
+        if name not in listed:
+            raise ValueError(f"{Path(folder) / name} is not listed in {MANIFEST}: it was put there later")
+        if found != listed[name]["sha256"]:
+            raise ValueError(f"{Path(folder) / name} has not the SHA-256 in {MANIFEST}: it is damaged or was edited")
 
 
 def newest(run: Path) -> Path | None:
@@ -108,19 +238,54 @@ def write_json(path: Path, value: dict) -> None:
     """Write `value` as JSON in one move: readers see the old file or the whole new one."""
     temporary = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:8]}")
     with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write("\n")
+        file.write(_json(value))
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
 
 
+def _json(value: dict) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def _own_hash(content: dict) -> str:
+    return hashlib.sha256(_json(content).encode()).hexdigest()
+
+
+def _files(folder: Path) -> list[str]:
+    """Names of all files of a folder but its manifest, sorted."""
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(name for name in names if name != MANIFEST)
+
+
+def _hashes(folder: Path, names: list[str]) -> dict[str, str]:
+    """Name -> SHA-256; several files at a time, since hashing holds no lock."""
+    with ThreadPoolExecutor(WRITERS) as threads:
+        return dict(zip(names, threads.map(file_hash, (folder / name for name in names)), strict=True))
+
+
+def require_space(final: Path, size: int) -> None:
+    """Check that the disk on which `final` will lie has `size` bytes left.
+
+    Raises:
+        OSError: it has not.
+    """
+    there = next(path for path in final.absolute().parents if path.exists())
+    free = shutil.disk_usage(there).free
+    if size > free:
+        raise OSError(
+            errno.ENOSPC, f"{final} needs {size / 1e9:,.1f} GB, {there} has {free / 1e9:,.1f} GB left: free some space"
+        )
+
+
 def _refuse_foreign(final: Path, made_by: str) -> None:
     if not final.exists():
         return
-    manifest = final / MANIFEST
-    if manifest.is_file() and json.loads(manifest.read_text(encoding="utf-8")).get("made_by") == made_by:
-        return
+    try:
+        if json.loads((final / MANIFEST).read_text(encoding="utf-8"))["made_by"] == made_by:
+            return
+    except (OSError, ValueError, LookupError, TypeError):
+        pass  # no manifest, or one that tells nothing
     raise FileExistsError(f"{final} exists and was not written by {made_by}: choose another folder or remove it")
 
 
@@ -133,8 +298,8 @@ def _replace(temporary: Path, final: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _fsync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

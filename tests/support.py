@@ -4,7 +4,9 @@ import random
 from pathlib import Path
 
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from rsft_lib.artifact import new_folder
 from rsft_lib.checkpoint import torch_dist
@@ -57,4 +59,16 @@ def trained(config: TrainConfig, nproc: int = 1) -> list[dict]:
 
 def all_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, those of the optimizer too."""
-    return {name: torch_dist.read(checkpoint, empty, name) for name, empty in torch_dist.tensors(checkpoint).items()}
+    weights = torch_dist.open_weights(checkpoint)
+    return {name: weights.read(name).clone() for name in weights}
+
+
+def tiny_tokenizer(folder: Path) -> Path:
+    """A tokenizer of a few words, with a template, in `folder`."""
+    words = ["<unk>", "<s>", "</s>", "one", "two", "three"]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, "<unk>")),
+        bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template="{{ bos_token }}",
+    )  # fmt: skip
+    tokenizer.save_pretrained(folder)
+    return folder

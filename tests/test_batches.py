@@ -5,6 +5,7 @@ import pytest
 import torch
 from support import random_store
 
+from rsft_lib.artifact import write_manifest
 from rsft_lib.data.packed import EMPTY, PackedDataset, rank_share
 from rsft_lib.data.store import StoreWriter, TokenStore
 
@@ -22,10 +23,10 @@ def test_a_batch_holds_its_samples_shifted_by_one_with_positions_restarted(tmp_p
     loss mask       0 1 1 0 0 0
     positions       0 1 2 0 1 2
     """
-    (tmp_path / "manifest.json").write_text("{}")
     writer = StoreWriter(tmp_path)
     writer.add([5, 6, 7, 8], [0, 0, 1, 1])
     writer.close()
+    write_manifest(tmp_path, {"made_by": "tokenize"})
     batch = PackedDataset(TokenStore(tmp_path), seq_length=6, seed=0).batch([0])
     assert batch["tokens"].tolist() == [[5, 6, 7, 0, 0, 0]]
     assert batch["labels"].tolist() == [[6, 7, 8, 0, 0, 0]]

@@ -1,113 +1,163 @@
-"""Hugging Face -> Megatron: a model folder becomes a `torch_dist` checkpoint that loads at any parallel size."""
+"""Into Megatron: the weights of a model folder, or of another checkpoint, as one that megatron-core loads."""
 
-import json
 import shutil
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 from tqdm import tqdm
+from transformers import PretrainedConfig
 
-from rsft_lib.artifact import file_hash, new_folder
-from rsft_lib.checkpoint import torch_dist
-from rsft_lib.model.config import read_config
-from rsft_lib.model.weights import hf_shapes, join, weight_map
+from rsft_lib.artifact import file_hash, new_folder, read_manifest
+from rsft_lib.checkpoint import legacy, sources, torch_dist
+from rsft_lib.checkpoint.pieces import Weights, resized, with_row_means
+from rsft_lib.model.config import check_layout, read_config
 from rsft_lib.paths import existing, resolve
 
-
-class HfWeights:
-    """The safetensors of a model folder, single file or sharded, read tensor by tensor."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.file_of = self._index()
-        self.open = {name: _open(folder / name) for name in set(self.file_of.values())}
-
-    def _index(self) -> dict[str, str]:
-        index, single = self.folder / "model.safetensors.index.json", self.folder / "model.safetensors"
-        if index.is_file():
-            return json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        if not single.is_file():
-            raise FileNotFoundError(f"{self.folder} holds neither {single.name} nor {index.name}: download the weights")
-        return dict.fromkeys(_open(single).keys(), single.name)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._file(name).get_slice(name).get_shape())
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self._file(name).get_slice(name)[:0].dtype
-
-    def read(self, name: str) -> Tensor:
-        return self._file(name).get_tensor(name)
-
-    def _file(self, name: str):
-        return self.open[self.file_of[name]]
+FORMATS = ("torch_dist", "legacy")
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+ALONG = ("config.json", "generation_config.json")  # so that the checkpoint describes itself
 
 
-def convert(source: str | Path, destination: str | Path) -> dict:
-    """Write the weights of a Hugging Face folder as a `torch_dist` checkpoint in their own dtype.
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    format: str = "torch_dist",
+    tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
+    vocab_size: int = 0,
+    dtype: str = "",
+    row_means: dict[int, list[int]] | None = None,
+    original: str | Path = "",
+) -> dict:
+    """Write the weights of a folder as a checkpoint of megatron-core. Nothing is done where it is there already.
 
-    `config.json` goes along, so the checkpoint describes itself. Memory holds one weight at a time.
+    Memory holds one block of one weight at a time; weights keep their dtype and every bit.
+
+    Args:
+        source: a Hugging Face folder (safetensors, or `.bin` files of tensors only), or a checkpoint of either
+            format, a training's too; its optimizer state is not read.
+        format: 'torch_dist', which loads at every parallel size, or 'legacy', Megatron-LM's older layout with a
+            file for each rank, which goes into `destination` with `_TP1PP1` appended.
+        tensor_parallel, pipeline_parallel: ranks of the legacy layout.
+        vocab_size: tokens by which Megatron-LM will size the embedding of the legacy layout (it takes the
+            tokenizer's, 151,665 for R1-Distill-Qwen); 0 for that of `config.json`. Rows beyond are padding or,
+            where the model has more, left out.
+        dtype: 'bfloat16', 'float16' or 'float32' to change it; empty to keep that of each weight.
+        row_means: token -> tokens; its rows in the embedding and in the output layer become the mean of theirs.
+        original: Hugging Face folder of the model, for a checkpoint that Megatron-LM wrote: `config.json`, and rows of
+            the vocabulary that were cut off, come from it.
 
     Returns:
-        The manifest's facts: source, number of tensors and parameters, dtype.
+        The manifest's facts: source, folder, number of weights and parameters, dtype.
 
     Raises:
-        FileNotFoundError: no config, no safetensors, or a missing shard.
-        ValueError: the tensors are not those that `config.json` describes; every difference is listed.
+        FileNotFoundError: no config, no weights, or a missing shard.
+        FileExistsError: `destination` is something else.
+        OSError: the disk has not enough space.
+        ValueError: the weights are not those that `config.json` describes, or a setting does not fit the model.
     """
     source, destination = existing(source, "model folder"), resolve(destination)
-    config = read_config(source)
-    weights = HfWeights(source)
-    _compare(weights, hf_shapes(config), source)
-    table = weight_map(config)
-    shapes = hf_shapes(config)
-    empty = {
-        ours: torch.empty(_joined([shapes[name] for name in theirs]), dtype=weights.dtype(theirs[0]), device="meta")
-        for ours, theirs in table.items()
-    }
+    describing = existing(original, "original model") if original else source
+    config, row_means = read_config(describing), row_means or {}
+    _check_settings(config, format, tensor_parallel, pipeline_parallel, vocab_size, dtype, row_means)
+    sources.check(source)
+    weights = sources.whole_vocabulary(sources.open_weights(source, config), config, describing if original else None)
+    rows, vocabulary = config.vocab_size, sources.vocabulary(config)
+    if format == "legacy":
+        rows = legacy.rows_of_vocabulary(vocab_size or rows, tensor_parallel)
+        destination = destination.with_name(f"{destination.name}_TP{tensor_parallel}PP{pipeline_parallel}")
+    weights = resized(with_row_means(weights, vocabulary, row_means), vocabulary, rows)
+    weights = Weights(weights.pieces, DTYPES.get(dtype))
     facts = {
         "made_by": "convert",
-        "source": str(source),
-        "config_sha256": file_hash(source / "config.json"),
-        "tensors": len(shapes),
-        "parameters": sum(tensor.numel() for tensor in empty.values()),
-        "dtype": str(empty["embedding.word_embeddings.weight"].dtype).removeprefix("torch."),
+        "format": format,
+        "tensor_parallel": tensor_parallel,
+        "pipeline_parallel": pipeline_parallel,
+        "vocabulary_rows": rows,
+        "row_means": {str(row): list(others) for row, others in row_means.items()},
+        "config_sha256": file_hash(describing / "config.json"),
+        **_counts(weights),
     }
-    with new_folder(destination, facts) as folder, tqdm(total=len(table), desc="convert", unit=" tensors") as bar:
-
-        def read(ours: str) -> Tensor:
-            bar.update()
-            return join([weights.read(name) for name in table[ours]], config)
-
-        torch_dist.write(folder, empty, read)
-        shutil.copyfile(source / "config.json", folder / "config.json")
-    return facts
+    if _already_there(destination, facts, weights, config):
+        print(f"{destination} is there already, whole and the same")
+    else:
+        _write(destination, {**facts, "source": str(source)}, weights, config, describing)
+    return {**facts, "source": str(source), "folder": str(destination)}
 
 
-def _joined(shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
-    return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+def _check_settings(
+    config: PretrainedConfig, format: str, tensor_parallel: int, pipeline_parallel: int, vocab_size: int, dtype: str,
+    row_means: dict[int, list[int]],
+) -> None:  # fmt: skip
+    if format not in FORMATS:
+        raise ValueError(f"format is {format!r}; choose one of {', '.join(FORMATS)}")
+    if dtype and dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}, or '' to keep it")
+    if min(tensor_parallel, pipeline_parallel) < 1:
+        raise ValueError(f"{tensor_parallel=} and {pipeline_parallel=} must be at least 1")
+    if format == "legacy":
+        check_layout(config, tensor_parallel, pipeline_parallel)
+    elif (tensor_parallel, pipeline_parallel, vocab_size) != (1, 1, 0):
+        raise ValueError("a torch_dist checkpoint loads at every size: parallel sizes and vocab_size are for 'legacy'")
+    for row, others in row_means.items():
+        outside = [token for token in (row, *others) if not 0 <= token < config.vocab_size]
+        if outside or not others:
+            raise ValueError(f"row_means[{row}] = {others}: expected tokens from 0 to {config.vocab_size - 1}")
 
 
-def _compare(weights: HfWeights, expected: dict[str, tuple[int, ...]], folder: Path) -> None:
-    # Some exporters keep a tied head as a second copy.
-    unexpected = weights.file_of.keys() - expected.keys() - {"lm_head.weight"}
-    problems = [f"{name}: not described by config.json" for name in sorted(unexpected)]
-    for name, shape in expected.items():
-        if name not in weights.file_of:
-            problems.append(f"{name}: missing")
-        elif weights.shape(name) != shape:
-            problems.append(f"{name}: shape {weights.shape(name)}, config.json says {shape}")
-    if problems:
-        shown = "\n  ".join(problems[:20])
-        raise ValueError(f"{folder}: {len(problems)} tensors do not fit config.json:\n  {shown}")
+def _counts(weights: Weights) -> dict:
+    empty = [weights.empty(name) for name in weights]
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in empty})
+    return {"weights": len(empty), "parameters": sum(t.numel() for t in empty), "dtype": " and ".join(dtypes)}
 
 
-def _open(path: Path):
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is named by the index but missing: download it again")
+def _already_there(destination: Path, facts: dict, weights: Weights, config: PretrainedConfig) -> bool:
+    """Whether `destination` is whole and holds what would be written, by every bit."""
     try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no whole safetensors file ({error}): download it again") from error
+        before = read_manifest(destination)
+        if any(before.get(name) != fact for name, fact in facts.items()):
+            return False
+        sources.check(destination)
+    except (OSError, ValueError) as error:
+        if destination.exists():
+            print(f"converting again: {error}")
+        return False
+    return not differing(weights, sources.open_weights(destination, config))
+
+
+def differing(weights: Weights, others: Weights) -> list[str]:
+    """Names of the weights that are not the same in both, bit for bit, dtype included."""
+    return [name for name in {**weights.pieces, **others.pieces} if not _same(weights, others, name)]
+
+
+def _same(weights: Weights, others: Weights, name: str) -> bool:
+    if name not in weights.pieces or name not in others.pieces:
+        return False
+    a, b = weights.empty(name), others.empty(name)
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    pairs = ((weights.read(name, box), others.read(name, box)) for box in weights.cuts(name))
+    return all(torch.equal(*(tensor.contiguous().flatten().view(torch.uint8) for tensor in pair)) for pair in pairs)
+
+
+def _write(destination: Path, facts: dict, weights: Weights, config: PretrainedConfig, describing: Path) -> None:
+    layout = facts["tensor_parallel"], facts["pipeline_parallel"]
+    files = legacy.plan(weights, config, *layout) if facts["format"] == "legacy" else []
+    size = legacy.nbytes(weights, files) if files else sum(weights.empty(name).nbytes for name in weights)
+    with (
+        new_folder(destination, facts, size) as folder,
+        tqdm(total=size, desc="convert", unit="B", unit_scale=True) as bar,
+    ):
+        if files:
+            legacy.write(folder, weights, files, bar.update)
+        else:
+            facts["files"] = torch_dist.write(folder, weights, bar.update)
+        copy_along(describing, folder)
+
+
+def copy_along(describing: Path, folder: Path) -> None:
+    """Copy what describes a model to where its weights are written."""
+    for name in ALONG:
+        if (describing / name).is_file():
+            shutil.copyfile(describing / name, folder / name)

@@ -1,59 +1,144 @@
-"""Megatron -> Hugging Face: a `torch_dist` checkpoint, converted or trained, becomes a model folder."""
+"""Out of Megatron: a checkpoint of any format and layout, converted or trained, becomes a Hugging Face folder."""
 
+import json
 import shutil
 from pathlib import Path
 
 import torch
-from huggingface_hub import save_torch_state_dict
-from torch import Tensor
 from tqdm import tqdm
+from transformers import GenerationConfig, PretrainedConfig
 
-from rsft_lib.artifact import new_folder, verify
-from rsft_lib.checkpoint import torch_dist
+from rsft_lib.artifact import MANIFEST, file_hash, new_folder, read_manifest, verify
+from rsft_lib.checkpoint import hf, sources
+from rsft_lib.checkpoint.card import model_card
+from rsft_lib.checkpoint.convert import DTYPES
+from rsft_lib.checkpoint.pieces import Weights, resized
 from rsft_lib.model.config import read_config
-from rsft_lib.model.weights import hf_shapes, to_hf, weight_map
 from rsft_lib.paths import existing, resolve
+from rsft_lib.tokenizer import load_tokenizer
 
-NOT_FROM_TOKENIZER = {"config.json", "manifest.json"}
+OF_TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json", "generation_config.json",
+)  # fmt: skip
 
 
-def export(checkpoint: str | Path, tokenizer: str | Path, destination: str | Path) -> dict:
-    """Write the weights of a checkpoint, its `config.json` and the tokenizer as a Hugging Face model folder.
+def export(
+    checkpoint: str | Path,
+    tokenizer: str | Path,
+    destination: str | Path,
+    *,
+    dtype: str = "",
+    max_shard_size: str = "2GB",
+    original: str | Path = "",
+) -> dict:
+    """Write a checkpoint and a tokenizer as a Hugging Face folder. Nothing is done where it is there already.
 
-    Weights are stored in the dtype that `config.json` names; the optimizer's state is not read.
+    The vocabulary has the original's size, padding removed. Memory holds one block of one weight at a time; the
+    optimizer's state is not read.
+
+    Args:
+        checkpoint: a folder of any format; of a run, one of its `iter_0000000`.
+        tokenizer: the folder with tokenizer, chat template and, if it has one, `generation_config.json`.
+        dtype: 'bfloat16', 'float16' or 'float32'; empty for that of `config.json` after a training, and otherwise
+            for that of each weight.
+        max_shard_size: largest safetensors file.
+        original: Hugging Face folder of the model, for a checkpoint that Megatron-LM wrote: `config.json`, and rows of
+            the vocabulary that were cut off, come from it.
 
     Returns:
         The manifest's facts: checkpoint, tokenizer, number of tensors, dtype.
 
     Raises:
         FileNotFoundError: a folder is missing, or the checkpoint was not finished.
-        ValueError: the checkpoint is damaged, or its tensors are not those that its config describes.
+        FileExistsError: `destination` is something else.
+        OSError: the disk has not enough space.
+        ValueError: the checkpoint is damaged, its tensors are not those that its config describes, or the
+            tokenizer has more tokens than the model.
     """
     checkpoint, tokenizer = existing(checkpoint, "checkpoint"), existing(tokenizer, "tokenizer folder")
-    verify(checkpoint)
-    config = read_config(checkpoint)
-    stored = torch_dist.tensors(checkpoint)
-    missing = weight_map(config).keys() - stored.keys()
-    if missing:
-        raise ValueError(f"{checkpoint} lacks {len(missing)} weights of its config.json, e.g. {sorted(missing)[0]}")
-    dtype = config.dtype or torch.float32
-
-    def read(ours: str) -> Tensor:
-        return torch_dist.read(checkpoint, stored[ours], ours).to(dtype)
-
-    progress = tqdm(to_hf(read, config), total=len(hf_shapes(config)), desc="export", unit=" tensors")
-    weights = {name: tensor.clone() for name, tensor in progress}  # safetensors refuses views of one storage
+    describing, destination = existing(original, "original") if original else checkpoint, resolve(destination)
+    config = read_config(describing)
+    _check_settings(dtype, tokenizer, config)
     facts = {
         "made_by": "export",
         "checkpoint": str(checkpoint),
+        "checkpoint_sha256": _identity(checkpoint),
         "tokenizer": str(tokenizer),
-        "tensors": len(weights),
-        "dtype": str(dtype).removeprefix("torch."),
+        "tokenizer_sha256": {name: file_hash(tokenizer / name) for name in _of(tokenizer)},
+        "max_shard_size": max_shard_size,
     }
-    with new_folder(resolve(destination), facts) as folder:
-        save_torch_state_dict(weights, folder)
-        shutil.copyfile(checkpoint / "config.json", folder / "config.json")
-        for path in tokenizer.iterdir():
-            if path.is_file() and path.name not in NOT_FROM_TOKENIZER and path.suffix != ".safetensors":
-                shutil.copyfile(path, folder / path.name)
+    weights = _weights(checkpoint, config, dtype, describing if original else None)
+    dtypes = sorted({str(weights.empty(name).dtype).removeprefix("torch.") for name in weights})
+    facts |= {"tensors": len(weights.pieces), "dtype": " and ".join(dtypes)}
+    if _already_there(destination, facts):
+        print(f"{destination} is there already, whole and of the same checkpoint")
+        return facts
+    size = sum(weights.empty(name).nbytes for name in weights)
+    listing = dict(facts)
+    with new_folder(destination, listing, size) as folder:
+        with tqdm(total=size, desc="export", unit="B", unit_scale=True) as bar:
+            listing["files"] = hf.write(folder, weights, max_shard_size, bar.update)
+        _describe(folder, describing, dtype, tokenizer)
+        told = {"tensors": facts["tensors"], "dtype": facts["dtype"]}
+        (folder / "README.md").write_text(model_card(destination.name, checkpoint, told), encoding="utf-8")
     return facts
+
+
+def _check_settings(dtype: str, tokenizer: Path, config: PretrainedConfig) -> None:
+    if dtype and dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}, or '' to keep it")
+    tokens = len(load_tokenizer(tokenizer))
+    if tokens > config.vocab_size:
+        raise ValueError(
+            f"{tokenizer} has {tokens} tokens, the model only {config.vocab_size}: they do not belong together"
+        )
+
+
+def _weights(checkpoint: Path, config: PretrainedConfig, dtype: str, original: Path | None) -> Weights:
+    """What will be written, by Hugging Face names."""
+    sources.check(checkpoint)
+    weights = sources.whole_vocabulary(sources.open_weights(checkpoint, config), config, original)
+    weights = hf.as_hf(resized(weights, sources.vocabulary(config), config.vocab_size), config)
+    trained = (checkpoint / MANIFEST).is_file() and read_manifest(checkpoint)["made_by"] == "train"
+    return Weights(weights.pieces, DTYPES[dtype] if dtype else (config.dtype or torch.float32) if trained else None)
+
+
+def _identity(checkpoint: Path) -> str:
+    """The hash of a checkpoint's list of hashes; '' for one that this kit did not write."""
+    return file_hash(checkpoint / MANIFEST) if (checkpoint / MANIFEST).is_file() else ""
+
+
+def _already_there(destination: Path, facts: dict) -> bool:
+    if not facts["checkpoint_sha256"] or not (destination / MANIFEST).is_file():
+        return False
+    try:
+        before = verify(destination)
+    except (OSError, ValueError) as error:
+        print(f"exporting again: {error}")
+        return False
+    return all(before.get(name) == fact for name, fact in facts.items())
+
+
+def _of(tokenizer: Path) -> list[str]:
+    return [name for name in OF_TOKENIZER if (tokenizer / name).is_file()]
+
+
+def _describe(folder: Path, describing: Path, dtype: str, tokenizer: Path) -> None:
+    """Write what goes with the weights: config, tokenizer, template, how to generate."""
+    shutil.copyfile(describing / "config.json", folder / "config.json")
+    if dtype:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        content["torch_dtype" if "torch_dtype" in content else "dtype"] = dtype
+        (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    for name in _of(tokenizer):
+        shutil.copyfile(tokenizer / name, folder / name)
+    if (folder / "generation_config.json").is_file():
+        return
+    if (describing / "generation_config.json").is_file():
+        shutil.copyfile(describing / "generation_config.json", folder / "generation_config.json")
+    else:
+        ends = load_tokenizer(tokenizer)
+        GenerationConfig(
+            bos_token_id=ends.bos_token_id, eos_token_id=ends.eos_token_id, pad_token_id=ends.pad_token_id
+        ).save_pretrained(folder)

@@ -1,13 +1,15 @@
-"""The weights of a built model as megatron-core's `dist_checkpointing` saves and loads them: every rank its part."""
+"""The weights of a built model, of which every rank has a part: how they are saved, and loaded from any folder."""
 
 from pathlib import Path
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.models.gpt import GPTModel
 
-from rsft_lib.artifact import verify
+from rsft_lib.checkpoint import sources, torch_dist
+from rsft_lib.checkpoint.pieces import Weights, refuse, resized
+from rsft_lib.model.config import read_config
 
 # One tensor per layer and weight, and optimizer states shaped like weights: loadable in any layout.
 SHARDING = {"non_homogeneous_layers": True, "distrib_optim_sharding_type": "fully_reshardable"}
@@ -35,15 +37,55 @@ def set_weights(model: torch.nn.Module, loaded: dict) -> None:
     assert not missing and not result.unexpected_keys, (missing, result.unexpected_keys)
 
 
-def load_weights(model: torch.nn.Module, checkpoint: Path) -> None:
-    """Load the weights of a converted or trained checkpoint, saved in any layout.
+@torch.no_grad()
+def load_weights(model: torch.nn.Module, folder: Path) -> None:
+    """Fill this rank's part of a built model from a folder: a Hugging Face one, or a checkpoint of any layout.
+
+    A rank reads nothing but its own part, from memory-mapped files; dtypes are converted. Rows by which the model's
+    vocabulary is padded become 0. Rank 0 checks the files before any rank uses them; an error there ends the job.
 
     Raises:
-        FileNotFoundError: the checkpoint was not finished or lacks a file.
-        ValueError: a file is damaged, or the weights are not those of this model.
+        FileNotFoundError: there are no weights, the checkpoint was not finished, or lacks a file.
+        ValueError: a file is damaged or not to be trusted, or the weights are not those of this model.
     """
-    if torch.distributed.get_rank() == 0:  # hash once, not once per rank; an error here ends the job
-        verify(checkpoint)
+    if torch.distributed.get_rank() == 0:
+        sources.check(folder)
     torch.distributed.barrier()
-    loaded = dist_checkpointing.load({"model": sharded_weights(model)}, str(checkpoint))
-    set_weights(model, loaded["model"])
+    config = read_config(folder)
+    weights = sources.whole_vocabulary(sources.open_weights(folder, config), config)
+    places = _places(sharded_weights(model))
+    rows = {place.key: place.global_shape[0] for place in places if place.allow_shape_mismatch}
+    for name, padded in rows.items():
+        weights = resized(weights, [name], padded)
+    refuse([text for place in places if (text := _misfit(place, weights))], f"weights of {folder} are not the model's")
+    for place in places:
+        place.data.copy_(weights.read(place.key, place.global_slice()))
+
+
+def load(wanted: dict, folder: Path) -> dict:
+    """megatron-core's `dist_checkpointing.load`, after a look into the pickles that it would load as they are.
+
+    The hashes are not checked again: take a checkpoint that `artifact.newest` or `artifact.verify` found whole.
+
+    Raises:
+        ValueError: a pickle is not to be trusted.
+    """
+    if torch.distributed.get_rank() == 0:
+        torch_dist.check_pickles(folder)
+    torch.distributed.barrier()
+    return dist_checkpointing.load(wanted, str(folder))
+
+
+def _misfit(place: ShardedTensor, weights: Weights) -> str:
+    if place.key not in weights.pieces:
+        return f"{place.key}: missing"
+    found = tuple(weights.empty(place.key).shape)
+    return "" if found == place.global_shape else f"{place.key}: shape {found}, the model has {place.global_shape}"
+
+
+def _places(entries: dict) -> list[ShardedTensor]:
+    """Where in the whole each part of the model stands; the halves of fc1 stand in two places."""
+    found = []
+    for entry in entries.values():
+        found += entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]
+    return found

@@ -1,59 +1,202 @@
-"""A megatron-core `torch_dist` checkpoint, written and read one tensor at a time, with no model and no ranks.
+"""A megatron-core `torch_dist` checkpoint, written and read tensor by tensor, with no model and no ranks.
 
-The format is torch's distributed checkpoint (`.metadata` and `*.distcp`) with megatron-core's `metadata.json`
-and `common.pt` beside it: megatron/core/dist_checkpointing/strategies.
+The format is torch's distributed checkpoint with megatron-core's `metadata.json` and `common.pt` beside it
+(megatron/core/dist_checkpointing/strategies): `*.distcp` files are `torch.save`d tensors one after the other, and
+`.metadata`, a pickle, tells which part of which weight begins where. torch itself loads that pickle with no
+restriction; here it may name nothing but the classes that the format consists of.
 """
 
-import warnings
+import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.utils import _create_file_view
+from torch.utils.serialization import config as serialization
+
+from rsft_lib.artifact import WRITERS, HashedFile, read_manifest, verify, verify_files
+from rsft_lib.checkpoint.pieces import Box, Piece, Weights, data_of
+
+METADATA, COMMON, SUFFIX = ".metadata", "common.pt", ".distcp"
+FILE_SIZE = 2**29  # bytes after which the next file is begun
+
+_OF_THE_FORMAT = {
+    "pathlib": {"PosixPath", "PurePosixPath", "Path"},
+    "torch": {"Size", *(str(d).removeprefix("torch.") for d in vars(torch).values() if isinstance(d, torch.dtype))},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
+}  # fmt: skip
 
 
-class _LazyPlanner(DefaultSavePlanner):
-    """Plans from empty tensors and fetches each real one when its turn to be written comes."""
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str):
+        if name not in _OF_THE_FORMAT.get(module, ()):
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which is no part of a checkpoint")
+        return super().find_class(module, name)
 
-    def __init__(self, read: Callable[[str], Tensor]):
-        super().__init__()
-        self.read = read
-
-    def lookup_object(self, index):
-        return self.read(index.fqn)
+    def persistent_load(self, pid):
+        raise pickle.UnpicklingError("it refers to objects outside of itself")
 
 
-def write(folder: Path, empty: dict[str, Tensor], read: Callable[[str], Tensor]) -> None:
-    """Write a checkpoint into `folder`.
+def read_metadata(folder: Path) -> Metadata:
+    """What `.metadata` tells, with nothing in it run.
+
+    Raises:
+        ValueError: it names a class or function that is no part of the format, or is no pickle of it at all.
+    """
+    path = Path(folder) / METADATA
+    try:
+        with path.open("rb") as file:
+            metadata = _Unpickler(file).load()
+        if not isinstance(metadata, Metadata):
+            raise pickle.UnpicklingError(f"it holds a {type(metadata).__name__}")
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # a damaged pickle may raise anything
+        raise ValueError(f"{path} is refused: {error}; do not load this checkpoint") from error
+    return metadata
+
+
+def check(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:
+    """Check a checkpoint before anything in it is used: every file that holds a `wanted` weight, and all pickles.
+
+    Raises:
+        FileNotFoundError: the checkpoint was not finished, or lacks a file.
+        ValueError: a file is damaged, not of this checkpoint, or not to be trusted.
+    """
+    verify(folder, only=[name for name in read_manifest(folder)["files"] if not name.endswith(SUFFIX)])
+    check_pickles(folder)
+    verify_files(
+        folder, {i.relative_path for index, i in read_metadata(folder).storage_data.items() if wanted(index.fqn)}
+    )
+
+
+def check_pickles(folder: Path) -> None:
+    """Check that nothing would run if megatron-core loaded a checkpoint, whose hashes were checked before.
+
+    Raises:
+        ValueError: a pickle names what is no part of the format, or `.metadata` points out of the folder.
+    """
+    folder, metadata = Path(folder), read_metadata(folder)
+    _load(folder / COMMON)
+    files = read_manifest(folder)["files"]
+    for index, info in metadata.storage_data.items():
+        if info.relative_path not in files:
+            raise ValueError(
+                f"{folder / METADATA} is refused: it points at {info.relative_path!r}, no file of the checkpoint"
+            )
+        if not isinstance(metadata.state_dict_metadata.get(index.fqn), TensorStorageMetadata):
+            _load(folder / info.relative_path, info)  # torch would load such an object with no restriction
+
+
+def open_weights(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> Weights:
+    """The `wanted` tensors of a checkpoint, memory-mapped; check it first."""
+    metadata, files, pieces = read_metadata(folder), {}, {}
+    for index, info in metadata.storage_data.items():
+        if not wanted(index.fqn) or not isinstance(metadata.state_dict_metadata[index.fqn], TensorStorageMetadata):
+            continue
+        path = Path(folder) / info.relative_path
+        if path not in files:
+            files[path] = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
+        pieces.setdefault(index.fqn, []).append(Piece(tuple(index.offset or ()), _mapped(path, info, files[path])))
+    return Weights(pieces)
+
+
+def _mapped(path: Path, info: _StorageInfo, mapped: torch.UntypedStorage) -> Tensor:
+    """One `torch.save`d tensor of a file, as a view of the mapped file."""
+    empty = _load(path, info, map_location="meta")
+    if not isinstance(empty, Tensor):
+        raise ValueError(f"{path} at byte {info.offset} holds a {type(empty).__name__}, expected a tensor")
+    start = info.offset + empty.untyped_storage()._checkpoint_offset
+    stored = mapped[start : start + empty.untyped_storage().nbytes()]
+    flat = torch.tensor([], dtype=torch.uint8).set_(stored).view(empty.dtype)
+    return flat.as_strided(empty.shape, empty.stride(), empty.storage_offset())
+
+
+def _load(path: Path, info: _StorageInfo | None = None, map_location: str = "cpu"):
+    """What was `torch.save`d at one place of a file, or as all of it, with nothing in it run."""
+    try:
+        with path.open("rb") as file:
+            view = _create_file_view(file, info.offset, info.length) if info else file
+            return torch.load(view, map_location=map_location, weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # of zip or pickle
+        place = f" at byte {info.offset}" if info else ""
+        raise ValueError(f"{path}{place} is refused: {error}; do not load this checkpoint") from error
+
+
+def write(folder: Path, weights: Weights, progress: Callable[[int], None] = lambda nbytes: None) -> dict[str, dict]:
+    """Write a checkpoint into `folder`, several files at a time and a block of a weight of each in memory.
 
     Args:
-        empty: name -> tensor on the meta device, which gives shape and dtype.
-        read: gives the tensor of a name; called once for each.
+        progress: called with the bytes of every block that is written.
+
+    Returns:
+        The entries of the written files for a manifest.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch speaks of the missing process group
-        dcp.save(empty, storage_writer=dcp.FileSystemWriter(folder), planner=_LazyPlanner(read), no_dist=True)
-    torch.save({}, folder / "common.pt")
+    plan = _planned(weights)
+    paths = [folder / f"__0_{number}{SUFFIX}" for number in range(len(plan))]
+    # The manifest's hash makes a checksum in each record needless.
+    with serialization.patch("save.compute_crc32", False), ThreadPoolExecutor(WRITERS) as threads:
+        written = list(threads.map(lambda path, blocks: _write_file(path, weights, blocks, progress), paths, plan))
+    layout = {}
+    for name in weights:
+        empty, chunks = weights.empty(name), [_chunk(box) for box in weights.cuts(name)]
+        layout[name] = TensorStorageMetadata(TensorProperties(dtype=empty.dtype), empty.shape, chunks)
+    metadata = Metadata(
+        layout,
+        planner_data={name: (name,) for name in weights},
+        storage_data={index: place for _, places in written for index, place in places.items()},
+    )
+    (folder / METADATA).write_bytes(pickle.dumps(metadata))
+    torch.save({}, folder / COMMON)
     save_config(CheckpointingConfig("torch_dist"), str(folder))
+    return {name: entry for listing, _ in written for name, entry in listing.items()}
 
 
-def tensors(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of the checkpoint by name, on the meta device: shape and dtype without data."""
-    metadata = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    return {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
-        for name, entry in metadata.items()
-        if isinstance(entry, dcp.metadata.TensorStorageMetadata)
-    }
+def _planned(weights: Weights) -> list[list[tuple[str, Box]]]:
+    """The blocks of all weights, dealt out to files."""
+    plan, size = [[]], 0
+    for name in weights:
+        row_bytes = weights.empty(name)[:1].nbytes
+        for box in weights.cuts(name):
+            if size > FILE_SIZE:
+                plan.append([])
+                size = 0
+            plan[-1].append((name, box))
+            size += row_bytes * (box[0].stop - box[0].start)
+    return plan
 
 
-def read(folder: Path, empty: Tensor, name: str) -> Tensor:
-    """The tensor `name`, whole, whatever layout it was saved in; `empty` is its entry of `tensors`."""
-    loaded = {name: torch.empty_like(empty, device="cpu")}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dcp.load(loaded, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
-    return loaded[name]
+def _write_file(path: Path, weights: Weights, blocks: list[tuple[str, Box]], progress: Callable[[int], None]) -> tuple:
+    """Write one file: its entry in a manifest, and which block begins where."""
+    places = {}
+    with HashedFile(path) as file:
+        for name, box in blocks:
+            start, block = file.size, weights.read(name, box).contiguous()
+            # A tensor of its own on the same memory: torch.save would write all of the file that a view belongs to.
+            torch.save(torch.frombuffer(data_of(block), dtype=block.dtype).view(block.shape), file)
+            places[MetadataIndex(name, _chunk(box).offsets)] = _StorageInfo(path.name, start, file.size - start)
+            progress(block.nbytes)
+    return file.listing(), places
+
+
+def _chunk(box: Box) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(torch.Size(s.start for s in box), torch.Size(s.stop - s.start for s in box))

@@ -1,53 +1,220 @@
-"""Proof that a checkpoint is the model it was made from: every tensor bit for bit, and the logits side by side."""
+"""Proof that a checkpoint is the model it was made from: every tensor bit for bit, and what both of them say.
+
+On its own: `python -m rsft_lib.checkpoint.verify --model HF_FOLDER --checkpoint FOLDER`.
+"""
 
 import argparse
+import re
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from rsft_lib.artifact import write_json
-from rsft_lib.checkpoint import torch_dist
-from rsft_lib.checkpoint.convert import HfWeights
+from rsft_lib.artifact import PROOF, new_folder, write_json
+from rsft_lib.checkpoint import hf, sources, torch_dist
+from rsft_lib.checkpoint.convert import copy_along, differing
+from rsft_lib.checkpoint.export import export
+from rsft_lib.checkpoint.pieces import Box, Weights, resized
 from rsft_lib.checkpoint.sharded import load_weights
 from rsft_lib.host import device
 from rsft_lib.model.config import read_config, transformer_config
 from rsft_lib.model.gpt import build_model
-from rsft_lib.model.weights import to_hf
 from rsft_lib.ranks import ranks
+from rsft_lib.tokenizer import load_tokenizer
+
+SENTENCE = "The quick brown fox jumps over the lazy dog. How many words does this sentence have?"
+SHOWN = 5  # most likely next tokens that are listed side by side
+
+Logits = Callable[[Tensor], Tensor]  # ids [1, s] -> logits [1, s, vocabulary]
+
+
+def prove(
+    model: Path, checkpoint: Path, sentence: str = SENTENCE, new_tokens: int = 16, round_trip: bool = True
+) -> dict:
+    """Compare a Hugging Face folder and a checkpoint, whichever was made from the other. Needs no GPU.
+
+    Args:
+        round_trip: also see what `lost_in_round_trip` finds.
+
+    Returns:
+        `tensors`: a row for each Hugging Face tensor with its shape, dtype, norm and whether both have the same bits;
+        `differing_tensors`: names of those that have not; `rounded`: whether one of both has a shorter dtype, in which
+        they were compared; what `lost_in_round_trip` and `compare_outputs` give.
+    """
+    weights, others, rounded = _both(model, checkpoint)
+    table = tensor_table(weights, others)
+    lost = {"lost_in_round_trip": lost_in_round_trip(model, checkpoint.parent)} if round_trip else {}
+    return {
+        "model": str(model),
+        "checkpoint": str(checkpoint),
+        "rounded": rounded,
+        "differing_tensors": [row["name"] for row in table if not row["same"]],
+        **lost,
+        **compare_outputs(model, checkpoint, sentence, new_tokens),
+        "tensors": table,
+    }
+
+
+def report(proof: dict) -> str:
+    """A proof as text: a line for each kind of tensor, over all layers, then what both libraries say."""
+    kinds = {}
+    for row in proof["tensors"]:
+        kind = (re.sub(r"\.\d+\.", ".*.", row["name"]), "x".join(map(str, row["shape"])), row["dtype"])
+        kinds.setdefault(kind, []).append(row)
+    lines = [f"{'tensor':<48} {'shape':>13} {'dtype':>9} {'count':>5} {'norms':>21}  same bits"]
+    for (name, shape, dtype), found in kinds.items():
+        norms, same = [row["norm"] for row in found], sum(row["same"] for row in found)
+        span = f"{min(norms):.4g} to {max(norms):.4g}" if len(found) > 1 else f"{norms[0]:.4g}"
+        lines.append(f"{name:<48} {shape:>13} {dtype:>9} {len(found):>5} {span:>21}  {same} of {len(found)}")
+    lines += ["", f"{proof['sentence']!r} goes on, in fp32, by the logits of transformers and of megatron-core, with"]
+    lines += [
+        f"{row['token']!r:>20} {row['transformers']:>12.5f} {row['megatron']:>12.5f}" for row in proof["next_tokens"]
+    ]
+    lines += [f"largest difference of any logit: {proof['logit_difference']:.1e}"]
+    lines += [f"{library:>12} writes {text!r}" for library, text in proof["text"].items()]
+    return "\n".join(lines)
+
+
+def tensor_table(weights: Weights, others: Weights) -> list[dict]:
+    """Every tensor: name, shape, dtype, Euclidean norm, and whether it has the same bits in both."""
+    different = set(differing(weights, others))
+    return [
+        {
+            "name": name,
+            "shape": list(weights.empty(name).shape),
+            "dtype": str(weights.empty(name).dtype).removeprefix("torch."),
+            "norm": sum(float(block.double().square().sum()) for block in weights.blocks(name)) ** 0.5,
+            "same": name not in different,
+        }
+        for name in weights
+    ]
 
 
 def differing_tensors(model: Path, checkpoint: Path) -> list[str]:
     """Names of the Hugging Face tensors that the checkpoint does not give back bit for bit."""
-    stored, weights = torch_dist.tensors(checkpoint), HfWeights(model)
-    returned = to_hf(lambda name: torch_dist.read(checkpoint, stored[name], name), read_config(checkpoint))
-    return [name for name, tensor in returned if not torch.equal(tensor, weights.read(name))]
+    weights, others, _ = _both(model, checkpoint)
+    return differing(weights, others)
+
+
+def _both(model: Path, checkpoint: Path) -> tuple[Weights, Weights, bool]:
+    """The weights of each by Hugging Face names; where one was rounded to a shorter dtype, both in that, and True."""
+    config = read_config(model)
+    weights = hf.open_weights(model, config)
+    sources.check(checkpoint)
+    stored = sources.open_weights(checkpoint, config)
+    others = hf.as_hf(resized(stored, sources.vocabulary(config), config.vocab_size), config)
+    dtypes = [{w.empty(name).dtype for name in w} for w in (weights, others)]
+    if dtypes[0] != dtypes[1] and [len(found) for found in dtypes] == [1, 1]:
+        shorter = min(dtypes[1].pop(), dtypes[0].pop(), key=lambda dtype: dtype.itemsize)
+        return Weights(weights.pieces, shorter), Weights(others.pieces, shorter), True
+    return weights, others, False
+
+
+class _Perturbed(Weights):
+    """Weights with the last bit of every number flipped, so that nothing can come back that was not carried."""
+
+    def read(self, name: str, box: Box = ()) -> Tensor:
+        tensor = super().read(name, box)
+        bits = torch.int16 if tensor.itemsize == 2 else torch.int32
+        return (tensor.contiguous().view(bits) ^ 1).view(tensor.dtype)
+
+
+def lost_in_round_trip(model: Path, scratch: Path) -> list[str]:
+    """Names of tensors that do not survive a way into a checkpoint and, with `export`, out again, every bit changed.
+
+    Takes twice the model's size on the disk of `scratch` while it runs.
+    """
+    config = read_config(model)
+    perturbed = _Perturbed(hf.open_weights(model, config).pieces)
+    with tempfile.TemporaryDirectory(dir=scratch, prefix=".round-trip-") as place:
+        facts = {"made_by": "convert"}
+        with new_folder(Path(place) / "checkpoint", facts) as folder:
+            facts["files"] = torch_dist.write(folder, _Perturbed(hf.as_megatron(perturbed, config).pieces))
+            copy_along(model, folder)
+        export(Path(place) / "checkpoint", model, Path(place) / "exported")
+        return differing(perturbed, hf.open_weights(Path(place) / "exported", config))
+
+
+def logit_difference(model: Path, checkpoint: Path, tokens: int = 64) -> float:
+    """Largest absolute difference of the logits of transformers and megatron-core, in fp32, on random tokens."""
+    vocab = read_config(model).vocab_size
+    ids = torch.randint(vocab, (1, tokens), generator=torch.Generator().manual_seed(0)).to(device())
+    expected = with_transformers(model, lambda logits: logits(ids))
+    found = with_megatron(model, checkpoint, tokens, lambda logits: logits(ids))
+    return (found - expected).abs().max().item()
+
+
+def compare_outputs(model: Path, checkpoint: Path, sentence: str, new_tokens: int) -> dict:
+    """What transformers makes of the folder, and megatron-core of the checkpoint, both in fp32, of one sentence.
+
+    Returns:
+        `logit_difference`: the largest absolute difference over all positions; `next_tokens`: the most likely ones
+        with both logits; `tokens` and `text`: the greedy continuation of each, by the name of the library.
+    """
+    tokenizer = load_tokenizer(model)
+    ids = torch.tensor([tokenizer(sentence)["input_ids"]], device=device())
+
+    def speak(logits: Logits) -> tuple[Tensor, list[int]]:
+        return logits(ids), _greedy(logits, ids, new_tokens)
+
+    expected, words = with_transformers(model, speak)
+    found, our_words = with_megatron(model, checkpoint, ids.shape[1] + new_tokens, speak)
+    likely = expected[0, -1].topk(SHOWN).indices.tolist()
+    return {
+        "sentence": sentence,
+        "logit_difference": (found - expected).abs().max().item(),
+        "next_tokens": [
+            {
+                "token": tokenizer.decode([t]),
+                "transformers": expected[0, -1, t].item(),
+                "megatron": found[0, -1, t].item(),
+            }
+            for t in likely
+        ],
+        "tokens": {"transformers": words, "megatron": our_words},
+        "text": {"transformers": tokenizer.decode(words), "megatron": tokenizer.decode(our_words)},
+    }
 
 
 @torch.no_grad()
-def logit_difference(model: Path, checkpoint: Path, tokens: int = 64) -> float:
-    """Largest absolute difference of the logits of transformers and megatron-core, in fp32, on random tokens."""
-    config = read_config(checkpoint)
-    ids = torch.randint(config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0)).to(device())
-    expected = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).to(device())(ids).logits
+def with_transformers(model: Path, use: Callable[[Logits], object]):
+    """What `use` makes of the model of a folder, loaded by transformers in fp32 and let go afterwards."""
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).to(device()).eval()
+    return use(lambda ids: loaded(ids, use_cache=False).logits)
+
+
+@torch.no_grad()
+def with_megatron(model: Path, checkpoint: Path, max_length: int, use: Callable[[Logits], object]):
+    """What `use` makes of a checkpoint, loaded by megatron-core in fp32 on one rank; `model` describes it."""
+    config = read_config(model)
     with ranks():
-        ours = build_model(config, transformer_config(config), "torch", tokens).to(device())
-        load_weights(ours, checkpoint)
-        found = ours(ids, torch.arange(tokens, device=ids.device)[None], None)
-    return (found - expected).abs().max().item()
+        loaded = build_model(config, transformer_config(config), "torch", max_length).to(device()).eval()
+        load_weights(loaded, checkpoint)
+        return use(lambda ids: loaded(ids, torch.arange(ids.shape[1], device=ids.device)[None], None))
+
+
+def _greedy(logits: Logits, ids: Tensor, new_tokens: int) -> list[int]:
+    """The most likely continuation, token by token."""
+    start = ids.shape[1]
+    for _ in range(new_tokens):
+        ids = torch.cat([ids, logits(ids)[:, -1].argmax(dim=-1, keepdim=True)], dim=1)
+    return ids[0, start:].tolist()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder")
-    parser.add_argument("--checkpoint", type=Path, required=True, help="converted checkpoint")
-    parser.add_argument("--output", type=Path, required=True, help="JSON file for the result")
+    parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder with its tokenizer")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint made from it, or it from")
+    parser.add_argument("--output", type=Path, help=f"JSON file for the result; {PROOF} in the checkpoint by default")
+    parser.add_argument("--sentence", default=SENTENCE, help="what both are asked to go on with")
+    parser.add_argument("--no-round-trip", action="store_true", help="leave out the way in and out with changed bits")
     arguments = parser.parse_args()
-    result = {
-        "differing_tensors": differing_tensors(arguments.model, arguments.checkpoint),
-        "logit_difference": logit_difference(arguments.model, arguments.checkpoint),
-    }
-    write_json(arguments.output, result)
+    round_trip = not arguments.no_round_trip
+    result = prove(arguments.model, arguments.checkpoint, arguments.sentence, round_trip=round_trip)
+    write_json(arguments.output or arguments.checkpoint / PROOF, result)
 
 
 if __name__ == "__main__":

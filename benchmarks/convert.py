@@ -1,0 +1,185 @@
+"""How long a model takes into Megatron and back, and how much memory, beside `cp` with fsync of the same bytes.
+
+    python benchmarks/convert.py                 # R1-Distill-Qwen-1.5B's shape, random weights, 3.6 GB
+    python benchmarks/convert.py --shape 7b --layers 4
+
+Each step runs in a process of its own, so that its memory is its own: the peak of anonymous memory (RssAnon of
+/proc/self/status), page cache and mapped files not counted. `cp` runs before and after every step, in a process of
+the same kind, and a ratio is to the mean of both. All files are in the page cache when a step begins. Needs four times
+the model's size on disk and no GPU.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import shutil
+import statistics
+import subprocess
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from rsft_lib.paths import ROOT
+
+SHAPES = {
+    "1.5b": {"hidden_size": 1536, "intermediate_size": 8960, "heads": 12, "groups": 2, "layers": 28},
+    "7b": {"hidden_size": 3584, "intermediate_size": 18944, "heads": 28, "groups": 4, "layers": 28},
+}
+VOCAB = 151_936
+
+
+def make_model(folder: str, shape: str, layers: int) -> None:
+    """A Qwen2 with random bf16 weights, no number of which is infinite, and a tokenizer."""
+    import torch
+    from transformers import Qwen2Config
+
+    from rsft_lib import demo
+    from rsft_lib.checkpoint import hf
+    from rsft_lib.checkpoint.pieces import Weights
+    from rsft_lib.model.weights import hf_shapes
+
+    size = SHAPES[shape]
+    config = Qwen2Config(
+        vocab_size=VOCAB, hidden_size=size["hidden_size"], intermediate_size=size["intermediate_size"],
+        num_attention_heads=size["heads"], num_key_value_heads=size["groups"], num_hidden_layers=layers,
+        tie_word_embeddings=False, dtype=torch.bfloat16,
+    )  # fmt: skip
+    random = torch.randint(-(2**15), 2**15, (VOCAB * size["hidden_size"] + 1_000_000,), dtype=torch.int16)
+    random = (random & ~0x4000).view(torch.bfloat16)  # exponents below 128
+    shapes, tensors = hf_shapes(config), {}
+    for number, (name, of) in enumerate(shapes.items()):
+        tensors[name] = random[number : number + torch.Size(of).numel()].view(of)
+    demo.make_model(Path(folder).with_name("tokenizer"), seed=0)
+    Path(folder).mkdir()
+    hf.write(Path(folder), Weights.of(tensors), "5GB")
+    config.save_pretrained(folder)
+
+
+def copy(source: str, destination: str) -> None:
+    """What every step is measured against: `cp`, and fsync of every file."""
+    subprocess.run(["cp", "-r", source, destination], check=True)
+    for path in Path(destination).iterdir():
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def into_megatron(source: str, destination: str) -> None:
+    from rsft_lib.checkpoint.convert import convert
+
+    convert(source, destination)
+
+
+def out_of_megatron(source: str, destination: str) -> None:
+    from rsft_lib.checkpoint.export import export
+
+    export(source, Path(source).with_name("tokenizer"), destination)
+
+
+def through_transformers(source: str, destination: str) -> None:
+    """What a script that builds the model does: load all of it, and save it."""
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(source).save_pretrained(destination)
+
+
+def hash_only(source: str, destination: str) -> None:
+    """The floor of a step that hashes what it writes on one thread."""
+    from rsft_lib.artifact import file_hash
+
+    for path in Path(source).iterdir():
+        file_hash(path)
+
+
+def measured(step, *arguments) -> dict:
+    """Seconds without imports, and peak anonymous memory in bytes, of a step in a fresh process."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_measure, (step, arguments))
+
+
+def _measure(step, arguments) -> dict:
+    import rsft_lib.checkpoint.export  # noqa: F401
+
+    peak, done = [0], threading.Event()
+
+    def watch():
+        while not done.wait(0.005):
+            peak[0] = max(peak[0], _anonymous())
+
+    watcher = threading.Thread(target=watch)
+    before = _anonymous()
+    watcher.start()
+    began = time.perf_counter()
+    step(*arguments)
+    seconds = time.perf_counter() - began
+    done.set()
+    watcher.join()
+    return {"seconds": seconds, "peak": peak[0], "before": before}
+
+
+def _anonymous() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) * 1024
+    raise OSError("no RssAnon in /proc/self/status")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="1.5b")
+    parser.add_argument("--layers", type=int, default=0, help="layers; 0 for all")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, default=ROOT / "outputs", help="where the files go for the time being")
+    parser.add_argument("--peers", action="store_true", help="also load and save with transformers")
+    arguments = parser.parse_args()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as place:
+        print(json.dumps(run(Path(place), arguments), indent=2))
+
+
+def run(place: Path, arguments) -> dict:
+    layers = arguments.layers or SHAPES[arguments.shape]["layers"]
+    measured(make_model, str(place / "hf"), arguments.shape, layers)
+    measured(into_megatron, str(place / "hf"), str(place / "megatron"))
+    steps = {
+        "hf -> torch_dist": (into_megatron, place / "hf"),
+        "torch_dist -> hf": (out_of_megatron, place / "megatron"),
+        "sha256 only": (hash_only, place / "hf"),
+    }
+    if arguments.peers:
+        steps["transformers load + save"] = (through_transformers, place / "hf")
+    size = sum(path.stat().st_size for path in (place / "hf").iterdir())
+    result = {"shape": arguments.shape, "layers": layers, "gigabytes": round(size / 1e9, 2)}
+    for name, (step, source) in steps.items():
+        result[name] = summary([one_round(step, source, place) for _ in range(arguments.rounds)])
+    return result
+
+
+def one_round(step, source: Path, place: Path) -> dict:
+    before = once(copy, source, place)
+    found = once(step, source, place)
+    after = once(copy, source, place)
+    return {**found, "cp": (before["seconds"] + after["seconds"]) / 2}
+
+
+def once(step, source: Path, place: Path) -> dict:
+    found = measured(step, str(source), str(place / "out"))
+    shutil.rmtree(place / "out", ignore_errors=True)
+    return found
+
+
+def summary(rounds: list[dict]) -> dict:
+    middle = {key: statistics.median(r[key] for r in rounds) for key in rounds[0]}
+    return {
+        "seconds": round(middle["seconds"], 2),
+        "cp seconds": round(middle["cp"], 2),
+        "ratio to cp": round(statistics.median(r["seconds"] / r["cp"] for r in rounds), 2),
+        "peak GB": round(middle["peak"] / 1e9, 3),
+        "of it imports GB": round(middle["before"] / 1e9, 3),
+    }
+
+
+if __name__ == "__main__":
+    main()

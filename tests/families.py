@@ -1,0 +1,49 @@
+"""A tiny random model of every family, each with what is particular to it, and noise on every weight."""
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+SHAPE = {
+    "vocab_size": 251,  # divides by no number of ranks
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
+}  # fmt: skip
+LLAMA3_ROPE = {  # of Llama 3.2, with a short context so that a short text is scaled too
+    "rope_type": "llama3", "rope_theta": 500_000.0, "factor": 32.0, "low_freq_factor": 1.5, "high_freq_factor": 5.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+FAMILIES = {
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+    "qwen2-tied": (Qwen2Config, Qwen2ForCausalLM, {"tie_word_embeddings": True, "rope_theta": 1e6}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 32, "tie_word_embeddings": True}),
+    "llama2": (LlamaConfig, LlamaForCausalLM, {"num_key_value_heads": 4}),
+    "llama3": (LlamaConfig, LlamaForCausalLM, {"rope_parameters": LLAMA3_ROPE, "max_position_embeddings": 512}),
+    "llama-linear": (
+        LlamaConfig, LlamaForCausalLM, {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}},
+    ),
+    "mistral": (MistralConfig, MistralForCausalLM, {"head_dim": 32, "sliding_window": 64}),
+}  # fmt: skip
+
+
+def tiny_family(folder: Path, family: str, dtype: torch.dtype = torch.float32, **changes) -> PreTrainedModel:
+    """A model of a family, saved in `folder`."""
+    config, model, particular = FAMILIES[family]
+    torch.manual_seed(0)
+    made = model(config(**{**SHAPE, **particular, **changes}))
+    for parameter in made.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    made = made.to(dtype)
+    made.save_pretrained(folder)
+    return made.eval()
