@@ -63,8 +63,8 @@ class Rejects:
         if self.count > self.limit * seen:
             raise ValueError(
                 f"{self.first.file}:{self.first.line}: {self.first.reason}\n"
-                f"{self.count} of {seen} records are rejected, more than the limit of {self.limit:.2%}; each is in {self.path} with its reason. "
-                "Mend them, or raise reject_limit to go on without them."
+                f"{self.count} of {seen} records are rejected, more than the limit of {self.limit:.2%}; each is in "
+                f"{self.path} with its reason. Mend them, or raise reject_limit to go on without them."
             )
 
     def __exit__(self, *_) -> None:
