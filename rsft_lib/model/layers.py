@@ -1,0 +1,123 @@
+"""One transformer layer on megatron-core's modules, with the arithmetic of `functions.py`.
+
+megatron-core still holds the parameters, splits them over ranks and names them in checkpoints; the names are those of
+its Transformer Engine layer, so that checkpoints of both are alike.
+"""
+
+import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import ModuleSpec, TransformerLayer
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from torch import Tensor
+
+from rsft_lib.model.functions import Linear, Mlp, NormLinear, Rotate, TensorParallel
+
+
+def fused_layer(core_attention: type, qk_norm: type = IdentityOp) -> ModuleSpec:
+    """The specification of one layer; `core_attention` is a module of `attention.py`."""
+    attention = SelfAttentionSubmodules(
+        linear_qkv=NormColumnLinear,
+        core_attention=core_attention,
+        linear_proj=RowLinear,
+        q_layernorm=qk_norm,
+        k_layernorm=qk_norm,
+    )
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            self_attention=ModuleSpec(PackedAttention, {"attn_mask_type": AttnMaskType.causal}, attention),
+            self_attn_bda=_add,
+            mlp=FusedMlp,
+            mlp_bda=_keep,
+        ),
+    )
+
+
+class NormColumnLinear(ColumnParallelLinear):
+    """A norm and the product after it: [t, 1, h] -> [t, 1, o / TP], and the input for whoever adds it later."""
+
+    def __init__(self, input_size: int, output_size: int, *, config, **rest):
+        super().__init__(input_size, output_size, config=config, **rest)
+        self.layer_norm_weight = torch.nn.Parameter(torch.ones_like(self.weight[0]))
+        self.layer_norm_weight.sequence_parallel = config.sequence_parallel
+        self.parallel = TensorParallel(self.tp_group, config.sequence_parallel)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        rows, past = NormLinear.apply(
+            x.flatten(0, 1), self.layer_norm_weight, self.weight, self.bias, self.config.layernorm_epsilon, self.parallel
+        )
+        return rows.unsqueeze(1), past.unsqueeze(1)
+
+
+class RowLinear(RowParallelLinear):
+    """[t, 1, i / TP] -> [t, 1, h]."""
+
+    def __init__(self, input_size: int, output_size: int, *, config, **rest):
+        super().__init__(input_size, output_size, config=config, **rest)
+        self.parallel = TensorParallel(self.tp_group, config.sequence_parallel)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return Linear.apply(x.flatten(0, 1), self.weight, self.parallel).unsqueeze(1), None
+
+
+class FusedMlp(MLP):
+    """Norm, gated MLP and the residual in one: [t, 1, h] -> [t, 1, h]."""
+
+    def __init__(self, config):
+        products = MLPSubmodules(linear_fc1=NormColumnLinear, linear_fc2=RowLinear)
+        super().__init__(config, products, ffn_hidden_size=config.ffn_hidden_size)
+        self.recompute = config.recompute_granularity == "selective"
+
+    def forward(self, x: Tensor, **_) -> tuple[Tensor, None]:
+        first, second = used(self.linear_fc1), used(self.linear_fc2)
+        rows = Mlp.apply(
+            x.flatten(0, 1), first.layer_norm_weight, first.weight, second.weight,
+            self.config.layernorm_epsilon, first.parallel, self.recompute,
+        )  # fmt: skip
+        return rows.unsqueeze(1), None
+
+
+class PackedAttention(SelfAttention):
+    """Self-attention over the samples of a pack, [t, 1, h] -> [t, 1, h], with one rotary position per token."""
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: None, rotary_pos_emb=None, packed_seq_params=None, **_
+    ) -> tuple[Tensor, Tensor | None]:
+        """`rotary_pos_emb`: float32 [2, t, d / 2], cosine and sine; `packed_seq_params`: `attention.Packed`."""
+        groups = self.num_query_groups_per_partition
+        qkv, past = self.linear_qkv(hidden_states)
+        qkv = qkv.view(qkv.shape[0], groups, -1, self.hidden_size_per_attention_head)
+        if not isinstance(self.q_layernorm, IdentityOp):
+            qkv = self._normed(qkv)
+        query, key, value = Rotate.apply(qkv, rotary_pos_emb, groups)
+        mixed = self.core_attention(query, key, value, packed_seq_params)  # [t, heads * d]
+        output, _ = self.linear_proj(mixed.unsqueeze(1))
+        return output, past
+
+    def _normed(self, qkv: Tensor) -> Tensor:
+        query, key, value = qkv.split([qkv.shape[2] - 2, 1, 1], dim=2)
+        return torch.cat([self.q_layernorm(query), self.k_layernorm(key), value], dim=2)
+
+
+def used(module: torch.nn.Module) -> torch.nn.Module:
+    """`module`, whose parameters are about to be used without calling it.
+
+    DDP, where it gathers weights while others compute, waits for those of a module in a hook of its call.
+    """
+    for hook in module._forward_pre_hooks.values():
+        hook(module, None)
+    return module
+
+
+def _add(training: bool, fused: bool):
+    """Adds the residual; where attention hands on its input, that, so that the norm's backward pass adds the gradients."""
+    return lambda x_with_past, residual, dropout: x_with_past[0] + (residual if x_with_past[1] is None else x_with_past[1])
+
+
+def _keep(training: bool, fused: bool):
+    """In place of adding the residual, which `FusedMlp` has done."""
+    return lambda x_with_past, residual, dropout: x_with_past[0]
