@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext
 from unittest import mock
 
 import torch
+from megatron.core.tensor_parallel import random as megatron_random
 from torch.overrides import TorchFunctionMode
 
 
@@ -58,7 +59,8 @@ def cuda_on_cpu() -> Iterator[None]:
         return
     nothing = lambda *_, **__: None  # noqa: E731
     stand_ins = {
-        "current_device": lambda: 0,
+        # Not 0: within a backward pass no mode is active that would say what 0 means.
+        "current_device": lambda: torch.device("cpu"),
         "set_device": nothing,
         "synchronize": nothing,
         "empty_cache": nothing,
@@ -72,9 +74,14 @@ def cuda_on_cpu() -> Iterator[None]:
         "is_current_stream_capturing": lambda: False,
     }
     ranges = {"range_push": nothing, "range_pop": nothing}
-    with mock.patch.multiple(torch.cuda, **stand_ins), mock.patch.multiple(torch.cuda.nvtx, **ranges):
-        with _CudaMeansCpu():
-            yield
+    generators = {"_get_cuda_rng_state": lambda *_, **__: None, "_set_cuda_rng_state": nothing}
+    with (
+        mock.patch.multiple(torch.cuda, **stand_ins),
+        mock.patch.multiple(torch.cuda.nvtx, **ranges),
+        mock.patch.multiple(megatron_random, **generators),
+        _CudaMeansCpu(),
+    ):
+        yield
 
 
 def inside(function):

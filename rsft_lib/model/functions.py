@@ -48,6 +48,23 @@ class TensorParallel:
         return share
 
 
+class Norm(Function):
+    """rms_norm(x)."""
+
+    @staticmethod
+    def forward(ctx, x, norm, eps):
+        normed, rstd = rms_norm(x, norm, eps)
+        ctx.save_for_backward(x, rstd)
+        ctx.norm = norm
+        return normed
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, rstd = ctx.saved_tensors
+        of_x, of_norm = rms_norm_backward(grad.contiguous(), x, rstd, ctx.norm)
+        return of_x, gradient(ctx.norm, of_norm), None
+
+
 class NormLinear(Function):
     """(rms_norm(x) @ weight^T + bias, x), for a weight that is split over the ranks by its output.
 

@@ -8,13 +8,14 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch import Tensor
 from transformers import PretrainedConfig
 
 from rsft_lib.model.attention import Packed, TEAttention, TorchAttention, packed
 from rsft_lib.model.functions import TensorParallel
 from rsft_lib.model.head import Loss, Targets, weighted_loss
-from rsft_lib.model.layers import PackedAttention, fused_layer, used
+from rsft_lib.model.layers import FinalNorm, PackedAttention, fused_layer, used
 
 
 def resolve_backend(backend: str) -> str:
@@ -106,9 +107,10 @@ def build_model(
     vocab, parts = hf.vocab_size, config.tensor_model_parallel_size
     if vocab % parts:
         raise ValueError(f"vocab_size {vocab} of the model does not divide by tensor_parallel {parts}")
+    layers = [layer_spec(backend, fp8=bool(config.fp8))] * get_num_layers_to_build(config, vp_stage)
     return ResponseModel(
         config,
-        layer_spec(backend, fp8=bool(config.fp8)),
+        TransformerBlockSubmodules(layers, layer_norm=FinalNorm),
         vocab_size=vocab,
         max_sequence_length=max_length,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),

@@ -14,7 +14,7 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch import Tensor
 
-from rsft_lib.model.functions import Linear, Mlp, NormLinear, Rotate, TensorParallel
+from rsft_lib.model.functions import Linear, Mlp, Norm, NormLinear, Rotate, TensorParallel
 
 
 def fused_layer(core_attention: type, qk_norm: type = IdentityOp) -> ModuleSpec:
@@ -35,6 +35,19 @@ def fused_layer(core_attention: type, qk_norm: type = IdentityOp) -> ModuleSpec:
             mlp_bda=_keep,
         ),
     )
+
+
+class FinalNorm(torch.nn.Module):
+    """The norm after the last layer: [t, 1, h] -> [t, 1, h]."""
+
+    def __init__(self, config, hidden_size: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Norm.apply(x.flatten(0, 1), self.weight, self.eps).unsqueeze(1)
 
 
 class NormColumnLinear(ColumnParallelLinear):

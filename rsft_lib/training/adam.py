@@ -28,11 +28,12 @@ class Update:
     scale: float
 
 
-class AdamW(torch.optim.Optimizer):
+class AdamW:
     """Weights are float32 or bf16; gradients, float32 or bf16, are `grad`, or `decoupled_grad` of bf16 weights."""
 
     def __init__(self, groups: list[dict], betas: tuple[float, float], eps: float, moments: torch.dtype):
-        super().__init__(groups, {"betas": betas, "eps": eps})
+        self.param_groups, self.betas, self.eps = groups, betas, eps
+        self.state: dict[Tensor, dict[str, Tensor]] = {}
         self.steps, self.scale = 0, 1.0
         for weight in self._weights():
             state = {name: torch.zeros_like(weight, dtype=moments) for name in MOMENTS}
@@ -45,8 +46,7 @@ class AdamW(torch.optim.Optimizer):
         """One update with gradients times `scale`."""
         self.steps += 1
         for group in self.param_groups:
-            beta1, beta2 = group["betas"]
-            update = Update(group["lr"], group["weight_decay"], beta1, beta2, group["eps"], self.steps, self.scale)
+            update = Update(group["lr"], group["weight_decay"], *self.betas, self.eps, self.steps, self.scale)
             for weight in group["params"]:
                 grad = weight.decoupled_grad if weight.dtype == torch.bfloat16 else weight.grad
                 state = self.state[weight]

@@ -1,51 +1,47 @@
-"""The loss of a step: cross-entropy summed over trained tokens, divided by their number in the global batch.
+"""The loss of a step: cross-entropy times weight, summed over trained tokens, over the sum of weights of the batch.
 
-megatron-core does the division: with `calculate_per_token_loss` a loss function returns a sum and a count, and
-`finalize_model_grads` divides the gradient by the count over all micro-batches and ranks. So neither packing nor
-the parallel layout changes a token's weight.
+The sum of weights is known from the data before anything runs, so the gradients of all micro-batches and ranks are
+added up as they are and divided once, in the optimizer. So neither packing nor the parallel layout changes a token's
+weight, and weights need not be whole numbers.
 """
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core import parallel_state
 from torch import Tensor
 
 from rsft_lib.host import device
+from rsft_lib.model.attention import packed, share
+from rsft_lib.model.head import Loss, Targets
+from rsft_lib.training.tally import tally
 
 
 def forward_step(batches: Iterator[dict[str, Tensor]], model):
     """Run one micro-batch through this rank's part of the model; the signature is that of mcore's schedules."""
-    batch = {name: tensor.to(device(), non_blocking=True) for name, tensor in next(batches).items()}
+    batch = next(batches)
+    rank = parallel_state.get_context_parallel_rank()
+    size = parallel_state.get_context_parallel_world_size()
+    own = {name: share(rows, rank, size) for name, rows in batch.items() if name != "cu_seqlens"}
+    positions = own["loss_mask"][0].nonzero()[:, 0]  # here, where the tensors are on the CPU and nothing waits for it
+    targets = Targets(positions, own["labels"][0, positions], own["loss_mask"][0, positions])
+    targets = Targets(*map(_send, targets))
     output = model(
-        batch["tokens"],
-        batch["position_ids"],
-        attention_mask=None,
-        labels=batch["labels"],
-        loss_mask=batch["loss_mask"],
-        packed_seq_params=packed_seq_params(batch["cu_seqlens"]),
+        _send(own["tokens"]),
+        _send(own["position_ids"]),
+        None,
+        labels=targets,
+        packed_seq_params=packed(batch["cu_seqlens"].tolist(), device(), rank, size),
     )
-    return output, sum_and_count
+    return output, partial(total_and_tally, kinds=_send(own["kinds"][0, positions]))
 
 
-def sum_and_count(token_losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[trained tokens] -> their sum, their number, and both, detached, as a float64 pair for the log."""
-    total = token_losses.sum()
-    count = torch.tensor(len(token_losses), dtype=torch.int, device=total.device)
-    return total, count, torch.stack([total.detach().double(), count.double()])
+def total_and_tally(output: Loss, kinds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What mcore's schedules want of a loss: a scalar to differentiate, a count (which is not used), and the log."""
+    count = torch.tensor(len(kinds), dtype=torch.int, device=kinds.device)
+    return output[0], count, tally(Loss(*output), kinds)
 
 
-def packed_seq_params(cu_seqlens: Tensor) -> PackedSeqParams:
-    """Sample boundaries for attention and rotary positions, on every pipeline stage.
-
-    `max_seqlen` must be the true maximum: where it equals the whole pack's length, megatron-core takes the
-    rotary table for one of absolute positions and no longer restarts it (rope_utils._apply_rotary_pos_emb_thd).
-    """
-    longest = int(cu_seqlens.diff().max())
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-    )
+def _send(tensor: Tensor) -> Tensor:
+    return tensor.to(device(), non_blocking=True)
