@@ -5,6 +5,8 @@ megatron-core asks for CUDA by name in many places although all of its arithmeti
 """
 
 import functools
+import shutil
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from unittest import mock
@@ -19,6 +21,18 @@ def device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
+
+
+@functools.cache
+def gpu() -> tuple[str, int] | None:
+    """Name and bytes of memory of this machine's first GPU, asked without taking any of it; None without one."""
+    if not torch.cuda.is_available() or not shutil.which("nvidia-smi"):
+        return None
+    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    name, mebibytes = (
+        subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].split(",")
+    )
+    return name.strip(), int(mebibytes) * 2**20
 
 
 class _CudaMeansCpu(TorchFunctionMode):

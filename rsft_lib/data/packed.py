@@ -84,6 +84,10 @@ class PackedDataset:
         """The sample numbers of some packs, in their order."""
         return [sample for index in packs if index != EMPTY for sample in self.packs[index]]
 
+    def samples_sha256(self, packs: Sequence[int]) -> str:
+        """A short hash of `samples`: the same for the same samples in the same order, on any ranks."""
+        return hashlib.sha256(np.array(self.samples(packs), dtype=np.int64).tobytes()).hexdigest()[:16]
+
     def cost(self, index: int) -> float:
         """Sum of squared sample lengths of a pack: what its attention costs."""
         return 0.0 if index == EMPTY else self.costs[index]

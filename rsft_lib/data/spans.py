@@ -1,8 +1,8 @@
 """What each trained token is for: its mode, and its place in the answer.
 
-    trained    <think> first 2 + 2 ... </think> So 4 . <eos>        <short> 4 . <eos>
-    mode       think ......................................        short ...........
-    span       control think ........... think  answer .. eos       control answer eos
+trained    <think> first 2 + 2 ... </think> So 4 . <eos>        <short> 4 . <eos>
+mode       think ......................................        short ...........
+span       control think ........... think  answer .. eos       control answer eos
 """
 
 from typing import NamedTuple

@@ -109,7 +109,9 @@ class TorchAttention(_PackedAttention):
         if query.is_cuda:
             return _flash(query, key, value, chunk)
         lengths = [ends.diff().tolist() for ends in (chunk.query_ends, chunk.key_ends)]
-        pieces = (x.transpose(0, 1).split(n, dim=1) for x, n in zip((query, key, value), lengths + lengths[1:], strict=True))
+        pieces = (
+            x.transpose(0, 1).split(n, dim=1) for x, n in zip((query, key, value), lengths + lengths[1:], strict=True)
+        )
         return torch.cat([_causal(*piece).transpose(0, 1) for piece in zip(*pieces, strict=True)])
 
 

@@ -1,4 +1,4 @@
-"""The model that is trained: megatron-core's GPTModel over packed samples, with a loss at the trained positions only."""
+"""The model that is trained: megatron-core's GPTModel over packed samples, with a loss at trained positions only."""
 
 import importlib.util
 
@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 from rsft_lib.model.attention import Packed, TEAttention, TorchAttention, packed
 from rsft_lib.model.functions import TensorParallel
 from rsft_lib.model.head import Loss, Targets, weighted_loss
-from rsft_lib.model.layers import FinalNorm, PackedAttention, fused_layer, used
+from rsft_lib.model.layers import PackedAttention, RmsNorm, fused_layer, used
 
 
 def resolve_backend(backend: str) -> str:
@@ -34,14 +34,14 @@ def resolve_backend(backend: str) -> str:
     return backend
 
 
-def layer_spec(backend: str, fp8: bool = False) -> ModuleSpec:
+def layer_spec(backend: str, qk_layernorm: bool, fp8: bool = False) -> ModuleSpec:
     """One transformer layer with attention from Transformer Engine ('te') or PyTorch ('torch').
 
     The products are this kit's own, except in FP8, which is Transformer Engine's.
     """
     if not fp8:
-        return fused_layer(TEAttention if backend == "te" else TorchAttention)
-    spec = get_gpt_layer_with_transformer_engine_spec()
+        return fused_layer(TEAttention if backend == "te" else TorchAttention, qk_layernorm)
+    spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
     spec.submodules.self_attention.module = PackedAttention
     spec.submodules.self_attention.submodules.core_attention = TEAttention
     return spec
@@ -57,6 +57,8 @@ class ResponseModel(GPTModel):
         packed_seq_params: `attention.Packed`; without it, every row is one sample.
     """
 
+    tokens_in_vocabulary: int
+    """The last rows of embedding and output layer may be padding; they take no part in the loss."""
     watched: tuple[int, ...] = ()
     """Words whose probability is reported at every target."""
 
@@ -69,9 +71,7 @@ class ResponseModel(GPTModel):
                 packed_seq_params=packed_seq_params, **rest,
             )  # fmt: skip
             return logits.view(rows, length, -1) if self.post_process else logits
-        return super().forward(
-            input_ids, position_ids, attention_mask, packed_seq_params=packed_seq_params, **rest
-        )
+        return super().forward(input_ids, position_ids, attention_mask, packed_seq_params=packed_seq_params, **rest)
 
     def _preprocess(self, input_ids: Tensor, position_ids: Tensor, packed_seq_params: Packed, **_) -> tuple:
         embedded = self.embedding(input_ids=input_ids, position_ids=position_ids) if self.pre_process else None
@@ -93,7 +93,8 @@ class ResponseModel(GPTModel):
         enter = gather_from_sequence_parallel_region if parallel.sequence else copy_to_tensor_model_parallel_region
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else used(self.output_layer).weight
-        return weighted_loss(enter(hidden_states).flatten(0, 1), weight, labels, self.watched, parallel)
+        hidden = enter(hidden_states).flatten(0, 1)
+        return weighted_loss(hidden, weight, labels, parallel, self.tokens_in_vocabulary, self.watched)
 
 
 def build_model(
@@ -107,10 +108,10 @@ def build_model(
     vocab, parts = hf.vocab_size, config.tensor_model_parallel_size
     if vocab % parts:
         raise ValueError(f"vocab_size {vocab} of the model does not divide by tensor_parallel {parts}")
-    layers = [layer_spec(backend, fp8=bool(config.fp8))] * get_num_layers_to_build(config, vp_stage)
-    return ResponseModel(
+    layer = layer_spec(backend, config.qk_layernorm, fp8=bool(config.fp8))
+    model = ResponseModel(
         config,
-        TransformerBlockSubmodules(layers, layer_norm=FinalNorm),
+        TransformerBlockSubmodules([layer] * get_num_layers_to_build(config, vp_stage), layer_norm=RmsNorm),
         vocab_size=vocab,
         max_sequence_length=max_length,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -120,3 +121,5 @@ def build_model(
         rotary_base=hf.rope_parameters["rope_theta"],
         vp_stage=vp_stage,
     )
+    model.tokens_in_vocabulary = hf.vocab_size
+    return model

@@ -39,7 +39,12 @@ class Loss(NamedTuple):
 
 
 def weighted_loss(
-    hidden: Tensor, weight: Tensor, targets: Targets, watched: tuple[int, ...], parallel: TensorParallel
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Targets,
+    parallel: TensorParallel,
+    vocabulary: int,
+    watched: tuple[int, ...],
 ) -> Loss:
     """Cross-entropy of a linear output layer.
 
@@ -48,16 +53,18 @@ def weighted_loss(
 
     Args:
         hidden: [t, h], the same on all tensor-parallel ranks; its gradient must be summed over them.
-        weight: [v / TP, h], this rank's part of the vocabulary.
+        weight: [v / TP, h], this rank's part of the rows; the last of all may be padding.
+        vocabulary: rows that stand for words.
         watched: words whose probability is wanted besides.
     """
     labels = targets.labels[:, None]
     words = torch.tensor(watched, dtype=torch.int64, device=labels.device).expand(len(labels), -1)
-    wanted = torch.cat([labels, words], dim=1) - parallel.rank * weight.shape[0]
+    first = parallel.rank * weight.shape[0]
+    wanted = torch.cat([labels, words], dim=1) - first
     # Within a Function nobody knows whether gradients are wanted at all.
     differentiate = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     rows = _Rows.apply(hidden, targets.positions)
-    return Loss(*_Head.apply(rows, weight, wanted, targets.weights, parallel, differentiate))
+    return Loss(*_Head.apply(rows, weight, wanted, targets.weights, parallel, vocabulary - first, differentiate))
 
 
 class _Rows(Function):
@@ -77,12 +84,14 @@ class _Rows(Function):
 
 class _Head(Function):
     @staticmethod
-    def forward(ctx, hidden, weight, wanted, weights, parallel, differentiate):
+    def forward(ctx, hidden, weight, wanted, weights, parallel, words, differentiate):
         ctx.weight = weight
         gradients = _Gradients(hidden, weight) if differentiate else None
         log_probabilities = torch.empty(wanted.shape, dtype=torch.float32, device=hidden.device)
         for rows in _chunks(len(wanted)):
             logits = hidden[rows] @ weight.t()
+            if words < len(weight):
+                logits[:, max(words, 0) :] = -torch.inf
             log_sums = _log_sum_exp(logits, parallel)
             log_probabilities[rows] = _picked(logits, wanted[rows], parallel) - log_sums[:, None]
             if gradients:
@@ -97,8 +106,8 @@ class _Head(Function):
     def backward(ctx, grad, _):
         of_hidden, of_weight = ctx.saved_tensors
         if of_weight is None:
-            return of_hidden, added(ctx.weight), None, None, None, None
-        return of_hidden * grad, (of_weight * grad).to(ctx.weight.dtype), None, None, None, None
+            return of_hidden, added(ctx.weight), *[None] * 5
+        return of_hidden * grad, (of_weight * grad).to(ctx.weight.dtype), *[None] * 5
 
 
 class _Gradients:

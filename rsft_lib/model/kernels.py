@@ -119,7 +119,10 @@ def _rotate(
     GROUPS: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
-    rows, columns = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK)[None, :]  # a row is a head: q ... q k v, q ... q k v
+    rows, columns = (
+        tl.arange(0, ROWS)[:, None],
+        tl.arange(0, BLOCK)[None, :],
+    )  # a row is a head: q ... q k v, q ... q k v
     group, slot = rows // slots, rows % slots
     inside = (rows < GROUPS * slots) & (columns < HALF)
     is_query, is_key, is_value = slot < slots - 2, slot == slots - 2, slot == slots - 1

@@ -6,6 +6,7 @@ its Transformer Engine layer, so that checkpoints of both are alike.
 
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tensor_parallel_region
 from megatron.core.transformer import ModuleSpec, TransformerLayer
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -17,8 +18,9 @@ from torch import Tensor
 from rsft_lib.model.functions import Linear, Mlp, Norm, NormLinear, Rotate, TensorParallel
 
 
-def fused_layer(core_attention: type, qk_norm: type = IdentityOp) -> ModuleSpec:
+def fused_layer(core_attention: type, qk_layernorm: bool) -> ModuleSpec:
     """The specification of one layer; `core_attention` is a module of `attention.py`."""
+    qk_norm = RmsNorm if qk_layernorm else IdentityOp
     attention = SelfAttentionSubmodules(
         linear_qkv=NormColumnLinear,
         core_attention=core_attention,
@@ -37,8 +39,8 @@ def fused_layer(core_attention: type, qk_norm: type = IdentityOp) -> ModuleSpec:
     )
 
 
-class FinalNorm(torch.nn.Module):
-    """The norm after the last layer: [t, 1, h] -> [t, 1, h]."""
+class RmsNorm(torch.nn.Module):
+    """A norm by itself, after the last layer or of each query's and key's head: [..., h] -> [..., h]."""
 
     def __init__(self, config, hidden_size: int, eps: float):
         super().__init__()
@@ -47,7 +49,7 @@ class FinalNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
-        return Norm.apply(x.flatten(0, 1), self.weight, self.eps).unsqueeze(1)
+        return Norm.apply(x.flatten(0, -2), self.weight, self.eps).view_as(x)
 
 
 class NormColumnLinear(ColumnParallelLinear):
@@ -61,7 +63,12 @@ class NormColumnLinear(ColumnParallelLinear):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         rows, past = NormLinear.apply(
-            x.flatten(0, 1), self.layer_norm_weight, self.weight, self.bias, self.config.layernorm_epsilon, self.parallel
+            x.flatten(0, 1),
+            self.layer_norm_weight,
+            self.weight,
+            self.bias,
+            self.config.layernorm_epsilon,
+            self.parallel,
         )
         return rows.unsqueeze(1), past.unsqueeze(1)
 
@@ -101,19 +108,26 @@ class PackedAttention(SelfAttention):
         self, hidden_states: Tensor, attention_mask: None, rotary_pos_emb=None, packed_seq_params=None, **_
     ) -> tuple[Tensor, Tensor | None]:
         """`rotary_pos_emb`: float32 [2, t, d / 2], cosine and sine; `packed_seq_params`: `attention.Packed`."""
-        groups = self.num_query_groups_per_partition
         qkv, past = self.linear_qkv(hidden_states)
-        qkv = qkv.view(qkv.shape[0], groups, -1, self.hidden_size_per_attention_head)
+        qkv = self._own_heads(qkv).view(qkv.shape[0], self.num_query_groups_per_partition, -1, self.key_hidden_size)
         if not isinstance(self.q_layernorm, IdentityOp):
-            qkv = self._normed(qkv)
-        query, key, value = Rotate.apply(qkv, rotary_pos_emb, groups)
+            query, key, value = qkv.split([qkv.shape[2] - 2, 1, 1], dim=2)
+            qkv = torch.cat([self.q_layernorm(query.contiguous()), self.k_layernorm(key.contiguous()), value], dim=2)
+        query, key, value = Rotate.apply(qkv, rotary_pos_emb, self.num_query_groups_per_partition)
         mixed = self.core_attention(query, key, value, packed_seq_params)  # [t, heads * d]
         output, _ = self.linear_proj(mixed.unsqueeze(1))
         return output, past
 
-    def _normed(self, qkv: Tensor) -> Tensor:
-        query, key, value = qkv.split([qkv.shape[2] - 2, 1, 1], dim=2)
-        return torch.cat([self.q_layernorm(query), self.k_layernorm(key), value], dim=2)
+    def _own_heads(self, qkv: Tensor) -> Tensor:
+        """Where tensor-parallel ranks are more than query groups, each takes its queries of a group that they share."""
+        sharing = self.world_size // self.config.num_query_groups
+        if sharing <= 1:
+            return qkv
+        rank = self.tp_group.rank()
+        whole = all_gather_last_dim_from_tensor_parallel_region(qkv, group=self.tp_group)
+        group = whole.chunk(self.config.num_query_groups, dim=-1)[rank // sharing]
+        query, key_value = group.split([group.shape[-1] - 2 * self.key_hidden_size, 2 * self.key_hidden_size], dim=-1)
+        return torch.cat([query.chunk(sharing, dim=-1)[rank % sharing], key_value], dim=-1)
 
 
 def used(module: torch.nn.Module) -> torch.nn.Module:
@@ -127,8 +141,10 @@ def used(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def _add(training: bool, fused: bool):
-    """Adds the residual; where attention hands on its input, that, so that the norm's backward pass adds the gradients."""
-    return lambda x_with_past, residual, dropout: x_with_past[0] + (residual if x_with_past[1] is None else x_with_past[1])
+    """Adds the residual: where attention hands on its input, that, so that the norm's backward pass adds gradients."""
+    return lambda x_with_past, residual, dropout: (
+        x_with_past[0] + (residual if x_with_past[1] is None else x_with_past[1])
+    )
 
 
 def _keep(training: bool, fused: bool):

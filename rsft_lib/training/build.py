@@ -112,9 +112,13 @@ def refuse_misfit(config: TrainConfig, hf: PretrainedConfig) -> None:
         ValueError: the model cannot be split that way.
     """
     groups, layers = hf.num_key_value_heads, hf.num_hidden_layers
-    if groups % config.tensor_parallel:
+    if groups % config.tensor_parallel and config.tensor_parallel % groups:
         raise ValueError(
-            f"the model's {groups} key-value heads do not divide by tensor_parallel {config.tensor_parallel}"
+            f"the model's {groups} key-value heads do not divide by tensor_parallel {config.tensor_parallel}, nor it by them"
+        )
+    if hf.num_attention_heads % config.tensor_parallel:
+        raise ValueError(
+            f"the model's {hf.num_attention_heads} heads do not divide by tensor_parallel {config.tensor_parallel}"
         )
     parts = config.pipeline_parallel * config.virtual_pipeline
     if layers % parts:

@@ -154,28 +154,34 @@ class TrainConfig:
         importable = lambda name: importlib.util.find_spec(name) is not None  # noqa: E731
         return [
             (f"min_lr {self.min_lr} is above lr {self.lr}", self.min_lr > self.lr),
-            (f"warmup_fraction is {self.warmup_fraction}; it is a share of the run, from 0 to 1", self.warmup_fraction > 1),
+            (f"warmup_fraction is {self.warmup_fraction}; it is a share, from 0 to 1", self.warmup_fraction > 1),
             (f"adam_beta1 is {self.adam_beta1}; it must be below 1", self.adam_beta1 >= 1),
             (f"adam_beta2 is {self.adam_beta2}; it must be below 1", self.adam_beta2 >= 1),
             (
                 f"epochs {self.epochs:g} and train_iters {self.train_iters} both say how long to train; leave one out",
                 self.epochs > 0 and self.train_iters != default["train_iters"],
             ),
-            ("precision 'fp8' needs Transformer Engine; backend is 'torch'", self.precision == "fp8" and self.backend == "torch"),
+            (
+                "precision 'fp8' needs Transformer Engine; backend is 'torch'",
+                self.precision == "fp8" and self.backend == "torch",
+            ),
             (
                 "moments 'bf16' and gradients 'bf16' are for precision 'bf16' and 'fp8'; precision is 'fp32'",
                 self.precision == "fp32" and "bf16" in (self.moments, self.gradients),
             ),
             ("sequence_parallel needs tensor_parallel above 1", self.sequence_parallel and self.tensor_parallel == 1),
-            ("virtual_pipeline needs pipeline_parallel above 1", self.virtual_pipeline > 1 and self.pipeline_parallel == 1),
+            (
+                "virtual_pipeline needs pipeline_parallel above 1",
+                self.virtual_pipeline > 1 and self.pipeline_parallel == 1,
+            ),
             (
                 f"seq_length {self.seq_length} x micro_batch_size {self.micro_batch_size} does not divide by "
                 f"2 x context_parallel {self.context_parallel}",
                 self.context_parallel > 1 and row % pieces > 0,
             ),
             (
-                f"the {row // self.context_parallel} tokens of a context-parallel rank do not divide by tensor_parallel "
-                f"{self.tensor_parallel}, as sequence_parallel needs",
+                f"the {row // self.context_parallel} tokens of a context-parallel rank do not divide by "
+                f"tensor_parallel {self.tensor_parallel}, as sequence_parallel needs",
                 self.sequence_parallel and row // self.context_parallel % self.tensor_parallel > 0,
             ),
             (
@@ -183,8 +189,14 @@ class TrainConfig:
                 self.keep_every % self.save_interval > 0,
             ),
             ("keep_every needs keep_last: without it everything is kept", self.keep_every > 0 and self.keep_last == 0),
-            ("tensorboard is asked for but not installed: pip install tensorboard", self.tensorboard and not importable("tensorboard")),
-            ("wandb_project is set but wandb is not installed: pip install wandb", bool(self.wandb_project) and not importable("wandb")),
+            (
+                "tensorboard is asked for but not installed: pip install tensorboard",
+                self.tensorboard and not importable("tensorboard"),
+            ),
+            (
+                "wandb_project is set but wandb is not installed: pip install wandb",
+                bool(self.wandb_project) and not importable("wandb"),
+            ),
             (f"split is {self.split!r}; it must be three numbers, e.g. '999,1,0'", not _is_split(self.split)),
         ]  # fmt: skip
 

@@ -1,11 +1,11 @@
-"""Floating-point operations of training, counted as NVIDIA does: https://arxiv.org/abs/2205.05198, without recomputation.
+"""Floating-point operations of training as NVIDIA counts them, without recomputation: https://arxiv.org/abs/2205.05198.
 
 Six per matmul parameter and token, the output layer's too; attention counted at the half that a causal mask leaves.
 """
 
-import torch
 from transformers import PretrainedConfig
 
+from rsft_lib.host import gpu
 from rsft_lib.model.config import head_dim
 
 # Dense bf16 operations per second by the vendor's datasheet; the first name that a device's name holds is taken.
@@ -36,8 +36,6 @@ def training_flops(hf: PretrainedConfig, tokens: float, squares: float) -> float
 
 
 def peak_flops() -> float | None:
-    """What the GPU of this process could do in a second; None for a CPU or a GPU that is not in PEAKS."""
-    if not torch.cuda.is_available():
-        return None
-    name = torch.cuda.get_device_name()
-    return next((peak for part, peak in PEAKS.items() if part in name), None)
+    """What this machine's GPU could do in a second; None for a CPU or a GPU that is not in PEAKS."""
+    found = gpu()
+    return next((peak for part, peak in PEAKS.items() if part in found[0]), None) if found else None

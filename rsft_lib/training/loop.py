@@ -1,4 +1,4 @@
-"""The training loop: step by step through megatron-core's schedules and optimizer, until the end or a reason to stop."""
+"""The training loop: megatron-core's schedules and optimizer, step by step, until the end or a reason to stop."""
 
 import json
 import math
@@ -22,6 +22,7 @@ from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.datasets import Datasets, open_datasets
 from rsft_lib.training.flops import peak_flops, training_flops
 from rsft_lib.training.metrics import open_writers
+from rsft_lib.training.preflight import describe
 from rsft_lib.training.saving import Saver
 from rsft_lib.training.state import TrainState, load, refuse_another_run, start
 from rsft_lib.training.stop import REASONS, Stop, stopping
@@ -41,6 +42,11 @@ def train(config: TrainConfig) -> TrainState:
         data = open_datasets(config)
         config = config.for_packs(len(data.train))
         facts = {"config": config.to_json(), "data": data.facts()}
+        hf = read_config(checkpoint)
+        if rank == 0:
+            print(describe(config, hf, data, torch.distributed.get_world_size()), flush=True)
+            if data.train.control is None:
+                print("no losses by mode: the tokenizer of the data is gone or has no control tokens", flush=True)
         state = build_state(config, checkpoint)
         state.watch(data.train.control)
         begin(state, output, checkpoint, facts)
@@ -48,7 +54,7 @@ def train(config: TrainConfig) -> TrainState:
             output, checkpoint / "config.json", facts,
             timeout=config.save_timeout, keep_last=config.keep_last, keep_every=config.keep_every,
         )  # fmt: skip
-        run = Run(config, state, data, read_config(checkpoint), output, stop, saver)
+        run = Run(config, state, data, hf, output, stop, saver)
         while state.iteration < config.train_iters and not run.stopped:
             run.step()
         run.end()
@@ -128,6 +134,7 @@ class Run:
             "lr": state.optimizer.param_groups[0]["lr"],
             "grad_norm": norm,
             "trained_tokens": int(losses[1]),
+            "samples_sha256": data.samples_sha256(packs),
             **self._speed(packs, int(losses[1]), done - began),
             "epoch": state.iteration * config.global_batch_size / len(data),
             "seconds_data": making,

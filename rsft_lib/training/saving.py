@@ -28,7 +28,9 @@ filesystem_async._results_queue = queue.Queue()
 class Saver:
     """Writes the checkpoints of a run, one at a time; all ranks call it together."""
 
-    def __init__(self, output: Path, model_config: Path, facts: dict, *, timeout: float, keep_last: int, keep_every: int):
+    def __init__(
+        self, output: Path, model_config: Path, facts: dict, *, timeout: float, keep_last: int, keep_every: int
+    ):
         self.output, self.model_config, self.facts = output, model_config, facts
         self.timeout, self.keep_last, self.keep_every = timeout, keep_last, keep_every
         self.writing: _Writing | None = None
@@ -63,7 +65,7 @@ class Saver:
         return self.writing is None or self.writing.done.is_set()
 
     def go_on(self) -> None:
-        """Complete a checkpoint that every rank has `written`: hashes, name and removal of old ones, in the background."""
+        """Complete a checkpoint that every rank has `written`: its hashes and its name come in the background."""
         if self.writing is None:
             return
         writing, self.writing = self.writing, None
@@ -95,7 +97,9 @@ class _Writing:
         self.began, self.done, self.results = time.monotonic(), threading.Event(), queue.Queue()
         self.buckets = request.preload_fn() if request.preload_fn else []
         if not torch.cuda.is_available():  # nothing was copied from anywhere, and training would write on
-            self.buckets = [(path, key, (raw, [(i, t.clone()) for i, t in ts])) for path, key, (raw, ts) in self.buckets]
+            self.buckets = [
+                (path, key, (raw, [(i, t.clone()) for i, t in ts])) for path, key, (raw, ts) in self.buckets
+            ]
         threading.Thread(target=self._write, daemon=True).start()
 
     def _write(self) -> None:
@@ -103,11 +107,13 @@ class _Writing:
         for number, bucket in enumerate(self.buckets):
             open_ends = queue.Queue()
             open_ends.put(number)
-            FileSystemWriterAsync.write_preloaded_data(transforms, number, bucket, self.results, open_ends, use_fsync=True)
+            FileSystemWriterAsync.write_preloaded_data(
+                transforms, number, bucket, self.results, open_ends, use_fsync=True
+            )
         self.done.set()
 
     def complete(self) -> None:
-        """Wait for the thread, let megatron-core write what describes the files, and raise what went wrong on any rank."""
+        """Wait for the thread, let megatron-core write what describes the files, and raise what went wrong anywhere."""
         self.done.wait()
         if self.buckets:
             results = dict(self.results.get_nowait() for _ in self.buckets)

@@ -86,7 +86,9 @@ def refuse_another_run(checkpoint: Path, facts: dict) -> None:
     old, new = ({f"data: {key}": value for key, value in f["data"].items()} for f in (before, facts))
     old |= {name: before["config"].get(name) for name in SHAPES_THE_RUN}
     new |= {name: facts["config"][name] for name in SHAPES_THE_RUN}
-    differences = [f"{name}: was {old.get(name)!r}, now {value!r}" for name, value in new.items() if old.get(name) != value]
+    differences = [
+        f"{name}: was {old.get(name)!r}, now {value!r}" for name, value in new.items() if old.get(name) != value
+    ]
     if differences:
         listed = "\n  ".join(differences)
         raise ValueError(

@@ -57,9 +57,7 @@ def metrics(counts: list[float], denominator: float, prefix: str = "", kinds: bo
         groups |= {f"loss_span_{name}": range(i, KINDS, width) for i, name in enumerate(SPAN_NAMES)}
         found |= {name: _mean(sum(losses[k] for k in ks), sum(numbers[k] for k in ks)) for name, ks in groups.items()}
         decisions = [numbers[mode * width + CONTROL] for mode in range(CHOOSING)]
-        found |= {
-            f"p_think_when_{MODE_NAMES[mode]}": _mean(chosen[mode], decisions[mode]) for mode in range(CHOOSING)
-        }
+        found |= {f"p_think_when_{MODE_NAMES[mode]}": _mean(chosen[mode], decisions[mode]) for mode in range(CHOOSING)}
         found["think_share"] = _mean(decisions[MODE_NAMES.index("think")], sum(decisions))
     return {prefix + name: value for name, value in found.items() if value is not None}
 
