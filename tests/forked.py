@@ -44,10 +44,11 @@ def join(processes: list, log: Path, seconds: float = 300) -> None:
 def train(config: TrainConfig, nproc: int = 1) -> None:
     """A whole training, as `launch_training` runs it."""
     log = Path(config.output) / "train.log"
-    join(start(_train, nproc, log, config), log)
+    join(start(train_as_rank, nproc, log, config), log)
 
 
-def _train(config: TrainConfig) -> None:
+def train_as_rank(config: TrainConfig) -> None:
+    """What each rank of a training does."""
     from rsft_lib.training.train import run
 
     run(config)

@@ -79,11 +79,18 @@ def test_metrics_are_means_over_the_tokens_of_a_kind():
     result = metrics((2 * counts).tolist(), denominator=4.0)  # two such micro-batches
     assert result == pytest.approx(
         {
-            "loss": 7.0, "loss_mode_think": 2.5, "loss_mode_short": 6.0,
-            "loss_span_control": 3.0, "loss_span_think": 2.5, "loss_span_answer": 6.0, "loss_span_eos": 5.5, "p_think_when_think": 0.9 / 0.95,
-            "p_think_when_short": 0.25, "think_share": 0.5,
+            "loss": 7.0,
+            "loss_mode_think": 2.5,
+            "loss_mode_short": 6.0,
+            "loss_span_control": 3.0,
+            "loss_span_think": 2.5,
+            "loss_span_answer": 6.0,
+            "loss_span_eos": 5.5,
+            "p_think_when_think": 0.9 / 0.95,
+            "p_think_when_short": 0.25,
+            "think_share": 0.5,
         },
         rel=1e-5,
-    )  # fmt: skip
+    )
     assert counts[1] == 7
     assert metrics(counts.tolist(), 4.0, "eval_", kinds=False) == {"eval_loss": 3.5}

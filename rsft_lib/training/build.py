@@ -114,7 +114,7 @@ def refuse_misfit(config: TrainConfig, hf: PretrainedConfig) -> None:
     groups, layers = hf.num_key_value_heads, hf.num_hidden_layers
     if groups % config.tensor_parallel and config.tensor_parallel % groups:
         raise ValueError(
-            f"the model's {groups} key-value heads do not divide by tensor_parallel {config.tensor_parallel}, nor it by them"
+            f"{groups} key-value heads of the model and tensor_parallel {config.tensor_parallel} do not divide"
         )
     if hf.num_attention_heads % config.tensor_parallel:
         raise ValueError(

@@ -1,5 +1,6 @@
 """The training loop: megatron-core's schedules and optimizer, step by step, until the end or a reason to stop."""
 
+import gc
 import json
 import math
 import resource
@@ -55,6 +56,7 @@ def train(config: TrainConfig) -> TrainState:
             timeout=config.save_timeout, keep_last=config.keep_last, keep_every=config.keep_every,
         )  # fmt: skip
         run = Run(config, state, data, hf, output, stop, saver)
+        gc.freeze()  # what there is now stays to the end; looking through it again and again would cost half seconds
         while state.iteration < config.train_iters and not run.stopped:
             run.step()
         run.end()
