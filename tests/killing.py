@@ -118,7 +118,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         counts = survive(Path(folder), arguments.kills, arguments.seed)
     told = ", ".join(f"{count} {name}" for name, count in counts.items())
-    print(f"{sum(counts.values())} kills ({told}) in {time.monotonic() - began:.0f} s: every run ended bit for bit alike")
+    print(
+        f"{sum(counts.values())} kills ({told}) in {time.monotonic() - began:.0f} s: every run ended bit for bit alike"
+    )
 
 
 if __name__ == "__main__":
