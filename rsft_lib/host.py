@@ -60,7 +60,10 @@ def _is_cuda(wanted) -> bool:
 
 
 class _Stream:
-    """Stands for the one stream that a CPU has."""
+    """Stands for the one stream that a CPU has; a class, since type annotations name it."""
+
+    def __init__(self, *_, **__):
+        pass
 
     wait_stream = synchronize = record_event = wait_event = lambda self, *_: None
 
@@ -80,7 +83,7 @@ def cuda_on_cpu() -> Iterator[None]:
         "empty_cache": nothing,
         "current_stream": lambda *_: _Stream(),
         "default_stream": lambda *_: _Stream(),
-        "Stream": lambda *_, **__: _Stream(),
+        "Stream": _Stream,
         "stream": lambda *_: nullcontext(),
         "manual_seed": nothing,
         "get_rng_state": lambda *_: torch.empty(0, dtype=torch.uint8),

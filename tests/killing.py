@@ -51,7 +51,7 @@ MOMENTS = {
 
 
 def kill_once(config: TrainConfig, rng: random.Random) -> str:
-    """Start the run, or go on with it, and kill all its ranks at a random moment: its name, '' if the run ended first."""
+    """Start the run, or go on with it, and kill all its ranks at some moment: its name, '' if the run ended first."""
     run = Path(config.output)
     processes = forked.start(forked.train_as_rank, RANKS, run / "train.log", config)
     name = rng.choice(list(MOMENTS))

@@ -133,6 +133,21 @@ class Mlp(Function):
         return of_x, gradient(norm, of_norm), of_first, of_second, None, None, None
 
 
+class SwiGlu(Function):
+    """`elementwise.swiglu` by itself."""
+
+    @staticmethod
+    def forward(ctx, projected):
+        ctx.save_for_backward(projected)
+        return swiglu(projected)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (projected,) = ctx.saved_tensors
+        of_projected, _ = swiglu_backward_(grad.contiguous(), projected)
+        return of_projected
+
+
 class Rotate(Function):
     """`elementwise.rotate` with its gradient."""
 

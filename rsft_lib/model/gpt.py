@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 from rsft_lib.model.attention import Packed, TEAttention, TorchAttention, packed
 from rsft_lib.model.functions import TensorParallel
 from rsft_lib.model.head import Loss, Targets, weighted_loss
-from rsft_lib.model.layers import PackedAttention, RmsNorm, fused_layer, used
+from rsft_lib.model.layers import RmsNorm, fp8_layer, fused_layer, used
 
 
 def resolve_backend(backend: str) -> str:
@@ -41,10 +41,7 @@ def layer_spec(backend: str, qk_layernorm: bool, fp8: bool = False) -> ModuleSpe
     """
     if not fp8:
         return fused_layer(TEAttention if backend == "te" else TorchAttention, qk_layernorm)
-    spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
-    spec.submodules.self_attention.module = PackedAttention
-    spec.submodules.self_attention.submodules.core_attention = TEAttention
-    return spec
+    return fp8_layer(get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm), TEAttention)
 
 
 class ResponseModel(GPTModel):

@@ -15,7 +15,7 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch import Tensor
 
-from rsft_lib.model.functions import Linear, Mlp, Norm, NormLinear, Rotate, TensorParallel
+from rsft_lib.model.functions import Linear, Mlp, Norm, NormLinear, Rotate, SwiGlu, TensorParallel
 
 
 def fused_layer(core_attention: type, qk_layernorm: bool) -> ModuleSpec:
@@ -37,6 +37,15 @@ def fused_layer(core_attention: type, qk_layernorm: bool) -> ModuleSpec:
             mlp_bda=_keep,
         ),
     )
+
+
+def fp8_layer(spec: ModuleSpec, core_attention: type) -> ModuleSpec:
+    """Transformer Engine's layer, whose products can be FP8, with the attention and the arithmetic of this kit."""
+    layer, attention = spec.submodules, spec.submodules.self_attention
+    attention.module, attention.submodules.core_attention = PackedAttention, core_attention
+    layer.mlp = type("TEMlp", (PlainMlp,), {"products": layer.mlp.submodules})
+    layer.self_attn_bda = layer.mlp_bda = _add
+    return spec
 
 
 class RmsNorm(torch.nn.Module):
@@ -99,6 +108,21 @@ class FusedMlp(MLP):
             self.config.layernorm_epsilon, first.parallel, self.recompute,
         )  # fmt: skip
         return rows.unsqueeze(1), None
+
+
+class PlainMlp(MLP):
+    """Norm and gated MLP from modules that do their own products: [t, 1, h] -> [t, 1, h]."""
+
+    products: MLPSubmodules
+
+    def __init__(self, config):
+        super().__init__(config, self.products, ffn_hidden_size=config.ffn_hidden_size)
+
+    def forward(self, x: Tensor, **_) -> tuple[Tensor, None]:
+        projected, _ = self.linear_fc1(x)
+        rows = SwiGlu.apply(projected.flatten(0, 1))
+        output, _ = self.linear_fc2(rows.unsqueeze(1))
+        return output, None
 
 
 class PackedAttention(SelfAttention):
