@@ -8,11 +8,13 @@ from train_gpu import GIB, LENGTH, MICRO_BATCHES
 
 from rsft_lib.data.packed import PackedDataset
 from rsft_lib.data.store import TokenStore
+from rsft_lib.model import elementwise
 from rsft_lib.model.attention import TEAttention, packed
 from rsft_lib.model.config import head_dim, read_config, transformer_config
 from rsft_lib.model.functions import TensorParallel, add_product_
 from rsft_lib.model.head import Targets, weighted_loss
 from rsft_lib.ranks import ranks
+from rsft_lib.training import adam
 from rsft_lib.training.flops import parameters
 
 
@@ -45,7 +47,7 @@ def floor(model: Path, data: Path) -> dict:
     return {
         "gemms_ms": gemms, "attention_ms": attention, "adam_ms": adam, "bandwidth_tb": bandwidth / 1e12,
         "total_ms": gemms + attention + adam / MICRO_BATCHES, "products": products, "wgrad_ms": _weight_gradients(hf),
-        "device": torch.cuda.get_device_name(), "torch": torch.__version__,
+        "elementwise": _elementwise(hf), "device": torch.cuda.get_device_name(), "torch": torch.__version__,
     }  # fmt: skip
 
 
@@ -104,6 +106,44 @@ def _attention(hf, data: Path) -> float:
 
             times.append(milliseconds(both, repeats=10, warm=3))
     return statistics.fmean(times)
+
+
+def _elementwise(hf) -> dict[str, dict[str, float]]:
+    """Each kernel between the products: milliseconds, and terabytes a second of what it must read and write."""
+    hidden, inner, width = hf.hidden_size, hf.intermediate_size, head_dim(hf)
+    groups, heads = hf.num_key_value_heads, hf.num_attention_heads
+    x, grad, residual, weight = *(random(LENGTH, hidden) for _ in range(3)), random(hidden)
+    y, rstd = elementwise.rms_norm(x, weight, 1e-6)
+    wide, narrow = random(LENGTH, 2 * inner), random(LENGTH, inner)
+    mixed, rotary = random(LENGTH, groups, heads // groups + 2, width), torch.rand(2, LENGTH, width // 2, device="cuda")
+    parts = elementwise.rotate(mixed, rotary, groups)
+    logits = random(4096, hf.vocab_size)
+    sums, labels, weights = (
+        elementwise.log_sum_exp(logits),
+        torch.zeros(4096, dtype=torch.int64, device="cuda"),
+        rstd[:4096],
+    )
+    size = 2**28
+    state = [torch.zeros(size, dtype=t, device="cuda") for t in (torch.bfloat16, torch.int16, *[torch.float32] * 3)]
+    update = adam.Update(1e-5, 0.1, 0.9, 0.95, 1e-8, 1, 1.0)
+    calls = {
+        "rms_norm": (lambda: elementwise.rms_norm(x, weight, 1e-6), 2 * x.nbytes),
+        "scale_rows": (lambda: elementwise.scale_rows(x, rstd, weight), 2 * x.nbytes),
+        "rms_norm_backward": (lambda: elementwise.rms_norm_backward(grad, x, rstd, weight, residual), 4 * x.nbytes),
+        "swiglu": (lambda: elementwise.swiglu(wide), wide.nbytes + narrow.nbytes),
+        "swiglu_backward": (lambda: elementwise.swiglu_backward_(narrow, wide), 2 * wide.nbytes + 2 * narrow.nbytes),
+        "rotate": (lambda: elementwise.rotate(mixed, rotary, groups), 2 * mixed.nbytes + rotary.nbytes),
+        "rotate_backward": (lambda: elementwise.rotate_backward(*parts, rotary), 2 * mixed.nbytes + rotary.nbytes),
+        "add": (lambda: x + grad, 3 * x.nbytes),
+        "bias_sum": (lambda: mixed.view(LENGTH, -1).sum(0, dtype=torch.float32), mixed.nbytes),
+        "log_sum_exp": (lambda: elementwise.log_sum_exp(logits), logits.nbytes),
+        "cross_entropy_backward": (
+            lambda: elementwise.cross_entropy_backward_(logits, sums, labels, weights), 2 * logits.nbytes,
+        ),
+        "adamw": (lambda: adam.adamw_(state[0], state[1], state[2], state[3], state[4], update), 28 * size),
+    }  # fmt: skip
+    times = {name: (milliseconds(call), size) for name, (call, size) in calls.items()}
+    return {name: {"ms": ms, "tb_per_s": size / ms / 1e9} for name, (ms, size) in times.items()}
 
 
 def _bandwidth() -> float:

@@ -1,16 +1,18 @@
-"""The same arithmetic on a GPU as on a CPU, kernel by kernel and as a whole: pytest tests/test_gpu.py, on a GPU machine"""
+"""The same arithmetic on a GPU as on a CPU, kernel by kernel and as a whole: pytest tests/test_gpu.py"""
 
 import importlib.util
+import os
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from support import random_store, settings, tiny_model
 
-from rsft_lib.artifact import newest
+from rsft_lib.artifact import newest, write_json
 from rsft_lib.checkpoint.convert import convert
-from rsft_lib.launch import launch_training
+from rsft_lib.launch import launch
 from rsft_lib.model import elementwise
 from rsft_lib.model.attention import TEAttention, TorchAttention, packed, share
 from rsft_lib.model.functions import add_product_
@@ -134,6 +136,11 @@ def test_the_parts_of_two_context_parallel_ranks_are_the_whole(kind):
         assert apart(x.grad, wanted.cpu()) < 1e-2
 
 
+@pytest.fixture(autouse=True)
+def many_can_be_imported(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+
+
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("inputs")
@@ -144,30 +151,34 @@ def inputs(tmp_path_factory) -> dict[str, str]:
     return {"checkpoint": str(folder / "megatron"), "data": str(folder / "train")}
 
 
-def run(inputs: dict, output, **changes) -> list[dict]:
-    given = {"train_iters": 6, "save_interval": 3, "precision": "bf16", "seq_length": 128, **inputs, **changes}
-    launch_training(settings(output=str(output), **given), nproc=1)
-    return read_metrics(output)
+def run(inputs: dict, folder: Path, variants: dict[str, dict]) -> dict[str, list[dict]]:
+    """The metrics of several runs, which one process does one after the other."""
+    paths = []
+    for name, changes in variants.items():
+        given = {"train_iters": 6, "save_interval": 3, "precision": "bf16", "seq_length": 128, **inputs, **changes}
+        paths.append(folder / f"{name}.json")
+        write_json(paths[-1], settings(output=str(folder / name), **given).to_json())
+    launch("many", [str(path) for path in paths], 1, folder / "many.log")
+    return {name: read_metrics(folder / name) for name in variants}
 
 
 def test_both_backends_and_fp8_follow_float32(inputs, tmp_path):
-    expected = [r["loss"] for r in run(inputs, tmp_path / "fp32", precision="fp32", backend="torch")]
-    variants = {"torch": {"backend": "torch"}}
+    variants = {"fp32": {"precision": "fp32", "backend": "torch"}, "torch": {"backend": "torch"}}
     if HAS_TE:
         variants |= {"te": {"backend": "te"}, "selective": {"recompute": "selective"}, "full": {"recompute": "full"}}
         variants |= {f"fp8-{r}": {"precision": "fp8", "fp8_recipe": r} for r in ("delayed", "tensorwise", "blockwise")}
         variants |= {"low": {"moments": "bf16", "gradients": "bf16"}}
-    found = {name: [r["loss"] for r in run(inputs, tmp_path / name, **changes)] for name, changes in variants.items()}
-    for name, losses in found.items():
-        assert losses == pytest.approx(expected, rel=0.03 if name.startswith("fp8") else 0.01), name
+    losses = {name: [r["loss"] for r in metrics] for name, metrics in run(inputs, tmp_path, variants).items()}
+    for name, found in losses.items():
+        assert found == pytest.approx(losses["fp32"], rel=0.03 if name.startswith("fp8") else 0.01), name
 
 
 def test_a_run_resumes_bit_for_bit_with_deterministic_kernels(inputs, tmp_path, monkeypatch):
     monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
-    straight = run(inputs, tmp_path / "straight")
+    straight = run(inputs, tmp_path, {"straight": {}})["straight"]
     shutil.copytree(tmp_path / "straight", tmp_path / "again")
     shutil.rmtree(newest(tmp_path / "again"))
     MetricsWriter(tmp_path / "again", 4)
-    again = run(inputs, tmp_path / "again")
+    again = run(inputs, tmp_path, {"again": {}})["again"]
     assert [r["loss"] for r in again] == [r["loss"] for r in straight]
     assert [r["grad_norm"] for r in again] == [r["grad_norm"] for r in straight]

@@ -119,4 +119,9 @@ def build_model(
         vp_stage=vp_stage,
     )
     model.tokens_in_vocabulary = hf.vocab_size
+    for module in model.modules():
+        # By Transformer Engine's layers too, weight gradients are added where DDP keeps them. Said here, since
+        # megatron-core, told so in its config, asks for Apex on behalf of the output layer.
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True
     return model

@@ -83,12 +83,7 @@ def _recompute(config: TrainConfig) -> dict:
 def _fp8(config: TrainConfig) -> dict:
     if config.precision != "fp8":
         return {}
-    return {
-        "fp8": "hybrid",
-        "fp8_recipe": config.fp8_recipe,
-        "gradient_accumulation_fusion": True,
-        "bias_activation_fusion": True,
-    }
+    return {"fp8": "hybrid", "fp8_recipe": config.fp8_recipe}
 
 
 def _wrapped(config: TrainConfig, mcore: TransformerConfig, hf: PretrainedConfig, stage: int | None):
