@@ -17,8 +17,9 @@ from rsft_lib.training import optimizer
 from rsft_lib.training.build import build_state
 from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.loop import train_forward_backward
+from rsft_lib.training.tally import weight_sum
 
-STEPS, LENGTH, PACKS = 300, 8192, 2
+STEPS, LENGTH, PACKS = 300, 8192, 1
 
 
 def learn(kind: str, folder: Path, output: Path) -> dict:
@@ -37,7 +38,7 @@ def learn(kind: str, folder: Path, output: Path) -> dict:
     config = TrainConfig(
         checkpoint=str(model), data=str(folder / "mix"), output=str(folder / "learn"), seq_length=LENGTH,
         global_batch_size=PACKS, train_iters=STEPS, lr=3e-4, min_lr=3e-5, precision="fp8" if kind == "fp8" else "bf16",
-        fp8_recipe="tensorwise",
+        fp8_recipe="delayed",
     )  # fmt: skip
     data = PackedDataset(TokenStore(config.data), LENGTH, config.seed)
     began = time.time()
@@ -59,11 +60,10 @@ def _ours(config: TrainConfig, state, data: PackedDataset) -> list[float]:
     losses = []
     for number in range(STEPS):
         packs = data.step(number, PACKS)
-        denominator = data.denominator(packs)
         counts, _ = train_forward_backward(state, config, data, packs)
-        optimizer.step(state.optimizer, denominator, config.clip_grad)
+        optimizer.step(state.optimizer, weight_sum(counts), config.clip_grad)
         state.scheduler.step(increment=1)
-        losses.append(counts[0] / denominator)
+        losses.append(counts[0] / weight_sum(counts))
     return losses
 
 
@@ -84,9 +84,10 @@ def _theirs(config: TrainConfig, state, hf: Qwen2Config, data: PackedDataset) ->
     losses = []
     for number in range(STEPS):
         packs = data.step(number, PACKS)
-        denominator, total = data.denominator(packs), 0.0
-        for pack in packs:
-            loss = _sum_of_losses(network, data.batch([pack]))
+        batches = [data.batch([pack]) for pack in packs]
+        denominator, total = sum(float(batch["loss_mask"].sum()) for batch in batches), 0.0
+        for batch in batches:
+            loss = _sum_of_losses(network, batch)
             (loss / denominator).backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(network.parameters(), config.clip_grad)

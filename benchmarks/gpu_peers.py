@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 import torch
-from train_gpu import GIB, LENGTH, PEAK, WARM, randomize, settings
+from train_gpu import GIB, LENGTH, PEAK, WARM, randomize, settings, usual_step
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -52,8 +52,8 @@ def measure_liger(model: Path, data: Path, checkpointing: bool, micro_batches: i
     packs = PackedDataset(TokenStore(data), LENGTH, 0)
     seconds, rates, trained = [], [], []
     torch.cuda.reset_peak_memory_stats()
-    for number in range(WARM + STEPS):
-        chosen = packs.step(number, micro_batches)
+    chosen = usual_step(packs)
+    for _ in range(WARM + STEPS):
         torch.cuda.synchronize()
         began, count = time.perf_counter(), 0
         for master in masters:

@@ -8,13 +8,14 @@ OUT/<section>.json; the table at the end is made from those. What was tried and 
 """
 
 import argparse
+import gc
 import gzip
 import json
 import os
 import statistics
+import subprocess
 import sys
 import time
-import traceback
 from pathlib import Path
 
 import torch
@@ -34,11 +35,12 @@ from rsft_lib.training.flops import training_flops
 from rsft_lib.training.loop import train_forward_backward
 from rsft_lib.training.presets import PRESETS
 from rsft_lib.training.state import TrainState
+from rsft_lib.training.tally import trained_tokens, weight_sum
 
 sys.path.insert(0, str(Path(__file__).parent))  # the modules beside this one
 
 LENGTH, MICRO_BATCHES, PEAK, GIB = 16_384, 8, 989e12, 2**30
-WARM, STEPS = 2, 5
+WARM, STEPS = 2, 4
 
 
 def make_inputs(folder: Path) -> None:
@@ -79,7 +81,7 @@ def randomize(state: TrainState, seed: int = 0) -> None:
 
 
 def measure(config: TrainConfig, steps: int = STEPS, single: bool = False) -> dict:
-    """Median time of a step and the peak memory of a training with `config`.
+    """Median time of a step and the peak memory of a training with `config`, always on the packs of `usual_step`.
 
     Args:
         single: whether each pack counts as one sample, padding and all, as attention without packing has it.
@@ -91,19 +93,20 @@ def measure(config: TrainConfig, steps: int = STEPS, single: bool = False) -> di
     torch.cuda.reset_peak_memory_stats()
     state = build_state(config, Path(config.checkpoint))
     randomize(state)
+    gc.freeze()  # as the training loop does
+    packs = usual_step(data)
     seconds, rates, losses, trained = [], [], [], []
-    for number in range(WARM + steps):
-        packs = data.step(number, config.global_batch_size)
+    for _ in range(WARM + steps):
         torch.cuda.synchronize()
         began = time.perf_counter()
         counts, _ = train_forward_backward(state, config, data, packs)
-        optimizer.step(state.optimizer, data.denominator(packs), config.clip_grad)
+        optimizer.step(state.optimizer, weight_sum(counts), config.clip_grad)
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
         squares = config.seq_length**2 * len(packs) if single else sum(map(data.cost, packs))
         rates.append(training_flops(hf, config.global_batch_size * config.seq_length, squares) / seconds[-1])
-        losses.append(counts[0] / data.denominator(packs))
-        trained.append(counts[1] / seconds[-1])
+        losses.append(counts[0] / weight_sum(counts))
+        trained.append(trained_tokens(counts) / seconds[-1])
         state.scheduler.step(increment=1)
     step = statistics.median(seconds[WARM:])
     return {
@@ -122,6 +125,13 @@ def _joined(column):
     import numpy
 
     return numpy.concatenate(column)
+
+
+def usual_step(data: PackedDataset) -> list[int]:
+    """The packs of the step whose attention costs nearest to the mean of all: every section is timed on these."""
+    steps = [data.step(number, MICRO_BATCHES) for number in range(len(data) // MICRO_BATCHES)]
+    mean = sum(map(data.cost, range(len(data)))) / len(data) * MICRO_BATCHES
+    return min(steps, key=lambda packs: abs(sum(map(data.cost, packs)) - mean))
 
 
 def ours(preset: str = "r1-1.5b", **changes):
@@ -157,15 +167,16 @@ def profile(folder: Path, output: Path) -> dict:
         data = PackedDataset(TokenStore(config.data), config.seq_length, 0)
         state = build_state(config, Path(config.checkpoint))
         randomize(state)
+        packs = usual_step(data)
 
-        def run(number: int) -> None:
-            train_forward_backward(state, config, data, data.step(number, MICRO_BATCHES))
+        def run() -> None:
+            train_forward_backward(state, config, data, packs)
             optimizer.step(state.optimizer, 1e5, 1.0)
 
-        run(0)
+        run()
         activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
         with torch.profiler.profile(activities=activities) as profiler:
-            run(1)
+            run()
             torch.cuda.synchronize()
     kernels = [event for event in profiler.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
     kernels.sort(key=lambda event: -event.self_device_time_total)
@@ -222,26 +233,14 @@ SECTIONS = {
 }
 
 
-def run_section(name: str, folder: Path, output: Path) -> None:
+def run_section(name: str, inputs: Path, output: Path) -> None:
     """Run one section in a process of its own, which takes the GPU's memory with it when it ends."""
-    began, child = time.time(), os.fork()
-    if child:
-        os.waitpid(child, 0)
-        print(
-            f"{name}: {time.time() - began:.0f} s{'' if (output / f'{name}.json').exists() else '  FAILED'}", flush=True
-        )
-        return
-    try:
-        with (output / f"{name}.log").open("w") as log:
-            os.dup2(log.fileno(), 1)
-            os.dup2(log.fileno(), 2)
-        result = SECTIONS[name](folder, output)
-        (output / f"{name}.json").write_text(json.dumps(result, indent=1))
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stderr.flush()
-        os._exit(0)
+    began = time.time()
+    command = [sys.executable, __file__, "--output", str(output), "--inputs", str(inputs), "--here", "--sections", name]
+    with (output / f"{name}.log").open("w") as log:
+        environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **os.environ}  # as `launch` sets it
+        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
+    print(f"{name}: {time.time() - began:.0f} s{'  FAILED' if code else ''}", flush=True)
 
 
 def table(output: Path) -> str:
@@ -267,15 +266,20 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for results")
     parser.add_argument("--inputs", type=Path, help="folder for tokenized inputs; in OUTPUT by default")
     parser.add_argument("--sections", nargs="*", default=list(SECTIONS), choices=list(SECTIONS))
+    parser.add_argument("--here", action="store_true", help="run the sections in this process, without a table")
     arguments = parser.parse_args()
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # otherwise a look for GPUs would keep children from using one
     inputs = (arguments.inputs or arguments.output / "inputs").resolve()
     inputs.mkdir(parents=True, exist_ok=True)
     arguments.output.mkdir(parents=True, exist_ok=True)
     make_inputs(inputs)
+    output = arguments.output.resolve()
     for name in arguments.sections:
-        run_section(name, inputs, arguments.output.resolve())
-    print(table(arguments.output))
+        if arguments.here:
+            (output / f"{name}.json").write_text(json.dumps(SECTIONS[name](inputs, output), indent=1))
+        else:
+            run_section(name, inputs, output)
+    if not arguments.here:
+        print(table(output))
 
 
 if __name__ == "__main__":

@@ -45,7 +45,12 @@ def launch(
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}",
         "-m", module, *arguments,
     ]  # fmt: skip
-    environment = {"OMP_NUM_THREADS": threads, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(patience), **os.environ}
+    environment = {
+        "OMP_NUM_THREADS": threads,
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(patience),
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",  # memory is not lost between blocks of other sizes
+        **os.environ,
+    }
     # A file and not a pipe: a pipe that nobody reads any more keeps its writers alive.
     with log.open("wb") as output:
         process = subprocess.Popen(

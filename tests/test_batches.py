@@ -97,12 +97,13 @@ def test_some_of_the_samples_keep_their_numbers(data):
     assert sorted(part.samples(range(len(part)))) == list(range(50, 60))
 
 
-def test_the_denominator_is_the_sum_of_the_weights_over_all_packs(data):
-    packs = data.step(0, 5)
-    assert data.denominator(packs) == sum(float(data.batch([pack])["loss_mask"].sum()) for pack in packs)
+def test_weights_by_sample_sum_to_one_for_each_sample(data):
     by_sample = PackedDataset(data.store, 96, seed=7, normalize_by="sample")
-    assert by_sample.denominator(packs) == pytest.approx(len(data.samples(packs)), rel=1e-6)
-    assert by_sample.denominator([EMPTY]) == 0
+    batch = by_sample.batch([2])
+    ends = batch["cu_seqlens"].tolist()[: len(by_sample.packs[2]) + 1]
+    sums = [float(batch["loss_mask"][0, a:b].sum()) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    assert sums == pytest.approx([1.0] * len(sums))
+    assert (batch["loss_mask"] > 0).equal(data.batch([2])["loss_mask"] > 0)
 
 
 def test_the_plan_has_a_hash_that_a_change_of_packing_changes(data):

@@ -14,8 +14,10 @@ from rsft_lib.artifact import newest, write_json
 from rsft_lib.checkpoint.convert import convert
 from rsft_lib.launch import launch
 from rsft_lib.model import elementwise
-from rsft_lib.model.attention import TEAttention, TorchAttention, packed, share
-from rsft_lib.model.functions import add_product_
+from rsft_lib.model.attention import Packed, TEAttention, TorchAttention, chunks_of, packed, share
+from rsft_lib.model.functions import TensorParallel, add_product_
+from rsft_lib.model.head import Targets, weighted_loss
+from rsft_lib.ranks import ranks
 from rsft_lib.training import adam
 from rsft_lib.training.metrics import MetricsWriter, read_metrics
 
@@ -60,6 +62,32 @@ def test_every_kernel_computes_what_its_reference_does():
     same(elementwise.cross_entropy_backward_, logits, elementwise.log_sum_exp(logits), labels, weights)
 
 
+def test_the_loss_head_is_cross_entropy_in_float32_over_the_real_vocabulary():
+    rows, vocabulary = 9000, 151_936
+    with ranks():
+        parallel = TensorParallel(torch.distributed.group.WORLD, sequence=False)
+        hidden = (random(rows, WIDTH) / 8).cuda().requires_grad_()
+        weight = torch.nn.Parameter((random(vocabulary, WIDTH) / 8).cuda())
+        weight.main_grad = torch.zeros_like(weight, dtype=torch.float32)
+        labels, weights = torch.randint(vocabulary, (rows,)).cuda(), torch.rand(rows).cuda()
+        targets = Targets(torch.arange(rows).cuda(), labels, weights)
+        found = weighted_loss(hidden, weight, targets, parallel, vocabulary, watched=(7,))
+        found.total.backward()
+    total, of_weight = 0.0, torch.zeros_like(weight.main_grad)
+    for part in torch.arange(rows).cuda().split(1000):
+        wide = hidden.detach()[part].float()
+        logits = wide @ weight.detach().float().t()
+        probabilities = logits.softmax(-1)
+        total += (-probabilities.gather(1, labels[part, None])[:, 0].log() * weights[part]).sum().item()
+        of_logits = (
+            probabilities.scatter_add_(1, labels[part, None], -torch.ones(len(part), 1).cuda()) * weights[part, None]
+        )
+        assert apart(hidden.grad[part], (of_logits @ weight.detach().float()).cpu()) < 1e-2, part[0]
+        of_weight.addmm_(of_logits.t(), wide)
+    assert found.total.item() == pytest.approx(total, rel=1e-3)
+    assert apart(weight.main_grad, of_weight.cpu()) < 1e-2
+
+
 def test_a_weight_gradient_is_added_in_float32():
     grad, x, total = random(ROWS, 640), random(ROWS, 256), torch.randn(640, 256)
     expected = total + grad.float().t() @ x.float()
@@ -74,7 +102,7 @@ def test_adamw_makes_the_same_steps(dtype, moments):
     whole = torch.randn(5001)
     states = []
     for device in ("cpu", "cuda"):
-        weight, rest = whole.to(dtype).to(device), None
+        weight, rest = whole.clone().to(dtype).to(device), None
         if dtype == torch.bfloat16:
             rest = torch.zeros(5001, dtype=torch.int16, device=device)
             adam.split_(whole.to(device), weight, rest)
@@ -128,8 +156,11 @@ def test_the_parts_of_two_context_parallel_ranks_are_the_whole(kind):
     part = attention(kind, context=2)
     part._gather = lambda key, value: (key, value)  # every rank is given all of them
     for rank in range(2):
-        own = [share(x.transpose(0, 1), rank, 2).transpose(0, 1) for x in (query, whole, grad)]
-        output = part(own[0], key, value, packed(ENDS, query.device, rank, 2))
+        own = [share(x[None], rank, 2)[0] for x in (query, whole, grad)]
+        chunks = (
+            c._replace(query_ends=c.query_ends.cuda(), key_ends=c.key_ends.cuda()) for c in chunks_of(ENDS, rank, 2)
+        )
+        output = part(own[0], key, value, Packed(chunks=tuple(chunks)))
         assert apart(output.detach(), own[1].detach().cpu()) < 1e-2
         output.backward(own[2])
     for x, wanted in zip(leaves, expected, strict=True):

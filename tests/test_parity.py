@@ -17,8 +17,9 @@ from rsft_lib.model.weights import to_hf
 from rsft_lib.ranks import ranks
 from rsft_lib.training.batches import run_batch
 from rsft_lib.training.build import build_state
-from rsft_lib.training.loss import forward_step
+from rsft_lib.training.loss import forward_step, micro_batch
 from rsft_lib.training.score import TokenLosses, score
+from rsft_lib.training.tally import trained_tokens, weight_sum
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
@@ -77,9 +78,9 @@ def test_packed_loss_and_every_gradient_are_those_of_transformers_sample_by_samp
         counts, _ = run_batch(state, config, data, packs, forward_only=False)
         gradients = gradients_by_hf_name(state.chunks[0].module, folder)
 
-    denominator = data.denominator(packs)
+    denominator = weight_sum(counts)
     assert denominator == pytest.approx(len(store) if normalize_by == "sample" else sum(trained), rel=1e-6)
-    assert counts[1] == sum(trained)
+    assert trained_tokens(counts) == sum(trained)
     assert counts[0] / denominator == pytest.approx(expected.item(), abs=1e-5)
     wanted = dict(hf.named_parameters())
     assert gradients.keys() == wanted.keys()
@@ -120,10 +121,10 @@ def test_the_tokens_of_one_sample_do_not_reach_another_of_the_same_pack(models):
         data = PackedDataset(store, config.seq_length, seed=0)
         batch = data.batch([next(i for i, pack in enumerate(data.packs) if len(pack) > 1)])
         with torch.no_grad():
-            (_, before), _ = forward_step(iter([batch]), state.chunks[0])
+            (_, before), _ = forward_step(iter([micro_batch(batch, 0, 1)]), state.chunks[0])
             end = int(batch["cu_seqlens"][1])
             batch["tokens"][0, :end] = (batch["tokens"][0, :end] + 1) % VOCAB
-            (_, after), _ = forward_step(iter([batch]), state.chunks[0])
+            (_, after), _ = forward_step(iter([micro_batch(batch, 0, 1)]), state.chunks[0])
     own = int((batch["loss_mask"][0, :end] > 0).sum())
     assert torch.equal(before[own:], after[own:])
     assert not torch.isclose(before[:own], after[:own]).all()
@@ -162,5 +163,5 @@ def test_fractional_weights_of_tokens_weigh_their_losses(models, tmp_path, monke
         config, state = loaded_state(folder)
         data = PackedDataset(store, config.seq_length, seed=0)
         counts, _ = run_batch(state, config, data, [0], forward_only=True)
-    assert data.denominator([0]) == 2.75 and counts[1] == 5
+    assert weight_sum(counts) == 2.75 and trained_tokens(counts) == 5
     assert counts[0] / 2.75 == pytest.approx(expected.item(), rel=1e-5)

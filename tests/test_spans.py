@@ -11,7 +11,7 @@ from rsft_lib.data.spans import MODE_NAMES, SPAN_NAMES, Control, control_tokens,
 from rsft_lib.data.store import StoreWriter, TokenStore
 from rsft_lib.model.head import Loss
 from rsft_lib.tokenizer import load_tokenizer, patch_tokenizer
-from rsft_lib.training.tally import metrics, tally
+from rsft_lib.training.tally import SIZE, metrics, tally, trained_tokens, weight_sum
 
 THINK, SHORT, END, EOS, WORD = 1, 2, 3, 4, 9
 CONTROL = Control((THINK, SHORT), END, EOS)
@@ -75,8 +75,9 @@ def test_metrics_are_means_over_the_tokens_of_a_kind():
     think = torch.tensor([0.9, 0.5, 0.5, 0.5, 0.2, 0.5, 0.5]).log()
     short = torch.tensor([0.05, 0.5, 0.5, 0.5, 0.6, 0.5, 0.5]).log()
     loss = Loss(torch.tensor(14.0), torch.stack([-losses, think, short], dim=1))
-    counts = tally(loss, torch.from_numpy(np.concatenate([first, second])).long())
-    result = metrics((2 * counts).tolist(), denominator=4.0)  # two such micro-batches
+    weights = torch.tensor([0.5, 0.5, 0.25, 0.25, 0.25, 0.25, 0.0])
+    counts = tally(loss, weights, torch.from_numpy(np.concatenate([first, second])).long())
+    result = metrics((2 * counts).tolist())  # two such micro-batches
     assert result == pytest.approx(
         {
             "loss": 7.0,
@@ -92,5 +93,6 @@ def test_metrics_are_means_over_the_tokens_of_a_kind():
         },
         rel=1e-5,
     )
-    assert counts[1] == 7
-    assert metrics(counts.tolist(), 4.0, "eval_", kinds=False) == {"eval_loss": 3.5}
+    assert weight_sum(counts.tolist()) == 2.0 and trained_tokens(counts.tolist()) == 7
+    assert metrics(counts.tolist(), "eval_", kinds=False) == {"eval_loss": 7.0}
+    assert metrics([0.0] * SIZE) == {"loss": 0.0}

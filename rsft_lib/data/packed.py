@@ -92,10 +92,6 @@ class PackedDataset:
         """Sum of squared sample lengths of a pack: what its attention costs."""
         return 0.0 if index == EMPTY else self.costs[index]
 
-    def denominator(self, packs: Sequence[int]) -> float:
-        """What the weighted losses of a global batch are divided by: its weights, summed in float64."""
-        return float(sum(self._sample(sample)[2].sum(dtype=np.float64) for sample in self.samples(packs)))
-
     def batch(self, packs: Sequence[int]) -> dict[str, Tensor]:
         """The tensors of `packs`, laid one after the other: `positions` = len(packs) * seq_length in all.
 

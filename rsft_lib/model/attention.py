@@ -25,7 +25,7 @@ class Chunk(NamedTuple):
     keys: slice
     """Rows of the whole micro-batch."""
     query_ends: Tensor
-    """int32 [pieces of samples + 1], on the device: 0, then where each piece ends among `queries`."""
+    """int32 [pieces of samples + 1]: 0, then where each piece ends among `queries`."""
     key_ends: Tensor
     """The same for `keys`."""
     longest: tuple[int, int]
@@ -39,13 +39,20 @@ class Packed(PackedSeqParams):
     chunks: tuple[Chunk, ...] = ()
 
 
-def packed(cu_seqlens: list[int], device: torch.device, rank: int = 0, size: int = 1) -> Packed:
-    """What this context-parallel rank must know of a micro-batch whose samples end at `cu_seqlens` (0 is the first)."""
+def packed(cu_seqlens: list[int], device: torch.device) -> Packed:
+    """A whole micro-batch, on one context-parallel rank, whose samples end at `cu_seqlens` (0 is the first)."""
+    (chunk,) = chunks_of(cu_seqlens)
+    ends = chunk.query_ends.to(device)
+    return Packed(qkv_format="thd", chunks=(chunk._replace(query_ends=ends, key_ends=ends),))
+
+
+def chunks_of(cu_seqlens: list[int], rank: int = 0, size: int = 1) -> tuple[Chunk, ...]:
+    """The chunks that a context-parallel rank has of a micro-batch whose samples end at `cu_seqlens`, on the CPU."""
     chunks, first = [], 0
     for low, high in _bounds(cu_seqlens[-1], rank, size):
-        chunks.append(_chunk(cu_seqlens, low, high, first, device))
+        chunks.append(_chunk(cu_seqlens, low, high, first))
         first += high - low
-    return Packed(qkv_format="thd", chunks=tuple(chunks))
+    return tuple(chunks)
 
 
 def share(rows: Tensor, rank: int, size: int) -> Tensor:
@@ -60,7 +67,7 @@ def _bounds(total: int, rank: int, size: int) -> list[tuple[int, int]]:
     return [(index * width, (index + 1) * width) for index in (rank, 2 * size - 1 - rank)]
 
 
-def _chunk(cu_seqlens: list[int], low: int, high: int, first: int, device: torch.device) -> Chunk:
+def _chunk(cu_seqlens: list[int], low: int, high: int, first: int) -> Chunk:
     queries, keys, start = [0], [0], None
     for begin, end in zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True):
         if end <= low or begin >= high:
@@ -69,8 +76,8 @@ def _chunk(cu_seqlens: list[int], low: int, high: int, first: int, device: torch
         queries.append(min(end, high) - low)
         keys.append(min(end, high) - start)
     widths = [max(b - a for a, b in zip(ends[:-1], ends[1:], strict=True)) for ends in (queries, keys)]
-    ends = torch.tensor([queries, keys], dtype=torch.int32).to(device, non_blocking=True)
-    return Chunk(slice(first, first + high - low), slice(start, high), ends[0], ends[1], tuple(widths))
+    ends = (torch.tensor(ends, dtype=torch.int32) for ends in (queries, keys))
+    return Chunk(slice(first, first + high - low), slice(start, high), *ends, tuple(widths))
 
 
 class _PackedAttention(torch.nn.Module):
@@ -132,6 +139,8 @@ class TEAttention(_PackedAttention):
         )
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, chunk: Chunk) -> Tensor:
+        # It refuses tensors that begin in the middle of their memory, as those of later chunks do.
+        query, key, value = (x.clone() if x.storage_offset() else x for x in (query, key, value))
         return self.inner(
             query, key, value,
             cu_seqlens_q=chunk.query_ends, cu_seqlens_kv=chunk.key_ends,

@@ -97,6 +97,7 @@ class _Head(Function):
             if gradients:
                 cross_entropy_backward_(logits, log_sums, wanted[rows, 0].contiguous(), weights[rows])
                 gradients.add(rows, logits, hidden[rows], weight)
+            del logits  # before the next ones are made
         if gradients:
             ctx.save_for_backward(gradients.of_hidden, gradients.of_weight)
         ctx.mark_non_differentiable(log_probabilities)

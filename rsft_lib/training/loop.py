@@ -119,11 +119,10 @@ class Run:
     def _train(self, packs: list[int], began: float) -> dict:
         """Update the model with one global batch; the record of the step."""
         config, state, data = self.config, self.state, self.data.train
-        losses, making = train_forward_backward(state, config, data, packs)
+        counts, waited = train_forward_backward(state, config, data, packs)
         forward_backward = time.perf_counter()
-        denominator = data.denominator(packs)
-        numbers = tally.metrics(losses, denominator, kinds=data.control is not None)
-        norm = optimizer.step(state.optimizer, max(denominator, 1e-30), config.clip_grad)
+        numbers = tally.metrics(counts, kinds=data.control is not None)
+        norm = optimizer.step(state.optimizer, tally.weight_sum(counts), config.clip_grad)
         if not math.isfinite(numbers["loss"]) or not math.isfinite(norm):
             self._give_up(numbers["loss"], norm, packs)
         if torch.cuda.is_available():
@@ -135,12 +134,12 @@ class Run:
             **numbers,
             "lr": state.optimizer.param_groups[0]["lr"],
             "grad_norm": norm,
-            "trained_tokens": int(losses[1]),
+            "trained_tokens": tally.trained_tokens(counts),
             "samples_sha256": data.samples_sha256(packs),
-            **self._speed(packs, int(losses[1]), done - began),
+            **self._speed(packs, tally.trained_tokens(counts), done - began),
             "epoch": state.iteration * config.global_batch_size / len(data),
-            "seconds_data": making,
-            "seconds_forward_backward": forward_backward - began - making,
+            "seconds_data": waited,
+            "seconds_forward_backward": forward_backward - began - waited,
             "seconds_optimizer": done - forward_backward,
         }
         state.scheduler.step(increment=1)
@@ -204,7 +203,7 @@ class Run:
 def train_forward_backward(
     state: TrainState, config: TrainConfig, data: PackedDataset, packs: list[int]
 ) -> tuple[list[float], float]:
-    """Gradients of one global batch: (its tally, seconds spent on making tensors)."""
+    """Gradients of one global batch: (its tally, seconds of waiting for tensors)."""
     for chunk in state.chunks:
         chunk.train()
         chunk.zero_grad_buffer()
@@ -221,8 +220,7 @@ def evaluate(state: TrainState, config: TrainConfig, data: PackedDataset, prefix
     packs = [data.in_order(i, config.global_batch_size) for i in range(batches)]
     tallies = [run_batch(state, config, data, batch, forward_only=True)[0] for batch in packs]
     total = [sum(column) for column in zip(*tallies, strict=True)]
-    denominator = sum(map(data.denominator, packs))
-    return tally.metrics(total, denominator, prefix, kinds=data.control is not None)
+    return tally.metrics(total, prefix, kinds=data.control is not None)
 
 
 def peak_memory() -> int:

@@ -1,47 +1,65 @@
 """The loss of a step: cross-entropy times weight, summed over trained tokens, over the sum of weights of the batch.
 
-The sum of weights is known from the data before anything runs, so the gradients of all micro-batches and ranks are
-added up as they are and divided once, in the optimizer. So neither packing nor the parallel layout changes a token's
-weight, and weights need not be whole numbers.
+The gradients of all micro-batches and ranks are added up as they are, weights are counted along with the losses, and
+the optimizer divides once. So neither packing nor the parallel layout changes a token's weight, and weights need not
+be whole numbers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import NamedTuple
 
 import torch
-from megatron.core import parallel_state
 from torch import Tensor
 
 from rsft_lib.host import device
-from rsft_lib.model.attention import packed, share
+from rsft_lib.model.attention import Chunk, Packed, chunks_of, share
 from rsft_lib.model.head import Loss, Targets
 from rsft_lib.training.tally import tally
 
 
-def forward_step(batches: Iterator[dict[str, Tensor]], model):
-    """Run one micro-batch through this rank's part of the model; the signature is that of mcore's schedules."""
-    batch = next(batches)
-    rank = parallel_state.get_context_parallel_rank()
-    size = parallel_state.get_context_parallel_world_size()
+class MicroBatch(NamedTuple):
+    """What one context-parallel rank needs of a micro-batch."""
+
+    tokens: Tensor
+    position_ids: Tensor
+    targets: Targets
+    kinds: Tensor
+    """int64 [n], of each target."""
+    chunks: tuple[Chunk, ...]
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> "MicroBatch":
+        """The same with every tensor passed through `function`."""
+        return _each(self, function)
+
+
+def micro_batch(batch: dict[str, Tensor], rank: int, size: int) -> MicroBatch:
+    """Cut out of the tensors of `PackedDataset.batch` what a context-parallel rank needs, still on the CPU."""
     own = {name: share(rows, rank, size) for name, rows in batch.items() if name != "cu_seqlens"}
-    positions = own["loss_mask"][0].nonzero()[:, 0]  # here, where the tensors are on the CPU and nothing waits for it
+    positions = own["loss_mask"][0].nonzero()[:, 0]
     targets = Targets(positions, own["labels"][0, positions], own["loss_mask"][0, positions])
-    targets = Targets(*map(_send, targets))
-    output = model(
-        _send(own["tokens"]),
-        _send(own["position_ids"]),
-        None,
-        labels=targets,
-        packed_seq_params=packed(batch["cu_seqlens"].tolist(), device(), rank, size),
-    )
-    return output, partial(total_and_tally, kinds=_send(own["kinds"][0, positions]))
+    chunks = chunks_of(batch["cu_seqlens"].tolist(), rank, size)
+    return MicroBatch(own["tokens"], own["position_ids"], targets, own["kinds"][0, positions], chunks)
 
 
-def total_and_tally(output: Loss, kinds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def forward_step(batches: Iterator[MicroBatch], model):
+    """Run one micro-batch through this rank's part of the model; the signature is that of mcore's schedules."""
+    batch = next(batches).each(lambda tensor: tensor.to(device(), non_blocking=True))
+    samples = Packed(qkv_format="thd", chunks=batch.chunks)
+    output = model(batch.tokens, batch.position_ids, None, labels=batch.targets, packed_seq_params=samples)
+    return output, partial(total_and_tally, weights=batch.targets.weights, kinds=batch.kinds)
+
+
+def total_and_tally(output: Loss, weights: Tensor, kinds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What mcore's schedules want of a loss: a scalar to differentiate, a count (which is not used), and the log."""
-    count = torch.tensor(len(kinds), dtype=torch.int, device=kinds.device)
-    return output[0], count, tally(Loss(*output), kinds)
+    count = torch.zeros((), dtype=torch.int, device=kinds.device)
+    return output[0], count, tally(Loss(*output), weights, kinds)
 
 
-def _send(tensor: Tensor) -> Tensor:
-    return tensor.to(device(), non_blocking=True)
+def _each(value, function: Callable[[Tensor], Tensor]):
+    if isinstance(value, Tensor):
+        return function(value)
+    if not isinstance(value, tuple):
+        return value
+    parts = (_each(part, function) for part in value)
+    return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)

@@ -1,8 +1,8 @@
 """What is counted over the trained tokens of a batch, and the metrics that it becomes.
 
 A tally is one float64 vector, so that a single sum over ranks and micro-batches completes it: the weighted loss, the
-number of trained tokens, loss and number of tokens of each kind (see `data.spans`), and, of each mode, the summed
-probability that <think> had against <short> where one of the two had to be chosen.
+weights, the number of trained tokens, loss and number of tokens of each kind (see `data.spans`), and, of each mode,
+the summed probability that <think> had against <short> where one of the two had to be chosen.
 """
 
 import torch
@@ -13,16 +13,16 @@ from rsft_lib.model.head import Loss
 
 CONTROL = SPAN_NAMES.index("control")
 CHOOSING = len(MODE_NAMES) - 1  # modes with a control token; the last is "other"
-SIZE = 2 + 2 * KINDS + CHOOSING
+SIZE = 3 + 2 * KINDS + CHOOSING
 
 
 @torch.no_grad()
-def tally(loss: Loss, kinds: Tensor) -> Tensor:
+def tally(loss: Loss, weights: Tensor, kinds: Tensor) -> Tensor:
     """The counts of one micro-batch: float64 [SIZE].
 
     Args:
         loss: with the probabilities of <think> and <short> at every target, if they are known.
-        kinds: int64 [n], the kind of each target.
+        weights: float32 [n], and kinds: int64 [n], of each target.
     """
     total, log_probabilities = loss
     losses = -log_probabilities[:, 0].double()
@@ -32,16 +32,26 @@ def tally(loss: Loss, kinds: Tensor) -> Tensor:
         think, short = log_probabilities[:, 1:].double().unbind(1)
         controls = is_kind[:, CONTROL :: len(SPAN_NAMES)][:, :CHOOSING]  # [n, modes]
         chosen = controls.t() @ (think - short).sigmoid()
-    head = torch.stack([total.detach().double(), total.new_tensor(len(losses), dtype=torch.float64)])
-    return torch.cat([head, is_kind.t() @ losses, is_kind.sum(0), chosen])
+    numbers = is_kind.sum(0)
+    head = torch.stack([total.detach().double(), weights.sum(dtype=torch.float64), numbers.sum()])
+    return torch.cat([head, is_kind.t() @ losses, numbers, chosen])
 
 
-def metrics(counts: list[float], denominator: float, prefix: str = "", kinds: bool = True) -> dict[str, float]:
+def weight_sum(counts: list[float]) -> float:
+    """The weights of a tally: what loss and gradients are divided by. Not 0, also where nothing is trained."""
+    return counts[1] or 1.0
+
+
+def trained_tokens(counts: list[float]) -> int:
+    """The number of tokens of a tally."""
+    return int(counts[2])
+
+
+def metrics(counts: list[float], prefix: str = "", kinds: bool = True) -> dict[str, float]:
     """Names and values for `metrics.jsonl`.
 
     Args:
         counts: a tally, summed over all ranks.
-        denominator: sum of the weights of the batch's tokens.
         kinds: whether kinds were known.
 
     Returns:
@@ -49,8 +59,8 @@ def metrics(counts: list[float], denominator: float, prefix: str = "", kinds: bo
         <think> against <short> where the data has that mode; think_share, how often the data has <think> there.
         Means over no tokens are left out.
     """
-    losses, numbers, chosen = counts[2 : 2 + KINDS], counts[2 + KINDS : 2 + 2 * KINDS], counts[2 + 2 * KINDS :]
-    found = {"loss": counts[0] / denominator if denominator else 0.0}
+    losses, numbers, chosen = counts[3 : 3 + KINDS], counts[3 + KINDS : 3 + 2 * KINDS], counts[3 + 2 * KINDS :]
+    found = {"loss": counts[0] / weight_sum(counts)}
     if kinds:
         width = len(SPAN_NAMES)
         groups = {f"loss_mode_{name}": range(i * width, (i + 1) * width) for i, name in enumerate(MODE_NAMES)}
