@@ -29,6 +29,7 @@ from rsft_lib.model.config import read_config
 from rsft_lib.ranks import ranks
 from rsft_lib.tokenizer import patch_tokenizer
 from rsft_lib.training import optimizer
+from rsft_lib.training.batches import Loader
 from rsft_lib.training.build import build_state
 from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.flops import training_flops
@@ -94,12 +95,12 @@ def measure(config: TrainConfig, steps: int = STEPS, single: bool = False) -> di
     state = build_state(config, Path(config.checkpoint))
     randomize(state)
     gc.freeze()  # as the training loop does
-    packs = usual_step(data)
+    packs, loader = usual_step(data), Loader(data, config)
     seconds, rates, losses, trained = [], [], [], []
     for _ in range(WARM + steps):
         torch.cuda.synchronize()
         began = time.perf_counter()
-        counts, _ = train_forward_backward(state, config, data, packs)
+        counts = train_forward_backward(state, loader, packs, packs)
         optimizer.step(state.optimizer, weight_sum(counts), config.clip_grad)
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
@@ -167,10 +168,10 @@ def profile(folder: Path, output: Path) -> dict:
         data = PackedDataset(TokenStore(config.data), config.seq_length, 0)
         state = build_state(config, Path(config.checkpoint))
         randomize(state)
-        packs = usual_step(data)
+        packs, loader = usual_step(data), Loader(data, config)
 
         def run() -> None:
-            train_forward_backward(state, config, data, packs)
+            train_forward_backward(state, loader, packs, packs)
             optimizer.step(state.optimizer, 1e5, 1.0)
 
         run()

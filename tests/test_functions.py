@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from torch.nn.functional import cross_entropy, linear, rms_norm, silu
+from torch.nn.functional import cross_entropy, embedding, linear, rms_norm, silu
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
 from rsft_lib.model import elementwise, head
-from rsft_lib.model.functions import Linear, Mlp, Norm, NormLinear, Rotate, TensorParallel
+from rsft_lib.model.functions import Embedding, Linear, Mlp, Norm, NormLinear, Rotate, TensorParallel
 from rsft_lib.model.head import Targets, weighted_loss
 from rsft_lib.ranks import ranks
 
@@ -42,13 +42,22 @@ def both(ours, theirs, inputs: list[torch.Tensor], in_main_grad: bool) -> None:
 
 
 @pytest.mark.parametrize("in_main_grad", [False, True])
+def test_the_embedding_adds_up_what_a_word_gets_at_all_its_places(alone, in_main_grad):
+    tokens = torch.tensor([3, 0, 3, 3, 5, 0, 1])
+    both(
+        lambda w: Embedding.apply(tokens, w, 0, alone), lambda w: embedding(tokens, w), [parameter(6, H)], in_main_grad
+    )
+
+
+@pytest.mark.parametrize("in_main_grad", [False, True])
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_norm_and_product(alone, in_main_grad, bias):
+def test_norm_and_product(alone, in_main_grad, recompute, bias):
     def plain(x, norm, weight, *bias):
         return linear(rms_norm(x, (H,), norm, 1e-6), weight, *bias), x.clone()
 
     def ours(x, norm, weight, *bias):
-        return NormLinear.apply(x, norm, weight, *(bias or [None]), 1e-6, alone)
+        return NormLinear.apply(x, norm, weight, *(bias or [None]), 1e-6, alone, recompute)
 
     inputs = [torch.randn(T, H), parameter(H), parameter(F, H)] + [parameter(F)] * bias
     both(ours, plain, inputs, in_main_grad)

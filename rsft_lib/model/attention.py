@@ -93,10 +93,11 @@ class _PackedAttention(torch.nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, samples: Packed) -> Tensor:
         """query [t, heads, d], key and value [t, groups, d] of this rank -> [t, heads * d]."""
-        if self.parallel > 1:
-            key, value = self._gather(key, value)
+        if self.parallel == 1:
+            return self.attend(query, key, value, samples.chunks[0]).flatten(1)
+        key, value = self._gather(key, value)
         mixed = [self.attend(query[c.queries], key[c.keys], value[c.keys], c) for c in samples.chunks]
-        return (torch.cat(mixed) if len(mixed) > 1 else mixed[0]).flatten(1)
+        return torch.cat(mixed).flatten(1)
 
     def _gather(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of all ranks in the order of the micro-batch; gradients go back to the ranks they are of."""
@@ -110,10 +111,10 @@ class _PackedAttention(torch.nn.Module):
 
 
 class TorchAttention(_PackedAttention):
-    """With torch's own kernels: FlashAttention over all samples at once on a GPU, sample by sample on a CPU."""
+    """With torch's own kernels: FlashAttention over all samples at once on a GPU, else sample by sample."""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, chunk: Chunk) -> Tensor:
-        if query.is_cuda:
+        if query.is_cuda and query.dtype != torch.float32:  # FlashAttention has no float32
             return _flash(query, key, value, chunk)
         lengths = [ends.diff().tolist() for ends in (chunk.query_ends, chunk.key_ends)]
         pieces = (
@@ -152,7 +153,8 @@ def _causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """[heads, q, d], [groups, k, d] twice -> [heads, q, d]; the queries are the last of the k positions."""
     if query.shape[1] == key.shape[1]:
         return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-    mask = torch.ones(query.shape[1], key.shape[1], dtype=torch.bool).tril(key.shape[1] - query.shape[1])
+    mask = torch.ones(query.shape[1], key.shape[1], dtype=torch.bool, device=query.device)
+    mask = mask.tril(key.shape[1] - query.shape[1])
     return scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
 
 

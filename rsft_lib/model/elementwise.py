@@ -18,6 +18,13 @@ def kernels_for(tensor: Tensor):
     return kernels
 
 
+def add_rows_(total: Tensor, places: Tensor, rows: Tensor) -> Tensor:
+    """total[places[i]] += rows[i], always in the same order: total [v, h], places int64 [t], rows [t, h]."""
+    if total.is_cuda:
+        return total.index_put_((places,), rows.to(total.dtype), accumulate=True)  # sorts; index_add_ would race
+    return total.index_add_(0, places, rows.to(total.dtype))
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Root-mean-square norm of each row of x [t, h]: (x * rstd * weight [t, h], rstd float32 [t])."""
     if kernels := kernels_for(x):

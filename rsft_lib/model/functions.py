@@ -1,7 +1,7 @@
 """The matrix products of a layer with what surrounds them, differentiated by hand.
 
-Against one autograd node per operation this keeps less for the backward pass (norms and SwiGLU are computed again
-there, which costs memory traffic but no matrix product) and adds weight gradients straight into DDP's `main_grad`.
+Against one autograd node per operation this keeps less for the backward pass (SwiGLU, and norms if asked, are computed
+again there, which costs memory traffic but no matrix product) and adds gradients straight into DDP's `main_grad`.
 Each works on rows [t, h]: the tokens of a micro-batch one below the other.
 """
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from rsft_lib.model.elementwise import (
+    add_rows_,
     rms_norm,
     rms_norm_backward,
     rotate,
@@ -48,6 +49,35 @@ class TensorParallel:
         return share
 
 
+class Embedding(Function):
+    """Rows of a table [v / TP, h] for tokens int64 [t]; `first` is the first word of this rank's part."""
+
+    @staticmethod
+    def forward(ctx, tokens, table, first, parallel):
+        ctx.table, ctx.parallel = table, parallel
+        if parallel.size == 1:
+            ctx.save_for_backward(tokens, None)
+            return table[tokens]
+        own = tokens - first
+        elsewhere = (own < 0) | (own >= len(table))
+        own = own.masked_fill(elsewhere, 0)
+        ctx.save_for_backward(own, elsewhere)
+        return parallel.reduce(table[own].masked_fill(elsewhere[:, None], 0))
+
+    @staticmethod
+    def backward(ctx, grad):
+        (own, elsewhere), table = ctx.saved_tensors, ctx.table
+        grad = ctx.parallel.gather(grad)
+        if elsewhere is not None:
+            grad = grad.masked_fill(elsewhere[:, None], 0)
+        if not table.requires_grad:
+            return None, None, None, None
+        if hasattr(table, "main_grad"):
+            add_rows_(table.main_grad, own, grad)
+            return None, added(table), None, None
+        return None, add_rows_(torch.zeros_like(table), own, grad), None, None
+
+
 class Norm(Function):
     """rms_norm(x)."""
 
@@ -68,25 +98,26 @@ class Norm(Function):
 class NormLinear(Function):
     """(rms_norm(x) @ weight^T + bias, x), for a weight that is split over the ranks by its output.
 
-    Who adds x to something later takes it from here: then its gradient is added where the norm's is computed.
+    Who adds x to something later takes it from here: then its gradient is added where the norm's is computed. With
+    `recompute` the norm is computed again, not kept.
     """
 
     @staticmethod
-    def forward(ctx, x, norm, weight, bias, eps, parallel):
+    def forward(ctx, x, norm, weight, bias, eps, parallel, recompute):
         normed, rstd = rms_norm(x, norm, eps)
-        ctx.save_for_backward(x, rstd)
+        ctx.save_for_backward(x, rstd, None if recompute else normed)
         ctx.parameters, ctx.parallel = (norm, weight, bias), parallel
         return torch.nn.functional.linear(parallel.gather(normed), weight, bias), x.view_as(x)
 
     @staticmethod
     def backward(ctx, grad, past):
-        (x, rstd), (norm, weight, bias) = ctx.saved_tensors, ctx.parameters
-        normed = ctx.parallel.gather(scale_rows(x, rstd, norm))
+        (x, rstd, normed), (norm, weight, bias) = ctx.saved_tensors, ctx.parameters
+        normed = ctx.parallel.gather(scale_rows(x, rstd, norm) if normed is None else normed)
         of_normed = ctx.parallel.reduce(grad @ weight)
         of_weight = product_gradient(weight, grad, normed)
         of_bias = None if bias is None else gradient(bias, grad.sum(0, dtype=torch.float32))
         of_x, of_norm = rms_norm_backward(of_normed, x, rstd, norm, residual=past.contiguous())
-        return of_x, gradient(norm, of_norm), of_weight, of_bias, None, None
+        return of_x, gradient(norm, of_norm), of_weight, of_bias, None, None, None
 
 
 class Linear(Function):
@@ -106,21 +137,21 @@ class Linear(Function):
 
 
 class Mlp(Function):
-    """x + swiglu(rms_norm(x) @ first^T) @ second^T; with `recompute` the first product is done again, not kept."""
+    """x + swiglu(rms_norm(x) @ first^T) @ second^T; with `recompute` what it can compute again is not kept."""
 
     @staticmethod
     def forward(ctx, x, norm, first, second, eps, parallel, recompute):
         normed, rstd = rms_norm(x, norm, eps)
         projected = parallel.gather(normed) @ first.t()
-        ctx.save_for_backward(x, rstd, None if recompute else projected)
+        ctx.save_for_backward(x, rstd, *((None, None) if recompute else (normed, projected)))
         ctx.parameters, ctx.parallel = (norm, first, second), parallel
         return parallel.reduce(swiglu(projected) @ second.t()).add_(x)
 
     @staticmethod
     def backward(ctx, grad):
-        (x, rstd, projected), (norm, first, second), parallel = ctx.saved_tensors, ctx.parameters, ctx.parallel
-        grad = grad.contiguous()
-        normed = parallel.gather(scale_rows(x, rstd, norm))
+        (x, rstd, normed, projected), (norm, first, second) = ctx.saved_tensors, ctx.parameters
+        parallel, grad = ctx.parallel, grad.contiguous()
+        normed = parallel.gather(scale_rows(x, rstd, norm) if normed is None else normed)
         if projected is None:
             projected = normed @ first.t()
         of_output = parallel.gather(grad)

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from rsft_lib.model.attention import Packed, TEAttention, TorchAttention, packed
-from rsft_lib.model.functions import TensorParallel
+from rsft_lib.model.functions import Embedding, TensorParallel
 from rsft_lib.model.head import Loss, Targets, weighted_loss
 from rsft_lib.model.layers import RmsNorm, fp8_layer, fused_layer, used
 
@@ -71,9 +71,15 @@ class ResponseModel(GPTModel):
         return super().forward(input_ids, position_ids, attention_mask, packed_seq_params=packed_seq_params, **rest)
 
     def _preprocess(self, input_ids: Tensor, position_ids: Tensor, packed_seq_params: Packed, **_) -> tuple:
-        embedded = self.embedding(input_ids=input_ids, position_ids=position_ids) if self.pre_process else None
+        embedded = self._embedded(input_ids[0]) if self.pre_process else None
         rotary = self._rotary_table()[:, position_ids[0]]  # [2, t, d / 2]
         return embedded, rotary, None, None, None, None
+
+    def _embedded(self, tokens: Tensor) -> Tensor:
+        """int64 [t] -> [t, 1, h], with sequence parallelism this rank's share."""
+        table = used(self.embedding.word_embeddings)
+        parallel = TensorParallel(self.pg_collection.tp, self.config.sequence_parallel)
+        return Embedding.apply(tokens, table.weight, table.vocab_start_index, parallel).unsqueeze(1)
 
     def _rotary_table(self) -> Tensor:
         """Cosine and sine of every position, float32 [2, max_sequence_length, d / 2]."""

@@ -57,10 +57,9 @@ def weighted_loss(
         vocabulary: rows that stand for words.
         watched: words whose probability is wanted besides.
     """
-    labels = targets.labels[:, None]
-    words = torch.tensor(watched, dtype=torch.int64, device=labels.device).expand(len(labels), -1)
     first = parallel.rank * weight.shape[0]
-    wanted = torch.cat([labels, words], dim=1) - first
+    words = [torch.full_like(targets.labels, word) for word in watched]  # filled on the GPU: nothing waits for it
+    wanted = torch.stack([targets.labels, *words], dim=1) - first
     # Within a Function nobody knows whether gradients are wanted at all.
     differentiate = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     rows = _Rows.apply(hidden, targets.positions)

@@ -66,7 +66,7 @@ def rms_norm_backward(
     grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, residual: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     rows, width = x.shape
-    programs = min(rows, 1024)  # each sums the weight's gradient over its rows; what they find is added up below
+    programs = min(rows, 528)  # each sums the weight's gradient over its rows; what they find is added up below
     of_x, partial = torch.empty_like(x), torch.empty(programs, width, dtype=torch.float32, device=x.device)
     _rms_norm_backward[(programs,)](
         grad, x, rstd, weight, residual, of_x, partial, rows, width,
@@ -197,7 +197,7 @@ def _log_sum_exp(logits_ptr, sums_ptr, width, BLOCK: tl.constexpr):
 def log_sum_exp(logits: Tensor) -> Tensor:
     rows, width = logits.shape
     sums = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    _log_sum_exp[(rows,)](logits, sums, width, BLOCK=8192, num_warps=16)
+    _log_sum_exp[(rows,)](logits, sums, width, BLOCK=8192, num_warps=8)
     return sums
 
 

@@ -78,6 +78,7 @@ class NormColumnLinear(ColumnParallelLinear):
             self.bias,
             self.config.layernorm_epsilon,
             self.parallel,
+            self.config.recompute_granularity == "selective",
         )
         return rows.unsqueeze(1), past.unsqueeze(1)
 

@@ -3,7 +3,7 @@
 import itertools
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from megatron.core import parallel_state
@@ -19,52 +19,62 @@ from rsft_lib.training.tally import SIZE
 from rsft_lib.training.watchdog import beat
 
 
-def run_batch(
-    state: TrainState, config: TrainConfig, data: PackedDataset, packs: list[int], forward_only: bool
-) -> tuple[list[float], float]:
-    """Forward, and backward, over one global batch: (its tally over all ranks, seconds of waiting for tensors)."""
-    rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    share = rank_share(packs, [data.cost(index) for index in packs], config.micro_batch_size, rank, ranks)
-    batches = _Batches(data, share)
-    chunks = len(state.chunks)
-    copies = list(itertools.tee(batches, chunks))  # every chunk of an interleaved pipeline sees every micro-batch
-    results = get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=copies if chunks > 1 else copies[0],
-        model=state.chunks,
-        num_microbatches=len(share),
-        # The packs of a micro-batch lie one after the other in a single row.
-        seq_length=config.seq_length * config.micro_batch_size,
-        micro_batch_size=1,
-        forward_only=forward_only,
-    )
-    return _over_all_ranks(results), batches.waited
+class Loader:
+    """A rank's micro-batches of a dataset, each made by a thread while the one before is computed."""
 
-
-class _Batches:
-    """A rank's micro-batches, each made by a thread while the one before is computed."""
-
-    def __init__(self, data: PackedDataset, share: list[list[int]]):
-        self.data, self.share, self.waited = data, share, 0.0
+    def __init__(self, data: PackedDataset, config: TrainConfig):
+        self.data, self.config, self.thread = data, config, ThreadPoolExecutor(1)
         self.rank = parallel_state.get_context_parallel_rank()
         self.ranks = parallel_state.get_context_parallel_world_size()
+        self.ahead: tuple[list[int], Future] | None = None
+        self.waited = 0.0
+        """Seconds that the computation stood still for tensors."""
 
-    def __iter__(self) -> Iterator[MicroBatch]:
-        with ThreadPoolExecutor(1) as thread:
-            upcoming = thread.submit(self._make, self.share[0])
-            for following in [*self.share[1:], None]:
-                began = time.perf_counter()
-                batch = upcoming.result()
-                self.waited += time.perf_counter() - began
-                if following is not None:
-                    upcoming = thread.submit(self._make, following)
-                beat()
-                yield batch
+    def share(self, packs: list[int]) -> list[list[int]]:
+        """Which of a global batch's packs are this rank's, micro-batch by micro-batch."""
+        rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        costs = [self.data.cost(index) for index in packs]
+        return rank_share(packs, costs, self.config.micro_batch_size, rank, ranks)
+
+    def micro_batches(self, packs: list[int], following: list[int] | None) -> Iterator[MicroBatch]:
+        """Those of a global batch; while the last is computed, the first of the `following` one is made."""
+        share = self.share(packs)
+        upcoming = [*share[1:], self.share(following)[0] if following else None]
+        for now, then in zip(share, upcoming, strict=True):
+            began = time.perf_counter()
+            batch = (self.ahead[1] if self.ahead and self.ahead[0] == now else self._submit(now)).result()
+            self.waited += time.perf_counter() - began
+            self.ahead = (then, self._submit(then)) if then else None
+            beat()
+            yield batch
+
+    def _submit(self, packs: list[int]) -> Future:
+        return self.thread.submit(self._make, packs)
 
     def _make(self, packs: list[int]) -> MicroBatch:
         batch = micro_batch(self.data.batch(packs), self.rank, self.ranks)
         # From pinned memory the GPU fetches it without the CPU waiting for what runs.
         return batch.each(Tensor.pin_memory) if torch.cuda.is_available() else batch
+
+
+def run_batch(
+    state: TrainState, loader: Loader, packs: list[int], following: list[int] | None = None, forward_only: bool = False
+) -> list[float]:
+    """Forward, and backward, over the global batch of `packs`: its tally over all ranks."""
+    config, chunks = loader.config, len(state.chunks)
+    # Every chunk of an interleaved pipeline sees every micro-batch.
+    copies = list(itertools.tee(loader.micro_batches(packs, following), chunks))
+    results = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=copies if chunks > 1 else copies[0],
+        model=state.chunks,
+        num_microbatches=len(loader.share(packs)),
+        # The packs of a micro-batch lie one after the other in a single row.
+        seq_length=config.seq_length * config.micro_batch_size,
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+    return _over_all_ranks(results)
 
 
 def _over_all_ranks(results: list[Tensor]) -> list[float]:

@@ -1,6 +1,7 @@
 """The training loop: megatron-core's schedules and optimizer, step by step, until the end or a reason to stop."""
 
 import gc
+import itertools
 import json
 import math
 import resource
@@ -17,7 +18,7 @@ from rsft_lib.model.config import read_config
 from rsft_lib.paths import existing, resolve
 from rsft_lib.training import optimizer, tally, watchdog
 from rsft_lib.training.alarms import Alarms
-from rsft_lib.training.batches import run_batch
+from rsft_lib.training.batches import Loader, run_batch
 from rsft_lib.training.build import build_state
 from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.datasets import Datasets, open_datasets
@@ -85,14 +86,14 @@ class Run:
     ):  # fmt: skip
         self.config, self.state, self.data, self.hf, self.output = config, state, data, hf, output
         self.stop, self.saver, self.stopped, self.alarms = stop, saver, "", Alarms()
+        self.loader = Loader(data.train, config)
         self.first = torch.distributed.get_rank() == 0
         self.writers = open_writers(output, state.iteration, config) if self.first else []
 
     def step(self) -> None:
         """One optimizer step, with what is due after it: evaluation, metrics, log, checkpoint."""
         config, state, began = self.config, self.state, time.perf_counter()
-        packs = self.data.train.step(state.iteration, config.global_batch_size)
-        record = self._train(packs, began)
+        record = self._train(began)
         last = state.iteration == config.train_iters
         if self.data.held_out and (last or state.iteration % config.eval_interval == 0):
             record |= evaluate(state, config, self.data.held_out, "eval_")
@@ -116,11 +117,13 @@ class Run:
             if self.stopped:
                 print(f"stopped after step {self.state.iteration}: {reason}; run again to go on", flush=True)
 
-    def _train(self, packs: list[int], began: float) -> dict:
+    def _train(self, began: float) -> dict:
         """Update the model with one global batch; the record of the step."""
         config, state, data = self.config, self.state, self.data.train
-        counts, waited = train_forward_backward(state, config, data, packs)
-        forward_backward = time.perf_counter()
+        packs, following = (data.step(state.iteration + i, config.global_batch_size) for i in range(2))
+        waited = self.loader.waited
+        counts = train_forward_backward(state, self.loader, packs, following)
+        waited, forward_backward = self.loader.waited - waited, time.perf_counter()
         numbers = tally.metrics(counts, kinds=data.control is not None)
         norm = optimizer.step(state.optimizer, tally.weight_sum(counts), config.clip_grad)
         if not math.isfinite(numbers["loss"]) or not math.isfinite(norm):
@@ -201,14 +204,14 @@ class Run:
 
 
 def train_forward_backward(
-    state: TrainState, config: TrainConfig, data: PackedDataset, packs: list[int]
-) -> tuple[list[float], float]:
-    """Gradients of one global batch: (its tally, seconds of waiting for tensors)."""
+    state: TrainState, loader: Loader, packs: list[int], following: list[int] | None = None
+) -> list[float]:
+    """Gradients of one global batch: its tally."""
     for chunk in state.chunks:
         chunk.train()
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
-    return run_batch(state, config, data, packs, forward_only=False)
+    return run_batch(state, loader, packs, following)
 
 
 @torch.no_grad()
@@ -217,8 +220,11 @@ def evaluate(state: TrainState, config: TrainConfig, data: PackedDataset, prefix
     for chunk in state.chunks:
         chunk.eval()
     batches = min(config.eval_iters, -(-len(data) // config.global_batch_size))
-    packs = [data.in_order(i, config.global_batch_size) for i in range(batches)]
-    tallies = [run_batch(state, config, data, batch, forward_only=True)[0] for batch in packs]
+    packs, loader = [data.in_order(i, config.global_batch_size) for i in range(batches)], Loader(data, config)
+    tallies = [
+        run_batch(state, loader, batch, following, forward_only=True)
+        for batch, following in itertools.zip_longest(packs, packs[1:])
+    ]
     total = [sum(column) for column in zip(*tallies, strict=True)]
     return tally.metrics(total, prefix, kinds=data.control is not None)
 
