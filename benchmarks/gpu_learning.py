@@ -20,7 +20,7 @@ from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.loop import train_forward_backward
 from rsft_lib.training.tally import weight_sum
 
-STEPS, LENGTH, PACKS = 300, 8192, 1
+STEPS, LENGTH, PACKS = 300, 8192, 2
 
 
 def learn(kind: str, folder: Path, output: Path) -> dict:
@@ -38,8 +38,7 @@ def learn(kind: str, folder: Path, output: Path) -> dict:
     hf.save_pretrained(model)
     config = TrainConfig(
         checkpoint=str(model), data=str(folder / "mix"), output=str(folder / "learn"), seq_length=LENGTH,
-        global_batch_size=PACKS, train_iters=STEPS, lr=3e-4, min_lr=3e-5, precision="fp8" if kind == "fp8" else "bf16",
-        fp8_recipe="delayed",
+        global_batch_size=PACKS, train_iters=STEPS, lr=1e-4, min_lr=1e-5, precision="fp8" if kind == "fp8" else "bf16",
     )  # fmt: skip
     data = PackedDataset(TokenStore(config.data), LENGTH, config.seed)
     began = time.time()

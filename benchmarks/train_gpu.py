@@ -201,7 +201,7 @@ def liger(checkpointing: bool):
 def agreement(folder: Path, output: Path) -> dict:
     from gpu_peers import agreement
 
-    return agreement(folder / "model", folder / "traces")
+    return agreement(folder / "model", folder / "mix")
 
 
 def learning(kind: str):
