@@ -13,11 +13,10 @@ from rsft_lib.data.packed import PackedDataset
 from rsft_lib.data.store import TokenStore
 from rsft_lib.model.weights import to_hf
 from rsft_lib.ranks import ranks
-from rsft_lib.training import optimizer
 from rsft_lib.training.batches import Loader
 from rsft_lib.training.build import build_state
 from rsft_lib.training.config import TrainConfig
-from rsft_lib.training.loop import train_forward_backward
+from rsft_lib.training.loop import update
 from rsft_lib.training.tally import weight_sum
 
 STEPS, LENGTH, PACKS = 300, 8192, 2
@@ -59,8 +58,7 @@ def learn(kind: str, folder: Path, output: Path) -> dict:
 def _ours(config: TrainConfig, state, data: PackedDataset) -> list[float]:
     losses, loader = [], Loader(data, config)
     for number in range(STEPS):
-        counts = train_forward_backward(state, loader, data.step(number, PACKS), data.step(number + 1, PACKS))
-        optimizer.step(state.optimizer, weight_sum(counts), config.clip_grad)
+        counts = update(state, loader, data.step(number, PACKS), data.step(number + 1, PACKS)).counts
         state.scheduler.step(increment=1)
         losses.append(counts[0] / weight_sum(counts))
     return losses

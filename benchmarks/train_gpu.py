@@ -19,7 +19,6 @@ import time
 from pathlib import Path
 
 import torch
-from megatron.core import parallel_state  # noqa: F401  what every section needs, imported before they fork
 
 from rsft_lib.data.hybrid import build_hybrid
 from rsft_lib.data.packed import PackedDataset
@@ -28,12 +27,11 @@ from rsft_lib.data.tokenize import tokenize
 from rsft_lib.model.config import read_config
 from rsft_lib.ranks import ranks
 from rsft_lib.tokenizer import patch_tokenizer
-from rsft_lib.training import optimizer
 from rsft_lib.training.batches import Loader
 from rsft_lib.training.build import build_state
 from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.flops import training_flops
-from rsft_lib.training.loop import train_forward_backward
+from rsft_lib.training.loop import update
 from rsft_lib.training.presets import PRESETS
 from rsft_lib.training.state import TrainState
 from rsft_lib.training.tally import trained_tokens, weight_sum
@@ -100,8 +98,7 @@ def measure(config: TrainConfig, steps: int = STEPS, single: bool = False) -> di
     for _ in range(WARM + steps):
         torch.cuda.synchronize()
         began = time.perf_counter()
-        counts = train_forward_backward(state, loader, packs, packs)
-        optimizer.step(state.optimizer, weight_sum(counts), config.clip_grad)
+        counts = update(state, loader, packs, packs).counts
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
         squares = config.seq_length**2 * len(packs) if single else sum(map(data.cost, packs))
@@ -170,14 +167,10 @@ def profile(folder: Path, output: Path) -> dict:
         randomize(state)
         packs, loader = usual_step(data), Loader(data, config)
 
-        def run() -> None:
-            train_forward_backward(state, loader, packs, packs)
-            optimizer.step(state.optimizer, 1e5, 1.0)
-
-        run()
+        update(state, loader, packs, packs)
         activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
         with torch.profiler.profile(activities=activities) as profiler:
-            run()
+            update(state, loader, packs, packs)
             torch.cuda.synchronize()
     kernels = [event for event in profiler.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
     kernels.sort(key=lambda event: -event.self_device_time_total)
@@ -234,14 +227,22 @@ SECTIONS = {
 }
 
 
-def run_section(name: str, inputs: Path, output: Path) -> None:
-    """Run one section in a process of its own, which takes the GPU's memory with it when it ends."""
-    began = time.time()
+def start_section(name: str, inputs: Path, output: Path) -> subprocess.Popen:
+    """A process that takes the GPU's memory with it when it ends; it imports, and waits for a line before it begins."""
     command = [sys.executable, __file__, "--output", str(output), "--inputs", str(inputs), "--here", "--sections", name]
+    environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **os.environ}  # as `launch` sets it
     with (output / f"{name}.log").open("w") as log:
-        environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **os.environ}  # as `launch` sets it
-        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
-    print(f"{name}: {time.time() - began:.0f} s{'  FAILED' if code else ''}", flush=True)
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=environment)
+
+
+def run_sections(names: list[str], inputs: Path, output: Path) -> None:
+    """Run sections one after the other, while the next one's process imports what it needs."""
+    upcoming = start_section(names[0], inputs, output)
+    for name, following in zip(names, [*names[1:], None], strict=True):
+        process, began = upcoming, time.time()
+        upcoming = start_section(following, inputs, output) if following else None
+        process.communicate(b"go\n")
+        print(f"{name}: {time.time() - began:.0f} s{'  FAILED' if process.returncode else ''}", flush=True)
 
 
 def table(output: Path) -> str:
@@ -267,19 +268,19 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for results")
     parser.add_argument("--inputs", type=Path, help="folder for tokenized inputs; in OUTPUT by default")
     parser.add_argument("--sections", nargs="*", default=list(SECTIONS), choices=list(SECTIONS))
-    parser.add_argument("--here", action="store_true", help="run the sections in this process, without a table")
+    parser.add_argument("--here", action="store_true", help="run them in this process, after a line of input")
     arguments = parser.parse_args()
     inputs = (arguments.inputs or arguments.output / "inputs").resolve()
     inputs.mkdir(parents=True, exist_ok=True)
     arguments.output.mkdir(parents=True, exist_ok=True)
     make_inputs(inputs)
     output = arguments.output.resolve()
-    for name in arguments.sections:
-        if arguments.here:
+    if arguments.here:
+        sys.stdin.readline()
+        for name in arguments.sections:
             (output / f"{name}.json").write_text(json.dumps(SECTIONS[name](inputs, output), indent=1))
-        else:
-            run_section(name, inputs, output)
-    if not arguments.here:
+    else:
+        run_sections(arguments.sections, inputs, output)
         print(table(output))
 
 

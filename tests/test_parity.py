@@ -75,7 +75,7 @@ def test_packed_loss_and_every_gradient_are_those_of_transformers_sample_by_samp
         assert len(data) < len(store) / 2  # several samples to a pack
         packs = list(range(len(data)))
         state.chunks[0].zero_grad_buffer()
-        counts = run_batch(state, Loader(data, config), packs)
+        counts = run_batch(state, Loader(data, config), packs).tolist()
         gradients = gradients_by_hf_name(state.chunks[0].module, folder)
 
     denominator = weight_sum(counts)
@@ -139,7 +139,7 @@ def test_the_loss_is_the_same_in_one_chunk_and_in_many(models, monkeypatch):
         for chunk in (10_000, 7):
             monkeypatch.setattr(head, "CHUNK", chunk)
             state.chunks[0].zero_grad_buffer()
-            losses.append(run_batch(state, Loader(data, config), [0, 1, 2, 3]))
+            losses.append(run_batch(state, Loader(data, config), [0, 1, 2, 3]).tolist())
             norms.append(torch.stack([p.main_grad.norm() for p in state.chunks[0].parameters()]))
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     torch.testing.assert_close(norms[0], norms[1])
@@ -162,6 +162,6 @@ def test_fractional_weights_of_tokens_weigh_their_losses(models, tmp_path, monke
     with ranks():
         config, state = loaded_state(folder)
         data = PackedDataset(store, config.seq_length, seed=0)
-        counts = run_batch(state, Loader(data, config), [0], forward_only=True)
+        counts = run_batch(state, Loader(data, config), [0], forward_only=True).tolist()
     assert weight_sum(counts) == 2.75 and trained_tokens(counts) == 5
     assert counts[0] / 2.75 == pytest.approx(expected.item(), rel=1e-5)

@@ -59,8 +59,8 @@ class Loader:
 
 def run_batch(
     state: TrainState, loader: Loader, packs: list[int], following: list[int] | None = None, forward_only: bool = False
-) -> list[float]:
-    """Forward, and backward, over the global batch of `packs`: its tally over all ranks."""
+) -> Tensor:
+    """Forward, and backward, over the global batch of `packs`: its tally over all ranks, not waited for."""
     config, chunks = loader.config, len(state.chunks)
     # Every chunk of an interleaved pipeline sees every micro-batch.
     copies = list(itertools.tee(loader.micro_batches(packs, following), chunks))
@@ -77,10 +77,10 @@ def run_batch(
     return _over_all_ranks(results)
 
 
-def _over_all_ranks(results: list[Tensor]) -> list[float]:
+def _over_all_ranks(results: list[Tensor]) -> Tensor:
     # Only last pipeline stages have results; tensor-parallel ranks all have the same ones.
     total = torch.zeros(SIZE, dtype=torch.float64, device=device())
     if results and parallel_state.get_tensor_model_parallel_rank() == 0:
         total = torch.stack(results).sum(dim=0)
     torch.distributed.all_reduce(total)
-    return total.tolist()
+    return total

@@ -7,6 +7,7 @@ import math
 import resource
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers import PretrainedConfig
@@ -122,28 +123,27 @@ class Run:
         config, state, data = self.config, self.state, self.data.train
         packs, following = (data.step(state.iteration + i, config.global_batch_size) for i in range(2))
         waited = self.loader.waited
-        counts = train_forward_backward(state, self.loader, packs, following)
-        waited, forward_backward = self.loader.waited - waited, time.perf_counter()
-        numbers = tally.metrics(counts, kinds=data.control is not None)
-        norm = optimizer.step(state.optimizer, tally.weight_sum(counts), config.clip_grad)
-        if not math.isfinite(numbers["loss"]) or not math.isfinite(norm):
-            self._give_up(numbers["loss"], norm, packs)
+        done = update(state, self.loader, packs, following)
+        waited = self.loader.waited - waited
+        numbers = tally.metrics(done.counts, kinds=data.control is not None)
+        if not done.finite():
+            self._give_up(numbers["loss"], done.norm, packs)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        done = time.perf_counter()
+        ended, trained = time.perf_counter(), tally.trained_tokens(done.counts)
         state.iteration += 1
         record = {
             "iteration": state.iteration,
             **numbers,
             "lr": state.optimizer.param_groups[0]["lr"],
-            "grad_norm": norm,
-            "trained_tokens": tally.trained_tokens(counts),
+            "grad_norm": done.norm,
+            "trained_tokens": trained,
             "samples_sha256": data.samples_sha256(packs),
-            **self._speed(packs, tally.trained_tokens(counts), done - began),
+            **self._speed(packs, trained, ended - began),
             "epoch": state.iteration * config.global_batch_size / len(data),
             "seconds_data": waited,
-            "seconds_forward_backward": forward_backward - began - waited,
-            "seconds_optimizer": done - forward_backward,
+            "seconds_forward_backward": done.computed - began - waited,
+            "seconds_optimizer": ended - done.computed,
         }
         state.scheduler.step(increment=1)
         return record
@@ -203,15 +203,35 @@ class Run:
         )
 
 
-def train_forward_backward(
-    state: TrainState, loader: Loader, packs: list[int], following: list[int] | None = None
-) -> list[float]:
-    """Gradients of one global batch: its tally."""
+class Update(NamedTuple):
+    """What one global batch gave."""
+
+    counts: list[float]
+    """Its tally."""
+    norm: float
+    """Of its gradient, before clipping."""
+    computed: float
+    """The time when the gradient was there, by `time.perf_counter`."""
+
+    def finite(self) -> bool:
+        """Whether loss and gradient are numbers; otherwise nothing was updated."""
+        return math.isfinite(self.counts[0]) and math.isfinite(self.norm)
+
+
+def update(state: TrainState, loader: Loader, packs: list[int], following: list[int] | None = None) -> Update:
+    """Train on the global batch of `packs`; `following` is the next one, which is prepared meanwhile."""
     for chunk in state.chunks:
         chunk.train()
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
-    return run_batch(state, loader, packs, following)
+    counted = run_batch(state, loader, packs, following)
+    norm = optimizer.gradient_norm(state.optimizer)
+    counts = counted.tolist()
+    denominator = tally.weight_sum(counts)
+    done = Update(counts, norm / denominator, time.perf_counter())
+    if done.finite():
+        optimizer.step(state.optimizer, done.norm, denominator, loader.config.clip_grad)
+    return done
 
 
 @torch.no_grad()
@@ -222,7 +242,7 @@ def evaluate(state: TrainState, config: TrainConfig, data: PackedDataset, prefix
     batches = min(config.eval_iters, -(-len(data) // config.global_batch_size))
     packs, loader = [data.in_order(i, config.global_batch_size) for i in range(batches)], Loader(data, config)
     tallies = [
-        run_batch(state, loader, batch, following, forward_only=True)
+        run_batch(state, loader, batch, following, forward_only=True).tolist()
         for batch, following in itertools.zip_longest(packs, packs[1:])
     ]
     total = [sum(column) for column in zip(*tallies, strict=True)]

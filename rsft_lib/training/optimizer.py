@@ -1,7 +1,5 @@
 """megatron-core's distributed optimizer around our AdamW, and its schedule."""
 
-import math
-
 import torch
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -37,21 +35,22 @@ def build_optimizer(config: TrainConfig, chunks: list) -> MegatronOptimizer:
     return optimizer
 
 
-def step(optimizer: MegatronOptimizer, denominator: float, clip_grad: float) -> float:
+def gradient_norm(optimizer: MegatronOptimizer) -> float:
+    """The norm of the gradient of the whole model as it was added up; the CPU waits here for all that was computed."""
+    optimizer.prepare_grads()
+    return optimizer.get_grad_norm()
+
+
+def step(optimizer: MegatronOptimizer, norm: float, denominator: float, clip_grad: float) -> None:
     """One update with the gradients divided by `denominator` and clipped; both ride along in AdamW's single pass.
 
-    Returns:
-        The norm of the gradient of the whole model, before clipping. Where it is not finite, nothing was updated.
+    Args:
+        norm: of the divided gradients; they are scaled so that it is at most `clip_grad`, where that is not 0.
     """
-    optimizer.prepare_grads()
-    norm = optimizer.get_grad_norm() / denominator
-    if not math.isfinite(norm):
-        return norm
     shrink = min(1.0, clip_grad / (norm + 1e-6)) if clip_grad else 1.0
     for one in optimizer.chained_optimizers:
         one.optimizer.scale = shrink / denominator
     optimizer.step_with_ready_grads()
-    return norm
 
 
 def build_schedule(config: TrainConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
