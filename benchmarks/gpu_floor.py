@@ -135,7 +135,7 @@ def _elementwise(hf) -> dict[str, dict[str, float]]:
         "rotate": (lambda: elementwise.rotate(mixed, rotary, groups), 2 * mixed.nbytes + rotary.nbytes),
         "rotate_backward": (lambda: elementwise.rotate_backward(*parts, rotary), 2 * mixed.nbytes + rotary.nbytes),
         "add": (lambda: x + grad, 3 * x.nbytes),
-        "bias_sum": (lambda: mixed.view(LENGTH, -1).sum(0, dtype=torch.float32), mixed.nbytes),
+        "column_sums": (lambda: elementwise.column_sums(mixed.view(LENGTH, -1)), mixed.nbytes),
         "log_sum_exp": (lambda: elementwise.log_sum_exp(logits), logits.nbytes),
         "cross_entropy_backward": (
             lambda: elementwise.cross_entropy_backward_(logits, sums, labels, weights), 2 * logits.nbytes,

@@ -109,6 +109,7 @@ def measure(config: TrainConfig, steps: int = STEPS, single: bool = False) -> di
     step = statistics.median(seconds[WARM:])
     return {
         "ms_per_micro_batch": 1000 * step / MICRO_BATCHES,
+        "epoch_s": len(data) * step / MICRO_BATCHES,
         "spread_ms": 1000 * (max(seconds[WARM:]) - min(seconds[WARM:])) / MICRO_BATCHES,
         "tokens_per_second": config.global_batch_size * config.seq_length / step,
         "trained_tokens_per_second": statistics.median(trained[WARM:]),

@@ -12,6 +12,7 @@ from torch.autograd import Function
 
 from rsft_lib.model.elementwise import (
     add_rows_,
+    column_sums,
     rms_norm,
     rms_norm_backward,
     rotate,
@@ -115,7 +116,7 @@ class NormLinear(Function):
         normed = ctx.parallel.gather(scale_rows(x, rstd, norm) if normed is None else normed)
         of_normed = ctx.parallel.reduce(grad @ weight)
         of_weight = product_gradient(weight, grad, normed)
-        of_bias = None if bias is None else gradient(bias, grad.sum(0, dtype=torch.float32))
+        of_bias = None if bias is None else gradient(bias, column_sums(grad))
         of_x, of_norm = rms_norm_backward(of_normed, x, rstd, norm, residual=past.contiguous())
         return of_x, gradient(norm, of_norm), of_weight, of_bias, None, None, None
 

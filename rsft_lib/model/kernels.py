@@ -41,25 +41,26 @@ def scale_rows(x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
 @triton.jit
 def _rms_norm_backward(
     grad_ptr, x_ptr, rstd_ptr, weight_ptr, residual_ptr, of_x_ptr, of_weight_ptr, rows, width,
-    RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
+    RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     columns = tl.arange(0, BLOCK)
-    mask = columns < width
-    weight = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
-    of_weight = tl.zeros((BLOCK,), dtype=tl.float32)
-    stride = tl.cast(width, tl.int64)  # 16,384 rows of 151,936 are more than int32 counts
-    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
-        at = row * stride + columns
+    weight = tl.load(weight_ptr + columns, mask=columns < width, other=0.0).to(tl.float32)[None, :]
+    of_weight = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    for start in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+        row = start + tl.arange(0, ROWS)[:, None]
+        mask = (row < rows) & (columns < width)[None, :]
+        at = row.to(tl.int64) * width + columns[None, :]  # 16,384 rows of 151,936 are more than int32 counts
         grad = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        rstd = tl.load(rstd_ptr + row)
+        rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
         unit = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32) * rstd
         scaled = grad * weight
-        of_x = (scaled - unit * (tl.sum(scaled * unit) / width)) * rstd
+        of_x = (scaled - unit * (tl.sum(scaled * unit, axis=1)[:, None] / width)) * rstd
         if RESIDUAL:
             of_x += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
         tl.store(of_x_ptr + at, of_x, mask=mask)
         of_weight += grad * unit
-    tl.store(of_weight_ptr + tl.program_id(0) * width + columns, of_weight, mask=mask)
+    sums = tl.sum(of_weight, axis=0)
+    tl.store(of_weight_ptr + tl.program_id(0) * width + columns, sums, mask=columns < width)
 
 
 def rms_norm_backward(
@@ -70,7 +71,7 @@ def rms_norm_backward(
     of_x, partial = torch.empty_like(x), torch.empty(programs, width, dtype=torch.float32, device=x.device)
     _rms_norm_backward[(programs,)](
         grad, x, rstd, weight, residual, of_x, partial, rows, width,
-        RESIDUAL=residual is not None, BLOCK=triton.next_power_of_2(width), num_warps=4,
+        RESIDUAL=residual is not None, ROWS=1, BLOCK=triton.next_power_of_2(width), num_warps=4,
     )  # fmt: skip
     return of_x, partial.sum(0)
 

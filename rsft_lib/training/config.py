@@ -75,7 +75,8 @@ class TrainConfig:
     precision: str = "bf16"
     """'bf16' with fp32 master weights, 'fp8' products with the same, or 'fp32'."""
     fp8_recipe: str = "tensorwise"
-    """How FP8 scales are found: 'delayed', 'tensorwise' or 'blockwise'."""
+    """How FP8 scales are found: 'tensorwise', 'blockwise', or the fastest, 'delayed', whose history of scales no
+    checkpoint holds: a resumed run begins a new one, so it is not bit for bit the run that it continues."""
     backend: str = "auto"
     """Attention from Transformer Engine ('te'), PyTorch ('torch'), or TE where it can run ('auto')."""
     recompute: str = "none"
