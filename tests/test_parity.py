@@ -1,9 +1,12 @@
 """megatron-core against transformers, tensor by tensor: pytest tests/test_parity.py"""
 
+import math
+
 import pytest
 import torch
 from support import VOCAB, random_store, settings, tiny_model
 from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
 
 from rsft_lib.artifact import new_folder
 from rsft_lib.checkpoint.convert import convert
@@ -17,6 +20,7 @@ from rsft_lib.model.weights import to_hf
 from rsft_lib.ranks import ranks
 from rsft_lib.training.batches import Loader, run_batch
 from rsft_lib.training.build import build_state
+from rsft_lib.training.loop import update
 from rsft_lib.training.loss import forward_step, micro_batch
 from rsft_lib.training.score import TokenLosses, score
 from rsft_lib.training.tally import trained_tokens, weight_sum
@@ -41,7 +45,7 @@ def loaded_state(folder, **changes):
     return config, state
 
 
-def losses_by_transformers(hf, store: TokenStore) -> list[torch.Tensor]:
+def losses_by_transformers(hf, store) -> list[torch.Tensor]:
     """The loss of each token of each sample but the first, run through the model by itself."""
     found = []
     for tokens, _ in (store[i] for i in range(len(store))):
@@ -88,6 +92,39 @@ def test_packed_loss_and_every_gradient_are_those_of_transformers_sample_by_samp
         torch.testing.assert_close(
             gradient / denominator, wanted[name].grad, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+def test_the_curve_is_that_of_transformers_and_torch_adamw(models):
+    folder, _, store = models
+    network, losses, expected = AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32), [], []
+    with ranks():
+        config, state = loaded_state(folder, train_iters=12, warmup_fraction=0.25, lr=3e-3, min_lr=1e-3)
+        data = PackedDataset(store, config.seq_length, seed=0)
+        loader, batches = Loader(data, config), [data.step(i, 4) for i in range(config.train_iters)]
+        for packs in batches:
+            counts = update(state, loader, packs).counts
+            losses.append(counts[0] / weight_sum(counts))
+            state.scheduler.step(increment=1)
+    matrices, others = ([w for w in network.parameters() if (w.dim() > 1) == decayed] for decayed in (True, False))
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    adam = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
+    for number, packs in enumerate(batches, start=1):
+        chosen = [store[sample] for sample in data.samples(packs)]
+        totals = [  # (sum of losses, trained tokens) of each sample, which transformers runs by itself
+            ((loss * torch.from_numpy(mask[1:])).sum(), int(mask[1:].sum()))
+            for loss, (_, mask) in zip(losses_by_transformers(network, chosen), chosen, strict=True)
+        ]
+        loss = sum(total for total, _ in totals) / sum(n for _, n in totals)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), config.clip_grad)
+        share = (number - 3) / 9
+        rate = 3e-3 * number / 3 if number <= 3 else 1e-3 + 2e-3 * (1 + math.cos(math.pi * share)) / 2
+        for group in adam.param_groups:
+            group["lr"] = rate
+        adam.step()
+        adam.zero_grad()
+        expected.append(loss.item())
+    assert losses == pytest.approx(expected, rel=1e-4) and losses[-1] < 0.9 * losses[0]
 
 
 def gradients_by_hf_name(model, folder) -> dict[str, torch.Tensor]:
