@@ -142,7 +142,8 @@ def rank_share(
 ) -> list[list[int]]:
     """The micro-batches of one data-parallel rank, so that all of them cost about the same, and so all ranks.
 
-    The most expensive first, each to the cheapest place that has room: Graham's longest processing time first.
+    The most expensive first, each to the cheapest place that has room (Graham's longest processing time first), then
+    exchanges between the dearest and the cheapest place for as long as they help.
 
     >>> rank_share([0, 1, 2, 3], costs=[9.0, 8.0, 2.0, 1.0], micro_batch_size=1, rank=0, ranks=2)
     [[0], [3]]
@@ -154,7 +155,7 @@ def rank_share(
 
 
 def _spread(items: Sequence[int], costs: Sequence[float], places: int) -> list[list[int]]:
-    """Deal out `items` evenly in number, and as evenly in cost as the longest first gives."""
+    """Deal out `items` evenly in number, and about evenly in cost: the longest first, then by exchanges."""
     room = len(items) // places
     filled: list[list[int]] = [[] for _ in range(places)]
     cheapest = [(0.0, place) for place in range(places)]
@@ -163,4 +164,21 @@ def _spread(items: Sequence[int], costs: Sequence[float], places: int) -> list[l
         filled[place].append(item)
         if len(filled[place]) < room:
             heapq.heappush(cheapest, (cost + costs[item], place))
+    for _ in items:
+        if not _exchange(filled, costs):
+            break
     return filled
+
+
+def _exchange(filled: list[list[int]], costs: Sequence[float]) -> bool:
+    """Swap the two items that bring the dearest and the cheapest place nearest to each other; whether any do."""
+    by_cost = sorted(filled, key=lambda place: sum(costs[i] for i in place))
+    low, high = by_cost[0], by_cost[-1]
+    gap = sum(costs[i] for i in high) - sum(costs[i] for i in low)
+    left, i, j = min(
+        (abs(gap - 2 * (costs[a] - costs[b])), i, j) for i, a in enumerate(high) for j, b in enumerate(low)
+    )
+    if left >= 0.99 * gap:
+        return False
+    high[i], low[j] = low[j], high[i]
+    return True
