@@ -5,11 +5,14 @@ megatron-core asks for CUDA by name in many places although all of its arithmeti
 """
 
 import functools
+import shutil
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from unittest import mock
 
 import torch
+from megatron.core.tensor_parallel import random as megatron_random
 from torch.overrides import TorchFunctionMode
 
 
@@ -18,6 +21,18 @@ def device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
+
+
+@functools.cache
+def gpu() -> tuple[str, int] | None:
+    """Name and bytes of memory of this machine's first GPU, asked without taking any of it; None without one."""
+    if not torch.cuda.is_available() or not shutil.which("nvidia-smi"):
+        return None
+    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    name, mebibytes = (
+        subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].split(",")
+    )
+    return name.strip(), int(mebibytes) * 2**20
 
 
 class _CudaMeansCpu(TorchFunctionMode):
@@ -45,7 +60,10 @@ def _is_cuda(wanted) -> bool:
 
 
 class _Stream:
-    """Stands for the one stream that a CPU has."""
+    """Stands for the one stream that a CPU has; a class, since type annotations name it."""
+
+    def __init__(self, *_, **__):
+        pass
 
     wait_stream = synchronize = record_event = wait_event = lambda self, *_: None
 
@@ -58,13 +76,14 @@ def cuda_on_cpu() -> Iterator[None]:
         return
     nothing = lambda *_, **__: None  # noqa: E731
     stand_ins = {
-        "current_device": lambda: 0,
+        # Not 0: within a backward pass no mode is active that would say what 0 means.
+        "current_device": lambda: torch.device("cpu"),
         "set_device": nothing,
         "synchronize": nothing,
         "empty_cache": nothing,
         "current_stream": lambda *_: _Stream(),
         "default_stream": lambda *_: _Stream(),
-        "Stream": lambda *_, **__: _Stream(),
+        "Stream": _Stream,
         "stream": lambda *_: nullcontext(),
         "manual_seed": nothing,
         "get_rng_state": lambda *_: torch.empty(0, dtype=torch.uint8),
@@ -72,9 +91,14 @@ def cuda_on_cpu() -> Iterator[None]:
         "is_current_stream_capturing": lambda: False,
     }
     ranges = {"range_push": nothing, "range_pop": nothing}
-    with mock.patch.multiple(torch.cuda, **stand_ins), mock.patch.multiple(torch.cuda.nvtx, **ranges):
-        with _CudaMeansCpu():
-            yield
+    generators = {"_get_cuda_rng_state": lambda *_, **__: None, "_set_cuda_rng_state": nothing}
+    with (
+        mock.patch.multiple(torch.cuda, **stand_ins),
+        mock.patch.multiple(torch.cuda.nvtx, **ranges),
+        mock.patch.multiple(megatron_random, **generators),
+        _CudaMeansCpu(),
+    ):
+        yield
 
 
 def inside(function):

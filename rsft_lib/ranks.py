@@ -12,7 +12,14 @@ from rsft_lib.host import cuda_on_cpu
 
 
 @contextmanager
-def ranks(tensor_parallel_size: int = 1, pipeline_parallel_size: int = 1, seed: int = 0) -> Iterator[None]:
+def ranks(
+    tensor_parallel_size: int = 1,
+    pipeline_parallel_size: int = 1,
+    seed: int = 0,
+    *,
+    context_parallel_size: int = 1,
+    virtual_pipeline_size: int = 1,
+) -> Iterator[None]:
     """Join the ranks that torchrun started, or be the only one, within the block.
 
     NCCL between GPUs, gloo between CPUs.
@@ -26,10 +33,14 @@ def ranks(tensor_parallel_size: int = 1, pipeline_parallel_size: int = 1, seed: 
         )
         torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=10), **alone)
         try:
-            parallel_state.initialize_model_parallel(tensor_parallel_size, pipeline_parallel_size)
+            parallel_state.initialize_model_parallel(
+                tensor_parallel_size,
+                pipeline_parallel_size,
+                virtual_pipeline_size if virtual_pipeline_size > 1 else None,
+                context_parallel_size=context_parallel_size,
+            )
             torch.manual_seed(seed)
-            if cuda:
-                tensor_parallel.model_parallel_cuda_manual_seed(seed)
+            tensor_parallel.model_parallel_cuda_manual_seed(seed)
             yield
         finally:
             parallel_state.destroy_model_parallel()

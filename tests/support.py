@@ -32,10 +32,10 @@ def tiny_model(folder: Path, dtype: torch.dtype = torch.float32, **changes) -> Q
     return model
 
 
-def random_store(folder: Path, samples: int = 60, longest: int = 60, seed: int = 0) -> Path:
-    """Samples of random tokens, the latter half of each trained."""
+def random_store(folder: Path, samples: int = 60, longest: int = 60, seed: int = 0, facts: dict | None = None) -> Path:
+    """Samples of random tokens, the latter part of each trained; `facts` for the manifest."""
     rng = random.Random(seed)
-    with new_folder(folder, {"made_by": "tokenize"}) as temporary:
+    with new_folder(folder, {"made_by": "tokenize", **(facts or {})}) as temporary:
         writer = StoreWriter(temporary)
         for _ in range(samples):
             length = rng.randint(6, longest)

@@ -61,10 +61,55 @@ def test_a_batch_may_span_two_epochs(data):
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("micro_batch_size", [1, 2])
 def test_ranks_share_out_the_same_global_batch(ranks, micro_batch_size):
-    packs = list(range(8))
-    shares = [rank_share(packs, micro_batch_size, rank, ranks) for rank in range(ranks)]
+    packs, costs = list(range(10, 18)), [3.0, 1.0, 4.0, 1.0, 5.0, 9.0, 2.0, 6.0]
+    shares = [rank_share(packs, costs, micro_batch_size, rank, ranks) for rank in range(ranks)]
     assert sorted(pack for share in shares for micro_batch in share for pack in micro_batch) == packs
     assert {len(share) for share in shares} == {8 // micro_batch_size // ranks}
+    assert {len(micro_batch) for share in shares for micro_batch in share} == {micro_batch_size}
+
+
+def test_ranks_and_micro_batches_cost_about_the_same():
+    costs = np.random.default_rng(0).lognormal(size=128).tolist()
+    packs = list(range(128))
+    shares = [rank_share(packs, costs, 4, rank, 8) for rank in range(8)]
+    of_micro_batches = [sum(costs[i] for i in micro_batch) for share in shares for micro_batch in share]
+    of_ranks = [sum(costs[i] for micro_batch in share for i in micro_batch) for share in shares]
+    dealt_round = [sum(costs[rank::8]) for rank in range(8)]
+    mean = sum(costs) / 8
+    assert max(of_ranks) / mean < 1.03 < 1.5 < max(dealt_round) / mean
+    # No micro-batch can cost less than its most expensive pack.
+    assert max(of_micro_batches) < 1.1 * max(max(costs), mean / 4)
+
+
+def test_a_pack_costs_the_squares_of_its_samples(data):
+    lengths = [len(data.store[sample][0]) - 1 for sample in data.packs[3]]
+    assert data.cost(3) == sum(n**2 for n in lengths) and data.cost(EMPTY) == 0
+
+
+def test_without_packing_every_sample_has_a_pack_of_its_own(data):
+    alone = PackedDataset(data.store, 96, seed=7, packing=False)
+    assert alone.packs == [[i] for i in range(len(data.store))]
+    batch = alone.batch([4])
+    assert batch["cu_seqlens"].tolist() == [0, len(data.store[4][0]) - 1, 96]
+
+
+def test_some_of_the_samples_keep_their_numbers(data):
+    part = PackedDataset(data.store, 96, seed=7, samples=range(50, 60))
+    assert sorted(part.samples(range(len(part)))) == list(range(50, 60))
+
+
+def test_weights_by_sample_sum_to_one_for_each_sample(data):
+    by_sample = PackedDataset(data.store, 96, seed=7, normalize_by="sample")
+    batch = by_sample.batch([2])
+    ends = batch["cu_seqlens"].tolist()[: len(by_sample.packs[2]) + 1]
+    sums = [float(batch["loss_mask"][0, a:b].sum()) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    assert sums == pytest.approx([1.0] * len(sums))
+    assert (batch["loss_mask"] > 0).equal(data.batch([2])["loss_mask"] > 0)
+
+
+def test_the_plan_has_a_hash_that_a_change_of_packing_changes(data):
+    again, other = PackedDataset(data.store, 96, seed=1), PackedDataset(data.store, 80, seed=7)
+    assert data.plan_sha256() == again.plan_sha256() != other.plan_sha256()
 
 
 def test_evaluation_goes_through_the_data_once_and_fills_up_with_nothing(data):

@@ -1,50 +1,168 @@
-"""Attention without Transformer Engine: torch's scaled_dot_product_attention, packed samples kept apart."""
+"""Attention within each sample of a pack, also where the tokens of a pack lie on several context-parallel ranks.
+
+Context parallelism cuts a micro-batch into 2 * size equal chunks, of which each rank holds one from the front and its
+mirror from the back, so that all attend to about as much. Keys and values are few (grouped queries): every rank
+gathers them all and attends with the queries it has. Samples need no padding for it.
+"""
+
+import inspect
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 
-class TorchAttention(torch.nn.Module):
-    """Causal self-attention in place of megatron-core's `DotProductAttention`, with the same call.
+class Chunk(NamedTuple):
+    """Consecutive queries of a rank, and the keys that they see: sample by sample, the last query sees the last key."""
 
-    megatron-core's own module knows no packed samples and wants a CUDA random generator.
-    """
+    queries: slice
+    """Rows of this rank."""
+    keys: slice
+    """Rows of the whole micro-batch."""
+    query_ends: Tensor
+    """int32 [pieces of samples + 1]: 0, then where each piece ends among `queries`."""
+    key_ends: Tensor
+    """The same for `keys`."""
+    longest: tuple[int, int]
+    """Of all pieces: most queries, most keys."""
+
+
+@dataclass
+class Packed(PackedSeqParams):
+    """Where the samples of a micro-batch lie, for every layer and pipeline stage."""
+
+    chunks: tuple[Chunk, ...] = ()
+
+
+def packed(cu_seqlens: list[int], device: torch.device) -> Packed:
+    """A whole micro-batch, on one context-parallel rank, whose samples end at `cu_seqlens` (0 is the first)."""
+    (chunk,) = chunks_of(cu_seqlens)
+    ends = chunk.query_ends.to(device)
+    return Packed(qkv_format="thd", chunks=(chunk._replace(query_ends=ends, key_ends=ends),))
+
+
+def chunks_of(cu_seqlens: list[int], rank: int = 0, size: int = 1) -> tuple[Chunk, ...]:
+    """The chunks that a context-parallel rank has of a micro-batch whose samples end at `cu_seqlens`, on the CPU."""
+    chunks, first = [], 0
+    for low, high in _bounds(cu_seqlens[-1], rank, size):
+        chunks.append(_chunk(cu_seqlens, low, high, first))
+        first += high - low
+    return tuple(chunks)
+
+
+def share(rows: Tensor, rank: int, size: int) -> Tensor:
+    """The part of rows [1, t] that a context-parallel rank holds, [1, t / size]."""
+    return torch.cat([rows[:, low:high] for low, high in _bounds(rows.shape[1], rank, size)], dim=1)
+
+
+def _bounds(total: int, rank: int, size: int) -> list[tuple[int, int]]:
+    if size == 1:
+        return [(0, total)]
+    width = total // (2 * size)
+    return [(index * width, (index + 1) * width) for index in (rank, 2 * size - 1 - rank)]
+
+
+def _chunk(cu_seqlens: list[int], low: int, high: int, first: int) -> Chunk:
+    queries, keys, start = [0], [0], None
+    for begin, end in zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True):
+        if end <= low or begin >= high:
+            continue
+        start = begin if start is None else start
+        queries.append(min(end, high) - low)
+        keys.append(min(end, high) - start)
+    widths = [max(b - a for a, b in zip(ends[:-1], ends[1:], strict=True)) for ends in (queries, keys)]
+    ends = (torch.tensor(ends, dtype=torch.int32) for ends in (queries, keys))
+    return Chunk(slice(first, first + high - low), slice(start, high), *ends, tuple(widths))
+
+
+class _PackedAttention(torch.nn.Module):
+    """Causal self-attention in place of megatron-core's `DotProductAttention`; subclasses say how one chunk attends."""
 
     def __init__(self, config, layer_number, attn_mask_type, attention_type, **_):
         super().__init__()
-        if config.context_parallel_size != 1:
-            raise ValueError("context parallelism needs backend 'te'; set context_parallel_size to 1")
+        self.parallel = config.context_parallel_size
+        self.setup(config)
 
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: None,
-        packed_seq_params: PackedSeqParams | None = None,
-        **_,
-    ) -> Tensor:
-        """Attend within each sample.
+    def setup(self, config) -> None:
+        pass
 
-        Args:
-            query: [s, b, heads, d], or [t, heads, d] when packed.
-            key, value: the same with the number of query groups for heads.
-            attention_mask: must be None; the mask is causal.
-            packed_seq_params: `cu_seqlens_q` says where each sample of a pack begins and ends.
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, samples: Packed) -> Tensor:
+        """query [t, heads, d], key and value [t, groups, d] of this rank -> [t, heads * d]."""
+        if self.parallel == 1:
+            return self.attend(query, key, value, samples.chunks[0]).flatten(1)
+        key, value = self._gather(key, value)
+        mixed = [self.attend(query[c.queries], key[c.keys], value[c.keys], c) for c in samples.chunks]
+        return torch.cat(mixed).flatten(1)
 
-        Returns:
-            [s, b, heads * d], or [t, heads * d] when packed.
-        """
-        assert attention_mask is None, "the mask is causal"
-        if packed_seq_params is None:
-            q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, heads, s, d]
-            return _causal(q, k, v).permute(2, 0, 1, 3).flatten(2)
-        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
-        samples = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (query, key, value)), strict=True)
-        return torch.cat([_causal(*sample).transpose(0, 1) for sample in samples]).flatten(1)
+    def _gather(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of all ranks in the order of the micro-batch; gradients go back to the ranks they are of."""
+        both = gather_from_sequence_parallel_region(
+            torch.cat([key, value], dim=-1), group=parallel_state.get_context_parallel_group()
+        )
+        by_rank = both.chunk(2 * self.parallel)  # front and back chunk of rank 0, of rank 1, ...
+        in_order = torch.cat([*by_rank[0::2], *by_rank[1::2][::-1]])
+        key, value = in_order.chunk(2, dim=-1)
+        return key.contiguous(), value.contiguous()
 
 
-def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+class TorchAttention(_PackedAttention):
+    """With torch's own kernels: FlashAttention over all samples at once on a GPU, else sample by sample."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, chunk: Chunk) -> Tensor:
+        if query.is_cuda and query.dtype != torch.float32:  # FlashAttention has no float32
+            return _flash(query, key, value, chunk)
+        lengths = [ends.diff().tolist() for ends in (chunk.query_ends, chunk.key_ends)]
+        pieces = (
+            x.transpose(0, 1).split(n, dim=1) for x, n in zip((query, key, value), lengths + lengths[1:], strict=True)
+        )
+        return torch.cat([_causal(*piece).transpose(0, 1) for piece in zip(*pieces, strict=True)])
+
+
+class TEAttention(_PackedAttention):
+    """With Transformer Engine, which runs cuDNN's kernels: about 1.6 times as fast on Hopper GPUs."""
+
+    def setup(self, config) -> None:
+        from transformer_engine.pytorch import DotProductAttention
+
+        ranks = config.tensor_model_parallel_size
+        self.inner = DotProductAttention(
+            config.num_attention_heads // ranks,
+            config.kv_channels,
+            num_gqa_groups=config.num_query_groups // ranks,
+            attention_dropout=0.0,
+            qkv_format="thd",
+            attn_mask_type="padding_causal" if self.parallel == 1 else "padding_causal_bottom_right",
+        )
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, chunk: Chunk) -> Tensor:
+        # It refuses tensors that begin in the middle of their memory, as those of later chunks do.
+        query, key, value = (x.clone() if x.storage_offset() else x for x in (query, key, value))
+        return self.inner(
+            query, key, value,
+            cu_seqlens_q=chunk.query_ends, cu_seqlens_kv=chunk.key_ends,
+            max_seqlen_q=chunk.longest[0], max_seqlen_kv=chunk.longest[1],
+        ).view_as(query)  # fmt: skip
+
+
+def _causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """[heads, q, d], [groups, k, d] twice -> [heads, q, d]; the queries are the last of the k positions."""
+    if query.shape[1] == key.shape[1]:
+        return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    mask = torch.ones(query.shape[1], key.shape[1], dtype=torch.bool, device=query.device)
+    mask = mask.tril(key.shape[1] - query.shape[1])
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+
+
+def _flash(query: Tensor, key: Tensor, value: Tensor, chunk: Chunk) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    # torch 2.11 takes fewer key heads than query heads as they are, 2.13 wants it said.
+    grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    return varlen_attn(
+        query, key, value, chunk.query_ends, chunk.key_ends, *chunk.longest, window_size=(-1, 0), **grouped
+    )

@@ -1,24 +1,22 @@
-"""The model that is trained: megatron-core's GPTModel with a loss over the trained tokens only."""
+"""The model that is trained: megatron-core's GPTModel over packed samples, with a loss at trained positions only."""
 
 import importlib.util
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
-from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
 
-from rsft_lib.model.attention import TorchAttention
+from rsft_lib.model.attention import Packed, TEAttention, TorchAttention, packed
 from rsft_lib.model.config import attention_window, check_layout, inverse_frequencies, padded_vocab_size
-
-LOSS_CHUNK = 1024  # trained tokens whose logits exist at one time
+from rsft_lib.model.functions import Embedding, TensorParallel
+from rsft_lib.model.head import Loss, Targets, weighted_loss
+from rsft_lib.model.layers import RmsNorm, fp8_layer, fused_layer, used
 
 
 def resolve_backend(backend: str) -> str:
@@ -37,55 +35,78 @@ def resolve_backend(backend: str) -> str:
     return backend
 
 
-def layer_spec(backend: str, qk_layernorm: bool) -> ModuleSpec:
-    """One transformer layer built from Transformer Engine ('te') or plain PyTorch ('torch') modules."""
-    if backend == "te":
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=qk_layernorm)
-    spec.submodules.self_attention.submodules.core_attention = TorchAttention
-    return spec
+def layer_spec(backend: str, qk_layernorm: bool, fp8: bool = False) -> ModuleSpec:
+    """One transformer layer with attention from Transformer Engine ('te') or PyTorch ('torch').
+
+    The products are this kit's own, except in FP8, which is Transformer Engine's.
+    """
+    if not fp8:
+        return fused_layer(TEAttention if backend == "te" else TorchAttention, qk_layernorm)
+    return fp8_layer(get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm), TEAttention)
 
 
 class ResponseModel(GPTModel):
-    """GPTModel whose loss is computed at the trained positions only.
+    """GPTModel that is called with packed samples and, for training, returns a `head.Loss`.
 
-    Called with `labels` [b, s] and `loss_mask` [b, s] it returns the float32 loss of each trained token,
-    [trained tokens]; without them, logits as GPTModel does. No [s, vocabulary] tensor is ever whole.
-    The last rows of the vocabulary may be padding; they take no part in the loss.
+    Args of a call:
+        input_ids, position_ids: int64 [b, s]; positions restart with every sample.
+        attention_mask: None; attention is causal within each sample.
+        labels: `head.Targets` for a loss; without them the call returns logits [b, s, v / TP].
+        packed_seq_params: `attention.Packed`; without it, every row is one sample.
     """
 
     tokens_in_vocabulary: int
+    """The last rows of embedding and output layer may be padding; they take no part in the loss."""
+    watched: tuple[int, ...] = ()
+    """Words whose probability is reported at every target."""
 
-    def _postprocess(self, hidden_states: Tensor, labels=None, loss_mask=None, **rest) -> Tensor:
+    def forward(self, input_ids: Tensor, position_ids: Tensor, attention_mask=None, *, packed_seq_params=None, **rest):
+        if packed_seq_params is None:
+            rows, length = input_ids.shape
+            packed_seq_params = packed([length * i for i in range(rows + 1)], input_ids.device)
+            logits = super().forward(
+                input_ids.view(1, -1), position_ids.expand(rows, -1).reshape(1, -1), attention_mask,
+                packed_seq_params=packed_seq_params, **rest,
+            )  # fmt: skip
+            return logits.view(rows, length, -1) if self.post_process else logits
+        return super().forward(input_ids, position_ids, attention_mask, packed_seq_params=packed_seq_params, **rest)
+
+    def _preprocess(self, input_ids: Tensor, position_ids: Tensor, packed_seq_params: Packed, **_) -> tuple:
+        embedded = self._embedded(input_ids[0]) if self.pre_process else None
+        rotary = self._rotary_table()[:, position_ids[0]]  # [2, t, d / 2]
+        return embedded, rotary, None, None, None, None
+
+    def _embedded(self, tokens: Tensor) -> Tensor:
+        """int64 [t] -> [t, 1, h], with sequence parallelism this rank's share."""
+        table = used(self.embedding.word_embeddings)
+        parallel = TensorParallel(self.pg_collection.tp, self.config.sequence_parallel)
+        return Embedding.apply(tokens, table.weight, table.vocab_start_index, parallel).unsqueeze(1)
+
+    def _rotary_table(self) -> Tensor:
+        """Cosine and sine of every position, float32 [2, max_sequence_length, d / 2]."""
+        if not hasattr(self, "_table"):
+            angles = self.rotary_pos_emb(self.max_sequence_length, packed_seq=True)[:, 0, 0]
+            angles = angles[:, : angles.shape[1] // 2].float()
+            self._table = torch.stack([angles.cos(), angles.sin()])
+        return self._table
+
+    def _postprocess(self, hidden_states: Tensor, labels: Targets | None = None, **rest) -> Tensor | Loss:
         if labels is None or not self.post_process:
-            return super()._postprocess(hidden_states=hidden_states, labels=labels, loss_mask=loss_mask, **rest)
-        trained = loss_mask.bool()
-        # hidden_states: [s, b, h]
-        return self._token_losses(hidden_states.transpose(0, 1)[trained], labels[trained])
-
-    def _token_losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """[n, h] and [n] -> [n]; the logits of a chunk are computed again in the backward pass."""
-        if len(labels) <= LOSS_CHUNK:
-            return self._chunk_losses(hidden, labels)
-        chunks = zip(hidden.split(LOSS_CHUNK), labels.split(LOSS_CHUNK), strict=True)
-        return torch.cat([checkpoint(self._chunk_losses, *chunk, use_reentrant=False) for chunk in chunks])
-
-    def _chunk_losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        logits, _ = self.output_layer(hidden.unsqueeze(1), weight=weight)  # [n, 1, vocabulary / TP]
-        return vocab_parallel_cross_entropy(self._without_padding(logits), labels.unsqueeze(1)).squeeze(1)
-
-    def _without_padding(self, logits: Tensor) -> Tensor:
-        """[..., vocabulary / TP] with probability 0 for this rank's rows of padding."""
-        width = logits.shape[-1]
-        tokens = self.tokens_in_vocabulary - parallel_state.get_tensor_model_parallel_rank() * width
-        if tokens >= width:
-            return logits
-        return logits.masked_fill(torch.arange(width, device=logits.device) >= tokens, float("-inf"))
+            return super()._postprocess(hidden_states=hidden_states, labels=None, **rest)
+        parallel = TensorParallel(self.pg_collection.tp, self.config.sequence_parallel)
+        enter = gather_from_sequence_parallel_region if parallel.sequence else copy_to_tensor_model_parallel_region
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else used(self.output_layer).weight
+        hidden = enter(hidden_states).flatten(0, 1)
+        return weighted_loss(hidden, weight, labels, parallel, self.tokens_in_vocabulary, self.watched)
 
 
-def build_model(hf: PretrainedConfig, config: TransformerConfig, backend: str, max_length: int) -> ResponseModel:
-    """This rank's part of the model, weights not yet loaded; its vocabulary is padded to divide over the ranks.
+def build_model(
+    hf: PretrainedConfig, config: TransformerConfig, backend: str, max_length: int, vp_stage: int | None = None
+) -> ResponseModel:
+    """This rank's part of the model, or its part number `vp_stage` of several, weights not yet loaded.
+
+    The vocabulary is padded to divide over the tensor-parallel ranks.
 
     Raises:
         ValueError: the model does not divide over the ranks, or attends to fewer than `max_length` positions.
@@ -94,19 +115,26 @@ def build_model(hf: PretrainedConfig, config: TransformerConfig, backend: str, m
     check_layout(hf, parts, config.pipeline_model_parallel_size)
     if window is not None and window < max_length:
         raise ValueError(f"sequences of {max_length} are longer than the model's sliding_window {window}; shorten them")
+    layer = layer_spec(backend, config.qk_layernorm, fp8=bool(config.fp8))
     model = ResponseModel(
         config,
-        layer_spec(backend, config.qk_layernorm),
+        TransformerBlockSubmodules([layer] * get_num_layers_to_build(config, vp_stage), layer_norm=RmsNorm),
         vocab_size=padded_vocab_size(hf.vocab_size, parts),
         max_sequence_length=max_length,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
         share_embeddings_and_output_weights=hf.tie_word_embeddings,
         position_embedding_type="rope",
         rotary_base=hf.rope_parameters["rope_theta"],
+        vp_stage=vp_stage,
     )
     model.tokens_in_vocabulary = hf.vocab_size
     frequencies = inverse_frequencies(hf)
     if frequencies is not None:
         model.rotary_pos_emb.inv_freq = frequencies
+    for module in model.modules():
+        # By Transformer Engine's layers too, weight gradients are added where DDP keeps them. Said here, since
+        # megatron-core, told so in its config, asks for Apex on behalf of the output layer.
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True
     return model

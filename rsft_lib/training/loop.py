@@ -1,183 +1,272 @@
-"""The training loop: megatron-core's schedules and optimizer, step by step."""
+"""The training loop: megatron-core's schedules and optimizer, step by step, until the end or a reason to stop."""
 
+import gc
+import itertools
+import json
+import math
+import resource
 import time
-from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from megatron.core import parallel_state
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.transformer.module import Float16Module
-from torch import Tensor
+from transformers import PretrainedConfig
 
-from rsft_lib.artifact import MANIFEST, file_hash, newest
-from rsft_lib.checkpoint.sharded import load_weights
-from rsft_lib.data.packed import PackedDataset, rank_share
-from rsft_lib.data.store import TokenStore
+from rsft_lib.artifact import newest, write_json
+from rsft_lib.data.packed import PackedDataset
 from rsft_lib.host import device
-from rsft_lib.model.config import read_config, transformer_config
-from rsft_lib.model.gpt import build_model, resolve_backend
+from rsft_lib.model.config import read_config
 from rsft_lib.paths import existing, resolve
+from rsft_lib.training import optimizer, tally, watchdog
+from rsft_lib.training.alarms import Alarms
+from rsft_lib.training.batches import Loader, run_batch
+from rsft_lib.training.build import build_state
 from rsft_lib.training.config import TrainConfig
-from rsft_lib.training.loss import forward_step
-from rsft_lib.training.metrics import MetricsWriter
-from rsft_lib.training.optimizer import build_optimizer, build_schedule
-from rsft_lib.training.state import TrainState, load, refuse_another_run, save
+from rsft_lib.training.datasets import Datasets, open_datasets
+from rsft_lib.training.flops import peak_flops, training_flops
+from rsft_lib.training.metrics import open_writers
+from rsft_lib.training.preflight import describe
+from rsft_lib.training.saving import Saver
+from rsft_lib.training.state import TrainState, load, refuse_another_run, start
+from rsft_lib.training.stop import REASONS, Stop, stopping
+
+ENDED = "ended.json"
 
 
 def train(config: TrainConfig) -> TrainState:
-    """Train to `train_iters`, going on from the newest checkpoint in the run folder if there is one."""
-    output, checkpoint = resolve(config.output), existing(config.checkpoint, "checkpoint")
-    data = PackedDataset(TokenStore(existing(config.data, "data")), config.seq_length, config.seed)
-    held_out = _held_out(config)
-    state = build_state(config, checkpoint)
-    facts = {"config": config.to_json(), "data_sha256": file_hash(data.store.folder / MANIFEST)}
-    start(state, output, checkpoint, facts)
-    metrics = MetricsWriter(output, state.iteration) if torch.distributed.get_rank() == 0 else None
+    """Train to the end or a reason to stop, going on from the newest checkpoint in the run folder if there is one.
 
-    while state.iteration < config.train_iters:
-        began = time.perf_counter()
-        packs = data.step(state.iteration, config.global_batch_size)
-        loss, tokens, grad_norm = train_step(state, config, data, packs)
-        state.iteration += 1
-        seconds = time.perf_counter() - began
-        record = {
-            "iteration": state.iteration,
-            "loss": loss,
-            "lr": state.optimizer.param_groups[0]["lr"],
-            "grad_norm": grad_norm,
-            "trained_tokens": tokens,
-            "tokens_per_second": config.global_batch_size * config.seq_length / seconds,
-            "seconds": seconds,
-            "epoch": state.iteration * config.global_batch_size / len(data),
-        }
-        last = state.iteration == config.train_iters
-        if held_out and (last or state.iteration % config.eval_interval == 0):
-            record["eval_loss"] = evaluate(state, config, held_out)
-        state.scheduler.step(increment=1)
-        if metrics:
-            metrics.write(**record)
-            if last or state.iteration % config.log_interval == 0:
-                print(_log_line(record, config.train_iters), flush=True)
-        if last or state.iteration % config.save_interval == 0:
-            save(state, output, checkpoint / "config.json", facts)
+    `ended.json` in the run folder then says why it ended, and after which step.
+    """
+    output, checkpoint = resolve(config.output), existing(config.checkpoint, "checkpoint")
+    rank = torch.distributed.get_rank()
+    with watchdog.watched(output, rank, config.hang_timeout), stopping(config.time_limit) as stop:
+        (output / ENDED).unlink(missing_ok=True)
+        data = open_datasets(config)
+        config = config.for_packs(len(data.train))
+        facts = {"config": config.to_json(), "data": data.facts()}
+        hf = read_config(checkpoint)
+        if rank == 0:
+            print(describe(config, hf, data, torch.distributed.get_world_size()), flush=True)
+            if data.train.control is None:
+                print("no losses by mode: the tokenizer of the data is gone or has no control tokens", flush=True)
+        state = build_state(config, checkpoint)
+        state.watch(data.train.control)
+        begin(state, output, checkpoint, facts)
+        saver = Saver(
+            output, checkpoint / "config.json", facts,
+            timeout=config.save_timeout, keep_last=config.keep_last, keep_every=config.keep_every,
+        )  # fmt: skip
+        run = Run(config, state, data, hf, output, stop, saver)
+        gc.freeze()  # what there is now stays to the end; looking through it again and again would cost half seconds
+        while state.iteration < config.train_iters and not run.stopped:
+            run.step()
+        run.end()
     return state
 
 
-def build_state(config: TrainConfig, checkpoint: Path) -> TrainState:
-    """This rank's model with gradient buffers, its share of the optimizer, and the schedule."""
-    hf = read_config(checkpoint)
-    bf16 = config.precision == "bf16"
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    mcore = transformer_config(
-        hf,
-        tensor_model_parallel_size=config.tensor_parallel,
-        pipeline_model_parallel_size=config.pipeline_parallel,
-        pipeline_dtype=dtype,
-        params_dtype=dtype,
-        bf16=bf16,
-        calculate_per_token_loss=True,
-    )
-    model = build_model(hf, mcore, resolve_backend(config.backend), config.seq_length).to(device())
-    ddp = DistributedDataParallelConfig(
-        use_distributed_optimizer=True,
-        grad_reduce_in_fp32=True,
-        overlap_grad_reduce=torch.cuda.is_available(),
-        check_for_nan_in_grad=True,
-    )
-    model = DistributedDataParallel(mcore, ddp, Float16Module(mcore, model) if bf16 else model)
-    mcore.finalize_model_grads_func = finalize_model_grads
-    mcore.grad_scale_func = None
-    if ddp.overlap_grad_reduce:
-        mcore.no_sync_func = model.no_sync
-    optimizer = build_optimizer(config, model)
-    return TrainState(model, optimizer, build_schedule(config, optimizer))
-
-
-def start(state: TrainState, output: Path, checkpoint: Path, facts: dict) -> None:
+def begin(state: TrainState, output: Path, checkpoint: Path, facts: dict) -> None:
     """Put weights, and where a run is continued everything else, into `state`."""
     found = [newest(output) if torch.distributed.get_rank() == 0 else None]
     torch.distributed.broadcast_object_list(found)
-    before = found[0]
-    if before is None:
-        load_weights(state.model.module, checkpoint)
-        state.optimizer.reload_model_params()
+    if found[0] is None:
+        start(state, checkpoint)
         return
-    refuse_another_run(before, facts)
-    load(state, before)
+    refuse_another_run(found[0], facts)
+    load(state, found[0])
     if torch.distributed.get_rank() == 0:
-        print(f"resumed from {before}", flush=True)
+        print(f"resumed from {found[0]}", flush=True)
 
 
-def train_step(
-    state: TrainState, config: TrainConfig, data: PackedDataset, packs: list[int]
-) -> tuple[float, int, float]:
-    """One optimizer step on `packs`: loss per trained token, trained tokens, gradient norm before clipping."""
-    state.model.train()
-    state.model.zero_grad_buffer()
+class Run:
+    """A run that goes on step by step."""
+
+    def __init__(
+        self, config: TrainConfig, state: TrainState, data: Datasets, hf: PretrainedConfig, output: Path, stop: Stop,
+        saver: Saver,
+    ):  # fmt: skip
+        self.config, self.state, self.data, self.hf, self.output = config, state, data, hf, output
+        self.stop, self.saver, self.stopped, self.alarms = stop, saver, "", Alarms()
+        self.loader = Loader(data.train, config)
+        self.first = torch.distributed.get_rank() == 0
+        self.writers = open_writers(output, state.iteration, config) if self.first else []
+
+    def step(self) -> None:
+        """One optimizer step, with what is due after it: evaluation, metrics, log, checkpoint."""
+        config, state, began = self.config, self.state, time.perf_counter()
+        record = self._train(began)
+        last = state.iteration == config.train_iters
+        if self.data.held_out and (last or state.iteration % config.eval_interval == 0):
+            record |= evaluate(state, config, self.data.held_out, "eval_")
+        if self.data.test and last:
+            record |= evaluate(state, config, self.data.test, "test_")
+        self._look_for_alarms(record)
+        self._write(record, last)
+        self._agree(time.perf_counter() - began)
+        if last or self.stopped or state.iteration % config.save_interval == 0:
+            self.saver.save(state, wait=last or bool(self.stopped) or not config.async_save)
+        watchdog.end_step()
+
+    def end(self) -> None:
+        """Complete the last checkpoint, and say how the run ended."""
+        self.saver.finish()
+        for writer in self.writers:
+            writer.close()
+        if self.first:
+            reason = self.stopped or "finished"
+            write_json(self.output / ENDED, {"reason": reason, "iteration": self.state.iteration})
+            if self.stopped:
+                print(f"stopped after step {self.state.iteration}: {reason}; run again to go on", flush=True)
+
+    def _train(self, began: float) -> dict:
+        """Update the model with one global batch; the record of the step."""
+        config, state, data = self.config, self.state, self.data.train
+        packs, following = (data.step(state.iteration + i, config.global_batch_size) for i in range(2))
+        waited = self.loader.waited
+        done = update(state, self.loader, packs, following)
+        waited = self.loader.waited - waited
+        numbers = tally.metrics(done.counts, kinds=data.control is not None)
+        if not done.finite():
+            self._give_up(numbers["loss"], done.norm, packs)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        ended, trained = time.perf_counter(), tally.trained_tokens(done.counts)
+        state.iteration += 1
+        record = {
+            "iteration": state.iteration,
+            **numbers,
+            "lr": state.optimizer.param_groups[0]["lr"],
+            "grad_norm": done.norm,
+            "trained_tokens": trained,
+            "samples_sha256": data.samples_sha256(packs),
+            **self._speed(packs, trained, ended - began),
+            "epoch": state.iteration * config.global_batch_size / len(data),
+            "seconds_data": waited,
+            "seconds_forward_backward": done.computed - began - waited,
+            "seconds_optimizer": ended - done.computed,
+        }
+        state.scheduler.step(increment=1)
+        return record
+
+    def _speed(self, packs: list[int], trained: int, seconds: float) -> dict:
+        tokens = self.config.global_batch_size * self.config.seq_length
+        found = {
+            "tokens_per_second": tokens / seconds,
+            "trained_tokens_per_second": trained / seconds,
+            "seconds": seconds,
+            "memory_gib": peak_memory() / 2**30,
+        }
+        if peak := peak_flops():
+            squares = sum(self.data.train.cost(index) for index in packs)
+            flops = training_flops(self.hf, tokens, squares)
+            found["mfu"] = flops / seconds / peak / torch.distributed.get_world_size()
+        return found
+
+    def _look_for_alarms(self, record: dict) -> None:
+        found = self.alarms.look(record)
+        if found:
+            record["alarms"] = found
+            if self.first:
+                print("\n".join(f"ALARM after step {record['iteration']}: {alarm}" for alarm in found), flush=True)
+            if self.config.alarm_stop:
+                self.stop.ask("alarm")
+
+    def _write(self, record: dict, last: bool) -> None:
+        for writer in self.writers:
+            writer.write(**record)
+        if self.first and (last or self.state.iteration % self.config.log_interval == 0):
+            print(log_line(record, self.config.train_iters), flush=True)
+
+    def _agree(self, seconds: float) -> None:
+        """Let all ranks know why one of them wants to stop, and whether any is still writing a checkpoint."""
+        self.stop.look_at_the_clock(seconds)
+        said = torch.tensor([self.stop.reason, not self.saver.written()], dtype=torch.int32, device=device())
+        torch.distributed.all_reduce(said, op=torch.distributed.ReduceOp.MAX)
+        reason, writing = said.tolist()
+        self.stopped = REASONS[reason]
+        if not writing:
+            self.saver.go_on()
+
+    def _give_up(self, loss: float, norm: float, packs: list[int]) -> None:
+        """End the run before a broken update: what it was trained on is left for who wants to know.
+
+        Raises:
+            FloatingPointError: always.
+        """
+        number, samples = self.state.iteration + 1, self.data.train.samples(packs)
+        path = self.output / f"broken_step_{number:07d}.json"
+        if self.first:
+            write_json(path, {"iteration": number, "loss": str(loss), "grad_norm": str(norm), "samples": samples})
+        raise FloatingPointError(
+            f"step {number}: loss {loss}, gradient norm {norm}; nothing was updated or saved. The numbers of its "
+            f"samples in {self.config.data} are in {path}; lower lr or look at them"
+        )
+
+
+class Update(NamedTuple):
+    """What one global batch gave."""
+
+    counts: list[float]
+    """Its tally."""
+    norm: float
+    """Of its gradient, before clipping."""
+    computed: float
+    """The time when the gradient was there, by `time.perf_counter`."""
+
+    def finite(self) -> bool:
+        """Whether loss and gradient are numbers; otherwise nothing was updated."""
+        return math.isfinite(self.counts[0]) and math.isfinite(self.norm)
+
+
+def update(state: TrainState, loader: Loader, packs: list[int], following: list[int] | None = None) -> Update:
+    """Train on the global batch of `packs`; `following` is the next one, which is prepared meanwhile."""
+    for chunk in state.chunks:
+        chunk.train()
+        chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
-    total, count = run_batch(state, config, data, packs, forward_only=False)
-    _, grad_norm, _ = state.optimizer.step()
-    return total / max(count, 1), count, float(grad_norm)
+    counted = run_batch(state, loader, packs, following)
+    norm = optimizer.gradient_norm(state.optimizer)
+    counts = counted.tolist()
+    denominator = tally.weight_sum(counts)
+    done = Update(counts, norm / denominator, time.perf_counter())
+    if done.finite():
+        optimizer.step(state.optimizer, done.norm, denominator, loader.config.clip_grad)
+    return done
 
 
-def evaluate(state: TrainState, config: TrainConfig, data: PackedDataset) -> float:
-    """Loss per trained token of the first `eval_iters` batches of held-out data, in their order."""
+@torch.no_grad()
+def evaluate(state: TrainState, config: TrainConfig, data: PackedDataset, prefix: str) -> dict[str, float]:
+    """Metrics over the first `eval_iters` batches of held-out data, in their order."""
+    for chunk in state.chunks:
+        chunk.eval()
     batches = min(config.eval_iters, -(-len(data) // config.global_batch_size))
-    state.model.eval()
-    with torch.no_grad():
-        sums = [
-            run_batch(state, config, data, data.in_order(i, config.global_batch_size), forward_only=True)
-            for i in range(batches)
-        ]
-    total, count = map(sum, zip(*sums, strict=True))
-    return total / max(count, 1)
+    packs, loader = [data.in_order(i, config.global_batch_size) for i in range(batches)], Loader(data, config)
+    tallies = [
+        run_batch(state, loader, batch, following, forward_only=True).tolist()
+        for batch, following in itertools.zip_longest(packs, packs[1:])
+    ]
+    total = [sum(column) for column in zip(*tallies, strict=True)]
+    return tally.metrics(total, prefix, kinds=data.control is not None)
 
 
-def run_batch(
-    state: TrainState, config: TrainConfig, data: PackedDataset, packs: list[int], forward_only: bool
-) -> tuple[float, int]:
-    """Forward, and backward, over one global batch: (sum of token losses, trained tokens) over all ranks."""
-    rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    share = rank_share(packs, config.micro_batch_size, rank, ranks)
-    batches: Iterator[dict[str, Tensor]] = (data.batch(micro_batch) for micro_batch in share)
-    results = get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=batches,
-        model=[state.model],
-        num_microbatches=len(share),
-        # The packs of a micro-batch lie one after the other in a single row.
-        seq_length=config.seq_length * config.micro_batch_size,
-        micro_batch_size=1,
-        forward_only=forward_only,
-    )
-    return _over_all_ranks(results)
+def peak_memory() -> int:
+    """Most bytes that this process had: on the GPU, or resident where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _over_all_ranks(results: list[Tensor]) -> tuple[float, int]:
-    # Only last pipeline stages have results; tensor-parallel ranks all have the same ones.
-    total = torch.zeros(2, dtype=torch.float64, device=device())
-    if results and parallel_state.get_tensor_model_parallel_rank() == 0:
-        total = torch.stack(results).sum(dim=0)
-    torch.distributed.all_reduce(total)
-    loss, count = total.tolist()
-    return loss, int(count)
-
-
-def _held_out(config: TrainConfig) -> PackedDataset | None:
-    if not config.eval_data:
-        return None
-    return PackedDataset(TokenStore(existing(config.eval_data, "eval_data")), config.seq_length, config.seed)
-
-
-def _log_line(record: dict, train_iters: int) -> str:
+def log_line(record: dict, train_iters: int) -> str:
+    """One step on one line."""
     line = (
         f"step {record['iteration']:>6}/{train_iters}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  "
         f"grad norm {record['grad_norm']:.2f}  {record['tokens_per_second']:,.0f} tokens/s"
     )
+    line += f"  MFU {record['mfu']:.1%}" if "mfu" in record else ""
     return line + (f"  eval loss {record['eval_loss']:.4f}" if "eval_loss" in record else "")
+
+
+def read_ended(output: Path) -> dict:
+    """Why a run ended and after which step; empty while it runs, or when it was killed."""
+    path = Path(output) / ENDED
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

@@ -1,51 +1,65 @@
-"""The loss of a step: cross-entropy summed over trained tokens, divided by their number in the global batch.
+"""The loss of a step: cross-entropy times weight, summed over trained tokens, over the sum of weights of the batch.
 
-megatron-core does the division: with `calculate_per_token_loss` a loss function returns a sum and a count, and
-`finalize_model_grads` divides the gradient by the count over all micro-batches and ranks. So neither packing nor
-the parallel layout changes a token's weight.
+The gradients of all micro-batches and ranks are added up as they are, weights are counted along with the losses, and
+the optimizer divides once. So neither packing nor the parallel layout changes a token's weight, and weights need not
+be whole numbers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
 
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from rsft_lib.host import device
+from rsft_lib.model.attention import Chunk, Packed, chunks_of, share
+from rsft_lib.model.head import Loss, Targets
+from rsft_lib.training.tally import tally
 
 
-def forward_step(batches: Iterator[dict[str, Tensor]], model):
+class MicroBatch(NamedTuple):
+    """What one context-parallel rank needs of a micro-batch."""
+
+    tokens: Tensor
+    position_ids: Tensor
+    targets: Targets
+    kinds: Tensor
+    """int64 [n], of each target."""
+    chunks: tuple[Chunk, ...]
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> "MicroBatch":
+        """The same with every tensor passed through `function`."""
+        return _each(self, function)
+
+
+def micro_batch(batch: dict[str, Tensor], rank: int, size: int) -> MicroBatch:
+    """Cut out of the tensors of `PackedDataset.batch` what a context-parallel rank needs, still on the CPU."""
+    own = {name: share(rows, rank, size) for name, rows in batch.items() if name != "cu_seqlens"}
+    positions = own["loss_mask"][0].nonzero()[:, 0]
+    targets = Targets(positions, own["labels"][0, positions], own["loss_mask"][0, positions])
+    chunks = chunks_of(batch["cu_seqlens"].tolist(), rank, size)
+    return MicroBatch(own["tokens"], own["position_ids"], targets, own["kinds"][0, positions], chunks)
+
+
+def forward_step(batches: Iterator[MicroBatch], model):
     """Run one micro-batch through this rank's part of the model; the signature is that of mcore's schedules."""
-    batch = {name: tensor.to(device(), non_blocking=True) for name, tensor in next(batches).items()}
-    output = model(
-        batch["tokens"],
-        batch["position_ids"],
-        attention_mask=None,
-        labels=batch["labels"],
-        loss_mask=batch["loss_mask"],
-        packed_seq_params=packed_seq_params(batch["cu_seqlens"]),
-    )
-    return output, sum_and_count
+    batch = next(batches).each(lambda tensor: tensor.to(device(), non_blocking=True))
+    samples = Packed(qkv_format="thd", chunks=batch.chunks)
+    output = model(batch.tokens, batch.position_ids, None, labels=batch.targets, packed_seq_params=samples)
+    return output, partial(total_and_tally, weights=batch.targets.weights, kinds=batch.kinds)
 
 
-def sum_and_count(token_losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[trained tokens] -> their sum, their number, and both, detached, as a float64 pair for the log."""
-    total = token_losses.sum()
-    count = torch.tensor(len(token_losses), dtype=torch.int, device=total.device)
-    return total, count, torch.stack([total.detach().double(), count.double()])
+def total_and_tally(output: Loss, weights: Tensor, kinds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What mcore's schedules want of a loss: a scalar to differentiate, a count (which is not used), and the log."""
+    count = torch.zeros((), dtype=torch.int, device=kinds.device)
+    return output[0], count, tally(Loss(*output), weights, kinds)
 
 
-def packed_seq_params(cu_seqlens: Tensor) -> PackedSeqParams:
-    """Sample boundaries for attention and rotary positions, on every pipeline stage.
-
-    `max_seqlen` must be the true maximum: where it equals the whole pack's length, megatron-core takes the
-    rotary table for one of absolute positions and no longer restarts it (rope_utils._apply_rotary_pos_emb_thd).
-    """
-    longest = int(cu_seqlens.diff().max())
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-    )
+def _each(value, function: Callable[[Tensor], Tensor]):
+    if isinstance(value, Tensor):
+        return function(value)
+    if not isinstance(value, tuple):
+        return value
+    parts = (_each(part, function) for part in value)
+    return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)

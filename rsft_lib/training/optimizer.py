@@ -1,30 +1,56 @@
-"""AdamW and its schedule, from megatron-core's distributed optimizer, on torch's AdamW as well as on TE's."""
+"""megatron-core's distributed optimizer around our AdamW, and its schedule."""
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from rsft_lib.training.adam import AdamW
 from rsft_lib.training.config import TrainConfig
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-def build_optimizer(config: TrainConfig, model) -> MegatronOptimizer:
-    """The distributed optimizer: fp32 master weights and moments, each held by one data-parallel rank."""
-    bf16 = config.precision == "bf16"
-    return get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=config.lr,
-            min_lr=config.min_lr,
-            weight_decay=config.weight_decay,
-            adam_beta1=config.adam_beta1,
-            adam_beta2=config.adam_beta2,
-            clip_grad=config.clip_grad,
-            bf16=bf16,
-            params_dtype=torch.bfloat16 if bf16 else torch.float32,
-            use_distributed_optimizer=True,
-        ),
-        [model],
+
+def build_optimizer(config: TrainConfig, chunks: list) -> MegatronOptimizer:
+    """The distributed optimizer: master weights and moments, each held by one data-parallel rank."""
+    low = config.precision != "fp32"
+    settings = OptimizerConfig(
+        optimizer="adam",
+        lr=config.lr,
+        min_lr=config.min_lr,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.adam_beta1,
+        adam_beta2=config.adam_beta2,
+        clip_grad=config.clip_grad,
+        bf16=low,
+        params_dtype=torch.bfloat16 if low else torch.float32,
+        use_distributed_optimizer=True,
     )
+    # megatron-core's word for an inner optimizer that holds bf16 weights themselves and keeps what float32 needs
+    # besides. Set behind its back, since it believes that only Transformer Engine has one.
+    settings.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = low
+    optimizer = get_megatron_optimizer(settings, chunks)
+    for one in optimizer.chained_optimizers:
+        betas = (config.adam_beta1, config.adam_beta2)
+        one.optimizer = AdamW(one.optimizer.param_groups, betas, settings.adam_eps, DTYPES[config.moments])
+    return optimizer
+
+
+def gradient_norm(optimizer: MegatronOptimizer) -> float:
+    """The norm of the gradient of the whole model as it was added up; the CPU waits here for all that was computed."""
+    optimizer.prepare_grads()
+    return optimizer.get_grad_norm()
+
+
+def step(optimizer: MegatronOptimizer, norm: float, denominator: float, clip_grad: float) -> None:
+    """One update with the gradients divided by `denominator` and clipped; both ride along in AdamW's single pass.
+
+    Args:
+        norm: of the divided gradients; they are scaled so that it is at most `clip_grad`, where that is not 0.
+    """
+    shrink = min(1.0, clip_grad / (norm + 1e-6)) if clip_grad else 1.0
+    for one in optimizer.chained_optimizers:
+        one.optimizer.scale = shrink / denominator
+    optimizer.step_with_ready_grads()
 
 
 def build_schedule(config: TrainConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
@@ -44,45 +70,3 @@ def build_schedule(config: TrainConfig, optimizer: MegatronOptimizer) -> Optimiz
     )
     schedule.step(increment=1)  # no step is taken at a learning rate of 0
     return schedule
-
-
-def load_optimizer_state(optimizer: MegatronOptimizer, loaded: dict) -> None:
-    """`optimizer.load_state_dict`, which megatron-core 0.16.1 gets wrong for torch's AdamW in two ways.
-
-    It expects a step in every parameter's loaded state but leaves it out, and it makes all parameters share
-    one step tensor, which each of them then counts up.
-    """
-    for one in _on_torch_adam(optimizer):
-        one._set_main_param_and_optimizer_states = _with_step(one)
-    optimizer.load_state_dict(loaded)
-    for one in _on_torch_adam(optimizer):
-        del one._set_main_param_and_optimizer_states
-        for entry in one.optimizer.state.values():
-            entry["step"] = entry["step"].clone()
-
-
-def allocate_moments(optimizer: MegatronOptimizer) -> None:
-    """Give torch's AdamW the state it has after its first step: megatron-core loads only into what is there."""
-    for one in _on_torch_adam(optimizer):
-        for parameter in (p for group in one.optimizer.param_groups for p in group["params"]):
-            one.optimizer.state[parameter] = {
-                "step": torch.zeros(()),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
-
-
-def _on_torch_adam(optimizer: MegatronOptimizer) -> list:
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [one for one in parts if isinstance(one.optimizer, torch.optim.AdamW)]
-
-
-def _with_step(one):
-    original, adam = one._set_main_param_and_optimizer_states, one.optimizer
-
-    def set_states(model_param, tensors):
-        group, order = one.model_param_group_index_map[model_param]
-        main_param = adam.param_groups[group]["params"][order]
-        original(model_param, {"step": adam.state[main_param]["step"], **tensors})
-
-    return set_states

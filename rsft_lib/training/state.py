@@ -1,6 +1,5 @@
-"""What a run consists of at one moment, and its checkpoints: `iter_0000000` folders that are whole or absent."""
+"""What a run consists of at one moment, and what of it a checkpoint holds."""
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,81 +9,89 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from rsft_lib.artifact import publish, read_manifest
-from rsft_lib.checkpoint.sharded import SHARDING, set_weights, sharded_weights
+from rsft_lib.artifact import read_manifest
+from rsft_lib.checkpoint.sharded import SHARDING, load_weights, set_weights, sharded_weights
+from rsft_lib.data.spans import Control
+from rsft_lib.model.gpt import ResponseModel
 from rsft_lib.training.config import SHAPES_THE_RUN
-from rsft_lib.training.optimizer import allocate_moments, load_optimizer_state
+
+# Optimizer states are gathered through the CPU: through the GPU it would need as much memory again as they have.
+LAYOUT = {**SHARDING, "distrib_optim_fully_reshardable_mem_efficient": True}
 
 
 @dataclass
 class TrainState:
     """This rank's part of the model, its optimizer and schedule, and how many steps are done."""
 
-    model: DistributedDataParallel
+    chunks: list[DistributedDataParallel]
+    """One, or several groups of layers where pipeline stages interleave."""
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     iteration: int = 0
 
+    def watch(self, control: Control | None) -> None:
+        """Have the model report the probability of the modes' control tokens wherever it is trained."""
+        for chunk in self.chunks:
+            model = chunk
+            while not isinstance(model, ResponseModel):
+                model = model.module
+            model.watched = control.modes if control else ()
+
+
+def content(state: TrainState, *, loading: bool = False) -> dict:
+    """Everything that a checkpoint holds, each tensor with its place in the whole model.
+
+    Nothing in training draws random numbers; the state of the generator is kept for who adds something that does.
+    """
+    for chunk in state.chunks:
+        chunk.start_param_sync(force_sync=True)  # others' updates may not have come yet where gathering overlaps
+    weights = {f"model{number}": sharded_weights(chunk.module) for number, chunk in enumerate(state.chunks)}
+    return {
+        **(weights if len(weights) > 1 else {"model": weights["model0"]}),
+        "optimizer": state.optimizer.sharded_state_dict(
+            weights if len(weights) > 1 else weights["model0"], is_loading=loading, metadata=LAYOUT
+        ),
+        "iteration": state.iteration,
+        "rng": torch.get_rng_state(),
+    }
+
+
+def start(state: TrainState, checkpoint: Path) -> None:
+    """Begin a run with the weights of a checkpoint."""
+    for chunk in state.chunks:
+        load_weights(chunk.module, checkpoint)
+
 
 def load(state: TrainState, checkpoint: Path) -> None:
     """Continue from a checkpoint of a run, saved at any parallel layout."""
-    model = sharded_weights(state.model.module)
-    allocate_moments(state.optimizer)
-    wanted = {
-        "model": model,
-        "optimizer": state.optimizer.sharded_state_dict(model, is_loading=True, metadata=SHARDING),
-    }
-    loaded = dist_checkpointing.load(wanted, str(checkpoint))
-    set_weights(state.model.module, loaded["model"])
-    load_optimizer_state(state.optimizer, loaded["optimizer"])
+    loaded = dist_checkpointing.load(content(state, loading=True), str(checkpoint))
+    for number, chunk in enumerate(state.chunks):
+        set_weights(chunk.module, loaded["model" if len(state.chunks) == 1 else f"model{number}"])
+    state.optimizer.load_state_dict(loaded["optimizer"])
+    torch.set_rng_state(loaded["rng"])
     state.iteration = loaded["iteration"]
     state.scheduler.step(increment=state.iteration)
-
-
-def save(state: TrainState, output: Path, model_config: Path, facts: dict) -> Path:
-    """Write `iter_NNNNNNN` under `output`, all ranks together; it appears under that name only when whole."""
-    final = output / f"iter_{state.iteration:07d}"
-    temporary = final.with_name(f".{final.name}.tmp")
-    if _rank_0():
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    torch.distributed.barrier()
-    model = sharded_weights(state.model.module)
-    content = {
-        "model": model,
-        "optimizer": state.optimizer.sharded_state_dict(model, metadata=SHARDING),
-        "iteration": state.iteration,
-    }
-    dist_checkpointing.save(content, str(temporary), content_metadata=SHARDING)
-    torch.distributed.barrier()
-    if _rank_0():
-        shutil.copyfile(model_config, temporary / "config.json")
-        publish(temporary, final, {"made_by": "train", "iteration": state.iteration, **facts})
-    torch.distributed.barrier()
-    return final
 
 
 def refuse_another_run(checkpoint: Path, facts: dict) -> None:
     """A run may be continued only with the settings and the data it began with.
 
+    Args:
+        facts: as in the checkpoint's manifest: `config`, and `data`, what is known of the tokenized data.
+
     Raises:
         ValueError: with every difference.
     """
-    before, now = read_manifest(checkpoint), facts
+    before = read_manifest(checkpoint)
+    old, new = ({f"data: {key}": value for key, value in f["data"].items()} for f in (before, facts))
+    old |= {name: before["config"].get(name) for name in SHAPES_THE_RUN}
+    new |= {name: facts["config"][name] for name in SHAPES_THE_RUN}
     differences = [
-        f"{name}: was {before['config'][name]!r}, now {now['config'][name]!r}"
-        for name in SHAPES_THE_RUN
-        if before["config"][name] != now["config"][name]
+        f"{name}: was {old.get(name)!r}, now {value!r}" for name, value in new.items() if old.get(name) != value
     ]
-    if before["data_sha256"] != now["data_sha256"]:
-        differences.append("data: the tokenized data has changed")
     if differences:
         listed = "\n  ".join(differences)
         raise ValueError(
             f"{checkpoint} belongs to another run:\n  {listed}\n"
             "Set these back to continue it, or choose another output folder for a new run."
         )
-
-
-def _rank_0() -> bool:
-    return torch.distributed.get_rank() == 0

@@ -16,14 +16,21 @@ from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.loop import train
 
 
+def run(config: TrainConfig) -> None:
+    """Train as the rank that torchrun's environment says."""
+    config.data_parallel(int(os.environ["WORLD_SIZE"]))
+    with ranks(
+        config.tensor_parallel, config.pipeline_parallel, config.seed,
+        context_parallel_size=config.context_parallel, virtual_pipeline_size=config.virtual_pipeline,
+    ):  # fmt: skip
+        train(config)
+
+
 @record
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", type=Path, required=True, help="JSON file with the fields of TrainConfig")
-    config = TrainConfig.from_json(parser.parse_args().config)
-    config.data_parallel(int(os.environ["WORLD_SIZE"]))
-    with ranks(config.tensor_parallel, config.pipeline_parallel, config.seed):
-        train(config)
+    parser.add_argument("--config", type=Path, required=True, help="JSON or YAML file with the fields of TrainConfig")
+    run(TrainConfig.from_file(parser.parse_args().config))
 
 
 if __name__ == "__main__":

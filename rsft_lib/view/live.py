@@ -32,10 +32,12 @@ class LiveRun:
             sys.stdout.flush()
 
     def _text(self, record: dict) -> str:
-        return (
+        text = (
             f"step {record['iteration']}/{self.train_iters}  loss {record['loss']:.3f}  "
             f"{record['tokens_per_second']:,.0f} tokens/s"
         )
+        text += f"  MFU {record['mfu']:.1%}" if "mfu" in record else ""
+        return text + "".join(f"  ALARM: {alarm}" for alarm in record.get("alarms", []))
 
     def __repr__(self) -> str:
         records = read_metrics(self.run)

@@ -1,0 +1,289 @@
+"""Training on one GPU: speed, memory and learning, beside the floor and beside peers, all in one run.
+
+    RSFT_REAL_DATA=FOLDER python benchmarks/train_gpu.py --output OUT [--sections floor bf16 ...]
+
+The model is DeepSeek-R1-Distill-Qwen-1.5B's shape with random weights; packs of 16,384 tokens are filled with the real
+traces in RSFT_REAL_DATA; an optimizer step has 8 micro-batches. Each section runs in a process of its own and leaves
+OUT/<section>.json; the table at the end is made from those. What was tried and what it gave is in NOTES.md.
+"""
+
+import argparse
+import gc
+import gzip
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from rsft_lib.data.hybrid import build_hybrid
+from rsft_lib.data.packed import PackedDataset
+from rsft_lib.data.store import TokenStore
+from rsft_lib.data.tokenize import tokenize
+from rsft_lib.model.config import read_config
+from rsft_lib.ranks import ranks
+from rsft_lib.tokenizer import patch_tokenizer
+from rsft_lib.training.batches import Loader
+from rsft_lib.training.build import build_state
+from rsft_lib.training.config import TrainConfig
+from rsft_lib.training.flops import training_flops
+from rsft_lib.training.loop import update
+from rsft_lib.training.presets import PRESETS
+from rsft_lib.training.state import TrainState
+from rsft_lib.training.tally import trained_tokens, weight_sum
+
+sys.path.insert(0, str(Path(__file__).parent))  # the modules beside this one
+
+LENGTH, MICRO_BATCHES, PEAK, GIB = 16_384, 8, 989e12, 2**30
+WARM, STEPS = 2, 4
+
+
+def make_inputs(folder: Path) -> None:
+    """Tokenized traces, and tokenized traces with short answers, from the real files; once."""
+    if (folder / "ready").exists():
+        return
+    real = Path(os.environ["RSFT_REAL_DATA"])
+    model = real / "tokenizers" / "r1-distill-qwen"
+    patch_tokenizer(model, folder / "tokenizer", {"<|quad_start|>": "<short>"})
+    with gzip.open(real / "data" / "long_planbench_r1.jsonl.gz", "rb") as file:
+        (folder / "long.jsonl").write_bytes(file.read())
+    (folder / "short.jsonl").write_bytes((real / "data" / "short_gsm8k_train.jsonl").read_bytes())
+    build_hybrid(folder / "long.jsonl", folder / "short.jsonl", folder / "hybrid", held_out=0.01, seed=1)
+    tokenize(folder / "long.jsonl", folder / "tokenizer", folder / "traces", max_length=LENGTH + 1)
+    tokenize(folder / "hybrid" / "train.jsonl", folder / "tokenizer", folder / "mix", max_length=8193)
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_bytes((model / "config.json").read_bytes())
+    (folder / "ready").touch()
+
+
+def settings(folder: Path, **changes) -> TrainConfig:
+    given = {"checkpoint": str(folder / "model"), "data": str(folder / "traces"), "output": str(folder / "run")}
+    return TrainConfig(**{**given, "global_batch_size": MICRO_BATCHES, "warmup_fraction": 0.0, **changes})
+
+
+@torch.no_grad()
+def randomize(state: TrainState, seed: int = 0) -> None:
+    """Weights as a fresh model has them: norms 1, the rest normal with deviation 0.02."""
+    torch.manual_seed(seed)
+    for chunk in state.chunks:
+        for name, weight in chunk.named_parameters():
+            if "norm" in name:
+                weight.fill_(1.0)
+            elif name.endswith("bias"):
+                weight.zero_()
+            else:
+                weight.normal_(0.0, 0.02)
+
+
+def measure(config: TrainConfig, steps: int = STEPS, single: bool = False) -> dict:
+    """Median time of a step and the peak memory of a training with `config`, always on the packs of `usual_step`.
+
+    Args:
+        single: whether each pack counts as one sample, padding and all, as attention without packing has it.
+    """
+    hf = read_config(config.checkpoint)
+    data = PackedDataset(TokenStore(config.data), config.seq_length, 0, packing=config.packing)
+    if single:
+        data._parts = lambda index: [tuple(map(_joined, zip(*PackedDataset._parts(data, index), strict=True)))]
+    torch.cuda.reset_peak_memory_stats()
+    state = build_state(config, Path(config.checkpoint))
+    randomize(state)
+    gc.freeze()  # as the training loop does
+    packs, loader = usual_step(data), Loader(data, config)
+    seconds, rates, losses, trained = [], [], [], []
+    for _ in range(WARM + steps):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        counts = update(state, loader, packs, packs).counts
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+        squares = config.seq_length**2 * len(packs) if single else sum(map(data.cost, packs))
+        rates.append(training_flops(hf, config.global_batch_size * config.seq_length, squares) / seconds[-1])
+        losses.append(counts[0] / weight_sum(counts))
+        trained.append(trained_tokens(counts) / seconds[-1])
+        state.scheduler.step(increment=1)
+    step = statistics.median(seconds[WARM:])
+    return {
+        "ms_per_micro_batch": 1000 * step / MICRO_BATCHES,
+        "epoch_s": len(data) * step / MICRO_BATCHES,
+        "spread_ms": 1000 * (max(seconds[WARM:]) - min(seconds[WARM:])) / MICRO_BATCHES,
+        "tokens_per_second": config.global_batch_size * config.seq_length / step,
+        "trained_tokens_per_second": statistics.median(trained[WARM:]),
+        "mfu": statistics.median(rates[WARM:]) / PEAK,
+        "peak_gib": torch.cuda.max_memory_allocated() / GIB,
+        "reserved_gib": torch.cuda.max_memory_reserved() / GIB,
+        "losses": losses,
+    }
+
+
+def _joined(column):
+    import numpy
+
+    return numpy.concatenate(column)
+
+
+def usual_step(data: PackedDataset) -> list[int]:
+    """The packs of the step whose attention costs nearest to the mean of all: every section is timed on these."""
+    steps = [data.step(number, MICRO_BATCHES) for number in range(len(data) // MICRO_BATCHES)]
+    mean = sum(map(data.cost, range(len(data)))) / len(data) * MICRO_BATCHES
+    return min(steps, key=lambda packs: abs(sum(map(data.cost, packs)) - mean))
+
+
+def ours(preset: str = "r1-1.5b", **changes):
+    def section(folder: Path, output: Path) -> dict:
+        with ranks():
+            return measure(settings(folder, **{**PRESETS[preset], **changes}))
+
+    return section
+
+
+def padded(folder: Path, output: Path) -> dict:
+    """Every sample padded to 16,384 and attended to with its padding: the original's way."""
+    with ranks():
+        return measure(settings(folder, packing=False), steps=3, single=True)
+
+
+def floor(folder: Path, output: Path) -> dict:
+    from gpu_floor import floor
+
+    return floor(folder / "model", folder / "traces")
+
+
+def head(folder: Path, output: Path) -> dict:
+    from gpu_floor import loss_heads
+
+    return loss_heads(folder / "model")
+
+
+def profile(folder: Path, output: Path) -> dict:
+    """Where the GPU's time goes in one step, by kernel, in OUT/profile.txt."""
+    config = settings(folder)
+    with ranks():
+        data = PackedDataset(TokenStore(config.data), config.seq_length, 0)
+        state = build_state(config, Path(config.checkpoint))
+        randomize(state)
+        packs, loader = usual_step(data), Loader(data, config)
+
+        update(state, loader, packs, packs)
+        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profiler:
+            update(state, loader, packs, packs)
+            torch.cuda.synchronize()
+    kernels = [event for event in profiler.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
+    kernels.sort(key=lambda event: -event.self_device_time_total)
+    lines = [
+        f"{event.self_device_time_total / 1000 / MICRO_BATCHES:9.3f} ms {event.count:6d}  {event.key[:150]}"
+        for event in kernels[:60]
+    ]
+    (output / "profile.txt").write_text("\n".join(lines) + "\n")
+    return {"gpu_ms_per_micro_batch": sum(event.self_device_time_total for event in kernels) / 1000 / MICRO_BATCHES}
+
+
+def liger(checkpointing: bool):
+    def section(folder: Path, output: Path) -> dict:
+        from gpu_peers import measure_liger
+
+        return measure_liger(folder / "model", folder / "traces", checkpointing, MICRO_BATCHES)
+
+    return section
+
+
+def agreement(folder: Path, output: Path) -> dict:
+    from gpu_peers import agreement
+
+    return agreement(folder / "model", folder / "mix")
+
+
+def learning(kind: str):
+    def section(folder: Path, output: Path) -> dict:
+        from gpu_learning import learn
+
+        return learn(kind, folder, output)
+
+    return section
+
+
+SECTIONS = {
+    "floor": floor,
+    "head": head,
+    "profile": profile,
+    "bf16": ours(),
+    "saving": ours("r1-1.5b-saving"),
+    "smallest": ours("r1-1.5b-smallest"),
+    "fp8-delayed": ours(precision="fp8", fp8_recipe="delayed"),
+    "fp8-tensorwise": ours(precision="fp8", fp8_recipe="tensorwise"),
+    "fp8-blockwise": ours(precision="fp8", fp8_recipe="blockwise"),
+    "torch": ours(backend="torch"),
+    "padded": padded,
+    "liger": liger(checkpointing=False),
+    "liger-checkpointing": liger(checkpointing=True),
+    "agreement": agreement,
+    "learn-ours": learning("ours"),
+    "learn-fp8": learning("fp8"),
+    "learn-transformers": learning("transformers"),
+}
+
+
+def start_section(name: str, inputs: Path, output: Path) -> subprocess.Popen:
+    """A process that takes the GPU's memory with it when it ends; it imports, and waits for a line before it begins."""
+    command = [sys.executable, __file__, "--output", str(output), "--inputs", str(inputs), "--here", "--sections", name]
+    environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **os.environ}  # as `launch` sets it
+    with (output / f"{name}.log").open("w") as log:
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=environment)
+
+
+def run_sections(names: list[str], inputs: Path, output: Path) -> None:
+    """Run sections one after the other, while the next one's process imports what it needs."""
+    upcoming = start_section(names[0], inputs, output)
+    for name, following in zip(names, [*names[1:], None], strict=True):
+        process, began = upcoming, time.time()
+        upcoming = start_section(following, inputs, output) if following else None
+        process.communicate(b"go\n")
+        print(f"{name}: {time.time() - began:.0f} s{'  FAILED' if process.returncode else ''}", flush=True)
+
+
+def table(output: Path) -> str:
+    """The results side by side."""
+    read = {path.stem: json.loads(path.read_text()) for path in output.glob("*.json")}
+    lowest = read.get("floor", {}).get("total_ms")
+    lines = [f"{'':20}{'ms':>8}{'/floor':>8}{'MFU':>7}{'GiB':>7}{'tokens/s':>10}{'trained/s':>10}"]
+    for name, found in read.items():
+        if "ms_per_micro_batch" in found:
+            over = f"{found['ms_per_micro_batch'] / lowest:8.3f}" if lowest else " " * 8
+            lines.append(
+                f"{name:20}{found['ms_per_micro_batch']:8.1f}{over}{found['mfu']:7.3f}{found['peak_gib']:7.1f}"
+                f"{found['tokens_per_second']:10,.0f}{found['trained_tokens_per_second']:10,.0f}"
+            )
+        else:
+            told = {k: v for k, v in found.items() if not isinstance(v, list)}
+            lines.append(f"{name:20}{json.dumps(told)[:1500]}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder for results")
+    parser.add_argument("--inputs", type=Path, help="folder for tokenized inputs; in OUTPUT by default")
+    parser.add_argument("--sections", nargs="*", default=list(SECTIONS), choices=list(SECTIONS))
+    parser.add_argument("--here", action="store_true", help="run them in this process, after a line of input")
+    arguments = parser.parse_args()
+    inputs = (arguments.inputs or arguments.output / "inputs").resolve()
+    inputs.mkdir(parents=True, exist_ok=True)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    make_inputs(inputs)
+    output = arguments.output.resolve()
+    if arguments.here:
+        sys.stdin.readline()
+        for name in arguments.sections:
+            (output / f"{name}.json").write_text(json.dumps(SECTIONS[name](inputs, output), indent=1))
+    else:
+        run_sections(arguments.sections, inputs, output)
+        print(table(output))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""AdamW that keeps no second copy of the weights.
+
+A bf16 weight and the 16 bits that it leaves of a float32 are that float32 exactly, so the master copy costs two bytes a
+weight and not four, and the update reads and writes every number once. `megatron.core`'s distributed optimizer holds
+it as it would Transformer Engine's FusedAdam, whose 16-bit moments take a float32 copy of all of them at every step.
+Update: Loshchilov and Hutter, https://arxiv.org/abs/1711.05101, as torch.optim.AdamW does it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+MASTER = "master_param"  # megatron-core's name; here what a bf16 weight leaves of its float32, int16
+
+
+@dataclass(frozen=True)
+class Update:
+    """The numbers of one step: of a gradient g * `scale`, moments decayed by `beta1` and `beta2`."""
+
+    lr: float
+    weight_decay: float
+    beta1: float
+    beta2: float
+    eps: float
+    step: int
+    scale: float
+
+
+class AdamW:
+    """Weights are float32 or bf16; gradients, float32 or bf16, are `grad`, or `decoupled_grad` of bf16 weights."""
+
+    def __init__(self, groups: list[dict], betas: tuple[float, float], eps: float, moments: torch.dtype):
+        self.param_groups, self.betas, self.eps = groups, betas, eps
+        self.state: dict[Tensor, dict[str, Tensor]] = {}
+        self.steps, self.scale = 0, 1.0
+        for weight in self._weights():
+            state = {name: torch.zeros_like(weight, dtype=moments) for name in MOMENTS}
+            if weight.dtype == torch.bfloat16:
+                state[MASTER] = torch.zeros_like(weight, dtype=torch.int16)
+            self.state[weight] = state
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One update with gradients times `scale`."""
+        self.steps += 1
+        for group in self.param_groups:
+            update = Update(group["lr"], group["weight_decay"], *self.betas, self.eps, self.steps, self.scale)
+            for weight in group["params"]:
+                grad = weight.decoupled_grad if weight.dtype == torch.bfloat16 else weight.grad
+                state = self.state[weight]
+                adamw_(weight, state.get(MASTER), grad, state["exp_avg"], state["exp_avg_sq"], update)
+
+    def _weights(self) -> list[Tensor]:
+        return [weight for group in self.param_groups for weight in group["params"]]
+
+    # What megatron-core's distributed optimizer calls to save and load. Tensors go by the two functions below; the
+    # step is asked for in either of the places where torch's AdamW and Transformer Engine's have it.
+
+    def state_dict(self) -> dict:
+        numbers = iter(range(len(self._weights())))
+        groups = [
+            {**group, "params": [next(numbers) for _ in group["params"]], "step": self.steps}
+            for group in self.param_groups
+        ]
+        return {"state": {0: {"step": torch.tensor(float(self.steps))}}, "param_groups": groups}
+
+    def load_state_dict(self, loaded: dict) -> None:
+        for group, saved in zip(self.param_groups, loaded["param_groups"], strict=True):
+            group.update({name: value for name, value in saved.items() if name not in ("params", "step")})
+            self.steps = int(saved["step"])
+
+    def get_unscaled_state(self, weight: Tensor, name: str) -> Tensor:
+        """A state as float32; of MASTER the whole weight."""
+        value = self.state[weight][name]
+        return join(weight, value) if name == MASTER else value.float()
+
+    def set_scaled_state(self, weight: Tensor, name: str, value: Tensor) -> None:
+        """Set a state from float32; with MASTER the weight too."""
+        if name == MASTER:
+            split_(value.to(weight.device), weight, self.state[weight][name])
+        else:
+            self.state[weight][name].copy_(value)
+
+
+def adamw_(weight: Tensor, rest: Tensor | None, grad: Tensor, first: Tensor, second: Tensor, update: Update) -> None:
+    """One AdamW step of one tensor, computed in float32: all but `grad` change in place.
+
+    Args:
+        weight: float32, or bf16 with `rest` int16, what it leaves of its float32.
+        first, second: the moments, float32 or bf16.
+    """
+    if weight.is_cuda:
+        from rsft_lib.training.adam_kernel import adamw_  # triton is there only with CUDA
+
+        return adamw_(weight, rest, grad, first, second, update)
+    grad = grad.float() * update.scale
+    mean = first.float().lerp_(grad, 1 - update.beta1)
+    square = second.float().mul_(update.beta2).addcmul_(grad, grad, value=1 - update.beta2)
+    first.copy_(mean)
+    second.copy_(square)
+    whole = weight if rest is None else join(weight, rest)
+    denominator = (square / (1 - update.beta2**update.step)).sqrt_().add_(update.eps)
+    whole.mul_(1 - update.lr * update.weight_decay)
+    whole.addcdiv_(mean, denominator, value=-update.lr / (1 - update.beta1**update.step))
+    if rest is not None:
+        split_(whole, weight, rest)
+
+
+def join(weight: Tensor, rest: Tensor) -> Tensor:
+    """The float32 of which `split_` made a bf16 and an int16."""
+    return ((weight.view(torch.int16).int() << 16) + rest.int()).view(torch.float32)
+
+
+def split_(whole: Tensor, weight: Tensor, rest: Tensor) -> None:
+    """Round float32 to the nearest bf16, ties away from zero, and keep in int16 what is missing of its bits."""
+    bits = whole.contiguous().view(torch.int32)
+    upper = (bits + 0x8000) >> 16
+    weight.view(torch.int16).copy_(upper)
+    rest.copy_(bits - (upper << 16))

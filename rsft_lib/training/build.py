@@ -1,0 +1,123 @@
+"""This rank's part of a run: model, optimizer and schedule, as the settings say."""
+
+from pathlib import Path
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import Float16Module
+from transformers import PretrainedConfig
+
+from rsft_lib.host import device
+from rsft_lib.model.config import read_config, transformer_config
+from rsft_lib.model.gpt import build_model, resolve_backend
+from rsft_lib.training.config import TrainConfig
+from rsft_lib.training.optimizer import build_optimizer, build_schedule
+from rsft_lib.training.state import TrainState
+
+
+def build_state(config: TrainConfig, checkpoint: Path) -> TrainState:
+    """This rank's chunks of the model with gradient buffers, its share of the optimizer, and the schedule."""
+    hf = read_config(checkpoint)
+    refuse_misfit(config, hf)
+    mcore = model_settings(config, hf)
+    stages = range(config.virtual_pipeline) if config.virtual_pipeline > 1 else [None]
+    chunks = [_wrapped(config, mcore, hf, stage) for stage in stages]
+    # Our own optimizer step divides by the batch's weights, so megatron-core must not divide by its count of tokens.
+    mcore.finalize_model_grads_func = lambda model, num_tokens, **rest: finalize_model_grads(model, None, **rest)
+    mcore.grad_scale_func = None
+    if chunks[0].ddp_config.overlap_grad_reduce:
+        mcore.no_sync_func = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync
+    optimizer = build_optimizer(config, chunks)
+    return TrainState(chunks, optimizer, build_schedule(config, optimizer))
+
+
+def model_settings(config: TrainConfig, hf: PretrainedConfig) -> TransformerConfig:
+    """The architecture of `hf` with what the run decides."""
+    low = config.precision != "fp32"
+    dtype = torch.bfloat16 if low else torch.float32
+    backend = resolve_backend(config.backend)
+    if config.precision == "fp8" and backend != "te":
+        raise ValueError("precision 'fp8' needs a CUDA GPU and transformer-engine; choose 'bf16'")
+    return transformer_config(
+        hf,
+        tensor_model_parallel_size=config.tensor_parallel,
+        pipeline_model_parallel_size=config.pipeline_parallel,
+        **_interleaving(config),
+        context_parallel_size=config.context_parallel,
+        sequence_parallel=config.sequence_parallel,
+        pipeline_dtype=dtype,
+        params_dtype=dtype,
+        bf16=low,
+        calculate_per_token_loss=True,
+        **_recompute(config),
+        **_fp8(config),
+    )
+
+
+def _interleaving(config: TrainConfig) -> dict:
+    if config.virtual_pipeline == 1:
+        return {}
+    # One by one: sent in batches, what two stages exchange in both directions at once would be taken for each other.
+    return {
+        "virtual_pipeline_model_parallel_size": config.virtual_pipeline,
+        "overlap_p2p_comm": True,
+        "batch_p2p_comm": False,
+    }
+
+
+def _recompute(config: TrainConfig) -> dict:
+    if config.recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if config.recompute == "selective":
+        # Our own layers go by the first alone; the modules are for Transformer Engine's.
+        modules = ["mlp"] if config.precision == "fp8" else []
+        return {"recompute_granularity": "selective", "recompute_modules": modules}
+    return {}
+
+
+def _fp8(config: TrainConfig) -> dict:
+    if config.precision != "fp8":
+        return {}
+    return {"fp8": "hybrid", "fp8_recipe": config.fp8_recipe}
+
+
+def _wrapped(config: TrainConfig, mcore: TransformerConfig, hf: PretrainedConfig, stage: int | None):
+    model = build_model(hf, mcore, resolve_backend(config.backend), config.seq_length, stage).to(device())
+    overlap = config.overlap and config.data_parallel(torch.distributed.get_world_size()) * config.context_parallel > 1
+    ddp = DistributedDataParallelConfig(
+        use_distributed_optimizer=True,
+        grad_reduce_in_fp32=config.gradients == "fp32",
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=overlap,
+        check_for_nan_in_grad=False,  # the norm tells, before anything is updated
+    )
+    model = Float16Module(mcore, model) if config.precision != "fp32" else model
+    return DistributedDataParallel(mcore, ddp, model, disable_bucketing=bool(stage))
+
+
+def refuse_misfit(config: TrainConfig, hf: PretrainedConfig) -> None:
+    """Compare the settings with the model.
+
+    Raises:
+        ValueError: the model cannot be split that way.
+    """
+    groups, layers = hf.num_key_value_heads, hf.num_hidden_layers
+    if groups % config.tensor_parallel and config.tensor_parallel % groups:
+        raise ValueError(
+            f"{groups} key-value heads of the model and tensor_parallel {config.tensor_parallel} do not divide"
+        )
+    if hf.num_attention_heads % config.tensor_parallel:
+        raise ValueError(
+            f"the model's {hf.num_attention_heads} heads do not divide by tensor_parallel {config.tensor_parallel}"
+        )
+    parts = config.pipeline_parallel * config.virtual_pipeline
+    if layers % parts:
+        by_virtual = f" x virtual_pipeline {config.virtual_pipeline}" if config.virtual_pipeline > 1 else ""
+        raise ValueError(
+            f"the model's {layers} layers do not divide by pipeline_parallel {config.pipeline_parallel}{by_virtual}"
+        )

@@ -1,0 +1,150 @@
+"""What a run will take, told before it starts: parameters, memory, disk, steps, time."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from transformers import PretrainedConfig
+
+from rsft_lib.host import gpu
+from rsft_lib.model.config import head_dim, read_config
+from rsft_lib.model.head import CHUNK
+from rsft_lib.paths import existing, resolve
+from rsft_lib.training.build import refuse_misfit
+from rsft_lib.training.config import TrainConfig
+from rsft_lib.training.datasets import Datasets, open_datasets
+from rsft_lib.training.flops import matmul_parameters, parameters, peak_flops, training_flops
+
+EXPECTED_MFU = 0.45  # what a run on GPUs is reckoned with; ours reach 0.5 and more with packs of 16,384
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that one rank needs, by what they hold; an estimate from shapes, without fragmentation and CUDA's own."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    loss: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.loss
+
+
+def preflight(config: TrainConfig, nproc: int) -> str:
+    """Describe a run on `nproc` ranks of this machine.
+
+    Raises:
+        FileNotFoundError: a folder is missing.
+        ValueError: the settings do not go together, or not with the model or the data.
+    """
+    config.data_parallel(nproc)
+    return describe(config, read_config(existing(config.checkpoint, "checkpoint")), open_datasets(config), nproc)
+
+
+def describe(config: TrainConfig, hf: PretrainedConfig, data: Datasets, ranks: int) -> str:
+    """The lines that `preflight` gives, and the log of a run begins with."""
+    refuse_misfit(config, hf)
+    config = config.for_packs(len(data.train))
+    per_epoch = len(data.train) / config.global_batch_size
+    lines = {
+        "model": f"{parameters(hf):,} parameters, {matmul_parameters(hf):,} of them in products",
+        "ranks": _layout(config, ranks),
+        "memory": _memory_line(config, hf, ranks),
+        "step": f"{config.global_batch_size * config.seq_length:,} tokens in {config.global_batch_size} packs",
+        "epoch": f"{per_epoch:,.1f} steps of {len(data.train):,} packs",
+        "run": f"{config.train_iters:,} steps, {config.train_iters / per_epoch:,.1f} epochs",
+        "checkpoint": _checkpoint_line(config, hf),
+        "time": _time_line(config, hf, data, ranks),
+    }
+    return "\n".join(f"{name:<12}{text}" for name, text in lines.items())
+
+
+def memory(config: TrainConfig, hf: PretrainedConfig, ranks: int) -> Memory:
+    """What the fullest rank needs: the first pipeline stage, or the last where the loss is more."""
+    tensor, pipeline, context = config.tensor_parallel, config.pipeline_parallel, config.context_parallel
+    ends = 1 if pipeline > 1 or hf.tie_word_embeddings else 2  # embedding and output layer on one rank
+    layers = matmul_parameters(hf) - hf.vocab_size * hf.hidden_size
+    held = (layers / pipeline + ends * hf.vocab_size * hf.hidden_size) / tensor
+    low = config.precision != "fp32"
+    moments = 2 * (2 if config.moments == "bf16" else 4)
+    shards = config.data_parallel(ranks) * context
+    width = 2 if low else 4
+    tokens = config.seq_length * config.micro_batch_size / context
+    vocabulary = hf.vocab_size / tensor
+    return Memory(
+        weights=held * width,
+        gradients=held * (2 if config.gradients == "bf16" else 4),
+        optimizer=held * (moments + (2 if low else 0)) / shards,
+        activations=_activations(config, hf) * tokens * width,
+        loss=min(CHUNK, tokens) * vocabulary * width + 2 * tokens * hf.hidden_size * width,
+    )
+
+
+def _activations(config: TrainConfig, hf: PretrainedConfig) -> float:
+    """Values per token that a rank keeps for the backward pass, with one layer's gradients."""
+    heads, groups, width = hf.num_attention_heads, hf.num_key_value_heads, head_dim(hf)
+    across = config.tensor_parallel if config.sequence_parallel else 1
+    hidden, inner = hf.hidden_size / across, 2 * hf.intermediate_size / config.tensor_parallel
+    attention = 2 * (heads + groups) * width / config.tensor_parallel
+    layer = {"none": 2 * hidden + attention + inner, "selective": 2 * hidden + attention, "full": hidden}
+    kept = layer[config.recompute] * hf.num_hidden_layers / config.pipeline_parallel
+    waiting = config.pipeline_parallel * (1 + (config.virtual_pipeline > 1))  # micro-batches before the first returns
+    live = 1.5 * inner + 4 * hidden
+    return (
+        kept * (waiting if config.pipeline_parallel > 1 else 1)
+        + live
+        + (layer["none"] if config.recompute == "full" else 0)
+    )
+
+
+def _layout(config: TrainConfig, ranks: int) -> str:
+    sizes = {
+        "tensor": config.tensor_parallel, "pipeline": config.pipeline_parallel, "context": config.context_parallel,
+        "data": config.data_parallel(ranks),
+    }  # fmt: skip
+    return f"{ranks} = " + " x ".join(f"{size} {name}" for name, size in sizes.items() if size > 1 or name == "data")
+
+
+def _memory_line(config: TrainConfig, hf: PretrainedConfig, ranks: int) -> str:
+    need = memory(config, hf, ranks)
+    parts = ", ".join(f"{name} {getattr(need, name) / GIB:.1f}" for name in need.__dataclass_fields__)
+    if found := gpu():
+        there, what = found[1], "this GPU has"
+    else:
+        there, what = psutil.virtual_memory().total / ranks, "each rank's share of this machine is"
+    fits = (
+        ""
+        if need.total < 0.95 * there
+        else "  TOO LITTLE: see recompute, moments, gradients and the *_parallel settings"
+    )
+    return f"about {need.total / GIB:.1f} GiB a rank ({parts}); {what} {there / GIB:.1f} GiB{fits}"
+
+
+def _checkpoint_line(config: TrainConfig, hf: PretrainedConfig) -> str:
+    # Weights as they are, and for the optimizer the float32 of them and of both moments.
+    size = parameters(hf) * ((4 if config.precision == "fp32" else 2) + 12)
+    kept = -(-config.train_iters // config.save_interval)
+    if config.keep_last:
+        kept = min(kept, config.keep_last + (config.train_iters // config.keep_every if config.keep_every else 0) + 1)
+    free = shutil.disk_usage(_first_that_exists(resolve(config.output))).free
+    fits = "" if size * kept < free else "  TOO LITTLE: see keep_last"
+    return f"{size / GIB:.1f} GiB each, {kept} kept; {free / GIB:,.0f} GiB free in {config.output}{fits}"
+
+
+def _first_that_exists(folder: Path) -> Path:
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
+def _time_line(config: TrainConfig, hf: PretrainedConfig, data: Datasets, ranks: int) -> str:
+    peak = peak_flops()
+    if peak is None:
+        return "unknown for this device until the first steps are done"
+    share = config.global_batch_size / len(data.train)
+    flops = training_flops(hf, config.global_batch_size * config.seq_length, sum(data.train.costs) * share)
+    step = flops / (peak * EXPECTED_MFU * ranks)
+    return f"about {step:.1f} s a step, {step * config.train_iters / 3600:.1f} hours at an MFU of {EXPECTED_MFU:.0%}"

@@ -1,0 +1,127 @@
+"""Kill a run at random moments and let it go on, again and again: python tests/killing.py --kills 200
+
+Whatever the moment, the run must come back from a whole checkpoint and end as the one that was left alone: the same
+weights, optimizer states, metrics and samples, bit for bit.
+"""
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import forked
+import torch
+from support import all_tensors, random_store, settings, tiny_model
+
+from rsft_lib.artifact import MANIFEST, newest
+from rsft_lib.checkpoint.convert import convert
+from rsft_lib.training.config import TrainConfig
+from rsft_lib.training.loop import read_ended
+from rsft_lib.training.metrics import read_metrics
+
+MEASURED = ("seconds", "tokens_per_second", "memory_gib")  # beginnings of the names of what no two runs have alike
+RANKS = 2
+
+
+def run_settings(folder: Path, name: str, steps: int) -> TrainConfig:
+    """A run of many short steps that saves often and keeps little; its inputs are made once."""
+    if not (folder / "store").exists():
+        shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+        tiny_model(folder / "hf", **shape)
+        convert(folder / "hf", folder / "megatron")
+        random_store(folder / "store", samples=80, longest=30)
+    return settings(
+        checkpoint=str(folder / "megatron"), data=str(folder / "store"), output=str(folder / name), seq_length=48,
+        global_batch_size=2, train_iters=steps, save_interval=2, keep_last=2, keep_every=10, async_save=True,
+    )  # fmt: skip
+
+
+MOMENTS = {
+    "any": lambda run: True,
+    "writing": lambda run: any(run.glob(".iter_*.tmp/*.distcp")),
+    "finalising": lambda run: any(run.glob(".iter_*.tmp/.metadata")),
+    "naming": lambda run: any(run.glob(f".iter_*.tmp/*{MANIFEST}*")),
+    "removing": lambda run: any(run.glob(".iter_*.old*")),
+}
+
+
+def kill_once(config: TrainConfig, rng: random.Random) -> str:
+    """Start the run, or go on with it, and kill all its ranks at some moment: its name, '' if the run ended first."""
+    run = Path(config.output)
+    processes = forked.start(forked.train_as_rank, RANKS, run / "train.log", config)
+    name = rng.choice(list(MOMENTS))
+    earliest = time.monotonic() + rng.uniform(0, 3.0)
+    while any(process.is_alive() for process in processes):
+        if time.monotonic() > earliest and MOMENTS[name](run):
+            time.sleep(rng.uniform(0, 0.01))
+            for process in processes:
+                os.kill(process.pid, signal.SIGKILL)
+            for process in processes:
+                process.join()
+            return name
+        time.sleep(0.0005)
+    forked.join(processes, run / "train.log")
+    return ""
+
+
+def differences(found: Path, expected: Path) -> list[str]:
+    """In what two finished runs differ."""
+    ours, theirs = all_tensors(newest(found)), all_tensors(newest(expected))
+    problems = [name for name in theirs if not torch.equal(ours[name], theirs[name])]
+    for one, other in zip(read_metrics(found), read_metrics(expected), strict=True):
+        problems += [
+            f"step {other['iteration']}: {key} is {one.get(key)}, expected {value}"
+            for key, value in other.items()
+            if one.get(key) != value and not key.startswith(MEASURED) and not key.endswith("per_second")
+        ]
+    return problems
+
+
+def survive(folder: Path, kills: int, seed: int, steps: int = 60) -> dict[str, int]:
+    """Kill runs `kills` times in all and compare each one that ends: how often each moment was hit.
+
+    Raises:
+        AssertionError: a run ended otherwise than the one that was left alone.
+    """
+    rng, counts, number = random.Random(seed), dict.fromkeys(MOMENTS, 0), 0
+    alone = run_settings(folder, "alone", steps)
+    forked.train(alone, RANKS)
+    while sum(counts.values()) < kills:
+        config = run_settings(folder, f"run{number}", steps)
+        while moment := kill_once(config, rng):
+            counts[moment] += 1
+            if sum(counts.values()) == kills:
+                forked.train(config, RANKS)
+                break
+        run = Path(config.output)
+        assert read_ended(run) == {"reason": "finished", "iteration": steps}
+        assert differences(run, folder / "alone") == []
+        assert sorted(path.name for path in run.glob("iter_*")) == sorted(
+            path.name for path in (folder / "alone").glob("iter_*")
+        )
+        shutil.rmtree(run)
+        number += 1
+    return counts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        counts = survive(Path(folder), arguments.kills, arguments.seed)
+    told = ", ".join(f"{count} {name}" for name, count in counts.items())
+    print(
+        f"{sum(counts.values())} kills ({told}) in {time.monotonic() - began:.0f} s: every run ended bit for bit alike"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

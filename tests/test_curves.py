@@ -1,0 +1,90 @@
+"""What a run tells by mode and span, and how it is drawn: pytest tests/test_curves.py"""
+
+import json
+
+import forked
+import pytest
+from support import random_store, settings, tiny_model
+
+from rsft_lib import demo
+from rsft_lib.checkpoint.convert import convert
+from rsft_lib.data.hybrid import build_hybrid
+from rsft_lib.data.packed import PackedDataset
+from rsft_lib.data.store import TokenStore
+from rsft_lib.data.tokenize import tokenize
+from rsft_lib.tokenizer import load_tokenizer, patch_tokenizer
+from rsft_lib.training.metrics import read_metrics
+from rsft_lib.view.curves import plot_curves
+from rsft_lib.view.live import LiveRun
+from rsft_lib.view.summary import summary
+
+STEPS = 6
+LOSSES = {f"loss_{kind}" for kind in ("mode_think", "mode_short", "span_control", "span_think", "span_answer")}
+CHOICES = {"p_think_when_think", "p_think_when_short", "think_share"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A hybrid of the demo's problems, and a run on it."""
+    folder = tmp_path_factory.mktemp("modes")
+    model = demo.make_model(folder / "model", seed=1)
+    patch_tokenizer(model, folder / "tokenizer", {"<|quad_start|>": "<short>"})
+    convert(model, folder / "megatron")
+    sources = demo.make_sources(folder / "sources", 150, seed=1)
+    build_hybrid(sources / "long.jsonl", sources / "short.jsonl", folder / "hybrid", held_out=0.2, seed=1)
+    for split in ("train", "heldout"):
+        tokenize(folder / "hybrid" / f"{split}.jsonl", folder / "tokenizer", folder / split, max_length=129)
+    config = settings(
+        checkpoint=str(folder / "megatron"), data=str(folder / "train"), eval_data=str(folder / "heldout"),
+        output=str(folder / "run"), seq_length=256, train_iters=STEPS, eval_interval=3, eval_iters=50, lr=2e-3,
+    )  # fmt: skip
+    forked.train(config)
+    return folder
+
+
+def test_losses_and_the_choice_are_told_by_mode_of_the_samples_of_the_step(folder):
+    store, tokenizer = TokenStore(folder / "train"), load_tokenizer(folder / "tokenizer")
+    data, records = PackedDataset(store, 256, seed=1234), read_metrics(folder / "run")
+    assert len(records) == STEPS
+    for number, record in enumerate(records):
+        texts = [tokenizer.decode(store[sample][0]) for sample in data.samples(data.step(number, 4))]
+        thinking = sum("<think>" in text for text in texts)
+        assert thinking + sum("<short>" in text for text in texts) == len(texts)
+        assert record["think_share"] == pytest.approx(thinking / len(texts))
+        for mode, there in (("think", thinking > 0), ("short", thinking < len(texts))):
+            assert (f"loss_mode_{mode}" in record) == (f"p_think_when_{mode}" in record) == there
+        assert record.keys() >= {"loss_span_control", "loss_span_answer", "loss_span_eos"}
+        assert all(0 < value < 1 for name, value in record.items() if name.startswith("p_think"))
+
+
+def test_evaluations_are_told_by_mode(folder):
+    evaluated = [record for record in read_metrics(folder / "run") if "eval_loss" in record]
+    assert [record["iteration"] for record in evaluated] == [3, 6]
+    assert all(record.keys() >= {f"eval_{name}" for name in LOSSES | CHOICES} for record in evaluated)
+
+
+def test_every_picture_of_a_run_has_its_lines(folder, capsys):
+    axes = {axis.get_title().split(",")[0]: axis for axis in plot_curves(folder / "run").axes}
+    by_kind = axes["loss by mode (line) and by span (dots)"]
+    assert {text.get_text() for text in by_kind.get_legend().get_texts()} >= {"<think>", "<short>", "answer", "end"}
+    assert len(axes["probability of <think> against <short>"].lines) == 3
+    assert all(axis.lines for axis in axes.values()) and len(axes) == 6
+    assert "P(<think>)" in summary(folder / "run", {}, folder / "model")
+    live = LiveRun(folder / "run", STEPS)
+    live.poll()
+    assert f"step {STEPS}/{STEPS}  loss" in capsys.readouterr().out
+
+
+def test_data_without_modes_is_drawn_too_and_alarms_are_marked(tmp_path):
+    tiny_model(tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "megatron")
+    store = random_store(tmp_path / "store")
+    run = settings(checkpoint=str(tmp_path / "megatron"), data=str(store), output=str(tmp_path / "run"), train_iters=2)
+    forked.train(run)
+    *before, last = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    last = json.dumps({**json.loads(last), "alarms": ["loss spike"]}) + "\n"
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join([*before, last]))
+    axes = {axis.get_title().split(",")[0]: axis for axis in plot_curves(tmp_path / "run").axes}
+    assert axes["loss by mode (line) and by span (dots)"].texts[0].get_text() == "the data tells no modes"
+    assert [line.get_xdata()[0] for line in axes["loss per trained token"].lines[2:]] == [2]
+    assert "ALARM: loss spike" in repr(LiveRun(tmp_path / "run", 2))

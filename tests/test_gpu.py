@@ -1,0 +1,215 @@
+"""The same arithmetic on a GPU as on a CPU, kernel by kernel and as a whole: pytest tests/test_gpu.py"""
+
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support import random_store, settings, tiny_model
+
+from rsft_lib.artifact import newest, write_json
+from rsft_lib.checkpoint.convert import convert
+from rsft_lib.launch import launch
+from rsft_lib.model import elementwise
+from rsft_lib.model.attention import Packed, TEAttention, TorchAttention, chunks_of, packed, share
+from rsft_lib.model.functions import TensorParallel, add_product_
+from rsft_lib.model.head import Targets, weighted_loss
+from rsft_lib.ranks import ranks
+from rsft_lib.training import adam
+from rsft_lib.training.metrics import MetricsWriter, read_metrics
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+HAS_TE = importlib.util.find_spec("transformer_engine") is not None
+ROWS, WIDTH = 300, 1536
+
+
+def random(*shape: int, dtype=torch.bfloat16) -> torch.Tensor:
+    return torch.randn(*shape).to(dtype)
+
+
+def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
+    found, expected = found.cpu().double(), expected.double()
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def same(function, *arguments, tolerance: float = 4e-3) -> None:
+    """Compare a function of elementwise.py on the GPU with itself on the CPU, in float32 from the same bf16."""
+    wide = [x.float() if isinstance(x, torch.Tensor) and x.dtype == torch.bfloat16 else x for x in arguments]
+    there = [x.cuda() if isinstance(x, torch.Tensor) else x for x in arguments]
+    found, expected = function(*there), function(*wide)
+    for one, other in zip(*[x if isinstance(x, tuple) else (x,) for x in (found, expected)], strict=True):
+        assert apart(one, other) < tolerance, function.__name__
+
+
+def test_every_kernel_computes_what_its_reference_does():
+    x, weight, grad = random(ROWS, WIDTH), random(WIDTH), random(ROWS, WIDTH)
+    same(elementwise.rms_norm, x, weight, 1e-6)
+    rstd = elementwise.rms_norm(x, weight, 1e-6)[1]
+    same(elementwise.scale_rows, x, rstd, weight)
+    same(elementwise.rms_norm_backward, grad, x, rstd, weight)
+    same(elementwise.rms_norm_backward, grad, x, rstd, weight, random(ROWS, WIDTH))
+    same(elementwise.swiglu, random(ROWS, 2 * 8960))
+    same(elementwise.swiglu_backward_, random(ROWS, 8960), random(ROWS, 2 * 8960))
+    angles = torch.rand(ROWS, 64) * 6
+    rotary = torch.stack([angles.cos(), angles.sin()])
+    same(elementwise.rotate, random(ROWS, 2, 8, 128), rotary, 2)
+    same(elementwise.rotate_backward, random(ROWS, 12, 128), random(ROWS, 2, 128), random(ROWS, 2, 128), rotary)
+    logits, labels, weights = 3 * random(64, 151_936), torch.randint(-9000, 160_000, (64,)), torch.rand(64)
+    same(elementwise.log_sum_exp, logits, tolerance=1e-6)
+    same(elementwise.cross_entropy_backward_, logits, elementwise.log_sum_exp(logits), labels, weights)
+
+
+def test_the_loss_head_is_cross_entropy_in_float32_over_the_real_vocabulary():
+    rows, vocabulary = 9000, 151_936
+    with ranks():
+        parallel = TensorParallel(torch.distributed.group.WORLD, sequence=False)
+        hidden = (random(rows, WIDTH) / 8).cuda().requires_grad_()
+        weight = torch.nn.Parameter((random(vocabulary, WIDTH) / 8).cuda())
+        weight.main_grad = torch.zeros_like(weight, dtype=torch.float32)
+        labels, weights = torch.randint(vocabulary, (rows,)).cuda(), torch.rand(rows).cuda()
+        targets = Targets(torch.arange(rows).cuda(), labels, weights)
+        found = weighted_loss(hidden, weight, targets, parallel, vocabulary, watched=(7,))
+        found.total.backward()
+    total, of_weight = 0.0, torch.zeros_like(weight.main_grad)
+    for part in torch.arange(rows).cuda().split(1000):
+        wide = hidden.detach()[part].float()
+        logits = wide @ weight.detach().float().t()
+        probabilities = logits.softmax(-1)
+        total += (-probabilities.gather(1, labels[part, None])[:, 0].log() * weights[part]).sum().item()
+        of_logits = (
+            probabilities.scatter_add_(1, labels[part, None], -torch.ones(len(part), 1).cuda()) * weights[part, None]
+        )
+        assert apart(hidden.grad[part], (of_logits @ weight.detach().float()).cpu()) < 1e-2, part[0]
+        of_weight.addmm_(of_logits.t(), wide)
+    assert found.total.item() == pytest.approx(total, rel=1e-3)
+    assert apart(weight.main_grad, of_weight.cpu()) < 1e-2
+
+
+def test_a_weight_gradient_is_added_in_float32():
+    grad, x, total = random(ROWS, 640), random(ROWS, 256), torch.randn(640, 256)
+    expected = total + grad.float().t() @ x.float()
+    found = total.cuda()
+    add_product_(found, grad.cuda(), x.cuda())
+    assert apart(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adamw_makes_the_same_steps(dtype, moments):
+    whole = torch.randn(5001)
+    states = []
+    for device in ("cpu", "cuda"):
+        weight, rest = whole.clone().to(dtype).to(device), None
+        if dtype == torch.bfloat16:
+            rest = torch.zeros(5001, dtype=torch.int16, device=device)
+            adam.split_(whole.to(device), weight, rest)
+        first, second = (torch.zeros(5001, dtype=moments, device=device) for _ in range(2))
+        torch.manual_seed(0)
+        for step in range(1, 8):
+            grad = torch.randn(5001).to(device)
+            adam.adamw_(weight, rest, grad, first, second, adam.Update(1e-2, 0.1, 0.9, 0.95, 1e-8, step, 0.5))
+        states.append((weight if rest is None else adam.join(weight, rest)).cpu())
+    tolerance = 1e-5 if moments == torch.float32 else 1e-3
+    torch.testing.assert_close(states[1], states[0], atol=tolerance, rtol=tolerance)
+
+
+ENDS = [0, 100, 137, 400, 512]
+ATTENTIONS = [TorchAttention, pytest.param(TEAttention, marks=pytest.mark.skipif(not HAS_TE, reason="no TE"))]
+
+
+def attention(kind: type, context: int = 1):
+    config = SimpleNamespace(
+        context_parallel_size=context, tensor_model_parallel_size=1, num_attention_heads=12, num_query_groups=2,
+        kv_channels=128,
+    )  # fmt: skip
+    return kind(config, 1, None, "self").cuda()
+
+
+@pytest.mark.parametrize("kind", ATTENTIONS)
+def test_attention_and_its_gradients_are_those_of_float32_sample_by_sample(kind):
+    query, key, value, grad = random(512, 12, 128), random(512, 2, 128), random(512, 2, 128), random(512, 12 * 128)
+    results = []
+    for module, device in ((attention(TorchAttention).cpu(), "cpu"), (attention(kind), "cuda")):
+        wide = torch.float32 if device == "cpu" else torch.bfloat16
+        inputs = [x.to(device, wide).requires_grad_() for x in (query, key, value)]
+        output = module(*inputs, packed(ENDS, torch.device(device)))
+        output.backward(grad.to(device, wide))
+        results.append([output, *(x.grad for x in inputs)])
+    for found, expected in zip(results[1], results[0], strict=True):
+        assert apart(found.detach(), expected.detach()) < 1e-2
+
+
+@pytest.mark.parametrize("kind", ATTENTIONS)
+def test_the_parts_of_two_context_parallel_ranks_are_the_whole(kind):
+    query, key, value, grad = (
+        x.cuda() for x in (random(512, 12, 128), random(512, 2, 128), random(512, 2, 128), random(512, 12 * 128))
+    )
+    leaves = [x.requires_grad_() for x in (query, key, value)]
+    whole = attention(kind)(*leaves, packed(ENDS, query.device))
+    whole.backward(grad)
+    expected = [x.grad.clone() for x in leaves]
+    for x in leaves:
+        x.grad = None
+    part = attention(kind, context=2)
+    part._gather = lambda key, value: (key, value)  # every rank is given all of them
+    for rank in range(2):
+        own = [share(x[None], rank, 2)[0] for x in (query, whole, grad)]
+        chunks = (
+            c._replace(query_ends=c.query_ends.cuda(), key_ends=c.key_ends.cuda()) for c in chunks_of(ENDS, rank, 2)
+        )
+        output = part(own[0], key, value, Packed(chunks=tuple(chunks)))
+        assert apart(output.detach(), own[1].detach().cpu()) < 1e-2
+        output.backward(own[2])
+    for x, wanted in zip(leaves, expected, strict=True):
+        assert apart(x.grad, wanted.cpu()) < 1e-2
+
+
+@pytest.fixture(autouse=True)
+def many_can_be_imported(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("inputs")
+    shape = {"hidden_size": 256, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2}
+    tiny_model(folder / "hf", **shape)
+    convert(folder / "hf", folder / "megatron")
+    random_store(folder / "train", samples=120)
+    return {"checkpoint": str(folder / "megatron"), "data": str(folder / "train")}
+
+
+def run(inputs: dict, folder: Path, variants: dict[str, dict]) -> dict[str, list[dict]]:
+    """The metrics of several runs, which one process does one after the other."""
+    paths = []
+    for name, changes in variants.items():
+        given = {"train_iters": 6, "save_interval": 3, "precision": "bf16", "seq_length": 128, **inputs, **changes}
+        paths.append(folder / f"{name}.json")
+        write_json(paths[-1], settings(output=str(folder / name), **given).to_json())
+    launch("many", [str(path) for path in paths], 1, folder / "many.log")
+    return {name: read_metrics(folder / name) for name in variants}
+
+
+def test_both_backends_and_fp8_follow_float32(inputs, tmp_path):
+    variants = {"fp32": {"precision": "fp32", "backend": "torch"}, "torch": {"backend": "torch"}}
+    if HAS_TE:
+        variants |= {"te": {"backend": "te"}, "selective": {"recompute": "selective"}, "full": {"recompute": "full"}}
+        variants |= {f"fp8-{r}": {"precision": "fp8", "fp8_recipe": r} for r in ("delayed", "tensorwise", "blockwise")}
+        variants |= {"low": {"moments": "bf16", "gradients": "bf16"}}
+    losses = {name: [r["loss"] for r in metrics] for name, metrics in run(inputs, tmp_path, variants).items()}
+    for name, found in losses.items():
+        assert found == pytest.approx(losses["fp32"], rel=0.03 if name.startswith("fp8") else 0.01), name
+
+
+def test_a_run_resumes_bit_for_bit_with_deterministic_kernels(inputs, tmp_path, monkeypatch):
+    monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
+    straight = run(inputs, tmp_path, {"straight": {}})["straight"]
+    shutil.copytree(tmp_path / "straight", tmp_path / "again")
+    shutil.rmtree(newest(tmp_path / "again"))
+    MetricsWriter(tmp_path / "again", 4)
+    again = run(inputs, tmp_path, {"again": {}})["again"]
+    assert [r["loss"] for r in again] == [r["loss"] for r in straight]
+    assert [r["grad_norm"] for r in again] == [r["grad_norm"] for r in straight]

@@ -1,0 +1,160 @@
+"""A run that was stopped, killed or damaged, against one that was left alone: pytest tests/test_resume.py"""
+
+import shutil
+from pathlib import Path
+
+import forked
+import killing
+import pytest
+import torch
+from support import all_tensors, random_store, settings, tiny_model, trained
+
+from rsft_lib.artifact import MANIFEST, newest
+from rsft_lib.checkpoint.convert import convert
+from rsft_lib.training.loop import read_ended
+from rsft_lib.training.metrics import MetricsWriter, read_metrics
+from rsft_lib.training.saving import remove_old
+
+STEPS = 4
+EXACT = ("iteration", "loss", "grad_norm", "eval_loss", "lr", "trained_tokens", "samples_sha256", "epoch")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("inputs")
+    tiny_model(folder / "hf")
+    convert(folder / "hf", folder / "megatron")
+    random_store(folder / "train", samples=60)
+    random_store(folder / "heldout", samples=20, seed=1)
+    return {
+        "checkpoint": str(folder / "megatron"), "data": str(folder / "train"), "eval_data": str(folder / "heldout"),
+    }  # fmt: skip
+
+
+def run(inputs: dict, output: Path, nproc: int = 1, **changes) -> list[dict]:
+    given = {"train_iters": STEPS, "save_interval": STEPS // 2, "eval_interval": 2, **inputs, **changes}
+    forked.train(settings(output=str(output), **given), nproc)
+    return read_metrics(output)
+
+
+@pytest.fixture(scope="module")
+def straight(inputs, tmp_path_factory):
+    output = tmp_path_factory.mktemp("straight") / "run"
+    return output, run(inputs, output)
+
+
+def stopped_half_way(run_folder: Path, copy: Path) -> Path:
+    """A run as it is when it was killed after the middle checkpoint, a step later."""
+    shutil.copytree(run_folder, copy)
+    shutil.rmtree(newest(copy))
+    MetricsWriter(copy, STEPS - 1)
+    return copy
+
+
+def same(found: list[dict], expected: list[dict], tolerance: float = 0.0) -> None:
+    for key in EXACT:
+        a, b = ([r[key] for r in records if key in r] for records in (found, expected))
+        assert a == (b if key == "samples_sha256" else pytest.approx(b, rel=tolerance, abs=0)), key
+
+
+def test_half_and_half_after_a_resume_are_the_whole_bit_for_bit(inputs, straight, tmp_path):
+    output = stopped_half_way(straight[0], tmp_path / "run")
+    same(run(inputs, output), straight[1])
+    assert f"resumed from {output / 'iter_0000002'}" in (output / "train.log").read_text()
+    resumed, whole = all_tensors(newest(output)), all_tensors(newest(straight[0]))
+    assert [name for name, tensor in resumed.items() if not torch.equal(tensor, whole[name])] == []
+
+
+@pytest.mark.parametrize("changes", [{}, {"moments": "bf16", "gradients": "bf16"}], ids=["bf16", "all of it bf16"])
+def test_bf16_resumes_bit_for_bit(inputs, tmp_path, changes):
+    whole = run(inputs, tmp_path / "whole", precision="bf16", **changes)
+    again = stopped_half_way(tmp_path / "whole", tmp_path / "again")
+    same(run(inputs, again, precision="bf16", **changes), whole)
+    found, expected = all_tensors(newest(again)), all_tensors(newest(tmp_path / "whole"))
+    assert [name for name, tensor in found.items() if not torch.equal(tensor, expected[name])] == []
+
+
+FOUR = {"tensor_parallel": 2, "sequence_parallel": True, "pipeline_parallel": 2, "virtual_pipeline": 2}
+CHANGES_OF_LAYOUT = {
+    "one to four": ((1, {}), (4, FOUR)),
+    "four to one": ((4, FOUR), (1, {})),
+    "data to context": ((2, {}), (2, {"context_parallel": 2})),
+    "pipeline to tensor": ((2, {"pipeline_parallel": 2}), (2, {"tensor_parallel": 2})),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES_OF_LAYOUT)
+def test_a_run_goes_on_in_another_layout_with_the_samples_in_the_same_order(change, inputs, straight, tmp_path):
+    (before, layout), (after, other) = CHANGES_OF_LAYOUT[change]
+    run(inputs, tmp_path / "whole", before, **layout)
+    found = run(inputs, stopped_half_way(tmp_path / "whole", tmp_path / "run"), after, **other)
+    same(found, straight[1], tolerance=1e-5)
+    tensors, expected = all_tensors(newest(tmp_path / "run")), all_tensors(newest(straight[0]))
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-4, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_told(inputs, straight, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(straight[0], output)
+    shard = next(newest(output).glob("*.distcp"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    same(run(inputs, output), straight[1])
+    log = (output / "train.log").read_text()
+    assert f"stepping back: {shard}" in log and "resumed from" in log
+
+
+def test_a_finished_run_is_found_finished(inputs, straight, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(straight[0], output)
+    before = (output / "metrics.jsonl").read_bytes()
+    run(inputs, output)
+    assert (output / "metrics.jsonl").read_bytes() == before
+    assert read_ended(output) == {"reason": "finished", "iteration": STEPS}
+
+
+def test_a_run_is_not_continued_with_other_settings_or_other_data(inputs, straight, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(straight[0], output)
+    with pytest.raises(RuntimeError, match=r"belongs to another run:\n +lr: was 0.001, now 0.002\n +seed: was 1234"):
+        run(inputs, output, lr=2e-3, seed=2)
+    with pytest.raises(RuntimeError, match="global_batch_size: was 4, now 8"):
+        run(inputs, output, global_batch_size=8)
+    other = random_store(tmp_path / "other", samples=61, facts={"tokenizer_sha256": "0f"})
+    with pytest.raises(RuntimeError) as error:
+        run(inputs | {"data": str(other)}, output)
+    assert "data: tokenizer_sha256: was None, now '0f'" in str(error.value)
+    assert "data: manifest_sha256: was '" in str(error.value)
+    assert len(read_metrics(output)) == STEPS
+
+
+def test_a_checkpoint_written_while_training_goes_on_is_that_of_its_step(inputs, straight, tmp_path):
+    same(run(inputs, tmp_path / "run", async_save=True, save_interval=1), straight[1])
+    for step in (2, 4):
+        found, expected = (all_tensors(folder / f"iter_000000{step}") for folder in (tmp_path / "run", straight[0]))
+        assert [name for name, tensor in found.items() if not torch.equal(tensor, expected[name])] == []
+
+
+def test_the_last_checkpoints_and_every_tenth_are_kept(tmp_path):
+    for step in (5, 10, 15, 20, 25, 30):
+        (tmp_path / f"iter_{step:07d}").mkdir()
+        (tmp_path / f"iter_{step:07d}" / MANIFEST).touch()
+    (tmp_path / ".iter_0000004.old-0123").mkdir()
+    remove_old(tmp_path, keep_last=0, keep_every=0)
+    assert len(list(tmp_path.glob("*"))) == 6
+    remove_old(tmp_path, keep_last=2, keep_every=10)
+    kept = sorted(int(path.name[5:]) for path in tmp_path.glob("iter_*"))
+    assert kept == [10, 20, 25, 30] and not list(tmp_path.glob(".iter_*"))
+
+
+def test_killed_at_five_random_moments_a_run_ends_bit_for_bit_like_one_left_alone(tmp_path):
+    assert sum(killing.survive(tmp_path, kills=5, seed=1, steps=16).values()) == 5
+
+
+def test_a_failed_rank_leaves_its_reason_and_no_checkpoint(inputs, tmp_path):
+    config = settings(**inputs, output=str(tmp_path / "run"), train_iters=STEPS, seq_length=16)
+    with pytest.raises(RuntimeError, match="seq_length 16 holds 17: raise seq_length"):
+        trained(config)
+    assert newest(tmp_path / "run") is None

@@ -1,0 +1,173 @@
+"""Runs that end before their end: asked to, too slow, broken or asleep: pytest tests/test_stopping.py"""
+
+import math
+import os
+import signal
+import time
+from pathlib import Path
+
+import forked
+import psutil
+import pytest
+import torch
+from support import all_tensors, random_store, settings, tiny_model
+
+from rsft_lib import launch
+from rsft_lib.artifact import newest, write_json
+from rsft_lib.checkpoint.convert import convert
+from rsft_lib.training import loop
+from rsft_lib.training.loop import read_ended
+from rsft_lib.training.metrics import read_metrics
+
+STEPS = 40
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("inputs")
+    tiny_model(folder / "hf", hidden_size=32, intermediate_size=32, num_hidden_layers=2)
+    convert(folder / "hf", folder / "megatron")
+    random_store(folder / "train", samples=60)
+    return {"checkpoint": str(folder / "megatron"), "data": str(folder / "train")}
+
+
+def config(inputs: dict, output: Path, **changes):
+    return settings(**{"output": str(output), "train_iters": STEPS, **inputs, **changes})
+
+
+@pytest.fixture(scope="module")
+def straight(inputs, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("straight") / "run"
+    forked.train(config(inputs, output), 2)
+    return output
+
+
+def wait_for_steps(output: Path, steps: int) -> None:
+    deadline = time.monotonic() + 60
+    while len(read_metrics(output)) < steps:
+        assert time.monotonic() < deadline, (output / "train.log").read_text()
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(("name", "ranks"), [("SIGTERM", (0, 1)), ("SIGINT", (1,))])
+def test_a_signal_to_any_rank_saves_the_step_on_all_and_the_run_goes_on_as_if_nothing_was(
+    inputs, straight, tmp_path, name, ranks
+):
+    output, run = tmp_path / "run", config(inputs, tmp_path / "run", keep_last=1)
+    processes = forked.start(forked.train_as_rank, 2, output / "train.log", run)
+    wait_for_steps(output, 3)
+    for rank in ranks:
+        os.kill(processes[rank].pid, getattr(signal, name))
+    forked.join(processes, output / "train.log")
+    ended = read_ended(output)
+    assert ended["reason"] == name and 3 <= ended["iteration"] < STEPS
+    assert newest(output).name == f"iter_{ended['iteration']:07d}"
+    assert len(read_metrics(output)) == ended["iteration"]
+
+    forked.train(run, 2)
+    assert read_ended(output) == {"reason": "finished", "iteration": STEPS}
+    assert [r["loss"] for r in read_metrics(output)] == [r["loss"] for r in read_metrics(straight)]
+    found, expected = all_tensors(newest(output)), all_tensors(newest(straight))
+    assert [key for key, tensor in found.items() if not torch.equal(tensor, expected[key])] == []
+
+
+def test_the_second_signal_ends_a_rank_at_once(inputs, tmp_path):
+    output = tmp_path / "run"
+    processes = forked.start(_save_slowly, 1, output / "train.log", config(inputs, output))
+    wait_for_steps(output, 1)
+    os.kill(processes[0].pid, signal.SIGTERM)
+    deadline = time.monotonic() + 20
+    while not (output / "saving").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(processes[0].pid, signal.SIGTERM)
+    processes[0].join(5)
+    assert processes[0].exitcode == 128 + signal.SIGTERM
+
+
+def _save_slowly(run) -> None:
+    def save(*_, **__):
+        (Path(run.output) / "saving").touch()
+        time.sleep(600)
+
+    loop.Saver.save = save
+    forked.train_as_rank(run)
+
+
+def test_the_time_limit_saves_and_stops_before_it_is_over(inputs, tmp_path):
+    began, output = time.monotonic(), tmp_path / "run"
+    forked.train(config(inputs, output, train_iters=100_000, time_limit=4 / 60), 1)
+    ended = read_ended(output)
+    assert ended["reason"] == "time limit" and newest(output).name == f"iter_{ended['iteration']:07d}"
+    assert time.monotonic() - began < 15
+
+
+def test_an_alarm_is_written_down_and_stops_the_run_if_it_shall(inputs, tmp_path):
+    output = tmp_path / "run"
+    forked.join(
+        forked.start(_alarmed, 2, output / "train.log", config(inputs, output, alarm_stop=True)), output / "train.log"
+    )
+    assert read_ended(output) == {"reason": "alarm", "iteration": 3}
+    assert [r.get("alarms") for r in read_metrics(output)] == [None, None, ["on fire"]]
+    assert "ALARM after step 3: on fire" in (output / "train.log").read_text()
+
+
+def _alarmed(run) -> None:
+    loop.Alarms.look = lambda self, record: ["on fire"] if record["iteration"] == 3 else []
+    forked.train_as_rank(run)
+
+
+def test_a_loss_that_is_no_number_ends_the_run_before_it_is_learned(inputs, straight, tmp_path):
+    output = tmp_path / "run"
+    with pytest.raises(RuntimeError, match="step 3: loss nan.*nothing was updated or saved"):
+        run = config(inputs, output, save_interval=2)
+        forked.join(forked.start(_broken, 1, output / "train.log", run), output / "train.log")
+    assert newest(output).name == "iter_0000002" and len(read_metrics(output)) == 2
+    told = (output / "broken_step_0000003.json").read_text()
+    assert '"loss": "nan"' in told and '"samples": [' in told
+
+
+def _broken(run) -> None:
+    compute, steps = loop.run_batch, []
+
+    def break_the_third(*arguments):
+        steps.append(1)
+        return compute(*arguments) * (math.nan if len(steps) == 3 else 1)
+
+    loop.run_batch = break_the_third
+    forked.train_as_rank(run)
+
+
+def test_a_rank_that_sleeps_ends_the_run_and_every_rank_shows_its_stack(inputs, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+    output = tmp_path / "run"
+    output.mkdir()
+    run = config(inputs, output, global_batch_size=8, hang_timeout=5)
+    write_json(output / "config.json", run.to_json())
+    began = time.monotonic()
+    with pytest.raises(RuntimeError) as error:
+        arguments = ["--config", str(output / "config.json")]
+        launch.launch("sleepy", arguments, 2, output / "train.log", patience=run.save_timeout)
+    assert time.monotonic() - began < 60
+    message = str(error.value)
+    assert "no progress; where the ranks stood" in message and "rank0.txt" in message and "rank1.txt" in message
+    assert "in fall_asleep" in message and "Timeout (0:00:" in message
+
+
+def test_a_killed_rank_ends_the_run_at_once(inputs, tmp_path):
+    output = tmp_path / "run"
+    killed = []
+
+    def kill_a_rank() -> None:
+        if len(read_metrics(output)) >= 2 and not killed:
+            (torchrun,) = (p for p in psutil.Process().children() if "torch.distributed.run" in p.cmdline())
+            rank = next(p for p in torchrun.children() if p.environ()["RANK"] == "1")
+            rank.kill()
+            killed.append(time.monotonic())
+
+    with pytest.raises(RuntimeError, match="rsft_lib.training.train failed"):
+        launch.launch_training(
+            config(inputs, output, train_iters=100_000, async_save=True, save_interval=1), 2, kill_a_rank
+        )
+    assert time.monotonic() - killed[0] < 60
+    assert not any(str(output) in " ".join(p.cmdline()) for p in psutil.process_iter() if p.status() != "zombie")
