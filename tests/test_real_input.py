@@ -26,7 +26,7 @@ from rsft_lib.training.metrics import read_metrics
 
 ROOT = os.environ.get("RSFT_REAL_DATA")
 pytestmark = pytest.mark.skipif(not ROOT, reason="RSFT_REAL_DATA names no folder with real inputs")
-LONG, SHORT, LENGTH = 16, 150, 8192
+LONG, SHORT, LENGTH = 16, 150, 4096
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def chain(real, tmp_path_factory) -> Path:
     tokenize(folder / "hybrid" / "train.jsonl", folder / "tokenizer", folder / "tokens", max_length=LENGTH)
     run = TrainConfig(
         checkpoint=str(folder / "megatron"), data=str(folder / "tokens"), output=str(folder / "run"),
-        seq_length=LENGTH, global_batch_size=1, train_iters=3, lr=1e-3, precision="fp32", log_interval=1,
+        seq_length=LENGTH, global_batch_size=1, train_iters=3, lr=1e-2, precision="fp32", log_interval=1,
     )  # fmt: skip
     launch_training(run, nproc=1)
     export(newest(folder / "run"), folder / "tokenizer", folder / "out")

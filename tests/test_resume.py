@@ -124,7 +124,7 @@ def test_a_run_is_not_continued_with_other_settings_or_other_data(inputs, straig
         run(inputs, output, global_batch_size=8)
     other = random_store(tmp_path / "other", samples=61, facts={"tokenizer_sha256": "0f"})
     with pytest.raises(RuntimeError) as error:
-        run(inputs | {"data": str(other)}, output)
+        run(inputs | {"data": str(other), "eval_data": str(other)}, output)
     assert "data: tokenizer_sha256: was None, now '0f'" in str(error.value)
     assert "data: manifest_sha256: was '" in str(error.value)
     assert len(read_metrics(output)) == STEPS
