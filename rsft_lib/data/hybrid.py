@@ -16,14 +16,14 @@ from tempfile import TemporaryFile
 
 import numpy as np
 
-from rsft_lib.artifact import file_hash, new_folder
+from rsft_lib.artifact import new_folder
 from rsft_lib.chat import END_THINK, SHORT, THINK
 from rsft_lib.data.answers import final_answer, normalized
 from rsft_lib.data.pairs import balance, coverage, disagreeing, held_back, not_shorter
-from rsft_lib.data.records import as_text, conversation, parse, read_rows
+from rsft_lib.data.records import Source, as_text, conversation, parse, source_of
 from rsft_lib.data.rejects import Reject, Rejects
 from rsft_lib.data.scratch import Sample, Scratch
-from rsft_lib.paths import existing, resolve
+from rsft_lib.paths import resolve
 from rsft_lib.tokenizer import load_tokenizer
 
 FINDINGS = "findings.jsonl"
@@ -39,6 +39,7 @@ def build_hybrid(
     *,
     cut_short: bool = False,
     tokenizer: str | Path = "",
+    columns: dict[str, str] | None = None,
     empty_think: bool = False,
     on_disagreement: str = "drop",
     reject_limit: float = 0.001,
@@ -50,12 +51,14 @@ def build_hybrid(
     no shorter; `FOLDER.rejected.jsonl`, beside the folder, the records that cannot be used.
 
     Args:
-        long: records whose answers are `<think>` thoughts `</think>` answer.
+        long: records whose answers are `<think>` thoughts `</think>` answer; a file, or a dataset on the Hub by name,
+            `org/name` or `org/name:split@revision`.
         short: records whose answers are concise; `<short>` is put before them. Empty: they are cut from `long`,
             from after `</think>`.
         held_out: share of the problems that is kept from training; 0 for none, and then no `heldout.jsonl`.
         cut_short: cut short answers, too, to the problems that `short` does not have.
         tokenizer: folder of the tokenizer that measures lengths; empty measures characters.
+        columns: what both call a field, e.g. {'prompt': 'question', 'response': 'answer'}.
         empty_think: accept `<think>` with nothing in it.
         on_disagreement: 'drop' or 'error', for answers to one problem whose final answers are not the same.
         reject_limit: largest share of the records that may be unusable.
@@ -69,8 +72,8 @@ def build_hybrid(
     """
     if not 0 <= held_out < 1 or on_disagreement not in ("drop", "error"):
         raise ValueError(f"{held_out=} must be from 0 to below 1, and {on_disagreement=} 'drop' or 'error'")
-    sources = [existing(long, "long answers"), *([existing(short, "short answers")] if short else [])]
-    facts = {"made_by": "build_hybrid", "sources": {str(path): file_hash(path) for path in sources}}
+    sources = [source_of(long, "long answers"), *([source_of(short, "short answers")] if short else [])]
+    facts = {"made_by": "build_hybrid", "sources": {str(source): source.facts()["data_sha256"] for source in sources}}
     facts |= {"held_out": held_out, "seed": seed, "unit": "tokens" if tokenizer else "characters"}
     destination = resolve(folder)
     with (
@@ -79,7 +82,8 @@ def build_hybrid(
         Rejects(destination, reject_limit) as rejects,
     ):
         scratch = Scratch(file, sources)
-        scratch.fill(_samples(sources, cut_short or not short, empty_think, rejects), _measure(tokenizer))
+        read = partial(_usable, columns=columns, rejects=rejects)
+        scratch.fill(_samples(sources, cut_short or not short, empty_think, read), _measure(tokenizer))
         rejects.settle(int((~_cut_rows(scratch.rows)).sum()) + rejects.count)
         kept, findings = _kept(scratch, on_disagreement)
         facts["records"] = _counts(scratch.rows, kept, rejects.count)
@@ -106,33 +110,34 @@ def _measure(tokenizer: str | Path) -> Callable[[list[str]], list[int]]:
     return lambda texts: [len(encoding) for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
-def _samples(sources: list[Path], cut: bool, empty_think: bool, rejects: Rejects) -> Iterator[Sample]:
+def _samples(sources: list[Source], cut: bool, empty_think: bool, read: Callable) -> Iterator[Sample]:
     """The samples of the short answers, then of the long ones, each with a short one cut from it where that is due."""
     long, answered = sources[0], set()
-    for path in sources[1:]:
-        for _, sample in _usable(path, _short, rejects):
+    for source in sources[1:]:
+        for _, sample in read(source, _short):
             answered.add(sample.facts["problem"])
             yield sample
-    for place, sample in _usable(long, partial(_long, empty_think=empty_think), rejects):
+    for row, sample in read(long, partial(_long, empty_think=empty_think)):
         yield sample
         if cut and sample.facts["problem"] not in answered:
-            yield _cut(sample, place)
+            yield _cut(sample, row)
 
 
-def _usable(path: Path, make: Callable[[str, dict], Sample], rejects: Rejects) -> Iterator[tuple[str, Sample]]:
-    """(place, sample) of every record of a file that makes one; the others are among the rejects."""
-    for row in read_rows(path):
-        place = f"{path}:{row.number}"
+def _usable(
+    source: Source, make: Callable[..., Sample], columns: dict[str, str] | None, rejects: Rejects
+) -> Iterator[tuple[int, Sample]]:
+    """(number, sample) of every row of a source that makes one; the others are among the rejects."""
+    for row in source.rows():
         try:
-            sample = make(place, parse(row.content))
+            record = parse(row.content)
+            sample = make(row.number, record, *_pair(record, columns))
         except ValueError as error:
-            rejects.add([Reject(str(path), row.number, str(error), as_text(row.content))], seen=row.number)
+            rejects.add([Reject(str(source), row.number, str(error), as_text(row.content))], seen=row.number)
         else:
-            yield place, sample
+            yield row.number, sample
 
 
-def _long(place: str, record: dict, empty_think: bool) -> Sample:
-    prompt, answer = _pair(record)
+def _long(line: int, record: dict, prompt: str, answer: str, empty_think: bool) -> Sample:
     tags = TAGS.findall(answer)
     if tags != [THINK, END_THINK] or not answer.startswith(THINK):
         raise ValueError(
@@ -144,31 +149,30 @@ def _long(place: str, record: dict, empty_think: bool) -> Sample:
         raise ValueError(f"a long answer must answer after {END_THINK}; nothing is there")
     if not thoughts.strip() and not empty_think:
         raise ValueError(f"{THINK} holds no thoughts; empty_think accepts that")
-    return _sample(place, record, prompt, answer, long=True, from_long=True)
+    return _sample(line, record, prompt, answer, long=True, from_long=True)
 
 
-def _short(place: str, record: dict) -> Sample:
-    prompt, answer = _pair(record)
+def _short(line: int, record: dict, prompt: str, answer: str) -> Sample:
     answer = answer.removeprefix(SHORT)
     if tags := TAGS.findall(answer):
         raise ValueError(f"a short answer must not hold {' '.join(tags)}")
-    return _sample(place, record, prompt, SHORT + answer, long=False, from_long=False)
+    return _sample(line, record, prompt, SHORT + answer, long=False, from_long=False)
 
 
-def _cut(sample: Sample, place: str) -> Sample:
+def _cut(sample: Sample, line: int) -> Sample:
     """The short sample that says what a long one says after its thoughts."""
     answer = sample.record["output"].partition(END_THINK)[2].strip()
-    return _sample(place, sample.record, sample.record["instruction"], SHORT + answer, long=False, from_long=True)
+    return _sample(line, sample.record, sample.record["instruction"], SHORT + answer, long=False, from_long=True)
 
 
-def _pair(record: dict) -> tuple[str, str]:
-    messages = conversation(record)
+def _pair(record: dict, columns: dict[str, str] | None) -> tuple[str, str]:
+    messages = conversation(record, columns)
     if [message["role"] for message in messages] != ["user", "assistant"]:
         raise ValueError("expected one user and one assistant message")
     return messages[0]["content"], messages[1]["content"]
 
 
-def _sample(place: str, record: dict, prompt: str, answer: str, *, long: bool, from_long: bool) -> Sample:
+def _sample(line: int, record: dict, prompt: str, answer: str, *, long: bool, from_long: bool) -> Sample:
     made = {"instruction": prompt, "output": answer, "mode": "think" if long else "short"}
     made |= {name: record[name] for name in ("id", "answer") if name in record}
     stated, said = _stated(record), final_answer(answer)
@@ -178,7 +182,7 @@ def _sample(place: str, record: dict, prompt: str, answer: str, *, long: bool, f
     facts = {
         "long": long,
         "from_long": from_long,
-        "line": int(place.rpartition(":")[2]),
+        "line": line,
         "problem": _hash(problem),
         "claim": _hash(problem, claim) if claim else 0,
         "wrong": bool(said and stated) and normalized(said) != normalized(stated),

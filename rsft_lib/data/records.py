@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -10,8 +11,12 @@ from typing import NamedTuple
 import pyarrow
 import pyarrow.parquet
 
+from rsft_lib.artifact import file_hash
+from rsft_lib.paths import existing, resolve
+
 FIELDS = [("instruction", "output"), ("prompt", "response"), ("problem", "solution")]
 CHATS = ["messages", "conversations"]
+SUFFIXES = (".jsonl", ".json", ".parquet")
 COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 LINE_LIMIT = 64 << 20  # bytes; a longer line is no record but a damaged file
 
@@ -28,10 +33,36 @@ class Row(NamedTuple):
     content: bytes | dict
 
 
-def is_file(data: str | Path) -> bool:
-    """Whether `data` names a data file, there or not, and no dataset on the Hub."""
-    suffixes = Path(data).suffixes
-    return any(suffix in suffixes for suffix in (".jsonl", ".json", ".parquet")) or Path(data).is_file()
+class Source(NamedTuple):
+    """Where rows come from: a data file, or a split of a dataset on the Hub (or in a folder) at a revision."""
+
+    name: str
+    split: str = ""
+    revision: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.split}@{self.revision}" if self.split else self.name
+
+    def rows(self) -> Iterator[Row]:
+        return read_hub(*self) if self.split else read_rows(Path(self.name))
+
+    def facts(self) -> dict[str, str | None]:
+        """What a manifest says of it; a dataset on the Hub is as good as a hash where its revision is a commit."""
+        fixed = self.revision if re.fullmatch("[0-9a-f]{40}", self.revision) else None
+        return {"data": str(self), "data_sha256": fixed if self.split else file_hash(Path(self.name))}
+
+
+def source_of(data: str | Path, what: str = "data file") -> Source:
+    """The source that `data` names: a file, a folder with a dataset, or `org/name`, `org/name:split@revision`.
+
+    Raises:
+        FileNotFoundError: it is a file's name, and no file is there.
+    """
+    if any(suffix in Path(data).suffixes for suffix in SUFFIXES) or resolve(data).is_file():
+        return Source(str(existing(data, what)))
+    name, _, revision = str(data).partition("@")
+    name, _, split = name.partition(":")
+    return Source(str(resolve(name)) if resolve(name).is_dir() else name, split or "train", revision or "main")
 
 
 def read_rows(path: Path) -> Iterator[Row]:

@@ -4,7 +4,6 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from itertools import islice
-from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -12,6 +11,7 @@ from tqdm import tqdm
 
 from rsft_lib.data.answers import final_answer
 from rsft_lib.data.pairs import ROW
+from rsft_lib.data.records import Source
 
 BATCH = 128  # samples that are measured at a time; an encoding takes some 100 bytes a token
 
@@ -27,7 +27,7 @@ class Sample(NamedTuple):
 class Scratch:
     """Samples laid down in a file one after the other, to be read back in any order; `rows` has what they are."""
 
-    def __init__(self, file: BinaryIO, sources: list[Path]):
+    def __init__(self, file: BinaryIO, sources: list[Source]):
         self.file, self.sources, self.rows = file, sources, np.zeros(0, ROW)
 
     def fill(self, samples: Iterable[Sample], measure: Callable[[list[str]], list[int]]) -> None:

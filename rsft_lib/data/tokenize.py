@@ -19,11 +19,11 @@ from rsft_lib.artifact import file_hash, new_folder, verify
 from rsft_lib.chat import END_THINK, MODES, ChatTemplate
 from rsft_lib.contract import require_contract
 from rsft_lib.data.pool import pool_of
-from rsft_lib.data.records import Row, blocks, is_file, read_hub, read_rows
+from rsft_lib.data.records import Row, Source, blocks, source_of
 from rsft_lib.data.rejects import Rejects
 from rsft_lib.data.store import StoreWriter
 from rsft_lib.data.worker import Block, Job, Options
-from rsft_lib.paths import existing, resolve
+from rsft_lib.paths import resolve
 from rsft_lib.tokenizer import load_tokenizer, text_hash
 
 PROOF_ROWS = 256  # of this very dataset, on which encoders are compared
@@ -35,8 +35,6 @@ def tokenize(
     folder: str | Path,
     max_length: int = 16384,
     *,
-    split: str = "train",
-    revision: str = "main",
     reject_limit: float = 0.001,
     workers: int | None = None,
     shard: tuple[int, int] = (0, 1),
@@ -46,7 +44,7 @@ def tokenize(
     """Write the records of a file as a token store; where it is there already, made from the same, it is kept.
 
     Args:
-        data: a data file, or the name of a dataset on the Hub, of which `split` and `revision` are taken.
+        data: a data file, or a dataset on the Hub by name, `org/name` or `org/name:split@revision`.
         max_length: most tokens of a sample.
         options: the other fields of `Options`: overlong, turns, control_tokens, columns.
         reject_limit: largest share of records that may be unusable; they are kept in `<folder>.rejected.jsonl`.
@@ -66,19 +64,20 @@ def tokenize(
     """
     destination, loaded = resolve(folder), load_tokenizer(tokenizer)
     settings = Options(max_length=max_length, **options)
-    facts = _facts(data, split, revision, tokenizer, loaded, settings, shard)
+    source = source_of(data)
+    facts = _facts(source, tokenizer, loaded, settings, shard)
     if done := _already(destination, facts):
         return done
     count = os.cpu_count() if workers is None else workers
     with pool_of(count) as pool:
         if contract:
             require_contract(tokenizer)
-        pool.begin(_job(str(data), loaded, settings))
-        facts["encoder"] = _chosen_encoder(pool, _rows(data, split, revision))
-        mine = islice(blocks(_rows(data, split, revision)), shard[0], None, shard[1])
+        pool.begin(_job(str(source), loaded, settings))
+        facts["encoder"] = _chosen_encoder(pool, source.rows())
+        mine = islice(blocks(source.rows()), shard[0], None, shard[1])
         encoded = _encoded(pool, mine, facts["encoder"]["encoder"], ahead=2 * count + 1)
         with new_folder(destination, facts) as temporary, Rejects(destination, reject_limit) as rejects:
-            _write(_progress(encoded, data), StoreWriter(temporary), rejects, facts)
+            _write(_progress(encoded, source), StoreWriter(temporary), rejects, facts)
     return facts
 
 
@@ -119,20 +118,15 @@ def _chosen_encoder(pool: Executor, rows: Iterator[Row]) -> dict:
     return facts
 
 
-def _facts(data, split, revision, tokenizer, loaded, options: Options, shard) -> dict:
+def _facts(source: Source, tokenizer, loaded, options: Options, shard: tuple[int, int]) -> dict:
     """What the manifest tells of where the tokens come from."""
     index, count = shard
     if not 0 <= index < count:
         raise ValueError(f"shard is {shard}; expected (i, n) with i from 0 to n - 1")
-    if is_file(data):
-        path = existing(data, "data file")
-        source = {"data": str(path), "data_sha256": file_hash(path)}
-    else:
-        source = {"data": str(data), "data_sha256": None, "split": split, "revision": revision}
     vocab = loaded.get_vocab()
     return {
         "made_by": "tokenize",
-        **source,
+        **source.facts(),
         "tokenizer": str(resolve(tokenizer)),
         "tokenizer_sha256": file_hash(resolve(tokenizer) / "tokenizer.json"),
         "template_sha256": text_hash(loaded.chat_template),
@@ -158,13 +152,6 @@ def _already(destination: Path, facts: dict) -> dict | None:
     return found
 
 
-def _rows(data: str | Path, split: str, revision: str) -> Iterator[Row]:
-    if is_file(data):
-        return read_rows(resolve(data))
-    folder = resolve(data)
-    return read_hub(str(folder if folder.is_dir() else data), split, revision)
-
-
 def _encoded(pool: Executor, mine: Iterator[list[Row]], encoder_name: str, ahead: int) -> Iterator[Block]:
     """The blocks of rows encoded, in their order; no more than `ahead` are in memory at a time."""
     waiting = deque(pool.submit("block", rows, encoder_name) for rows in islice(mine, ahead))
@@ -174,9 +161,8 @@ def _encoded(pool: Executor, mine: Iterator[list[Row]], encoder_name: str, ahead
         yield block
 
 
-def _progress(encoded: Iterator[Block], data: str | Path) -> Iterator[Block]:
-    plain = Path(data).suffix == ".jsonl"
-    total = resolve(data).stat().st_size if plain else None
+def _progress(encoded: Iterator[Block], source: Source) -> Iterator[Block]:
+    total = Path(source.name).stat().st_size if source.name.endswith(".jsonl") else None
     quiet = 1 if sys.stderr.isatty() else 10  # every refresh stays in a notebook that runs headless
     with tqdm(total=total, desc="tokenize", unit="B", unit_scale=True, mininterval=quiet) as bar:
         for block in encoded:
