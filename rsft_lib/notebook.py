@@ -145,6 +145,22 @@ def checked(given: dict, declared: dict[str, Parameter]) -> dict:
     return values
 
 
+def pairs(text: str) -> dict[str, str]:
+    """A parameter that says what becomes of what.
+
+    >>> pairs("<|quad_start|> -> <short>, <|quad_end|> -> <long>")
+    {'<|quad_start|>': '<short>', '<|quad_end|>': '<long>'}
+
+    Raises:
+        ValueError: a part is not of the form `this -> that`.
+    """
+    found = [[side.strip() for side in part.split("->")] for part in text.split(",") if part.strip()]
+    for pair in found:
+        if len(pair) != 2 or not all(pair):
+            raise ValueError(f"found {' -> '.join(pair)!r} in {text!r}, expected `this -> that`, parted by commas")
+    return dict(found)
+
+
 def _as(kind: str, value):
     """`value` as the type `kind`; texts are read, since YAML takes 1e-5 for one."""
     if kind == "bool" and isinstance(value, str) and value.lower() in ("true", "false"):

@@ -62,6 +62,8 @@ def patch_tokenizer(
         ValueError: a token to replace is not there or in use, a new one is another token already, the template
             cannot be edited, or a file of another kind names a token.
     """
+    if not replacements:
+        raise ValueError("replacements are empty; expected at least one, such as {'<|quad_start|>': '<short>'}")
     before, source = load_tokenizer(source), resolve(source)
     raw = Tokenizer.from_file(str(source / TOKENIZER))
     expected = _expected_ids(source, replacements, raw, before.special_tokens_map)
@@ -88,22 +90,6 @@ def patch_tokenizer(
         _write_template(folder, patched)
         facts["ids"] = _check_patched(folder, expected, facts["vocab_size"])
     return facts
-
-
-def parse_replacements(text: str) -> dict[str, str]:
-    """Replacements from a notebook's parameter.
-
-    >>> parse_replacements("<|quad_start|> -> <short>, <|quad_end|> -> <long>")
-    {'<|quad_start|>': '<short>', '<|quad_end|>': '<long>'}
-
-    Raises:
-        ValueError: a part is not of the form `old -> new`.
-    """
-    pairs = [[side.strip() for side in part.split("->")] for part in text.split(",")]
-    for pair in pairs:
-        if len(pair) != 2 or not all(pair):
-            raise ValueError(f"replacements: found {'->'.join(pair)!r}, expected `old token -> new token`")
-    return dict(pairs)
 
 
 def text_hash(text: str) -> str:

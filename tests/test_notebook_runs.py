@@ -6,7 +6,7 @@ import sys
 import nbformat
 import pytest
 
-from rsft_lib.notebook import Parameter, checked, declared_parameters, run
+from rsft_lib.notebook import Parameter, checked, declared_parameters, pairs, run
 
 DECLARED = {
     "lr": Parameter("float", 1e-3),
@@ -155,3 +155,10 @@ def test_a_file_that_holds_no_parameters_is_refused_without_a_traceback(tmp_path
     (tmp_path / "run.yaml").write_text(text)
     done = strict(write_notebook(tmp_path), tmp_path / "executed", "-f", tmp_path / "run.yaml")
     assert done.returncode != 0 and "run.yaml" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_pairs_are_read_from_a_parameter():
+    assert pairs("<|a|> -> <short>,<|b|>-><long>") == {"<|a|>": "<short>", "<|b|>": "<long>"} and pairs("") == {}
+    for wrong in ("<|a|>", "<|a|> -> ", "a -> b -> c"):
+        with pytest.raises(ValueError, match="expected `this -> that`"):
+            pairs(wrong)

@@ -46,6 +46,12 @@ def test_the_proof_of_a_right_conversion_has_every_tensor_and_what_both_say(mode
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "megatron"]
 
 
+def test_rows_that_were_set_to_means_are_compared_with_the_means(model, tmp_path):
+    convert(model, tmp_path / "megatron", row_means={5: [1, 2], 1: [5, 3]})
+    proof = prove(model, tmp_path / "megatron", SENTENCE, new_tokens=4)
+    assert proof["differing_tensors"] == proof["lost_in_round_trip"] == [] and proof["logit_difference"] < 1e-4
+
+
 def test_a_tensor_that_changed_is_named(model, tmp_path):
     convert(model, tmp_path / "megatron")
     tensors = load_file(model / "model.safetensors")

@@ -4,8 +4,10 @@ import gzip
 import json
 import os
 import shutil
+import unicodedata
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -110,3 +112,61 @@ def test_three_steps_train_and_the_export_loads_and_answers(chain):
     assert found(text)["input_ids"] == expected(text)["input_ids"]
     answer, *_ = generate(chain / "out", ["2 + 2 ?"], "short", max_new_tokens=3)
     assert answer.text.startswith("<short>")
+
+
+def test_the_whole_corpus_keeps_every_row_and_drops_the_traces_that_are_longer(real, chain, tmp_path):
+    """22 of the 364 traces have more than 16,384 tokens, the longest 19,746 (and a header)."""
+    facts = tokenize(real / "data" / "long_planbench_r1.jsonl.gz", chain / "tokenizer", tmp_path / "long")
+    assert facts["counts"]["records"] == 364 and facts["counts"]["dropped"] == facts["modes"]["think"]["dropped"] == 22
+    assert TokenStore(tmp_path / "long").lengths.max() <= 16384 < np.load(tmp_path / "long" / "lengths.npy").max()
+    cut = tokenize(
+        real / "data" / "long_planbench_r1.jsonl.gz", chain / "tokenizer", tmp_path / "cut", overlong="truncate"
+    )
+    store, eos = TokenStore(tmp_path / "cut"), 151643
+    assert cut["counts"]["truncated"] == 22 == sum(store[i][0][-1] != eos for i in range(len(store)))
+    with pytest.raises(ValueError, match="max_length is 16384; raise it"):
+        tokenize(real / "data" / "long_planbench_r1.jsonl.gz", chain / "tokenizer", tmp_path / "no", overlong="error")
+
+
+def test_tool_chats_are_trained_by_what_the_assistant_writes(real, chain, tmp_path):
+    chats = real / "data" / "chat_glaive_toolcall.jsonl"
+    facts = tokenize(chats, chain / "tokenizer", tmp_path / "chats")
+    assert facts["counts"]["written"] == facts["modes"]["other"]["written"] == 300
+    assert facts["counts"]["rejected"] == 0 and "tools_not_shown" not in facts["counts"]
+    tokenizer, store = load_tokenizer(chain / "tokenizer"), TokenStore(tmp_path / "chats")
+    for number, line in enumerate(chats.read_text().splitlines()):
+        said = [m for m in json.loads(line)["messages"] if m["role"] == "assistant"]
+        tokens, mask = store[number]
+        edges = np.flatnonzero(np.diff(mask, prepend=0, append=0)).reshape(-1, 2)
+        runs = [tokenizer.decode(tokens[first:end]) for first, end in edges]
+        assert len(runs) == len(said)
+        for text, message in zip(runs, said, strict=True):
+            assert text.endswith(tokenizer.eos_token) and (message["content"] or "") in text
+            assert all(call["function"]["arguments"] in text for call in message.get("tool_calls", []))
+
+
+HARD = {  # answer -> what is trained of it, or why the row is refused
+    "<think>\n\n</think>\n\n4": None,
+    "<think><think>a</think></think>4": None,
+    "<think>no end": None,
+    "<short>数学，并且。 한국어 🙂👩‍👩‍👧": None,
+    "<short>e\u0301 \u212b \u1100\u1161": None,
+    "4": None,
+    "<short>x<｜User｜>y": "would become a control token",
+    "<short>x<｜end▁of▁sentence｜>": "would become a control token",
+    "<short>\ud800": "half of a surrogate pair",
+    " \n": "expected a text that is not empty",
+}
+
+
+def test_hard_answers_are_trained_to_the_letter_or_refused_with_the_reason(chain, tmp_path):
+    rows = [{"prompt": "x", "response": answer} for answer in HARD]
+    (tmp_path / "hard.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenize(tmp_path / "hard.jsonl", chain / "tokenizer", tmp_path / "hard", reject_limit=1)
+    tokenizer, store = load_tokenizer(chain / "tokenizer"), TokenStore(tmp_path / "hard")
+    found = [tokenizer.decode(tokens[mask > 0]) for tokens, mask in (store[i] for i in range(len(store)))]
+    expected = [unicodedata.normalize("NFC", a) + tokenizer.eos_token for a, reason in HARD.items() if reason is None]
+    assert found == expected
+    refused = [json.loads(line)["reason"] for line in (tmp_path / "hard.rejected.jsonl").read_text().splitlines()]
+    reasons = [reason for reason in HARD.values() if reason]
+    assert len(refused) == len(reasons) and all(r in text for r, text in zip(reasons, refused, strict=True))

@@ -2,14 +2,17 @@
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
+from support import settings
 
 from rsft_lib import demo
 from rsft_lib.artifact import verify
@@ -21,6 +24,7 @@ from rsft_lib.data.store import LENGTHS, MASK, TokenStore
 from rsft_lib.data.tokenize import tokenize
 from rsft_lib.data.worker import Job, Options, Worker
 from rsft_lib.tokenizer import load_tokenizer, patch_tokenizer
+from rsft_lib.training.datasets import open_datasets
 
 FILES = ["text_document.bin", "text_document.idx", MASK, LENGTHS, "blocks.npy"]
 GOOD = json.dumps({"instruction": "2 + 2 ?", "output": "<think>\nhm\n</think>\n\n4"})
@@ -385,3 +389,20 @@ def test_read_records_and_tokenize_agree_on_places(tmp_path, patched):
     with pytest.raises(ValueError) as by_tokenizing:
         tokenize(data, patched, tmp_path / "out", workers=0)
     assert str(by_tokenizing.value).startswith(str(by_reading.value))
+
+
+def test_training_refuses_data_that_was_not_made_with_its_tokenizer(patched, tmp_path):
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(patched, folder)
+    data = lines(tmp_path, GOOD)
+    tokenize(data, folder, tmp_path / "train", workers=0)
+    config = settings(checkpoint="c", output="o", data=str(tmp_path / "train"), eval_data=str(tmp_path / "train"))
+    assert len(open_datasets(config).train) == 1
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").write_text(template + " ")
+    with pytest.raises(ValueError, match="was made with another template_sha256 than .*tokenizer has now"):
+        open_datasets(config)
+    tokenize(data, folder, tmp_path / "heldout", workers=0, contract=False)
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(ValueError, match="heldout and .*train differ in template_sha256"):
+        open_datasets(replace(config, eval_data=str(tmp_path / "heldout")))

@@ -20,7 +20,7 @@ from rsft_lib.artifact import read_manifest
 from rsft_lib.chat import encode, prompt_ids
 from rsft_lib.contract import TEXTS, check_contract
 from rsft_lib.templates import R1_CHAT_TEMPLATE, is_ours, patch_template
-from rsft_lib.tokenizer import load_tokenizer, parse_replacements, patch_tokenizer
+from rsft_lib.tokenizer import load_tokenizer, patch_tokenizer
 
 REAL = os.environ.get("RSFT_REAL_DATA")
 SHORT = {"<|quad_start|>": "<short>"}
@@ -317,13 +317,6 @@ def test_templates_that_were_edited_before_end_as_the_stock_one_does():
         assert patch_template(template)[0] == NEW and patch_template(template, True)[0] == with_newline != NEW
     assert patch_template(NEW) == (NEW, []) and patch_template(with_newline, True) == (with_newline, [])
     assert is_ours(NEW) and is_ours(with_newline) and not is_ours(NEW + " ")
-
-
-def test_replacements_are_read_from_a_notebooks_parameter():
-    assert parse_replacements("<|a|> -> <short>,<|b|>-><long>") == {"<|a|>": "<short>", "<|b|>": "<long>"}
-    for wrong in ("", "<|a|>", "<|a|> -> ", "a -> b -> c", "<|a|> -> <short>,"):
-        with pytest.raises(ValueError, match="expected `old token -> new token`"):
-            parse_replacements(wrong)
 
 
 def plain(template: str) -> str:

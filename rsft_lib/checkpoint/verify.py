@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from rsft_lib.artifact import PROOF, new_folder, write_json
+from rsft_lib.artifact import MANIFEST, PROOF, new_folder, read_manifest, write_json
 from rsft_lib.checkpoint import hf, sources, torch_dist
 from rsft_lib.checkpoint.convert import copy_along, differing
 from rsft_lib.checkpoint.export import export
-from rsft_lib.checkpoint.pieces import Box, Weights, resized
+from rsft_lib.checkpoint.pieces import Box, Weights, resized, with_row_means
 from rsft_lib.checkpoint.sharded import load_weights
 from rsft_lib.host import device
 from rsft_lib.model.config import read_config, transformer_config
@@ -27,6 +27,8 @@ from rsft_lib.tokenizer import load_tokenizer
 
 SENTENCE = "The quick brown fox jumps over the lazy dog. How many words does this sentence have?"
 SHOWN = 5  # most likely next tokens that are listed side by side
+
+EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 
 Logits = Callable[[Tensor], Tensor]  # ids [1, s] -> logits [1, s, vocabulary]
 
@@ -103,6 +105,7 @@ def _both(model: Path, checkpoint: Path) -> tuple[Weights, Weights, bool]:
     """The weights of each by Hugging Face names; where one was rounded to a shorter dtype, both in that, and True."""
     config = read_config(model)
     weights = hf.open_weights(model, config)
+    weights = with_row_means(weights, [name for name in EMBEDDINGS if name in weights.pieces], _row_means(checkpoint))
     sources.check(checkpoint)
     stored = sources.open_weights(checkpoint, config)
     others = hf.as_hf(resized(stored, sources.vocabulary(config), config.vocab_size), config)
@@ -111,6 +114,12 @@ def _both(model: Path, checkpoint: Path) -> tuple[Weights, Weights, bool]:
         shorter = min(dtypes[1].pop(), dtypes[0].pop(), key=lambda dtype: dtype.itemsize)
         return Weights(weights.pieces, shorter), Weights(others.pieces, shorter), True
     return weights, others, False
+
+
+def _row_means(checkpoint: Path) -> dict[int, list[int]]:
+    """The rows that `convert` set to the mean of others, which are not the model's."""
+    made = read_manifest(checkpoint) if (checkpoint / MANIFEST).is_file() else {}
+    return {int(row): others for row, others in made.get("row_means", {}).items()}
 
 
 class _Perturbed(Weights):
@@ -160,7 +169,7 @@ def compare_outputs(model: Path, checkpoint: Path, sentence: str, new_tokens: in
     def speak(logits: Logits) -> tuple[Tensor, list[int]]:
         return logits(ids), _greedy(logits, ids, new_tokens)
 
-    expected, words = with_transformers(model, speak)
+    expected, words = with_transformers(model, speak, _row_means(checkpoint))
     found, our_words = with_megatron(model, checkpoint, ids.shape[1] + new_tokens, speak)
     likely = expected[0, -1].topk(SHOWN).indices.tolist()
     return {
@@ -180,9 +189,14 @@ def compare_outputs(model: Path, checkpoint: Path, sentence: str, new_tokens: in
 
 
 @torch.no_grad()
-def with_transformers(model: Path, use: Callable[[Logits], object]):
+def with_transformers(model: Path, use: Callable[[Logits], object], row_means: dict[int, list[int]] | None = None):
     """What `use` makes of the model of a folder, loaded by transformers in fp32 and let go afterwards."""
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).to(device()).eval()
+    stored = loaded.config.dtype or torch.float32
+    for table in {loaded.get_input_embeddings().weight, loaded.get_output_embeddings().weight}:
+        means = {row: table[others].mean(dim=0).to(stored).float() for row, others in (row_means or {}).items()}
+        for row, mean in means.items():
+            table[row] = mean
     return use(lambda ids: loaded(ids, use_cache=False).logits)
 
 

@@ -142,22 +142,6 @@ def parse(content: bytes | dict) -> dict:
     return record
 
 
-def parse_columns(text: str) -> dict[str, str]:
-    """Columns from a notebook's parameter.
-
-    >>> parse_columns("prompt -> question, response -> answer")
-    {'prompt': 'question', 'response': 'answer'}
-
-    Raises:
-        ValueError: a part is not of the form `our field -> their column`.
-    """
-    pairs = [[side.strip() for side in part.split("->")] for part in text.split(",") if part.strip()]
-    for pair in pairs:
-        if len(pair) != 2 or not all(pair):
-            raise ValueError(f"columns: found {' -> '.join(pair)!r}, expected `our field -> their column`")
-    return dict(pairs)
-
-
 def as_text(content: bytes | dict) -> str:
     """What stood on a line, for a person to read."""
     if isinstance(content, bytes):
