@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from rsft_lib.artifact import WRITERS, HashedFile, write_json
-from rsft_lib.checkpoint.pieces import Weights, data_of, refuse, rows
+from rsft_lib.checkpoint.pieces import Weights, data_of, refuse, return_freed_memory, rows
 from rsft_lib.model.weights import hf_shapes, row_map
 
 FORMATS = ("model.safetensors", "pytorch_model.bin")  # the first that is there is read
@@ -145,6 +145,7 @@ def write(
     Returns:
         The entries of the written files for a manifest.
     """
+    return_freed_memory()
     shards = split_torch_state_dict_into_shards(
         {name: weights.empty(name) for name in weights}, max_shard_size=max_shard_size
     )

@@ -1,5 +1,6 @@
 """Weights as they lie on disk: each a list of memory-mapped pieces, of which only what is asked for is read."""
 
+import ctypes
 import math
 import sys
 from collections.abc import Iterable, Iterator
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 64 * 2**20  # bytes of a weight that are handled at one time
+M_MMAP_THRESHOLD = -3  # mallopt(3)
 
 Box = tuple[slice, ...]
 
@@ -95,6 +97,15 @@ def rows(pieces: list[Piece], start: int, stop: int, at: int) -> list[Piece]:
     everything = slice(0, sys.maxsize)
     found = (_overlap(piece, (slice(start, stop), *[everything] * (piece.tensor.ndim - 1))) for piece in pieces)
     return [Piece((part.offset[0] + at, *part.offset[1:]), part.tensor) for part in found if part]
+
+
+def return_freed_memory() -> None:
+    """Have freed blocks go back to the system at once.
+
+    glibc keeps those of up to 32 MiB, once it has seen some freed, and so more with every layer that is written.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
 
 def resized(weights: Weights, names: Iterable[str], count: int) -> Weights:

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.utils import _create_file_view
 from torch.utils.serialization import config as serialization
 
 from rsft_lib.artifact import WRITERS, HashedFile, read_manifest, verify, verify_files
-from rsft_lib.checkpoint.pieces import Box, Piece, Weights, data_of
+from rsft_lib.checkpoint.pieces import Box, Piece, Weights, data_of, return_freed_memory
 
 METADATA, COMMON, SUFFIX = ".metadata", "common.pt", ".distcp"
 FILE_SIZE = 2**29  # bytes after which the next file is begun
@@ -151,6 +151,7 @@ def write(folder: Path, weights: Weights, progress: Callable[[int], None] = lamb
     Returns:
         The entries of the written files for a manifest.
     """
+    return_freed_memory()
     plan = _planned(weights)
     paths = [folder / f"__0_{number}{SUFFIX}" for number in range(len(plan))]
     # The manifest's hash makes a checksum in each record needless.
