@@ -71,7 +71,7 @@ def tokenize(
     count = os.cpu_count() if workers is None else workers
     with pool_of(count) as pool:
         if contract:
-            require_contract(tokenizer)
+            require_contract(tokenizer, loaded)
         pool.begin(_job(str(source), loaded, settings))
         facts["encoder"] = _chosen_encoder(pool, source.rows())
         mine = islice(blocks(source.rows()), shard[0], None, shard[1])
@@ -128,7 +128,7 @@ def _facts(source: Source, tokenizer, loaded, options: Options, shard: tuple[int
         "made_by": "tokenize",
         **source.facts(),
         "tokenizer": str(resolve(tokenizer)),
-        **fingerprint(resolve(tokenizer)),
+        **fingerprint(resolve(tokenizer), loaded),
         "vocab_size": len(loaded),
         "control_ids": {token: vocab[token] for token in (*MODES.values(), END_THINK) if token in vocab},
         "eos_id": loaded.eos_token_id,
