@@ -8,11 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rsft_lib.artifact import write_json
+from rsft_lib.training.metrics import read_metrics
 from rsft_lib.training.watchdog import read_stacks
 
 JOB = "job.json"
+STOPPING = ".stopping"
+ENDED = "ended.json"  # of training.loop, which imports all that trains
 ERRORS = "errors"
-ON_INTERRUPT = ("stop", "leave")
 END = 2**20  # bytes at the end of a log in which the cause of a failure is looked for
 
 
@@ -26,8 +28,8 @@ class RunFailed(RuntimeError):
 class Job:
     """A training in its run folder; `local.LocalJob` and `slurm.SlurmJob` know how to reach it.
 
-    What they add: `running`, whether it has not ended yet; `state`, the same in words; `stop()`, which asks it to save
-    and end; `kill()`.
+    What they add: `running`, whether it has yet to end; `state`, the same in words; `stop()`, which asks it to save and
+    end; `kill()`.
     """
 
     launcher = ""
@@ -39,9 +41,13 @@ class Job:
     @property
     def ended(self) -> dict:
         """Why it ended (`reason`) and after which step (`iteration`); empty while it runs, or when it failed."""
-        from rsft_lib.training.loop import read_ended  # imports all that trains
+        path = self.folder / ENDED
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
-        return read_ended(self.folder)
+    @property
+    def stopping(self) -> bool:
+        """Whether it was asked to stop."""
+        return (self.folder / STOPPING).exists()
 
     def wait(self, poll: Callable[[], None] = lambda: None) -> None:
         """Wait until it ends, calling `poll` twice a second.
@@ -67,6 +73,27 @@ class Job:
         """The last lines of the log; however long it is, only its end is read."""
         return "\n".join(read_end(self.log, 400 * lines).splitlines()[-lines:])
 
+    def outcome(self) -> dict:
+        """What came of it, for `notebook.finish`: first and last losses, why it ended, its last checkpoint.
+
+        Raises:
+            ValueError: it has not done a step.
+        """
+        records = read_metrics(self.folder)
+        if not records:
+            raise ValueError(f"{self.folder} has no metrics: the training has not done a step")
+        held_out = [record["eval_loss"] for record in records if "eval_loss" in record]
+        found = {
+            "first_loss": records[0]["loss"],
+            "last_loss": records[-1]["loss"],
+            "held_out_loss": held_out[-1] if held_out else None,
+            "iteration": records[-1]["iteration"],
+            "ended": self.ended.get("reason"),
+            "job": self.state,
+            "checkpoint": str(max(self.folder.glob("iter_*"), default="none")),
+        }
+        return {**found, "summary": "\n".join(f"{name:<15}{value}" for name, value in found.items())}
+
     def remember(self, **facts) -> None:
         """Write what `attach` needs into the run folder."""
         known = {"launcher": self.launcher, "train_iters": self.train_iters}
@@ -88,7 +115,9 @@ class Job:
             self.kill()
 
     def _failure(self) -> str:
-        return f"{cause(self.log)}\n\ntraining failed ({self.state}); the whole log is {self.log}"
+        asked = " when it was asked to stop, before it had anything to save" if self.stopping else ""
+        told = f"training failed{asked} ({self.state}); the whole log is {self.log}"
+        return f"{cause(self.log)}\n\n{told}".lstrip()
 
 
 def read_job(folder: Path) -> dict:

@@ -11,12 +11,16 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 
-from rsft_lib.launch.job import Job
+from rsft_lib.launch.job import STOPPING, Job, RunFailed, cause
 from rsft_lib.lifeline import die_with_parent
+
+PATIENCE = 30  # seconds that ranks which save nothing have to stop
 
 
 def start_torchrun(
@@ -52,6 +56,58 @@ def start_torchrun(
         )
 
 
+def launch(
+    module: str,
+    arguments: list[str],
+    nproc: int,
+    log: Path,
+    poll: Callable[[], None] = lambda: None,
+    patience: float = PATIENCE,
+) -> None:
+    """Run `python -m module arguments` on `nproc` ranks of this machine and wait for all of them.
+
+    Args:
+        log: file for the output of every rank.
+        poll: called twice a second while they run.
+        patience: seconds that the ranks have to stop when this process is interrupted.
+
+    Raises:
+        RunFailed: a rank failed; the message begins with its traceback and names the log.
+    """
+    process = start_torchrun(module, arguments, nproc, log, patience)
+    try:
+        while not _ends(process, 0.5):
+            poll()
+        poll()
+    except BaseException:
+        process.terminate()  # torchrun passes it on to its ranks
+        if not _ends(process, patience + 10):
+            process.kill()  # and the ranks die with their parent
+            process.wait()
+        raise
+    if process.returncode:
+        raise RunFailed(f"{cause(log)}\n\n{module} failed (exit code {process.returncode}); the whole log is {log}")
+
+
+def start(folder: Path, nproc: int, **common) -> "LocalJob":
+    """Train with the settings in `folder/config.json`."""
+    arguments = ["--config", str(folder / "config.json")]
+    process = start_torchrun(
+        "rsft_lib.training.train", arguments, nproc, folder / "train.log", common["patience"],
+        alone=common["on_interrupt"] == "leave",
+    )  # fmt: skip
+    job = LocalJob(folder, process.pid, birth(process.pid), process, **common)
+    job.remember(pid=job.pid, birth=job.birth, host=socket.gethostname())
+    return job
+
+
+def find(folder: Path, facts: dict) -> "LocalJob | None":
+    """The job that `facts` tell of, if it runs on this machine."""
+    host = facts.pop("host")
+    job = LocalJob(folder, **facts)
+    return job if host == socket.gethostname() and job.running else None
+
+
 class LocalJob(Job):
     """A training under a torchrun of this machine."""
 
@@ -75,30 +131,36 @@ class LocalJob(Job):
 
     def stop(self) -> None:
         """Ask all ranks to save after the step that runs, and end. It returns at once; only the first call counts."""
-        if not self.running or (self.folder / "stopping").exists():
+        if not self.running or self.stopping:
             return
-        (self.folder / "stopping").touch()
-        # The ranks and not torchrun, which would report as its own failure that it was asked to stop.
-        ranks = psutil.Process(self.pid).children()
-        for process in ranks or [psutil.Process(self.pid)]:
-            process.send_signal(signal.SIGTERM)
+        (self.folder / STOPPING).touch()
+        with suppress(psutil.NoSuchProcess):
+            # The ranks and not torchrun, which would report as its own failure that it was asked to stop.
+            for process in psutil.Process(self.pid).children() or [psutil.Process(self.pid)]:
+                process.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
         """End it at once, whatever it does."""
-        if self.running:
+        with suppress(psutil.NoSuchProcess):
             torchrun = psutil.Process(self.pid)
-            for process in [*torchrun.children(recursive=True), torchrun]:
+            for process in [*torchrun.children(recursive=True), torchrun] if self.running else ():
                 process.kill()
-            while self.running:
-                time.sleep(0.01)
+        while self.running:
+            time.sleep(0.01)
 
     def _pause(self) -> None:
         if not self.process:
             return super()._pause()
-        try:
-            self.process.wait(timeout=0.5)
-        except subprocess.TimeoutExpired:
-            pass
+        _ends(self.process, 0.5)
+
+
+def _ends(process: subprocess.Popen, seconds: float) -> bool:
+    """Wait for a process, but no longer than this."""
+    try:
+        process.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
 
 def birth(pid: int) -> str:
