@@ -1,28 +1,18 @@
 """A training that runs on its own: whoever holds its handle can watch it, wait for it and ask it to stop."""
 
 import json
-import os
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from rsft_lib.artifact import write_json
+from rsft_lib.launch.failure import failure, read_end
 from rsft_lib.training.metrics import read_metrics
-from rsft_lib.training.watchdog import read_stacks
 
 JOB = "job.json"
 STOPPING = ".stopping"
 ENDED = "ended.json"  # of training.loop, which imports all that trains
-ERRORS = "errors"
-END = 2**20  # bytes at the end of a log in which the cause of a failure is looked for
-
-
-class RunFailed(RuntimeError):
-    """A rank failed. A notebook shows what it said, and not where this process waited for it."""
-
-    def _render_traceback_(self) -> list[str]:
-        return [str(self)]
+TRAIN = "rsft_lib.training.train"
 
 
 class Job:
@@ -67,7 +57,8 @@ class Job:
             self._interrupted()
             raise
         if not self.ended:
-            raise RunFailed(self._failure())
+            asked = ", asked to stop before it had anything to save" if self.stopping else ""
+            raise failure(TRAIN, self.log, self.state + asked)
 
     def tail(self, lines: int = 15) -> str:
         """The last lines of the log; however long it is, only its end is read."""
@@ -114,39 +105,8 @@ class Job:
         if self.running:
             self.kill()
 
-    def _failure(self) -> str:
-        asked = " when it was asked to stop, before it had anything to save" if self.stopping else ""
-        told = f"training failed{asked} ({self.state}); the whole log is {self.log}"
-        return f"{cause(self.log)}\n\n{told}".lstrip()
-
 
 def read_job(folder: Path) -> dict:
     """What `remember` wrote; empty where nothing was started."""
     path = Path(folder) / JOB
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def read_end(path: Path, size: int) -> str:
-    """The last `size` bytes of a file as text; empty where there is none."""
-    if not path.exists():
-        return ""
-    with path.open("rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - size))
-        return file.read(size).decode("utf-8", errors="replace")
-
-
-def cause(log: Path, lines: int = 40) -> str:
-    """What the rank that failed first said: the stacks of a run that hung, a traceback as `record` wrote it or as
-    torchrun reports it, or the end of what the ranks wrote.
-    """
-    if stacks := read_stacks(log.parent):
-        return f"no progress; where the ranks stood:\n{stacks}"
-    files = sorted((log.parent / ERRORS).glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
-    if files:
-        message = json.loads(files[0].read_text(encoding="utf-8"))["message"]
-        return f"{files[0].stem}: {message['extraInfo']['py_callstack'].rstrip()}"
-    text = read_end(log, END).rstrip()
-    said = text.rpartition("Root Cause (first observed failure):")[2]
-    if "Traceback" not in said:  # torchrun knows it only of modules that use `record`
-        said = re.split(r"^[EW]\d{4} .*elastic/multiprocessing/api\.py", text, maxsplit=1, flags=re.MULTILINE)[0]
-    return "\n".join(said.rstrip().splitlines()[-lines:])

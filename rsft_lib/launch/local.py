@@ -17,7 +17,8 @@ from pathlib import Path
 
 import psutil
 
-from rsft_lib.launch.job import STOPPING, Job, RunFailed, cause
+from rsft_lib.launch.failure import failure
+from rsft_lib.launch.job import STOPPING, TRAIN, Job
 from rsft_lib.lifeline import die_with_parent
 
 PATIENCE = 30  # seconds that ranks which save nothing have to stop
@@ -86,14 +87,14 @@ def launch(
             process.wait()
         raise
     if process.returncode:
-        raise RunFailed(f"{cause(log)}\n\n{module} failed (exit code {process.returncode}); the whole log is {log}")
+        raise failure(module, log, f"exit code {process.returncode}")
 
 
 def start(folder: Path, nproc: int, **common) -> "LocalJob":
     """Train with the settings in `folder/config.json`."""
     arguments = ["--config", str(folder / "config.json")]
     process = start_torchrun(
-        "rsft_lib.training.train", arguments, nproc, folder / "train.log", common["patience"],
+        TRAIN, arguments, nproc, folder / "train.log", common["patience"],
         alone=common["on_interrupt"] == "leave",
     )  # fmt: skip
     job = LocalJob(folder, process.pid, birth(process.pid), process, **common)

@@ -12,7 +12,8 @@ import sys
 import time
 from pathlib import Path
 
-from rsft_lib.launch.job import ENDED, ERRORS, JOB, STOPPING, Job
+from rsft_lib.launch.failure import ERRORS
+from rsft_lib.launch.job import ENDED, JOB, STOPPING, TRAIN, Job
 from rsft_lib.launch.options import LaunchOptions
 from rsft_lib.paths import ROOT
 from rsft_lib.training.watchdog import STACKS
@@ -47,7 +48,7 @@ cd {root}
 srun --kill-on-bad-exit=1 bash -c '
   export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
   export TORCHELASTIC_ERROR_FILE="$0/{errors}/rank$RANK.json"
-  exec "$1" -m rsft_lib.training.train --config "$0/config.json"' "$run" {python} &
+  exec "$1" -m {module} --config "$0/config.json"' "$run" {python} &
 ranks=$!
 while kill -0 $ranks 2>/dev/null; do wait $ranks; code=$?; done  # a signal interrupts `wait`
 
@@ -122,7 +123,7 @@ def batch_script(folder: Path, nproc: int, options: LaunchOptions) -> str:
         given.append(f"#SBATCH {options.slurm_options}")
     return SCRIPT.format(
         options="\n".join(given), run=shlex.quote(str(folder)), root=shlex.quote(str(ROOT)),
-        python=shlex.quote(sys.executable), stopping=STOPPING, ended=ENDED, stacks=STACKS, errors=ERRORS,
+        python=shlex.quote(sys.executable), module=TRAIN, stopping=STOPPING, ended=ENDED, stacks=STACKS, errors=ERRORS,
     )  # fmt: skip
 
 

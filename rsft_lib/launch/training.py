@@ -11,7 +11,8 @@ from pathlib import Path
 
 from rsft_lib.artifact import write_json
 from rsft_lib.launch import local, slurm
-from rsft_lib.launch.job import ENDED, ERRORS, STOPPING, Job, read_job
+from rsft_lib.launch.failure import ERRORS
+from rsft_lib.launch.job import ENDED, STOPPING, Job, read_job
 from rsft_lib.launch.local import LocalJob, launch
 from rsft_lib.launch.options import HERE, LaunchOptions
 from rsft_lib.paths import resolve
