@@ -10,6 +10,7 @@ from rsft_lib.training.watchdog import read_stacks
 ERRORS = "errors"  # folder beside the log, with what `record` of torch writes for each rank of a batch job
 END = 2**20  # bytes at the end of a log in which a cause is looked for
 LINES = 40
+REPORT = "Root Cause (first observed failure):"  # what torchrun writes before it tells of the rank that failed first
 
 
 class RunFailed(RuntimeError):
@@ -32,6 +33,11 @@ def cause(log: Path) -> str:
     return _recorded(log.parent / ERRORS) or _reported(text) or _printed(text)
 
 
+def torchrun_reports(log: Path) -> bool:
+    """Whether torchrun says at the end of its log that a rank failed."""
+    return REPORT in read_end(log, END)
+
+
 def read_end(path: Path, size: int) -> str:
     """The last `size` bytes of a file as text; empty where there is none."""
     if not path.exists():
@@ -52,7 +58,7 @@ def _recorded(folder: Path) -> str:
 
 def _reported(text: str) -> str:
     """The traceback, or the signal, that torchrun reports of the rank that failed first."""
-    said = text.rpartition("Root Cause (first observed failure):")[2]
+    said = text.rpartition(REPORT)[2]
     rank = re.search(r"^ +rank +: (\d+)", said, flags=re.MULTILINE)
     told = re.search(r"^ +traceback : (.*?)\n(?:=|\Z)", said, flags=re.MULTILINE | re.DOTALL)
     if not (rank and told) or told[1].startswith("To enable"):  # it knows none of modules that do not use `record`

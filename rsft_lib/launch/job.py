@@ -56,7 +56,7 @@ class Job:
         except BaseException:
             self._interrupted()
             raise
-        if not self.ended:
+        if self._failed():
             asked = ", asked to stop before it had anything to save" if self.stopping else ""
             raise failure(TRAIN, self.log, self.state + asked)
 
@@ -91,10 +91,16 @@ class Job:
         known |= {"on_interrupt": self.on_interrupt, "patience": self.patience}
         write_json(self.folder / JOB, known | facts)
 
+    def _failed(self) -> bool:
+        """Whether it ended in disorder, once it has ended."""
+        return not self.ended
+
     def _pause(self) -> None:
         time.sleep(0.5)
 
     def _interrupted(self) -> None:
+        if not self.running:
+            return
         if self.on_interrupt == "leave":
             print(f"training goes on ({self.state}); run this notebook again to come back to it", flush=True)
             return

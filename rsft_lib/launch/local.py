@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from rsft_lib.launch.failure import failure
+from rsft_lib.launch.failure import failure, torchrun_reports
 from rsft_lib.launch.job import STOPPING, TRAIN, Job
 from rsft_lib.lifeline import die_with_parent
 
@@ -148,6 +148,10 @@ class LocalJob(Job):
                 process.kill()
         while self.running:
             time.sleep(0.01)
+
+    def _failed(self) -> bool:
+        # Where one rank dies, torchrun asks the others to stop, and those may manage to.
+        return super()._failed() or torchrun_reports(self.log)
 
     def _pause(self) -> None:
         if not self.process:

@@ -23,6 +23,7 @@ OVER = (
     "COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY",
     "REVOKED",
 )  # fmt: skip
+BROKEN = ("FAILED", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY")
 GONE = "gone"  # so long ago that Slurm has forgotten it
 SCRIPT = """\
 #!/bin/bash
@@ -166,6 +167,9 @@ class SlurmJob(Job):
         """End it at once, whatever it does."""
         _slurm("scancel", self.id)
         self.asked = 0.0
+
+    def _failed(self) -> bool:
+        return super()._failed() or self.facts.get("JobState") in BROKEN
 
     def _pause(self) -> None:
         if self.state != self.told:
