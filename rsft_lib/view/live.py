@@ -48,3 +48,8 @@ class LiveRun:
         done = records[-1]["iteration"] if records else 0
         bar = f"<progress value='{done}' max='{self.train_iters}' style='width:20em'></progress>"
         return f"{bar} {html.escape(repr(self))}"
+
+
+def watch(job) -> None:
+    """Show how far a job has come until it ends."""
+    job.wait(poll=LiveRun(job.folder, job.train_iters).poll)
