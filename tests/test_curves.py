@@ -72,10 +72,11 @@ def test_every_picture_of_a_run_has_its_lines(folder, capsys):
     assert "P(<think>)" in summary(folder / "run", {}, folder / "model")
     live = LiveRun(folder / "run", STEPS)
     live.poll()
-    assert f"step {STEPS}/{STEPS}  loss" in capsys.readouterr().out
+    live.end()
+    assert f"step {STEPS}/{STEPS}  loss" in capsys.readouterr().out and live.state == "finished"
 
 
-def test_data_without_modes_is_drawn_too_and_alarms_are_marked(tmp_path):
+def test_data_without_modes_is_drawn_too_and_alarms_are_marked(tmp_path, capsys):
     tiny_model(tmp_path / "hf")
     convert(tmp_path / "hf", tmp_path / "megatron")
     store = random_store(tmp_path / "store")
@@ -87,4 +88,6 @@ def test_data_without_modes_is_drawn_too_and_alarms_are_marked(tmp_path):
     axes = {axis.get_title().split(",")[0]: axis for axis in plot_curves(tmp_path / "run").axes}
     assert axes["loss by mode (line) and by span (dots)"].texts[0].get_text() == "the data tells no modes"
     assert [line.get_xdata()[0] for line in axes["loss per trained token"].lines[2:]] == [2]
-    assert "ALARM: loss spike" in repr(LiveRun(tmp_path / "run", 2))
+    live = LiveRun(tmp_path / "run", 2)
+    live.poll()
+    assert "ALARM: loss spike" in capsys.readouterr().out
