@@ -22,10 +22,10 @@ class Job:
     def stop(self) -> None:
         self.asked += 1
 
-    def tail(self, lines: int) -> list[str]:
+    def tail(self, lines: int) -> str:
         with self.log.open("rb") as file:
             file.seek(max(0, file.seek(0, 2) - 200_000))
-            return file.read().decode().split("\n")[:-1][-lines:]
+            return "\n".join(file.read().decode().rstrip("\n").split("\n")[-lines:])
 
     def wait(self, poll) -> None:
         done, reason = 0, "finished"

@@ -196,7 +196,7 @@ def test_the_picture_has_a_line_for_each_mode_and_keeps_a_spike(tmp_path):
 
 
 def test_a_log_is_cut_in_lines_and_width():
-    shown = log_end(["old"] * 50 + ["w" * 10_000, "a\tb\x00"])
+    shown = log_end("old\n" * 50 + "w" * 10_000 + "\na\tb\x00\n")
     assert len(shown.splitlines()) == LOG_LINES and max(map(len, shown.splitlines())) <= 160
     assert "a⇥b␀" in shown
 

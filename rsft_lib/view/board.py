@@ -91,9 +91,10 @@ class Card:
         return f"<div style='color:{FAINT}'>end of the log</div><pre style='{style}'>{self.log}</pre>"
 
 
-def log_end(lines: Sequence[str]) -> str:
+def log_end(log: str) -> str:
     """The last lines of a log as HTML: few, short, and as text whatever they hold."""
-    last = [ANSI.sub("", line.rstrip("\r\n")).rpartition("\r")[2] for line in lines[-LOG_LINES:]]
+    lines = log.rstrip("\n").split("\n")[-LOG_LINES:]
+    last = [ANSI.sub("", line.rstrip("\r")).rpartition("\r")[2] for line in lines]
     return "\n".join(escaped(one_line(line[:LOG_WIDTH])) for line in last)
 
 
@@ -129,6 +130,8 @@ def plot_live(run: Follower, train_iters: int) -> Figure:
     for axes in (losses, choices):
         axes.set(xlabel="step", xlim=(0, train_iters))
         tidy(axes)
+        if axes.lines:
+            axes.legend(fontsize="small", frameon=False)
     plt.close(figure)  # the notebook shows what a cell displays; once is enough
     return figure
 

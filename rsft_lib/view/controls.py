@@ -19,7 +19,7 @@ class Controls:
         display(self.row)
 
     def _ask(self, _button) -> None:
-        self.asked = True  # and no more: JupyterLab has this run in a thread of its own
+        self.asked = True  # and no more: it may be called in another thread
 
     def go_to(self, step: int) -> None:
         self.bar.value = step

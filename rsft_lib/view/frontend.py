@@ -13,8 +13,8 @@ def somebody_looks() -> bool:
 def hear_widgets() -> None:
     """Handle what widgets have sent while this cell runs; all else that has come is handled after it, in its order.
 
-    JupyterLab sends it to a thread of its own (a subshell, https://github.com/jupyter/enhancement-proposals/pull/91)
-    and needs none of this. What other front ends send waits where the kernel would find it once the cell has ended.
+    It waits where the kernel would find it once the cell has ended. JupyterLab sends it to a thread of its own (a
+    subshell, https://github.com/jupyter/enhancement-proposals/pull/91); ipykernel from 7.4 on brings it to this one.
     """
     kernel = getattr(get_ipython(), "kernel", None)
     if not getattr(kernel, "shell_channel_thread", None):  # no notebook, or ipykernel before 7

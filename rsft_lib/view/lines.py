@@ -43,9 +43,7 @@ def plain_numbers(axes: Axes) -> None:
 
 
 def tidy(axes: Axes) -> None:
-    """A faint grid, two spines, a legend where there are lines to tell apart, and thousands with a comma."""
+    """A faint grid, two spines, thousands with a comma, titles to the left."""
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
-    if any(not line.get_label().startswith("_") for line in axes.lines):
-        axes.legend(fontsize="small", frameon=False)
