@@ -97,8 +97,8 @@ def runs_table(runs: list[Run]) -> Table:
         lowest = MISSING if best is None else f"{held_out[1][best]:.3f} at {held_out[0][best]:,.0f}"
         rows.append((
             run.name, f"{len(run):,} of {run.config.get('train_iters', 0):,}", run.ended,
-            f"{run.last('loss'):.3f}", lowest, f"{tokens:,.0f}", duration(seconds), f"{np.median(run.columns['tokens_per_second']):,.0f}",
-            str(len(run.alarms)),
+            f"{run.last('loss'):.3f}", lowest, f"{tokens:,.0f}", duration(seconds),
+            f"{np.median(run.columns['tokens_per_second']):,.0f}", str(len(run.alarms)),
         ))  # fmt: skip
     columns = (
         "run", "steps", "ended", "last loss", "best held-out loss", "trained tokens", "time", "tokens/s, median",
