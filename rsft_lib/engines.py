@@ -1,6 +1,7 @@
 """What continues prompts, given as token ids: transformers, or vLLM where it is installed. Both load a model once."""
 
 import importlib.util
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -88,9 +89,8 @@ def _up_to_end(ids: list[int], eos: int) -> list[int]:
 
 
 def _steps(count: int, size: int) -> Iterable[int]:
-    # A tenth a line at most: a notebook that runs headless keeps every one.
-    tenth = max(1, count // size // 10)
-    return tqdm(range(0, count, size), desc="answers", unit="batch", miniters=tenth, mininterval=5)
+    # A notebook that runs headless keeps every refresh.
+    return tqdm(range(0, count, size), desc="answers", unit="batch", file=sys.stdout, mininterval=5, leave=False)
 
 
 def _vllm(folder: Path) -> Engine:

@@ -114,15 +114,12 @@ def plot_answers(answers: Answers, expected: Sequence[str | None]) -> Figure:
     shares.set_xticks([0, 0.25, 0.5, 0.75, 1])
     shares.xaxis.set_major_formatter(PercentFormatter(1))
     shares.set_title("right, and (grey) well formed; lines: 95 % interval", loc="left", fontsize="medium")
-    boxes = lengths.boxplot(
-        [[answer.tokens for answer in found] for found in answers.values()], orientation="horizontal",
-        tick_labels=names, patch_artist=True, widths=0.5, medianprops={"color": "black"}, flierprops={"markersize": 3},
-    )  # fmt: skip
-    for box, mode in zip(boxes["boxes"], answers, strict=True):
-        box.set(**LOOK[mode or "other"], alpha=0.8)
-    lengths.invert_yaxis()
+    for y, (mode, found) in enumerate(answers.items()):
+        _draw_lengths(lengths, y, np.array([answer.tokens for answer in found]), LOOK[mode or "other"]["facecolor"])
+    lengths.set_yticks(range(len(names)), names)
+    lengths.set_ylim(len(names) - 0.5, -0.5)
     lengths.set_xlim(left=0)
-    lengths.set_title("tokens of an answer: middle half, median, range", loc="left", fontsize="medium")
+    lengths.set_title("tokens of each answer; the bar is the median", loc="left", fontsize="medium")
     for axes in (shares, lengths):
         axes.spines[["top", "right"]].set_visible(False)
     plt.close(figure)  # the notebook shows what a cell returns; once is enough
@@ -146,6 +143,14 @@ def _draw_share(axes: Axes, y: float, right: int, count: int, what: str, style: 
     axes.barh(y, share, height=0.36, **style, **EDGE)
     axes.plot([low, high], [y, y], color="black", linewidth=1.5)
     axes.text(max(share, high) + 0.02, y, f"{share:.0%} {what}", va="center", fontsize="small")
+
+
+def _draw_lengths(axes: Axes, y: int, tokens: np.ndarray, color: str) -> None:
+    spread = np.random.default_rng(0).uniform(-0.22, 0.22, len(tokens))  # so that equal ones do not hide each other
+    axes.scatter(tokens, y + spread, s=12, color=color, alpha=0.4, linewidths=0)
+    middle = np.median(tokens)
+    axes.plot([middle, middle], [y - 0.32, y + 0.32], color="black", linewidth=2)
+    axes.text(middle, y - 0.36, f"{middle:,.0f}", ha="center", va="bottom", fontsize="small")
 
 
 def _right(answers: list[Answer], expected: Sequence[str | None]) -> tuple[int, int]:
