@@ -145,9 +145,17 @@ def show_losses(
 def around(text: TokenText, start: int, end: int) -> str:
     """Tokens `start` to `end` (exclusive) as ⟦text⟧ between what stands before and after them, on one line."""
     size = len(text.ids)
-    parts = (max(0, start - AROUND), start), (start, end), (end, min(size, end + AROUND))
-    before, hard, after = (one_line(text.between(*part)) if part[0] < part[1] else "" for part in parts)
+    start, end = _before(text, start), text.whole(start, end, size)
+    first, last = _before(text, max(0, start - AROUND)), text.whole(start, min(size, end + AROUND), size)
+    before, hard, after = (one_line(text.between(*part)) for part in ((first, start), (start, end), (end, last)))
     return f"{before}⟦{hard}⟧{after}"
+
+
+def _before(text: TokenText, place: int) -> int:
+    """`place`, moved back until it is none within a character."""
+    while place and text.whole(place - 1, place, len(text.ids)) != place:
+        place -= 1
+    return place
 
 
 def level_of(loss: float) -> int:
