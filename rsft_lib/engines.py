@@ -1,15 +1,14 @@
 """What continues prompts, given as token ids: transformers, or vLLM where it is installed. Both load a model once."""
 
 import importlib.util
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
+from rsft_lib.progress import progress, without_bars
 from rsft_lib.tokenizer import load_tokenizer
 
 BATCH = 64  # prompts that transformers continues at a time
@@ -49,7 +48,8 @@ def open_engine(folder: Path, engine: str = "auto", batch_size: int = BATCH) -> 
 def _transformers(folder: Path, batch_size: int) -> Engine:
     tokenizer = load_tokenizer(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
+    with without_bars():
+        model = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
 
     @torch.no_grad()
     def write(prompts: list[list[int]], sampling: Sampling) -> list[list[int]]:
@@ -57,9 +57,11 @@ def _transformers(folder: Path, batch_size: int) -> Engine:
         # Those of like length together, the longest first: little padding, and what does not fit fails at once.
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         written: dict[int, list[int]] = {}
-        for start in _steps(len(order), batch_size):
-            numbers = order[start : start + batch_size]
-            written |= zip(numbers, _batch(model, tokenizer, [prompts[i] for i in numbers], sampling), strict=True)
+        with progress("answers", "questions", len(prompts)) as bar:
+            for start in range(0, len(order), batch_size):
+                numbers = order[start : start + batch_size]
+                written |= zip(numbers, _batch(model, tokenizer, [prompts[i] for i in numbers], sampling), strict=True)
+                bar.update(len(numbers))
         return [written[i] for i in range(len(prompts))]
 
     return write
@@ -86,11 +88,6 @@ def _batch(model, tokenizer, prompts: list[list[int]], sampling: Sampling) -> li
 
 def _up_to_end(ids: list[int], eos: int) -> list[int]:
     return ids[: ids.index(eos) + 1] if eos in ids else ids  # what follows is padding, with the same id
-
-
-def _steps(count: int, size: int) -> Iterable[int]:
-    # A notebook that runs headless keeps every refresh.
-    return tqdm(range(0, count, size), desc="answers", unit="batch", file=sys.stdout, mininterval=5, leave=False)
 
 
 def _vllm(folder: Path) -> Engine:
