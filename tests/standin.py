@@ -17,6 +17,7 @@ class Job:
         self.folder, self.train_iters, self.steps, self.pause, self.fail = Path(folder), train_iters, steps, pause, fail
         self.folder.mkdir(parents=True, exist_ok=True)
         self.log, self.running, self.asked = self.folder / "train.log", True, 0
+        self.state = "waits in the queue"
         self.log.write_bytes(log.encode())
 
     def stop(self) -> None:

@@ -124,6 +124,8 @@ def test_a_click_on_the_button_stops_the_job_while_the_cell_waits(kernel, tmp_pa
     assert json.loads((tmp_path / "ended.json").read_text())["reason"] == "SIGTERM"
     updates = [m["content"]["data"] for m in published if m["msg_type"] == "update_display_data"]
     cards = [data["text/plain"] for data in updates if "text/html" in data]
+    shown = [m["content"]["data"]["text/plain"] for m in published if m["msg_type"] == "display_data"]
+    assert "training starts (waits in the queue)" in shown
     assert "stopped (SIGTERM) and saved; run again to go on" in cards[-1]
     assert not [m for m in published if m["msg_type"] == "stream"], "somebody looks: no lines are printed"
     assert "comm_close" in {m["msg_type"] for m in published}, "the button goes"

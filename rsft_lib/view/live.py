@@ -23,8 +23,8 @@ def watch(job, widgets: bool | None = None) -> None:
     """Show how far a job has come until it ends; a button has it save and stop.
 
     Args:
-        job: what `launch` started: `folder`, `train_iters`, `running`, `tail(lines)`, `stop()`, and `wait(poll)`, which
-            blocks, and raises what went wrong.
+        job: what `launch` started: `folder`, `train_iters`, `running`, `state` in words, `tail(lines)`, `stop()`, and
+            `wait(poll)`, which blocks, and raises what went wrong.
         widgets: whether to show them; None for where somebody looks.
     """
     live = LiveRun(job.folder, job.train_iters, job, widgets)
@@ -106,8 +106,9 @@ class LiveRun:
 
     def _card(self) -> dict:
         log = log_end(self.job.tail(LOG_LINES)) if self.job else ""
+        waits = f"{self.state} ({self.job.state})" if self.job and not self.run.last else self.state
         card = Card(
-            self.run.last, self.train_iters, self.state, self._left(), list(self.run.alarms), self.run.alarm_count,
+            self.run.last, self.train_iters, waits, self._left(), list(self.run.alarms), self.run.alarm_count,
             log=log, bar=self.controls is None,
         )  # fmt: skip
         return {"text/html": card._repr_html_(), "text/plain": repr(card)}
