@@ -94,7 +94,7 @@ def test_data_without_modes_is_drawn_too_and_alarms_are_marked(tmp_path, capsys)
     assert [line.get_xdata()[0] for line in axes["loss per trained token"].lines[2:]] == [2]
     live = LiveRun(tmp_path / "run", 2)
     live.poll()
-    assert "ALARM: loss spike" in capsys.readouterr().out
+    assert "ALARM: step 2: loss spike" in capsys.readouterr().out
 
 
 def outputs(path) -> list[dict]:

@@ -184,6 +184,25 @@ def test_many_alarms_are_counted_and_the_last_are_told(tmp_path):
     assert "about 1 min 30 s left" in repr(card) and repr(card).count("ALARM") == 3
 
 
+def test_a_value_that_the_last_step_does_not_have_is_shown_as_it_was_last(tmp_path):
+    lines = [{"iteration": 1, "loss": 2.0, "loss_mode_think": 1.5, "eval_loss": 3.25}, {"iteration": 2, "loss": 1.0}]
+    write(tmp_path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    run = Follower(tmp_path)
+    run.read()
+    assert Card(run.last, 2, "training").facts() == {"loss": "1.000", "<think>": "1.500", "held-out": "3.250"}
+
+
+def test_printed_lines_and_alarms_are_few_in_however_many_steps(tmp_path, capsys):
+    live = LiveRun(tmp_path, 1000)
+    for step in range(1, 1001):
+        line = {**record(step, 1000), "alarms": [f"spike {step}"]}
+        write(tmp_path / "metrics.jsonl", json.dumps(line) + "\n")
+        live.poll()
+    printed = capsys.readouterr().out.splitlines()
+    assert len([line for line in printed if line.startswith("ALARM: step")]) == LINES
+    assert LINES <= len([line for line in printed if line.startswith("step")]) <= LINES + 2
+
+
 def test_the_picture_has_a_line_for_each_mode_and_keeps_a_spike(tmp_path):
     lines = [record(step, 50_000) for step in range(1, 50_001)]
     lines[33_333]["loss"] = 40.0

@@ -16,7 +16,7 @@ ALARMS = 3  # the last ones, whose words are kept
 
 
 class Follower:
-    """What is known of a run: `last`, its newest record, and of each metric in DRAWN all steps and values."""
+    """What is known of a run: `last`, the newest value of each metric, and of those in DRAWN all steps and values."""
 
     def __init__(self, folder: str | Path):
         self.path = Path(folder) / FILE
@@ -51,7 +51,7 @@ class Follower:
         file.seek(self._offset)
 
     def _add(self, record: dict) -> None:
-        self.last = record
+        self.last |= {name: value for name, value in record.items() if value is not None}
         for name, (steps, values) in self.lines.items():
             if record.get(name) is not None:
                 steps.append(record["iteration"])

@@ -41,6 +41,7 @@ class LiveRun:
         self.folder, self.train_iters, self.job = Path(run), train_iters, job
         self.run, self.state, self.pace = Follower(run), "training starts", deque()
         self.printed, self.every, self.broken = -1, max(1, -(-train_iters // LINES)), False
+        self.alarms = self.told = 0  # in all, and those that were printed
         somebody = somebody_looks() if widgets is None else widgets
         self.quiet, self.controls = somebody, Controls(train_iters) if somebody and job else None
         # With nobody there it is for whoever opens the notebook as papermill saves it meanwhile.
@@ -86,8 +87,9 @@ class LiveRun:
         if self.controls:
             self.controls.go_to(self.run.last.get("iteration", 0))
         self.card.refresh()
-        if self.run.last:
+        if len(self.run.lines["loss"][0]) > 1:  # a line has two points
             self.picture.refresh()
+        if self.run.last:
             self._print()
 
     def _measure_pace(self) -> None:
@@ -122,6 +124,9 @@ class LiveRun:
         done = self.run.last["iteration"]
         if self.quiet:
             return
+        if self.run.alarm_count > self.alarms and self.told < LINES:
+            self.alarms, self.told = self.run.alarm_count, self.told + 1
+            print(f"ALARM: {self.run.alarms[-1]}", flush=True)
         if done // self.every > self.printed // self.every or done == self.train_iters > self.printed:
             self.printed = done
             print(line(self.run.last, self.train_iters, self._left()), flush=True)
@@ -142,4 +147,4 @@ def line(record: dict, train_iters: int, left: float | None = None) -> str:
     text += f"{record['tokens_per_second']:,.0f} tokens/s"
     text += f"  MFU {record['mfu']:.1%}" if "mfu" in record else ""
     text += f"  {duration(left)} left" if left else ""
-    return text + "".join(f"  ALARM: {alarm}" for alarm in record.get("alarms", []))
+    return text

@@ -9,7 +9,7 @@ from IPython import get_ipython
 from IPython.display import display
 from matplotlib.figure import Figure
 
-EFFORT = 0.05  # largest share of the time that making it may take
+EFFORT = 0.1  # largest share of the time that making it may take
 
 
 class Rewritten:
@@ -28,12 +28,15 @@ class Rewritten:
         if get_ipython() is None or (began < self.due and not now):
             return
         content = self.make()
-        if self.handle is None:
+        ended = time.monotonic()
+        self.due = ended + self.seconds
+        if self.handle is None:  # the first takes long, since what it needs is loaded
             self.handle = display(content, raw=True, display_id=True)
-        elif content != self.content:
-            self.handle.update(content, raw=True)
-        self.content, ended = content, time.monotonic()
-        self.due = ended + max(self.seconds, (ended - began) / EFFORT)
+        else:
+            self.due = max(self.due, ended + (ended - began) / EFFORT)
+            if content != self.content:
+                self.handle.update(content, raw=True)
+        self.content = content
 
 
 def png(figure: Figure) -> str:
