@@ -3,16 +3,12 @@
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from rsft_lib.artifact import MANIFEST, verify
 from rsft_lib.data.spans import KINDS, MODE_NAMES, SPAN_NAMES, control_tokens, kinds
 from rsft_lib.data.store import TokenStore
-from rsft_lib.launch import launch_scoring
-from rsft_lib.paths import existing, resolve
 from rsft_lib.training.score import TokenLosses
 
 CHUNK = 1 << 24  # tokens that are looked at together; takes some 500 MB
@@ -59,23 +55,6 @@ REASONS = {
     "memorised": "its loss is far below that of its mode",
     "twice": "an earlier sample has the same tokens",
 }
-
-
-def scored(checkpoint: str | Path, data: str | Path, folder: str | Path, nproc: int) -> TokenLosses:
-    """The token losses of data under a checkpoint, from `<folder>-<what they are of>` if they are there already.
-
-    Raises:
-        FileNotFoundError: the checkpoint or the data is missing.
-        RuntimeError: the scoring failed; the message has the traceback.
-    """
-    checkpoint, data = existing(checkpoint, "checkpoint"), existing(data, "data")
-    folder = resolve(f"{folder}-{_identity(checkpoint, data)}")
-    try:
-        verify(folder)
-        print(f"{folder} is there already, of the same checkpoint and data")
-    except (OSError, ValueError):
-        launch_scoring(checkpoint, data, folder, nproc)
-    return TokenLosses(folder)
 
 
 def compare(before: TokenLosses, after: TokenLosses) -> Comparison:
@@ -150,18 +129,6 @@ def hardest_spans(found: Comparison, count: int, width: int) -> list[tuple[int, 
         rows = np.concatenate([best, rows[np.isfinite(top)]])
         best = rows[np.argsort(-rows[:, 0], kind="stable")][:count]
     return [(int(sample), int(position)) for _, sample, position in best]
-
-
-def _identity(checkpoint: Path, data: Path) -> str:
-    """Twelve digits that are others where the checkpoint or the data is another."""
-    digest = hashlib.sha256(str(checkpoint).encode())
-    for folder in (checkpoint, data):
-        if (folder / MANIFEST).is_file():
-            digest.update((folder / MANIFEST).read_bytes())
-        else:  # of somebody else
-            files = sorted(path for path in folder.iterdir() if path.is_file())
-            digest.update(repr([(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]).encode())
-    return digest.hexdigest()[:12]
 
 
 def _chunks(store: TokenStore) -> Iterator[tuple[int, int]]:

@@ -6,14 +6,15 @@ import re
 import numpy as np
 import pytest
 
-from rsft_lib import demo, lab
+from rsft_lib import demo, lab, scoring
 from rsft_lib.artifact import MANIFEST, file_hash, new_folder
 from rsft_lib.data.exclude import exclude, source_lines
 from rsft_lib.data.records import read_records
 from rsft_lib.data.spans import KINDS, MODE_NAMES, control_tokens, kinds
 from rsft_lib.data.store import TokenStore
 from rsft_lib.data.tokenize import tokenize
-from rsft_lib.lab import Suspect, chosen, compare, hardest_spans, scored, suspects, typical
+from rsft_lib.lab import Suspect, chosen, compare, hardest_spans, suspects, typical
+from rsft_lib.scoring import scored
 from rsft_lib.tokenizer import load_tokenizer, patch_tokenizer
 from rsft_lib.training.score import FILE, TokenLosses
 from rsft_lib.view import heat
@@ -159,7 +160,7 @@ def test_scoring_is_done_once_and_again_for_another_checkpoint(folder, tmp_path,
         calls.append(output)
         write_losses(output, TokenStore(data))
 
-    monkeypatch.setattr(lab, "launch_scoring", score)
+    monkeypatch.setattr(scoring, "launch_scoring", score)
     checkpoint = tmp_path / "iter_0000001"
     with new_folder(checkpoint, {"made_by": "train", "iteration": 1}):
         pass

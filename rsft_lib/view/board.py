@@ -57,9 +57,10 @@ class Card:
         """Names and values of what the newest record tells."""
         shown = {
             "loss": ("loss", ".3f"), "<think>": ("loss_mode_think", ".3f"), "<short>": ("loss_mode_short", ".3f"),
-            "held-out": ("eval_loss", ".3f"), "P(<think>) if think": ("p_think_when_think", ".1%"), "if short": ("p_think_when_short", ".1%"),
-            "tokens/s": ("tokens_per_second", ",.0f"), "MFU": ("mfu", ".1%"), "memory, GiB": ("memory_gib", ".1f"),
-            "grad norm": ("grad_norm", ".2f"), "lr": ("lr", ".2e"), "epoch": ("epoch", ".2f"),
+            "held-out": ("eval_loss", ".3f"), "P(<think>) if think": ("p_think_when_think", ".1%"),
+            "if short": ("p_think_when_short", ".1%"), "tokens/s": ("tokens_per_second", ",.0f"), "MFU": ("mfu", ".1%"),
+            "memory, GiB": ("memory_gib", ".1f"), "grad norm": ("grad_norm", ".2f"), "lr": ("lr", ".2e"),
+            "epoch": ("epoch", ".2f"),
         }  # fmt: skip
         found = {name: (self.record.get(key), form) for name, (key, form) in shown.items()}
         return {name: format(value, form) for name, (value, form) in found.items() if value is not None}
