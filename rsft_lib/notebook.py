@@ -107,7 +107,8 @@ def run(notebook: str | Path, folder: str | Path, parameters: dict) -> tuple[Pat
         ) from None
     except DeadKernelError:
         raise RuntimeError(f"the kernel of {notebook.name} was killed (out of memory?); see {executed}") from None
-    for output in result.cells[-1].get("outputs", []):
+    last = [cell for cell in result.cells if cell.cell_type == "code"][-1]
+    for output in last.outputs:
         if STATUS in output.get("data", {}):
             return executed, output["data"][STATUS]
     raise RuntimeError(f"{notebook.name} did not reach its last cell; was its kernel killed? See {executed}")
