@@ -19,13 +19,15 @@ from rsft_lib.model.head import Loss, Targets, weighted_loss
 from rsft_lib.model.layers import RmsNorm, fp8_layer, fused_layer, used
 
 
-def resolve_backend(backend: str) -> str:
-    """'te' or 'torch' for 'auto', 'te' or 'torch'.
+def resolve_backend(backend: str, precision: str = "bf16") -> str:
+    """'te' or 'torch' for 'auto', 'te' or 'torch'; Transformer Engine has no attention to packed samples in fp32.
 
     Raises:
         ValueError: the name is another, or 'te' is asked for where it cannot run.
     """
-    available = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+    available = (
+        precision != "fp32" and torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+    )
     if backend == "auto":
         return "te" if available else "torch"
     if backend not in ("te", "torch"):
@@ -40,9 +42,20 @@ def layer_spec(backend: str, qk_layernorm: bool, fp8: bool = False) -> ModuleSpe
 
     The products are this kit's own, except in FP8, which is Transformer Engine's.
     """
+    attention = te_attention() if backend == "te" else TorchAttention
     if not fp8:
-        return fused_layer(TEAttention if backend == "te" else TorchAttention, qk_layernorm)
-    return fp8_layer(get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm), TEAttention)
+        return fused_layer(attention, qk_layernorm)
+    return fp8_layer(get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm), attention)
+
+
+def te_attention() -> type:
+    """Attention with Transformer Engine; on Hopper GPUs with cuDNN directly, where its package for Python is there."""
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+    if not hopper or importlib.util.find_spec("cudnn") is None:
+        return TEAttention
+    from rsft_lib.model.cudnn_attention import CudnnAttention
+
+    return CudnnAttention
 
 
 class ResponseModel(GPTModel):
