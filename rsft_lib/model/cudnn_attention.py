@@ -1,8 +1,8 @@
 """Attention by cuDNN, asked for directly: graphs of the size that a pack needs.
 
 Transformer Engine runs the same kernels, but on a graph for 32 samples as long as the whole pack; the blocks of those
-that are not there start and end for nothing, which takes a tenth of the time. Here a graph is for the next power of two
-of samples and for the longest one rounded up, so that a run needs a few dozen of them, at a tenth of a second each.
+that are not there start and end for nothing, which takes a tenth of the time. Here a graph is for the samples of a pack
+and for the longest one rounded up; a run needs a few dozen of them, which take a tenth of a second each to make.
 Graph API: https://docs.nvidia.com/deeplearning/cudnn/frontend/latest/operations/Attention.html.
 """
 
@@ -17,6 +17,7 @@ from torch.autograd import Function
 from rsft_lib.model.attention import Chunk, Packed, TEAttention
 
 STEP = 512  # lengths are rounded up to a multiple of this
+FEW = 8  # more samples than these are rounded up to a power of two
 # Tensors of a graph; their places are the numbers that cuDNN knows them by.
 NAMES = (
     "query", "key", "value", "output", "sums", "of_output", "of_query", "of_key", "of_value",
@@ -72,7 +73,8 @@ class _Attention(Function):
 
 def _shape(query: Tensor, key: Tensor, chunk: Chunk) -> Shape:
     tokens, heads, width = query.shape
-    samples = 1 << (len(chunk.query_ends) - 2).bit_length()
+    count = len(chunk.query_ends) - 1
+    samples = count if count <= FEW else 1 << (count - 1).bit_length()
     longest = min(tokens, -(-chunk.longest[0] // STEP) * STEP)
     deterministic = os.environ.get("NVTE_ALLOW_NONDETERMINISTIC_ALGO") == "0"  # Transformer Engine's switch
     return Shape(samples, longest, tokens, heads, key.shape[1], width, deterministic, query.device.index)
@@ -131,10 +133,12 @@ def _backward_graph(shape: Shape):
         dim=(shape.samples, shape.heads, shape.longest, 1), stride=(shape.longest * shape.heads, 1, shape.heads, 1),
         data_type=cudnn.data_type.FLOAT, uid=NAMES.index("sums"), ragged_offset=places["sum_offsets"],
     )  # fmt: skip
+    # What it sums up in float32 has a place for every sample's longest, or for every token if told how many there are.
+    tokens = shape.tokens if shape.samples * shape.longest > 2 * shape.tokens else None
     gradients = graph.sdpa_backward(
         name="gradient", q=tensor("query"), k=tensor("key"), v=tensor("value"), o=tensor("output"),
         dO=tensor("of_output"), stats=sums, attn_scale=shape.width**-0.5, use_causal_mask=True, **_masked(places),
-        max_total_seq_len_q=shape.tokens, max_total_seq_len_kv=shape.tokens,  # or its memory grows with samples
+        max_total_seq_len_q=tokens, max_total_seq_len_kv=tokens,
         use_deterministic_algorithm=shape.deterministic,
     )  # fmt: skip
     for gradient, name in zip(gradients, ("of_query", "of_key", "of_value"), strict=True):
