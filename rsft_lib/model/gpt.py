@@ -1,6 +1,7 @@
 """The model that is trained: megatron-core's GPTModel over packed samples, with a loss at trained positions only."""
 
 import importlib.util
+from dataclasses import replace
 
 import torch
 from megatron.core import parallel_state
@@ -82,7 +83,16 @@ class ResponseModel(GPTModel):
                 packed_seq_params=packed_seq_params, **rest,
             )  # fmt: skip
             return logits.view(rows, length, -1) if self.post_process else logits
+        packed_seq_params = replace(packed_seq_params, wanted=self._wanted(rest.get("labels")))
         return super().forward(input_ids, position_ids, attention_mask, packed_seq_params=packed_seq_params, **rest)
+
+    def _wanted(self, labels: Targets | None) -> Tensor | None:
+        """The trained positions, where the last layer can stop at these: its rows lie whole, and in no fixed number.
+
+        With sequence parallelism each rank has other rows than it is given; FP8's products take rows by sixteens.
+        """
+        fixed = self.config.sequence_parallel or self.config.fp8
+        return None if labels is None or fixed or not self.post_process or not len(labels.weights) else labels.positions
 
     def _preprocess(self, input_ids: Tensor, position_ids: Tensor, packed_seq_params: Packed, **_) -> tuple:
         embedded = self._embedded(input_ids[0]) if self.pre_process else None
@@ -106,6 +116,8 @@ class ResponseModel(GPTModel):
     def _postprocess(self, hidden_states: Tensor, labels: Targets | None = None, **rest) -> Tensor | Loss:
         if labels is None or not self.post_process:
             return super()._postprocess(hidden_states=hidden_states, labels=None, **rest)
+        if self._wanted(labels) is not None:
+            labels = labels._replace(positions=None)
         parallel = TensorParallel(self.pg_collection.tp, self.config.sequence_parallel)
         enter = gather_from_sequence_parallel_region if parallel.sequence else copy_to_tensor_model_parallel_region
         tied = self.share_embeddings_and_output_weights
