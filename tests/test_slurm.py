@@ -21,6 +21,18 @@ from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.metrics import read_metrics
 
 TWO = {"launcher": "slurm", "slurm_nodes": 2}
+NOTEBOOK = """
+import sys, time
+from rsft_lib import launch
+from rsft_lib.launch import slurm
+from rsft_lib.training.config import TrainConfig
+
+slurm.TRAIN = "rank"
+config = TrainConfig(checkpoint="none", data="none", output=sys.argv[1])
+options = launch.LaunchOptions(launcher="slurm", slurm_nodes=2, on_interrupt=sys.argv[2])
+launch.start_training(config, 1, options)
+time.sleep(600)
+"""
 SECRET = "hf_" + "S" * 34
 
 
@@ -121,9 +133,8 @@ def test_a_job_is_found_from_elsewhere_stopped_and_ends_with_what_it_saved(prete
 
 @pytest.mark.parametrize("choice", ["stop", "leave"])
 def test_a_job_whose_notebook_is_killed_does_what_was_chosen(pretended, tmp_path, choice):
-    code = "import sys, test_slurm, time; test_slurm.slurm.TRAIN = 'rank'; from pathlib import Path\n"
-    code += "test_slurm.start(Path(sys.argv[1]), on_interrupt=sys.argv[2]); time.sleep(600)"
-    notebook = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run"), choice])
+    arguments = [str(tmp_path / "run"), choice]
+    notebook = subprocess.Popen([sys.executable, "-c", NOTEBOOK, *arguments])
     wait_until(lambda: ranks_are_there(tmp_path / "run"), 60, "both ranks start")
     notebook.send_signal(signal.SIGKILL)
     notebook.wait()
