@@ -65,7 +65,7 @@ def _draw_loss(axes: Axes, run: Run, smoothing: float) -> None:
         axes.plot(*thinned(steps, values), "o--", color=ORANGE, label="held-out", markersize=4)
     for step in run.alarms[-50:]:
         axes.axvline(step, color=PINK, linestyle=":", linewidth=1)
-    axes.legend(fontsize="small", frameon=False)
+    axes.legend(fontsize="small", framealpha=0.85, edgecolor="none")
 
 
 def _draw(axes: Axes, run: Run, metric: str, title: str, smoothing: float) -> None:
@@ -84,7 +84,7 @@ def _draw_lines(axes: Axes, run: Run, lines: dict[str, tuple[str, str, str]], ti
             axes.plot(*thinned(steps, smoothed(values, smoothing)), style, color=color, label=label)
     axes.set_title(title, loc="left")
     if axes.lines:
-        axes.legend(fontsize="small", frameon=False)
+        axes.legend(fontsize="small", framealpha=0.85, edgecolor="none")
     else:
         axes.text(0.5, 0.5, "the data tells no modes", ha="center", transform=axes.transAxes)
 
