@@ -15,6 +15,7 @@ from rsft_lib.engines import Sampling, open_engine
 from rsft_lib.generate import Answer, chosen_mode, generate, generate_modes, is_right, score, well_formed
 from rsft_lib.tokenizer import load_tokenizer, patch_tokenizer
 from rsft_lib.view.answers import choices_table, plot_answers, scores_table, side_by_side, wilson
+from rsft_lib.view.proof import outputs_table, tensors_table
 
 THOUGHT = "<think>\nStart: two.\n</think>\n\nAnswer: two"
 QUESTIONS = ["two", "two plus three", "Anna has five books. How many books now?"]
@@ -255,3 +256,20 @@ def test_the_picture_has_a_row_for_each_mode_with_and_without_references():
 def test_intervals_are_wilsons(right, count, low, high):
     """The last is the example of Newcombe (1998), https://doi.org/10.1002/(SICI)1097-0258(19980430)17:8<857>3.0.CO;2-E."""
     assert wilson(right, count) == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))
+
+
+def test_a_proof_is_told_by_kind_of_tensor_and_by_what_both_libraries_say():
+    def tensor(name, same=True, norm=2.0):
+        return {"name": name, "shape": [4, 3], "dtype": "float32", "norm": norm, "same": same}
+
+    proof = {
+        "tensors": [tensor("lm_head.weight"), tensor("model.layers.0.b", False, 1.0), tensor("model.layers.11.b")],
+        "next_tokens": [{"token": " <b>\n", "transformers": 1.5, "megatron": 1.25}], "logit_difference": 0.25,
+        "text": {"transformers": "a\nb", "megatron": "c"}, "sentence": "How?",
+    }  # fmt: skip
+    assert tensors_table(proof).rows == [
+        ("lm_head.weight", "4 × 3", "float32", "2", "1 of 1"),
+        ("model.layers.*.b", "4 × 3", "float32", "1 to 2", "1 of 2"),
+    ]
+    said = outputs_table(proof)
+    assert said.rows == [("' <b>\\n'", "1.50000", "1.25000")] and "2.5e-01" in said.note and "a↵b" in said.note
