@@ -68,17 +68,19 @@ class Table:
         lines = [
             "   ".join(_pad(c, w, r) for c, w, r in zip(row, widths, right, strict=True)).rstrip() for row in cells
         ]
-        return "\n".join([self.title, *lines, *([self.note] if self.note else [])])
+        return "\n".join([self.title, *(lines if self.rows else []), *([self.note] if self.note else [])])
 
     def _repr_html_(self) -> str:
         right = self._right()
         head = self._row_html("th", self.columns, right, ";border-bottom:1px solid #8c959f")
         body = "".join(self._row_html("td", row, right) for row in self.rows)
+        table = (
+            f"<table style='border-collapse:collapse;margin:2px 0'><thead>{head}</thead><tbody>{body}</tbody></table>"
+        )
         note = f"<div style='color:{FAINT};margin-top:4px'>{inert(self.note)}</div>" if self.note else ""
         return (
             f"<div style='background:#ffffff;color:{INK};padding:4px 0;font-size:13px'><b>{inert(self.title)}</b>"
-            f"<table style='border-collapse:collapse;margin:2px 0'><thead>{head}</thead><tbody>{body}</tbody></table>"
-            f"{note}</div>"
+            f"{table if self.rows else ''}{note}</div>"
         )
 
     def _row_html(self, tag: str, row: Sequence, right: list[bool], style: str = "") -> str:
