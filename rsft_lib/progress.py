@@ -11,7 +11,7 @@ DELAY = 3  # seconds before anything is shown
 
 
 def progress(what: str, unit: str, total: int | None = None) -> tqdm:
-    """A bar that takes itself away at the end; every refresh stays in a notebook that runs headless, so these are few."""
+    """A bar that takes itself away at the end. Headless, every refresh stays in the notebook, so these are few."""
     quiet = 1 if sys.stderr.isatty() else 10
     return tqdm(desc=what, total=total, unit=unit, unit_scale=True, mininterval=quiet, delay=DELAY, leave=False)
 

@@ -77,8 +77,8 @@ def build_hybrid(
     sources = [source_of(long, "long answers"), *([source_of(short, "short answers")] if short else [])]
     facts = {"made_by": "build_hybrid", "sources": {str(source): source.facts()["data_sha256"] for source in sources}}
     facts |= {
-        "held_out": held_out, "seed": seed, "cut_short": cut_short, "columns": columns or {}, "empty_think": empty_think,
-        "on_disagreement": on_disagreement, "unit": "tokens" if tokenizer else "characters",
+        "held_out": held_out, "seed": seed, "cut_short": cut_short, "columns": columns or {},
+        "empty_think": empty_think, "on_disagreement": on_disagreement, "unit": "tokens" if tokenizer else "characters",
         "tokenizer_sha256": file_hash(resolve(tokenizer) / "tokenizer.json") if tokenizer else "",
     }  # fmt: skip
     destination = resolve(folder)
