@@ -129,7 +129,7 @@ class Notebook:
         page.on("console", lambda said: said.type in ("error", "warning") and self._hear(f"console: {said.text}"))
         page.on("response", lambda answer: answer.status >= 400 and self._hear(f"{answer.status}: {answer.url}"))
 
-    def run(self, seconds: float = 120) -> None:
+    def run(self, seconds: float = 240) -> None:
         """Run all cells, and wait until the last has said that it is done."""
         self.start()
         self.wait(seconds)
@@ -138,8 +138,8 @@ class Notebook:
         for entry in ("Run", "Run All Cells"):
             self.page.get_by_role("menuitem", name=entry, exact=True).click()
 
-    def wait(self, seconds: float = 120) -> None:
-        """Wait until the last cell has said that it is done; no cell may fail, or write what is not meant to be read."""
+    def wait(self, seconds: float = 240) -> None:
+        """Wait until the last cell has said that it is done. No cell may fail, or write to stderr."""
         done = self.page.locator(".jp-CodeCell").last.get_by_text(re.compile(r"done: \S+status\.json"))
         done.or_(self.output("error")).first.wait_for(state="attached", timeout=1000 * seconds)
         for kind in ("error", "stderr"):
@@ -153,6 +153,7 @@ class Notebook:
         SCREENSHOTS.mkdir(parents=True, exist_ok=True)
         height = self.page.evaluate("document.querySelector('.jp-WindowedPanel-outer').scrollHeight")
         self.page.set_viewport_size({"width": 1280, "height": min(height + 140, TALLEST)})
+        self.page.evaluate("document.querySelector('.jp-WindowedPanel-outer').scrollTo(0, 0)")
         self.page.screenshot(path=SCREENSHOTS / f"{self.name}.png")
         self.page.set_viewport_size({"width": 1280, "height": 1000})
 

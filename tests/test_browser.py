@@ -36,7 +36,7 @@ def lab(tmp_path_factory):
     write_hostile_sources(project / "assets" / "sources")
     sources = {name: f"assets/sources/{name}.jsonl" for name in ("long", "short")}
     for name, changed in {
-        "00_quickstart": {"train_iters": 4, "problems": 300},
+        "00_quickstart": {"train_iters": 4, "problems": 100},
         "03_build_dataset": sources,
         "07_export_and_generate": {"questions": 4, "max_new_tokens": 8},
     }.items():
@@ -55,8 +55,7 @@ def dataset(lab):
     for name in ("01_patch_tokenizer", "02_convert_checkpoint", "03_build_dataset"):
         with lab.notebook(name) as book:
             book.run()
-    assert book.page.evaluate(X) == "undefined"
-    assert book.page.locator("td", has_text=HOSTILE[:20]).count() > 0
+            assert book.page.evaluate(X) == "undefined"
 
 
 @pytest.fixture(scope="module")
