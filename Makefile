@@ -15,7 +15,7 @@ demo: .venv/.installed  ## run the whole method on a tiny model, about 5 minutes
 	@.venv/bin/python -m rsft_lib.notebook notebooks/00_quickstart.ipynb outputs/quickstart
 
 test: lint  ## lint and all tests
-	@.venv/bin/python -m pytest
+	@.venv/bin/python -m pytest -n 2 --dist loadfile  # most tests wait for processes to start: two files at a time
 
 lint: .venv/.installed  ## style of code and notebooks
 	@.venv/bin/ruff check

@@ -56,7 +56,7 @@ def main() -> None:
         print(f"start-up                {start:8.2f} s")
         lengths = compare(folder, rendered, bare, start, arguments.copies)
         if arguments.peer:
-            peer(arguments.peer, folder, rendered)
+            peer(arguments.peer, folder)
         packing(lengths)
 
 
@@ -150,26 +150,28 @@ def compare(folder: Path, rendered: int, bare: float, start: float, copies: int)
     return np.load(out / LENGTHS)
 
 
-def peer(command: str, folder: Path, rendered: int) -> None:
-    """Another tool on the same records, as `instruction` and `output`, whole process against whole process."""
-    ours = "from rsft_lib.data.tokenize import tokenize; import sys; tokenize(*sys.argv[1:])"
-    for name in ("1x", "nx"):
+def peer(command: str, folder: Path) -> None:
+    """Another tool on the same records, as `instruction` and `output`: whole processes, and without their start-up."""
+    seconds = {}
+    for name in ("one", "1x"):
         rows = (json.loads(line) for line in (folder / f"{name}.jsonl").open())
         pairs = [{"instruction": row["prompt"], "output": row["response"]} for row in rows]
         (folder / "peer.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
         (folder / "peer.json").write_text(json.dumps(pairs))
-        theirs = command.format(input=folder / "peer.json", output=folder / "peer-out")
         script = folder / "ours.py"
-        script.write_text(f"if __name__ == '__main__':\n    {ours}\n")
-        mine = [sys.executable, str(script), str(folder / "peer.jsonl"), str(folder / "tok"), str(folder / "ours-out")]
+        script.write_text("from rsft_lib.data.tokenize import tokenize; import sys; tokenize(*sys.argv[1:])\n")
+        ours = [sys.executable, str(script), str(folder / "peer.jsonl"), str(folder / "tok"), str(folder / "ours-out")]
+        theirs = shlex.split(command.format(input=folder / "peer.json", output=folder / "peer-out"))
         shutil.rmtree(folder / "ours-out", ignore_errors=True)
-        seconds = []
-        for words in (mine, shlex.split(theirs)):
-            began = time.perf_counter()
-            subprocess.run(words, check=True, capture_output=True)
-            seconds.append(time.perf_counter() - began)
-        print(f"peer, whole processes   ours {seconds[0]:.1f} s, theirs {seconds[1]:.1f} s on {name}: "
-              f"{seconds[1] / seconds[0]:.1f} x")  # fmt: skip
+        seconds[name] = np.array([duration(ours), duration(theirs)])
+    for kind, (mine, other) in {"whole": seconds["1x"], "net": seconds["1x"] - seconds["one"]}.items():
+        print(f"peer, {kind:<5}             ours {mine:.1f} s, theirs {other:.1f} s: {other / mine:.1f} x")
+
+
+def duration(command: list[str]) -> float:
+    began = time.perf_counter()
+    subprocess.run(command, check=True, capture_output=True)
+    return time.perf_counter() - began
 
 
 def packing(lengths: np.ndarray) -> None:

@@ -2,9 +2,9 @@
 
 import errno
 import fcntl
+import glob
 import hashlib
 import json
-import mmap
 import os
 import shutil
 import uuid
@@ -14,90 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 MANIFEST = "manifest.json"
-BUFFER = 16 * 2**20  # bytes that are written at one time
 WRITERS = min(4, os.cpu_count() or 1)  # files that are hashed or written at a time
-O_DIRECT = getattr(os, "O_DIRECT", 0)  # Linux only
 PROOF = "verify.json"  # may be laid into a finished folder; no step reads it
-
-
-class HashedFile:
-    """A large file being written, whose SHA-256 is taken on the way so that no byte is read a second time.
-
-    While one buffer is hashed and written by two threads, the next is filled. Writes go around the page cache where
-    the file system lets them: filling it with what nobody reads soon takes longer than hashing.
-    """
-
-    def __init__(self, path: Path):
-        self.path, self.size = path, 0
-        self._descriptor = _open_around_cache(path)
-        # Anonymous maps begin at a page, as writing around the cache asks for.
-        self._buffers, self._filled = [memoryview(mmap.mmap(-1, BUFFER)) for _ in range(2)], 0
-        self._digest, self._threads, self._pending = hashlib.sha256(), ThreadPoolExecutor(2), []
-
-    def write(self, data) -> int:
-        """Append any object with a buffer, and return its size in bytes."""
-        left = data = memoryview(data).cast("B")
-        while left:
-            count = min(len(left), BUFFER - self._filled)
-            self._buffers[0][self._filled : self._filled + count] = left[:count]
-            self._filled += count
-            left = left[count:]
-            if self._filled == BUFFER:
-                self._drain()
-        self.size += len(data)
-        return len(data)
-
-    def flush(self) -> None:
-        """For torch.save; everything is written by `close`."""
-
-    def close(self) -> None:
-        try:
-            self._drain()
-            self._wait()
-        finally:
-            self._threads.shutdown()
-            os.close(self._descriptor)
-
-    def listing(self) -> dict[str, dict]:
-        """The file's entry in the manifest of its folder, for `facts["files"]`, once it is closed."""
-        return {self.path.name: {"bytes": self.size, "sha256": self._digest.hexdigest()}}
-
-    def __enter__(self) -> "HashedFile":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
-
-    def _drain(self) -> None:
-        self._wait()
-        full = self._buffers[0][: self._filled]
-        self._pending = [self._threads.submit(use, full) for use in (self._digest.update, self._append)]
-        self._buffers.reverse()
-        self._filled = 0
-
-    def _wait(self) -> None:
-        for pending in self._pending:
-            pending.result()
-
-    def _append(self, data: memoryview) -> None:
-        while data:
-            try:
-                data = data[os.write(self._descriptor, data) :]
-            except OSError as error:  # the odd end of a file has to go through the cache, on some systems all of it
-                flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
-                if error.errno != errno.EINVAL or not flags & O_DIRECT:
-                    raise
-                fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~O_DIRECT)
-
-
-def _open_around_cache(path: Path) -> int:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-    try:
-        return os.open(path, flags | O_DIRECT, 0o666)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        return os.open(path, flags, 0o666)
 
 
 @contextmanager
@@ -120,14 +38,39 @@ def new_folder(final: Path, facts: dict, size: int = 0) -> Iterator[Path]:
     _refuse_foreign(final, facts["made_by"])
     require_space(final, size)
     final.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(final)
     temporary = final.with_name(f".{final.name}.tmp-{uuid.uuid4().hex[:8]}")
     temporary.mkdir()
+    with _locked(temporary):
+        try:
+            yield temporary
+            publish(temporary, final, facts)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def _remove_abandoned(final: Path) -> None:
+    """Remove the temporary folders of processes that were killed: nobody holds their lock."""
+    for folder in final.parent.glob(f".{glob.escape(final.name)}.tmp-*"):
+        with _locked(folder) as alone:
+            if alone:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Hold the lock of a folder; False where another process has it, or the file system knows no locks."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        yield temporary
-        publish(temporary, final, facts)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held = True
+    except OSError:
+        held = False
+    try:
+        yield held
+    finally:
+        os.close(descriptor)  # and the lock is gone
 
 
 def publish(temporary: Path, final: Path, facts: dict) -> None:

@@ -40,15 +40,18 @@ def check_contract(folder: str | Path, corpus: str | Path = "") -> Checks:
     return Checks([*checks, *check_template(folder, tokenizer)])
 
 
-def require_contract(folder: str | Path) -> None:
+def require_contract(folder: str | Path, tokenizer=None) -> None:
     """Run the checks that the folder can answer alone; it takes about a second.
+
+    Args:
+        tokenizer: as `load_tokenizer` reads it from the folder, where the caller has done so.
 
     Raises:
         FileNotFoundError: there is no such folder, or no tokenizer in it.
         ValueError: a check fails; each that does is named, with what was found.
     """
     folder = existing(folder, "tokenizer folder")
-    tokenizer = load_tokenizer(folder)
+    tokenizer = tokenizer or load_tokenizer(folder)
     Checks([*_own_checks(folder, tokenizer, _manifest(folder)), *check_template(folder, tokenizer)]).require(folder)
 
 

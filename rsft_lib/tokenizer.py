@@ -92,6 +92,16 @@ def patch_tokenizer(
     return facts
 
 
+def fingerprint(folder: Path, tokenizer=None) -> dict[str, str]:
+    """SHA-256 of a folder's `tokenizer.json` and of its chat template: what data, training and export must share.
+
+    Args:
+        tokenizer: as `load_tokenizer` reads it from the folder, where the caller has done so.
+    """
+    template = (tokenizer or load_tokenizer(folder)).chat_template or ""
+    return {"tokenizer_sha256": file_hash(folder / TOKENIZER), "template_sha256": text_hash(template)}
+
+
 def text_hash(text: str) -> str:
     """SHA-256 of a text in UTF-8, in hex."""
     return hashlib.sha256(text.encode()).hexdigest()

@@ -20,6 +20,8 @@ from rsft_lib.checkpoint.convert import convert
 from rsft_lib.checkpoint.export import export
 from rsft_lib.checkpoint.pieces import Weights
 from rsft_lib.checkpoint.verify import logit_difference
+from rsft_lib.hashed_file import HashedFile
+from rsft_lib.tokenizer import fingerprint
 
 
 @pytest.fixture
@@ -253,14 +255,18 @@ def test_other_row_means_convert_again_and_the_same_do_not(model, tmp_path):
 # --- what an export holds
 
 
+def as_if_trained(converted, final, data):
+    settings = {"lr": 1e-5, "seq_length": 512, "data": "/secret/place"}
+    facts = {"made_by": "train", "iteration": 250, "config": {"checkpoint": str(converted), **settings}, "data": data}
+    with new_folder(final, facts) as folder:
+        for name in os.listdir(converted):
+            shutil.copyfile(converted / name, folder / name)
+
+
 def test_an_export_holds_all_that_a_model_folder_needs(model, tokenizer, tmp_path):
     (model / "generation_config.json").unlink()
     convert(model, tmp_path / "megatron")
-    settings = {"lr": 1e-5, "seq_length": 512, "data": "/secret/place"}
-    facts = {"made_by": "train", "iteration": 250, "config": {"checkpoint": str(tmp_path / "megatron"), **settings}}
-    with new_folder(tmp_path / "trained", facts) as folder:
-        for name in os.listdir(tmp_path / "megatron"):
-            shutil.copyfile(tmp_path / "megatron" / name, folder / name)
+    as_if_trained(tmp_path / "megatron", tmp_path / "trained", {"manifest_sha256": "abc", **fingerprint(tokenizer)})
     export(tmp_path / "trained", tokenizer, tmp_path / "out")
     listed = {path.name for path in (tmp_path / "out").iterdir()}
     assert listed == {
@@ -273,9 +279,21 @@ def test_an_export_holds_all_that_a_model_folder_needs(model, tokenizer, tmp_pat
     head = card.split("---")[1]
     assert "library_name: transformers" in head and "base_model: hf" in head
     assert "| steps | 250 |" in card and "| lr | 1e-05 |" in card and "<short>" in card and "/secret" not in card
+    assert "| data_sha256 | abc |" in card
 
 
 # --- what is refused, before anything is written
+
+
+@pytest.mark.parametrize("name", ["tokenizer_sha256", "template_sha256"])
+def test_a_run_is_not_exported_with_another_tokenizer_or_template_than_it_was_trained_with(
+    name, model, tokenizer, tmp_path
+):
+    convert(model, tmp_path / "megatron")
+    as_if_trained(tmp_path / "megatron", tmp_path / "trained", fingerprint(tokenizer) | {name: "of another"})
+    with pytest.raises(ValueError, match=f"{tmp_path}/trained was trained on /secret/place.* another {name} than"):
+        export(tmp_path / "trained", tokenizer, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def edit_weights(model, edit):
@@ -410,7 +428,7 @@ def test_a_disk_that_fills_up_on_the_way_leaves_what_was_there_before(model, tok
     def full(self, data):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(artifact.HashedFile, "write", full)
+    monkeypatch.setattr(HashedFile, "write", full)
     with pytest.raises(OSError, match="No space left"):
         convert(model, tmp_path / "megatron")
     with pytest.raises(OSError, match="No space left"):

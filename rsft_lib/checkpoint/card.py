@@ -47,7 +47,8 @@ def model_card(name: str, checkpoint: Path, weights: dict) -> str:
     """
     manifest = _manifest(checkpoint)
     settings = {key: value for key, value in manifest.get("config", {}).items() if key not in LEFT_OUT}
-    told = {"steps": manifest.get("iteration"), **settings, "data_sha256": manifest.get("data_sha256"), **weights}
+    data = manifest.get("data", {}).get("manifest_sha256")
+    told = {"steps": manifest.get("iteration"), **settings, "data_sha256": data, **weights}
     lines = [f"| {key} | {value} |" for key, value in told.items() if value not in (None, "")]
     training = "\n".join(["| | |", "|---|---|", *lines])
     modes = " or ".join(f"`{token}`" for token in MODES.values())

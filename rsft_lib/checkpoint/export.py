@@ -15,7 +15,7 @@ from rsft_lib.checkpoint.pieces import Weights, resized
 from rsft_lib.model.config import read_config
 from rsft_lib.paths import existing, resolve
 from rsft_lib.progress import progress
-from rsft_lib.tokenizer import load_tokenizer
+from rsft_lib.tokenizer import fingerprint, load_tokenizer
 
 OF_TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -54,12 +54,13 @@ def export(
         FileExistsError: `destination` is something else.
         OSError: the disk has not enough space.
         ValueError: the checkpoint is damaged, its tensors are not those that its config describes, or the
-            tokenizer has more tokens than the model.
+            tokenizer has more tokens than the model, or is not the one that a run's data was tokenized with.
     """
     checkpoint, tokenizer = existing(checkpoint, "checkpoint"), existing(tokenizer, "tokenizer folder")
     describing, destination = existing(original, "original") if original else checkpoint, resolve(destination)
     config = read_config(describing)
     _check_settings(dtype, tokenizer, config)
+    _refuse_another_tokenizer(checkpoint, tokenizer)
     facts = {
         "made_by": "export",
         "checkpoint": str(checkpoint),
@@ -92,6 +93,20 @@ def _check_settings(dtype: str, tokenizer: Path, config: PretrainedConfig) -> No
     if tokens > config.vocab_size:
         raise ValueError(
             f"{tokenizer} has {tokens} tokens, the model only {config.vocab_size}: they do not belong together"
+        )
+
+
+def _refuse_another_tokenizer(checkpoint: Path, tokenizer: Path) -> None:
+    """The model would be asked in other tokens, or by another template, than it was trained on."""
+    if not (checkpoint / MANIFEST).is_file():
+        return
+    manifest = read_manifest(checkpoint)
+    trained, given = manifest.get("data", {}), fingerprint(tokenizer)
+    differing = [name for name in given if name in trained and trained[name] != given[name]]
+    if manifest["made_by"] == "train" and differing:
+        raise ValueError(
+            f"{checkpoint} was trained on {manifest['config']['data']}, which was tokenized with another "
+            f"{' and '.join(differing)} than {tokenizer} has: export with the folder given to notebook 04"
         )
 
 

@@ -13,8 +13,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from rsft_lib.artifact import WRITERS, HashedFile, write_json
+from rsft_lib.artifact import WRITERS, write_json
 from rsft_lib.checkpoint.pieces import Weights, data_of, refuse, return_freed_memory, rows
+from rsft_lib.hashed_file import HashedFile
 from rsft_lib.model.weights import hf_shapes, row_map
 
 FORMATS = ("model.safetensors", "pytorch_model.bin")  # the first that is there is read

@@ -25,8 +25,9 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.utils import _create_file_view
 from torch.utils.serialization import config as serialization
 
-from rsft_lib.artifact import WRITERS, HashedFile, read_manifest, verify, verify_files
+from rsft_lib.artifact import WRITERS, read_manifest, verify, verify_files
 from rsft_lib.checkpoint.pieces import Box, Piece, Weights, data_of, return_freed_memory
+from rsft_lib.hashed_file import HashedFile
 
 METADATA, COMMON, SUFFIX = ".metadata", "common.pt", ".distcp"
 FILE_SIZE = 2**29  # bytes after which the next file is begun

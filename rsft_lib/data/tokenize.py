@@ -12,7 +12,7 @@ from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
-from rsft_lib.artifact import file_hash, new_folder, verify
+from rsft_lib.artifact import new_folder, verify
 from rsft_lib.chat import END_THINK, MODES, ChatTemplate
 from rsft_lib.contract import require_contract
 from rsft_lib.data.pool import pool_of
@@ -22,7 +22,7 @@ from rsft_lib.data.store import StoreWriter
 from rsft_lib.data.worker import Block, Job, Options
 from rsft_lib.paths import resolve
 from rsft_lib.progress import progress
-from rsft_lib.tokenizer import load_tokenizer, text_hash
+from rsft_lib.tokenizer import fingerprint, load_tokenizer
 
 PROOF_ROWS = 256  # of this very dataset, on which encoders are compared
 
@@ -69,7 +69,7 @@ def tokenize(
     count = os.cpu_count() if workers is None else workers
     with pool_of(count) as pool:
         if contract:
-            require_contract(tokenizer)
+            require_contract(tokenizer, loaded)
         pool.begin(_job(str(source), loaded, settings))
         facts["encoder"] = _chosen_encoder(pool, source.rows())
         mine = islice(blocks(source.rows()), shard[0], None, shard[1])
@@ -126,8 +126,7 @@ def _facts(source: Source, tokenizer, loaded, options: Options, shard: tuple[int
         "made_by": "tokenize",
         **source.facts(),
         "tokenizer": str(resolve(tokenizer)),
-        "tokenizer_sha256": file_hash(resolve(tokenizer) / "tokenizer.json"),
-        "template_sha256": text_hash(loaded.chat_template),
+        **fingerprint(resolve(tokenizer), loaded),
         "vocab_size": len(loaded),
         "control_ids": {token: vocab[token] for token in (*MODES.values(), END_THINK) if token in vocab},
         "eos_id": loaded.eos_token_id,

@@ -7,7 +7,7 @@ from rsft_lib.data.packed import PackedDataset
 from rsft_lib.data.spans import control_tokens
 from rsft_lib.data.store import TokenStore
 from rsft_lib.paths import existing, resolve
-from rsft_lib.tokenizer import load_tokenizer, text_hash
+from rsft_lib.tokenizer import fingerprint
 from rsft_lib.training.config import TrainConfig
 
 TOLD = ("tokenizer_sha256", "template_sha256", "options")  # of the store's manifest, where it has them
@@ -65,11 +65,7 @@ def refuse_another_tokenizer(store: TokenStore) -> None:
     folder = resolve(store.manifest.get("tokenizer", ""))
     if not store.manifest.get("tokenizer") or not (folder / "tokenizer.json").is_file():
         return
-    found = {
-        "tokenizer_sha256": file_hash(folder / "tokenizer.json"),
-        "template_sha256": text_hash(load_tokenizer(folder).chat_template or ""),
-    }
-    changed = [name for name, value in found.items() if value != store.manifest.get(name)]
+    changed = [name for name, value in fingerprint(folder).items() if value != store.manifest.get(name)]
     if changed:
         raise ValueError(
             f"{store.folder} was made with another {' and '.join(changed)} than {folder} has now: tokenize again "

@@ -38,8 +38,8 @@ def overlong_costs(samples: Samples, limits: Sequence[int] = ()) -> Table:
     """
     modes = samples.present + ["not stored"] * bool(len(samples.dropped))
     names = (
-        "over-long samples", "  of all", *(f"  {mode}" for mode in modes), "drop: tokens lost", "  of those trained",
-        "truncate: tokens lost", "  samples without EOS", "  without </think>", "  without any training", "error",
+        "over-long samples", "share of all", *modes, "drop: tokens lost", "drop: trained tokens lost",
+        "truncate: tokens lost", "truncate: without EOS", "truncate: without </think>", "truncate: nothing trained",
     )  # fmt: skip
     limits = list(limits) or _powers_of_two(samples)
     rows = list(zip(names, *(_overlong_column(samples, modes, limit) for limit in limits), strict=True))
@@ -66,7 +66,6 @@ def _overlong_column(samples: Samples, modes: list[str], limit: int) -> tuple:
         count,
         int((over & (samples.closed > limit)).sum()),
         int((over & (samples.first >= limit)).sum()),
-        "stops" if count else "passes",
     )
 
 

@@ -20,7 +20,8 @@ BLOCK = (
     "font-size:12px;line-height:1.45;font-family:monospace"
 )
 CELL = "text-align:left;vertical-align:top;padding:2px 14px 2px 0;border:0"
-RIGHT = ";text-align:right;white-space:nowrap"
+RIGHT = ";text-align:right"
+ONE_LINE, SHORT = ";white-space:nowrap", 24  # characters of a cell that stay on one line
 
 GAP = "⋮"  # a cell of a row that stands for rows that are left out
 
@@ -85,8 +86,9 @@ class Table:
 
     def _row_html(self, tag: str, row: Sequence, right: list[bool], style: str = "") -> str:
         cells = (
-            f"<{tag} style='{CELL}{RIGHT if is_right else ''}{style}'>{inert(_cell(value))}</{tag}>"
-            for value, is_right in zip(row, right, strict=True)
+            f"<{tag} style='{CELL}{RIGHT if is_right else ''}{ONE_LINE if len(text) <= SHORT else ''}{style}'>"
+            f"{inert(text)}</{tag}>"
+            for text, is_right in zip(map(_cell, row), right, strict=True)
         )
         return f"<tr style='background:#ffffff'>{''.join(cells)}</tr>"
 

@@ -1,0 +1,92 @@
+"""A large file that is written and hashed in one pass."""
+
+import errno
+import fcntl
+import hashlib
+import mmap
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+BUFFER = 16 * 2**20  # bytes that are written at one time
+O_DIRECT = getattr(os, "O_DIRECT", 0)  # Linux only
+
+
+class HashedFile:
+    """A large file being written, whose SHA-256 is taken on the way so that no byte is read a second time.
+
+    While one buffer is hashed and written by two threads, the next is filled. Writes go around the page cache where
+    the file system lets them: filling it with what nobody reads soon takes longer than hashing.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.size = path, 0
+        self._descriptor = _open_around_cache(path)
+        # Anonymous maps begin at a page, as writing around the cache asks for.
+        self._buffers, self._filled = [memoryview(mmap.mmap(-1, BUFFER)) for _ in range(2)], 0
+        self._digest, self._threads, self._pending = hashlib.sha256(), ThreadPoolExecutor(2), []
+
+    def write(self, data) -> int:
+        """Append any object with a buffer, and return its size in bytes."""
+        left = data = memoryview(data).cast("B")
+        while left:
+            count = min(len(left), BUFFER - self._filled)
+            self._buffers[0][self._filled : self._filled + count] = left[:count]
+            self._filled += count
+            left = left[count:]
+            if self._filled == BUFFER:
+                self._drain()
+        self.size += len(data)
+        return len(data)
+
+    def flush(self) -> None:
+        """For torch.save; everything is written by `close`."""
+
+    def close(self) -> None:
+        try:
+            self._drain()
+            self._wait()
+        finally:
+            self._threads.shutdown()
+            os.close(self._descriptor)
+
+    def listing(self) -> dict[str, dict]:
+        """The file's entry in the manifest of its folder, for `facts["files"]`, once it is closed."""
+        return {self.path.name: {"bytes": self.size, "sha256": self._digest.hexdigest()}}
+
+    def __enter__(self) -> "HashedFile":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def _drain(self) -> None:
+        self._wait()
+        full = self._buffers[0][: self._filled]
+        self._pending = [self._threads.submit(use, full) for use in (self._digest.update, self._append)]
+        self._buffers.reverse()
+        self._filled = 0
+
+    def _wait(self) -> None:
+        for pending in self._pending:
+            pending.result()
+
+    def _append(self, data: memoryview) -> None:
+        while data:
+            try:
+                data = data[os.write(self._descriptor, data) :]
+            except OSError as error:  # the odd end of a file has to go through the cache, on some systems all of it
+                flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
+                if error.errno != errno.EINVAL or not flags & O_DIRECT:
+                    raise
+                fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~O_DIRECT)
+
+
+def _open_around_cache(path: Path) -> int:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    try:
+        return os.open(path, flags | O_DIRECT, 0o666)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return os.open(path, flags, 0o666)
