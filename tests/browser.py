@@ -93,10 +93,10 @@ def _address(server: subprocess.Popen, private: Path, seconds: float = 60) -> st
 
 
 class Browser:
-    """A Chromium and the JupyterLab at `address`."""
+    """A Chromium and the JupyterLab that serves `project` at `address`."""
 
-    def __init__(self, chromium, address: str):
-        self.address = address
+    def __init__(self, chromium, address: str, project: Path):
+        self.address, self.project = address, project
         self.context = chromium.new_context(
             viewport={"width": 1280, "height": 1000}, extra_http_headers={"Authorization": f"token {TOKEN}"}
         )
@@ -148,13 +148,13 @@ class Notebook:
     def output(self, kind: str):
         return self.page.locator(f"[data-mime-type='application/vnd.jupyter.{kind}']")
 
-    def keep_picture(self) -> None:
+    def keep_picture(self, moment: str = "") -> None:
         """Keep what the whole notebook looks like."""
         SCREENSHOTS.mkdir(parents=True, exist_ok=True)
         height = self.page.evaluate("document.querySelector('.jp-WindowedPanel-outer').scrollHeight")
         self.page.set_viewport_size({"width": 1280, "height": min(height + 140, TALLEST)})
         self.page.evaluate("document.querySelector('.jp-WindowedPanel-outer').scrollTo(0, 0)")
-        self.page.screenshot(path=SCREENSHOTS / f"{self.name}.png")
+        self.page.screenshot(path=SCREENSHOTS / f"{self.name}{moment}.png")
         self.page.set_viewport_size({"width": 1280, "height": 1000})
 
     def _hear(self, text: str) -> None:

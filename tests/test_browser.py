@@ -4,11 +4,13 @@ Screenshots are left in outputs/screenshots.
 """
 
 import json
+import re
 
 import pytest
 from browser import Browser, copy_project, jupyterlab, missing, set_defaults
 
 from rsft_lib import demo
+from rsft_lib.artifact import newest
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 
@@ -18,7 +20,7 @@ X = "String(window.x)"
 
 
 def write_hostile_sources(folder):
-    demo.make_sources(folder, 300, seed=1)
+    demo.make_sources(folder, 100, seed=1)
     for file in folder.glob("*.jsonl"):
         records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         for record in records:
@@ -46,7 +48,7 @@ def lab(tmp_path_factory):
         sync_playwright() as playwright,
         playwright.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"]) as chromium,
     ):
-        yield Browser(chromium, address)
+        yield Browser(chromium, address, project)
 
 
 @pytest.fixture(scope="module")
@@ -78,10 +80,52 @@ def test_the_slider_of_the_mask_viewer_changes_the_sample(inspected):
     viewer.locator(".widget-slider", has_text="which").locator(".noUi-handle").press("ArrowRight")
     shown.get_by_text("sample 1 of").wait_for()
     viewer.locator("select").select_option("short")
-    shown.get_by_text("270 of 540 samples").wait_for()
+    shown.get_by_text("90 of 180 samples").wait_for()
 
 
 def test_a_script_in_the_data_is_shown_and_not_run(inspected):
     assert inspected.page.locator("pre", has_text=HOSTILE).count() > 0
     assert inspected.page.locator("img[src=x]").count() == 0
     assert inspected.page.evaluate(X) == "undefined"
+
+
+@pytest.fixture(scope="module")
+def stopped(lab, inspected):
+    """A training that was begun in notebook 05 and ended with the button: its run folder, and the steps seen."""
+    with lab.notebook("05_train") as book:
+        book.start()
+        board = book.page.locator(".jp-CodeCell", has_text="watch(job)")
+        first = step_beyond(board, 0)
+        second = step_beyond(board, first)
+        book.keep_picture("-running")
+        board.get_by_role("button", name="Stop and save").click()
+        book.wait()
+        ended = board.inner_text()
+    return lab.project / "outputs" / "checkpoints" / "tiny", (first, second), ended
+
+
+def step_beyond(board, step: int) -> int:
+    """The step that the dashboard tells, once it is beyond `step`."""
+    told = board.locator("b", has_text=re.compile(r"^step [\d,]+ of"))
+    for _ in range(600):
+        if told.count() and (now := int(re.search(r"step ([\d,]+) of", told.first.text_content())[1])) > step:
+            return now
+        board.page.wait_for_timeout(200)
+    raise AssertionError(f"the dashboard did not come beyond step {step}: {board.inner_text()}")
+
+
+def test_the_dashboard_moves_and_its_button_stops_and_saves(stopped):
+    run, (first, second), ended = stopped
+    assert 0 < first < second < 500
+    checkpoint = newest(run)
+    assert checkpoint and second <= int(checkpoint.name.removeprefix("iter_")) < 500
+    assert json.loads((run / "ended.json").read_text())["reason"] != "finished"
+    assert "Stop and save" not in ended and "saved" in ended
+
+
+@pytest.mark.parametrize("name", ["06_loss_curves", "07_export_and_generate", "08_loss_lab"])
+def test_what_comes_after_the_training_runs(lab, stopped, name):
+    with lab.notebook(name) as book:
+        book.run()
+        assert book.page.evaluate(X) == "undefined"
+        assert book.page.locator("img[src=x]").count() == 0
