@@ -1,13 +1,13 @@
-"""Answers from an exported model in either mode, with transformers, and how good they are."""
+"""Answers from an exported model in either mode, or in the one it chooses, and how good they are."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM
-
-from rsft_lib.chat import END_THINK, SHORT, THINK, prompt_ids
+from rsft_lib.chat import END_THINK, MODES, SHORT, THINK, prompt_ids
+from rsft_lib.data.answers import final_answer, normalized
+from rsft_lib.engines import BATCH, Sampling, open_engine
 from rsft_lib.paths import existing
 from rsft_lib.tokenizer import load_tokenizer
 
@@ -23,49 +23,53 @@ class Answer:
     ended: bool
 
 
-@torch.no_grad()
 def generate(
-    model: str | Path, prompts: list[str], mode: str | None, max_new_tokens: int = 256, batch_size: int = 64
+    model: str | Path, prompts: list[str], mode: str | None, max_new_tokens: int = 256, batch_size: int = BATCH
 ) -> list[Answer]:
     """Greedy answers of the model in folder `model` to one user message each.
 
     Args:
         mode: 'think' or 'short' puts the control token before the answer; None lets the model choose.
     """
+    return generate_modes(model, prompts, [mode], Sampling(max_new_tokens), batch_size=batch_size)[mode]
+
+
+def generate_modes(
+    model: str | Path,
+    prompts: list[str],
+    modes: Sequence[str | None],
+    sampling: Sampling,
+    engine: str = "auto",
+    batch_size: int = BATCH,
+) -> dict[str | None, list[Answer]]:
+    """The answers in each of several modes, with the model loaded once.
+
+    Args:
+        modes: of 'think', 'short' and None, which lets the model choose.
+        engine: see `engines.open_engine`.
+    """
     folder = existing(model, "model folder")
-    tokenizer = load_tokenizer(folder)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
-    answers = []
-    for start in range(0, len(prompts), batch_size):
-        batch = [
-            prompt_ids(tokenizer, [{"role": "user", "content": prompt}], mode)
-            for prompt in prompts[start : start + batch_size]
+    tokenizer, write = load_tokenizer(folder), open_engine(folder, engine, batch_size)
+    answers = {}
+    for mode in modes:
+        ids = [prompt_ids(tokenizer, [{"role": "user", "content": prompt}], mode) for prompt in prompts]
+        forced = 1 if mode else 0  # tokens at the end of every prompt that belong to the answer
+        written = write(ids, sampling)
+        answers[mode] = [
+            _answer(tokenizer, prompt[len(prompt) - forced :] + more) for prompt, more in zip(ids, written, strict=True)
         ]
-        answers += _batch(loaded, tokenizer, batch, 1 if mode else 0, max_new_tokens)
     return answers
 
 
-def _batch(model, tokenizer, prompts: list[list[int]], forced: int, max_new_tokens: int) -> list[Answer]:
-    """`forced` is how many tokens at the end of every prompt belong to the answer."""
-    width = max(map(len, prompts))
-    ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(p)) + p for p in prompts])  # [b, width]
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    written = model.generate(
-        ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return [_answer(tokenizer, row) for row in written[:, width - forced :].tolist()]
-
-
 def _answer(tokenizer, ids: list[int]) -> Answer:
-    ended = tokenizer.eos_token_id in ids
-    ids = ids[: ids.index(tokenizer.eos_token_id)] if ended else ids  # what follows is padding, with the same id
+    ended = bool(ids) and ids[-1] == tokenizer.eos_token_id
+    ids = ids[:-1] if ended else ids
     return Answer(tokenizer.decode(ids), len(ids), ended)
+
+
+def chosen_mode(answer: Answer) -> str:
+    """The mode that an answer began with: 'think', 'short', or 'neither'."""
+    return next((mode for mode, token in MODES.items() if answer.text.startswith(token)), "neither")
 
 
 def well_formed(answer: Answer, mode: str) -> bool:
@@ -79,18 +83,24 @@ def well_formed(answer: Answer, mode: str) -> bool:
     return answer.ended and begins and MARKS.findall(answer.text) == expected and bool(rest.strip())
 
 
-def final_answer(text: str) -> str | None:
-    """What stands after the last `Answer:`, or None."""
-    _, found, answer = text.rpartition("Answer:")
-    return answer.strip() if found else None
+def is_right(answer: Answer, expected: str) -> bool:
+    """Whether the final answer, after any thoughts, is the expected one; numbers are compared as numbers."""
+    if answer.text.startswith(THINK) and END_THINK not in answer.text:
+        return False  # it was still thinking
+    said = final_answer(answer.text)
+    return said is not None and normalized(said) == normalized(final_answer(expected) or expected)
 
 
-def score(answers: list[Answer], expected: list[str], mode: str) -> dict[str, float]:
-    """Shares of right and of well-formed answers, from 0 to 1, and their mean length in tokens."""
+def score(answers: list[Answer], expected: list[str], mode: str | None) -> dict[str, float]:
+    """Shares of right and of well-formed answers, from 0 to 1, and their mean length in tokens.
+
+    Args:
+        mode: that of all answers; None for the one that each has chosen.
+    """
     n = len(answers)
-    right = sum(final_answer(a.text) == e for a, e in zip(answers, expected, strict=True))
+    right = sum(is_right(a, e) for a, e in zip(answers, expected, strict=True))
     return {
         "accuracy": right / n,
-        "well_formed": sum(well_formed(a, mode) for a in answers) / n,
+        "well_formed": sum(well_formed(a, mode or chosen_mode(a)) for a in answers) / n,
         "tokens": sum(a.tokens for a in answers) / n,
     }

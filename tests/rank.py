@@ -1,5 +1,8 @@
-"""What test_launch.py starts as the ranks of a run: `rank.py FOLDER what`. Each rank leaves its pid in FOLDER."""
+"""What tests start as the ranks of a run, in place of those that train: `rank.py FOLDER what`, or as those are started,
+`rank.py --config FOLDER/config.json`. Each rank leaves its pid in FOLDER.
+"""
 
+import json
 import os
 import signal
 import sys
@@ -13,6 +16,8 @@ def main(what: str) -> None:
     rank = os.environ["RANK"]
     if what == "stubborn":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if what == "train":
+        signal.signal(signal.SIGTERM, save)
     (folder / f"rank{rank}.pid").write_text(str(os.getpid()))
     if what == "finish":
         print(f"rank {rank} was here with {os.environ['OMP_NUM_THREADS']} threads", flush=True)
@@ -22,9 +27,19 @@ def main(what: str) -> None:
     time.sleep(600)
 
 
+def save(number: int, _frame) -> None:
+    """Take a while, then end as a training does that was asked to."""
+    time.sleep(1)
+    if os.environ["RANK"] == "0":
+        (folder / "ended.json").write_text(json.dumps({"reason": signal.Signals(number).name, "iteration": 3}))
+    sys.exit()
+
+
 if __name__ == "__main__":
     die_with_parent()
-    folder, what = Path(sys.argv[1]), sys.argv[2]
+    folder, what = (
+        (Path(sys.argv[2]).parent, "train") if sys.argv[1] == "--config" else (Path(sys.argv[1]), sys.argv[2])
+    )
     if what == "fail-recorded":
         from torch.distributed.elastic.multiprocessing.errors import record
 

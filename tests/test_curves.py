@@ -1,8 +1,10 @@
 """What a run tells by mode and span, and how it is drawn: pytest tests/test_curves.py"""
 
 import json
+import shutil
 
 import forked
+import nbformat
 import pytest
 from support import random_store, settings, tiny_model
 
@@ -12,6 +14,8 @@ from rsft_lib.data.hybrid import build_hybrid
 from rsft_lib.data.packed import PackedDataset
 from rsft_lib.data.store import TokenStore
 from rsft_lib.data.tokenize import tokenize
+from rsft_lib.notebook import run as run_notebook
+from rsft_lib.paths import ROOT
 from rsft_lib.tokenizer import load_tokenizer, patch_tokenizer
 from rsft_lib.training.metrics import read_metrics
 from rsft_lib.view.curves import plot_curves
@@ -72,10 +76,11 @@ def test_every_picture_of_a_run_has_its_lines(folder, capsys):
     assert "P(<think>)" in summary(folder / "run", {}, folder / "model")
     live = LiveRun(folder / "run", STEPS)
     live.poll()
-    assert f"step {STEPS}/{STEPS}  loss" in capsys.readouterr().out
+    live.end()
+    assert f"step {STEPS}/{STEPS}  loss" in capsys.readouterr().out and live.state == "finished"
 
 
-def test_data_without_modes_is_drawn_too_and_alarms_are_marked(tmp_path):
+def test_data_without_modes_is_drawn_too_and_alarms_are_marked(tmp_path, capsys):
     tiny_model(tmp_path / "hf")
     convert(tmp_path / "hf", tmp_path / "megatron")
     store = random_store(tmp_path / "store")
@@ -87,4 +92,57 @@ def test_data_without_modes_is_drawn_too_and_alarms_are_marked(tmp_path):
     axes = {axis.get_title().split(",")[0]: axis for axis in plot_curves(tmp_path / "run").axes}
     assert axes["loss by mode (line) and by span (dots)"].texts[0].get_text() == "the data tells no modes"
     assert [line.get_xdata()[0] for line in axes["loss per trained token"].lines[2:]] == [2]
-    assert "ALARM: loss spike" in repr(LiveRun(tmp_path / "run", 2))
+    live = LiveRun(tmp_path / "run", 2)
+    live.poll()
+    assert "ALARM: step 2: loss spike" in capsys.readouterr().out
+
+
+def outputs(path) -> list[dict]:
+    """What the cells of an executed notebook displayed."""
+    cells = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
+    return [output.data for cell in cells for output in cell.outputs if "data" in output]
+
+
+def test_notebook_06_overlays_runs_and_saves_pictures(folder, tmp_path):
+    shutil.copytree(folder / "run", tmp_path / "other")
+    (tmp_path / "other" / "ended.json").unlink()
+    given = {"runs": f"{folder / 'run'}, {tmp_path / 'other'}", "by": "token", "output": str(tmp_path / "out")}
+    executed, status = run_notebook(ROOT / "notebooks" / "06_loss_curves.ipynb", tmp_path, given)
+    assert status["runs"]["run"] == status["runs"]["other"] and status["runs"]["run"]["steps"] == STEPS
+    assert [path.name for path in sorted((tmp_path / "out").glob("*.png"))] == ["health.png", "losses.png", "modes.png"]
+    shown = outputs(executed)
+    assert sum("image/png" in data for data in shown) == 3
+    assert any("running, or killed" in data["text/plain"] for data in shown)
+
+
+@pytest.fixture(scope="module")
+def lab(folder):
+    """Notebook 08, twice."""
+    given = {
+        "before": str(folder / "megatron"), "run": str(folder / "run"), "data": str(folder / "train"), "nproc": 1,
+        "output": str(folder / "lab"), "filtered": str(folder / "filtered"), "leave_out": "rose, outlier, twice",
+    }  # fmt: skip
+    notebook = ROOT / "notebooks" / "08_loss_lab.ipynb"
+    return [run_notebook(notebook, folder / name, given) for name in ("first", "second")]
+
+
+def test_notebook_08_scores_both_checkpoints_as_the_training_did_and_filters_the_data(folder, lab):
+    executed, status = lab[0]
+    after = next(r for r in read_metrics(folder / "run") if r["iteration"] == STEPS)
+    assert status["losses"]["after"] < status["losses"]["before"] and after["loss"] < status["losses"]["before"]
+    listed = [json.loads(line) for line in (folder / "lab" / "suspects.jsonl").read_text().splitlines()]
+    out = {entry["line"] for entry in listed if {"rose", "outlier", "twice"} & set(entry["why"])}
+    lines = (folder / "hybrid" / "train.jsonl").read_bytes().splitlines()
+    kept = (folder / "filtered" / "train.jsonl").read_bytes().splitlines()
+    assert kept == [line for number, line in enumerate(lines, start=1) if number not in out]
+    assert status["suspects"] == len(listed) and status["filtered"]["kept"] == len(kept)
+    shown = outputs(executed)
+    assert sum("image/png" in data for data in shown) == 1
+    assert sum("<b>before</b>, mean" in data.get("text/html", "") for data in shown) >= 3
+    assert executed.stat().st_size < 1_000_000
+
+
+def test_notebook_08_run_again_finds_the_scores_and_says_the_same(lab):
+    (_, first), (executed, second) = lab
+    assert {**first, "finished": ""} == {**second, "finished": ""}
+    assert executed.read_text().count("is there already, of the same checkpoint and data") == 2

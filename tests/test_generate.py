@@ -1,11 +1,20 @@
 """Answers in either mode, and their marks: pytest tests/test_generate.py"""
 
+import importlib.util
+import re
+import sys
+import types
+
 import pytest
+import torch
 from transformers import Qwen2ForCausalLM
 
 from rsft_lib import demo
-from rsft_lib.generate import Answer, final_answer, generate, score, well_formed
+from rsft_lib.chat import prompt_ids
+from rsft_lib.engines import Sampling, open_engine
+from rsft_lib.generate import Answer, chosen_mode, generate, generate_modes, is_right, score, well_formed
 from rsft_lib.tokenizer import load_tokenizer, patch_tokenizer
+from rsft_lib.view.answers import choices_table, plot_answers, scores_table, side_by_side, wilson
 
 THOUGHT = "<think>\nStart: two.\n</think>\n\nAnswer: two"
 QUESTIONS = ["two", "two plus three", "Anna has five books. How many books now?"]
@@ -88,10 +97,21 @@ def test_an_answer_is_well_formed_only_in_its_own_mode_with_its_tokens_once_and_
     assert not well_formed(Answer(text, tokens=9, ended=False), mode)
 
 
-def test_the_final_answer_is_what_stands_after_the_last_mark():
-    assert final_answer(THOUGHT) == "two"
-    assert final_answer("<think>Answer: three</think>\n\nAnswer: two\n") == "two"
-    assert final_answer("<short>two") is None
+@pytest.mark.parametrize(
+    ("text", "expected", "right"),
+    [
+        (THOUGHT, "two", True),
+        ("<think>Answer: three</think>\n\nAnswer: two\n", "two", True),
+        ("<think>Answer: two", "two", False),  # it was still thinking
+        ("<think>\nAnswer: two\n</think>\n\nso three", "two", False),
+        ("<short>two", "two", False),
+        ("<short>so it is\n#### 1,000", "1000.0", True),
+        (r"<short>$\boxed{\frac{1}{2}}$", "0.5", True),
+        ("<short>#### 7", "3 + 4 = 7\n#### 7", True),
+    ],
+)
+def test_an_answer_is_right_by_what_it_says_last_after_its_thoughts(text, expected, right):
+    assert is_right(Answer(text, tokens=9, ended=True), expected) == right
 
 
 def test_a_score_is_the_share_of_right_and_of_well_formed_answers_and_their_mean_length():
@@ -104,3 +124,133 @@ def test_a_score_is_the_share_of_right_and_of_well_formed_answers_and_their_mean
 def test_as_many_answers_as_references_are_expected():
     with pytest.raises(ValueError):
         score([Answer("<short>Answer: two", 3, True)], ["two", "three"], "short")
+
+
+def test_all_modes_are_answered_with_the_model_loaded_once(model, tmp_path, monkeypatch):
+    speaker = speaking(
+        model, tmp_path, f"<｜Assistant｜><think> two</think> three{demo.EOS}", f"<short> four{demo.EOS}"
+    )
+    loads, load = [], Qwen2ForCausalLM.from_pretrained
+    monkeypatch.setattr("rsft_lib.engines.AutoModelForCausalLM.from_pretrained", lambda f: loads.append(f) or load(f))
+    found = generate_modes(speaker, QUESTIONS, ["think", "short", None], Sampling(20))
+    assert found["think"] == found[None] == [Answer("<think> two</think> three", 4, True)] * 3
+    assert found["short"] == [Answer("<short> four", 2, True)] * 3
+    assert len(loads) == 1
+
+
+def test_sampling_follows_the_seed_and_its_frequencies_the_temperature(model):
+    """At temperature t the share of a token is softmax(logits / t) of a forward pass."""
+    ids = prompt_ids(load_tokenizer(model), [{"role": "user", "content": "two"}])
+    write, t = open_engine(model, "transformers", batch_size=2000), 0.5
+    with torch.no_grad():
+        logits = Qwen2ForCausalLM.from_pretrained(model)(torch.tensor([ids])).logits[0, -1]
+    expected = (logits / t).softmax(-1)
+    drawn = torch.tensor(write([ids] * 2000, Sampling(1, t, seed=1)))[:, 0]
+    counts = torch.bincount(drawn, minlength=len(expected)) / 2000
+    top = expected.topk(5).indices
+    assert counts[top].tolist() == pytest.approx(expected[top].tolist(), abs=0.03)
+    small = [write([ids] * 10, Sampling(4, 1.0, seed)) for seed in (1, 1, 2)]
+    assert small[0] == small[1] != small[2]
+
+
+class Vllm(types.ModuleType):
+    """What `engines` uses of vLLM: it answers with what transformers would write."""
+
+    def __init__(self):
+        super().__init__("vllm")
+        self.__spec__ = importlib.util.spec_from_loader("vllm", loader=None)
+        self.calls = []
+        outer = self
+
+        class SamplingParams:
+            def __init__(self, **how):
+                self.how = how
+
+        class LLM:
+            def __init__(self, model, dtype):
+                outer.calls.append((model, dtype))
+                self.write = open_engine(model, "transformers")
+
+            def generate(self, prompts, how):
+                outer.calls.append(how.how)
+                written = self.write([p["prompt_token_ids"] for p in prompts], Sampling(how.how["max_tokens"]))
+                one = types.SimpleNamespace
+                return [one(outputs=[one(token_ids=tuple(ids))]) for ids in written]
+
+        self.LLM, self.SamplingParams = LLM, SamplingParams
+
+
+def test_vllm_is_given_ids_and_gives_the_same_answers(model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", Vllm())
+    modes, sampling = ["think", "short", None], Sampling(6, 0.0, seed=3)
+    found = generate_modes(model, QUESTIONS, modes, sampling, engine="vllm")
+    assert found == generate_modes(model, QUESTIONS, modes, sampling, engine="transformers")
+    (loaded, dtype), *asked = sys.modules["vllm"].calls
+    assert (loaded, dtype) == (str(model), "auto") and len(asked) == 3
+    eos = load_tokenizer(model).eos_token_id
+    assert asked[0] == {"temperature": 0.0, "seed": 3, "max_tokens": 6, "stop_token_ids": [eos], "detokenize": False}
+
+
+def test_vllm_is_taken_by_itself_only_with_a_gpu_and_missed_only_if_asked_for(model, monkeypatch):
+    with pytest.raises(ValueError, match="engine is 'vllm', which is not installed"):
+        open_engine(model, "vllm")
+    with pytest.raises(ValueError, match="engine is 'vlm'; choose"):
+        open_engine(model, "vlm")
+    monkeypatch.setitem(sys.modules, "vllm", stub := Vllm())
+    open_engine(model, "auto")
+    assert not stub.calls, "there is no GPU"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(stub, "LLM", lambda model, dtype: stub.calls.append(model))
+    open_engine(model, "auto")
+    assert stub.calls == [str(model)]
+
+
+SAID = {
+    "think": [Answer(THOUGHT, 12, True), Answer("<think> <script>alert(1)</script> 解", 7, False)],
+    "short": [Answer("<short>Answer: three", 3, True), Answer("<short>Answer: $two$", 3, True)],
+    None: [Answer("<short>Answer: two", 3, True), Answer("Answer: two", 2, True)],
+}
+EXPECTED = ["two", "two"]
+
+
+def test_both_modes_stand_side_by_side_as_text(model):
+    page = side_by_side(["How <b>many</b>?", "And $x$?"], SAID, 1, EXPECTED)._repr_html_()
+    assert "<script" not in page and "&lt;script&gt;alert(1)&lt;/script&gt; 解" in page and "$x$" not in page
+    assert "did not end" in page and "does not keep to its mode" in page and "free choice" in page
+    first = side_by_side(["How <b>many</b>?", "And $x$?"], SAID, 0, EXPECTED)
+    assert "<b>many" not in first._repr_html_() and "How <b>many</b>?" in repr(first)
+    assert [mark for mark in re.findall("✓ right|✗ wrong", repr(first))] == ["✓ right", "✗ wrong", "✓ right"]
+    with pytest.raises(ValueError, match="and no 2"):
+        side_by_side(["a", "b"], SAID, 2, EXPECTED)
+
+
+def test_a_very_long_answer_is_cut_in_the_middle_on_the_page():
+    thoughts = "<think>" + "hm " * 20_000 + "</think>Answer: two"
+    view = side_by_side(["q"], {"think": [Answer(thoughts, 20_000, True)]}, 0, ["two"])
+    assert len(view._repr_html_()) < 10_000 and "characters more" in view._repr_html_() and "✓ right" in repr(view)
+
+
+def test_scores_and_choices_are_told_by_mode():
+    rows = {row[0]: row[1:] for row in scores_table(SAID, EXPECTED).rows}
+    assert rows["think"][0] == "50.0%" and rows["think"][2:] == (0.5, 0.5, "9.5", 9, 12)
+    assert rows["free choice"][0] == "100.0%" and rows["free choice"][2] == 0.5
+    assert scores_table(SAID, [None, None]).rows[0][1:3] == ("–", "–")
+    assert [row[:3] for row in choices_table(SAID[None], EXPECTED).rows] == [
+        ("think", 0, 0.0), ("short", 1, 0.5), ("neither", 1, 0.5),
+    ]  # fmt: skip
+    assert [chosen_mode(answer) for answer in SAID[None]] == ["short", "neither"]
+
+
+def test_the_picture_has_a_row_for_each_mode_with_and_without_references():
+    shares, lengths = plot_answers(SAID, EXPECTED).axes
+    assert [t.get_text() for t in shares.get_yticklabels()] == ["think", "short", "free choice"]
+    assert len(lengths.collections) == 3 and len(shares.patches) == 6
+    assert len(plot_answers(SAID, [None, None]).axes[0].patches) == 3
+
+
+@pytest.mark.parametrize(
+    ("right", "count", "low", "high"), [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (81, 263, 0.2553, 0.3662)]
+)
+def test_intervals_are_wilsons(right, count, low, high):
+    """The last is the example of Newcombe (1998), https://doi.org/10.1002/(SICI)1097-0258(19980430)17:8<857>3.0.CO;2-E."""
+    assert wilson(right, count) == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))

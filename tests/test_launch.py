@@ -4,11 +4,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
+from processes import survivors, wait_until
 
 from rsft_lib.launch import launch
 
@@ -22,25 +22,6 @@ CALLER += "launch('rank', [str(folder), 'sleep'], 2, folder / 'train.log')"
 @pytest.fixture(autouse=True)
 def rank_can_be_imported(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(TESTS))
-
-
-def survivors(folder: Path) -> list[psutil.Process]:
-    """torchrun and ranks that still live; the folder, unique to a test, is among their arguments."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if str(folder) in process.cmdline() and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
-    return found
-
-
-def wait_until(condition, seconds: float, what: str) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
-        time.sleep(0.1)
 
 
 @pytest.fixture
@@ -78,6 +59,7 @@ def test_a_failing_rank_is_an_error_with_its_traceback_and_the_log(tmp_path, wha
     with pytest.raises(RuntimeError) as error:
         launch("rank", [str(tmp_path), what], 2, log)
     message = str(error.value)
+    assert message.startswith("rank 1: Traceback" if what == "fail-recorded" else "Traceback")
     assert "exit code 1" in message and str(log) in message
     assert "Traceback" in message and "KeyError: 'broken on rank 1'" in message
     assert not survivors(tmp_path)

@@ -46,7 +46,7 @@ def steps(tmp_path_factory) -> tuple[Path, dict]:
             "checkpoint": place["megatron"], "data": tokens["train"], "eval_data": tokens["heldout"],
             "output": place["run"], "seq_length": 128, "train_iters": 6, "eval_interval": 3, "nproc": 2,
         },
-        "06_loss_curves": {"run": place["run"]},
+        "06_loss_curves": {"runs": place["run"], "output": str(folder / "curves")},
         "07_export_and_generate": {
             "run": place["run"], "tokenizer": place["tiny_Hybrid"], "output": place["out"],
             "held_out": f"{place['hybrid']}/heldout.jsonl", "questions": 4, "max_new_tokens": 8,
@@ -61,7 +61,7 @@ def test_the_steps_on_their_own_chain_through_their_folders(steps):
     assert {status["status"] for status in done.values()} == {"done"}
     assert done["02_convert_checkpoint"]["differing_tensors"] == []
     assert done["05_train"]["iteration"] == 6
-    assert (folder / "run" / "curves.png").stat().st_size > 10_000
+    assert (folder / "curves" / "losses.png").stat().st_size > 10_000
     assert AutoModelForCausalLM.from_pretrained(folder / "out").config.model_type == "qwen2"
 
 

@@ -8,9 +8,8 @@ from matplotlib.figure import Figure
 
 from rsft_lib.paths import existing
 from rsft_lib.training.metrics import read_metrics
+from rsft_lib.view.lines import BLACK, BLUE, GREEN, ORANGE, PINK, SKY, smoothed
 
-# Of the Okabe-Ito palette, told apart by every kind of colour vision.
-BLUE, ORANGE, GREEN, PINK, SKY, BLACK = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#000000"
 KINDS = {
     "loss_mode_think": ("<think>", BLUE, "-"), "loss_mode_short": ("<short>", ORANGE, "-"),
     "loss_mode_other": ("other", BLACK, "-"), "loss_span_control": ("control token", PINK, ":"),
@@ -50,15 +49,6 @@ def plot_curves(run: str | Path, smoothing: float = 0.9) -> Figure:
     _draw(axes[2, 1], records, "tokens_per_second", f"tokens per second{_mfu(records)}", smoothing)
     plt.close(figure)  # the notebook shows what a cell returns; once is enough
     return figure
-
-
-def smoothed(values: list[float], weight: float) -> list[float]:
-    """Exponential running mean without the pull towards zero at its beginning (Adam's bias correction)."""
-    mean, result = 0.0, []
-    for step, value in enumerate(values, start=1):
-        mean = weight * mean + (1 - weight) * value
-        result.append(mean / (1 - weight**step))
-    return result
 
 
 def _draw(axes: Axes, records: list[dict], key: str, title: str, smoothing: float) -> None:

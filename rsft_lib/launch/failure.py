@@ -1,0 +1,75 @@
+"""What went wrong in ranks that ended before they should: the words of the one that failed first, before all else."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+from rsft_lib.training.watchdog import read_stacks
+
+ERRORS = "errors"  # folder beside the log, with what `record` of torch writes for each rank of a batch job
+END = 2**20  # bytes at the end of a log in which a cause is looked for
+LINES = 40
+REPORT = "Root Cause (first observed failure):"  # what torchrun writes before it tells of the rank that failed first
+
+
+class RunFailed(RuntimeError):
+    """Ranks failed. A notebook shows what they said, and not where this process waited for them."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [str(self)]
+
+
+def failure(module: str, log: Path, how: str) -> RunFailed:
+    """The error to raise where the ranks of `module` failed, as `how` tells."""
+    return RunFailed(f"{cause(log)}\n\n{module} failed ({how}); the whole log is {log}".lstrip())
+
+
+def cause(log: Path) -> str:
+    """What the rank that failed first said: the stacks of a run that hung, its traceback, or the end of the log."""
+    if stacks := read_stacks(log.parent):
+        return f"no progress; where the ranks stood:\n{stacks}"
+    text = read_end(log, END)
+    return _recorded(log.parent / ERRORS) or _reported(text) or _printed(text)
+
+
+def torchrun_reports(log: Path) -> bool:
+    """Whether torchrun says at the end of its log that a rank failed."""
+    return REPORT in read_end(log, END)
+
+
+def read_end(path: Path, size: int) -> str:
+    """The last `size` bytes of a file as text; empty where there is none."""
+    if not path.exists():
+        return ""
+    with path.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - size))
+        return file.read(size).decode("utf-8", errors="replace")
+
+
+def _recorded(folder: Path) -> str:
+    """The oldest of the tracebacks that ranks left in files."""
+    files = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
+    if not files:
+        return ""
+    message = json.loads(files[0].read_text(encoding="utf-8"))["message"]
+    return f"{files[0].stem}: {message['extraInfo']['py_callstack'].rstrip()}"
+
+
+def _reported(text: str) -> str:
+    """The traceback, or the signal, that torchrun reports of the rank that failed first."""
+    said = text.rpartition(REPORT)[2]
+    rank = re.search(r"^ +rank +: (\d+)", said, flags=re.MULTILINE)
+    told = re.search(r"^ +traceback : (.*?)\n(?:=|\Z)", said, flags=re.MULTILINE | re.DOTALL)
+    if not (rank and told) or told[1].startswith("To enable"):  # it knows none of modules that do not use `record`
+        return ""
+    hint = " (was there too little memory?)" if "SIGKILL" in told[1] else ""
+    return f"rank {rank[1]}: " + re.sub(r"^  ", "", told[1], flags=re.MULTILINE).rstrip() + hint
+
+
+def _printed(text: str) -> str:
+    """The last lines before torchrun's own, from a traceback on if there is one among them."""
+    said = re.split(r"^[EW]\d{4} .*elastic/multiprocessing/api\.py", text, maxsplit=1, flags=re.MULTILINE)[0]
+    lines = said.rstrip().splitlines()[-LINES:]
+    first = next((i for i, line in enumerate(lines) if line.startswith("Traceback")), 0)
+    return "\n".join(lines[first:])

@@ -1,0 +1,118 @@
+"""A training that runs on its own: whoever holds its handle can watch it, wait for it and ask it to stop."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from rsft_lib.artifact import write_json
+from rsft_lib.launch.failure import failure, read_end
+from rsft_lib.training.metrics import read_metrics
+
+JOB = "job.json"
+STOPPING = ".stopping"
+ENDED = "ended.json"  # of training.loop, which imports all that trains
+TRAIN = "rsft_lib.training.train"
+
+
+class Job:
+    """A training in its run folder; `local.LocalJob` and `slurm.SlurmJob` know how to reach it.
+
+    What they add: `running`, whether it has yet to end; `state`, the same in words; `stop()`, which asks it to save and
+    end; `kill()`.
+    """
+
+    launcher = ""
+
+    def __init__(self, folder: Path, train_iters: int, on_interrupt: str, patience: float):
+        self.folder, self.log = Path(folder), Path(folder) / "train.log"
+        self.train_iters, self.on_interrupt, self.patience = train_iters, on_interrupt, patience
+
+    @property
+    def ended(self) -> dict:
+        """Why it ended (`reason`) and after which step (`iteration`); empty while it runs, or when it failed."""
+        path = self.folder / ENDED
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    @property
+    def stopping(self) -> bool:
+        """Whether it was asked to stop."""
+        return (self.folder / STOPPING).exists()
+
+    def wait(self, poll: Callable[[], None] = lambda: None) -> None:
+        """Wait until it ends, calling `poll` twice a second.
+
+        Interrupted, also by an error in `poll`, it does what `on_interrupt` says: "stop" lets the job save and end
+        first, for at most `patience` seconds; "leave" lets it run on.
+
+        Raises:
+            RunFailed: it ended without being asked to; the message begins with the traceback of the first that failed.
+        """
+        try:
+            while self.running:
+                poll()
+                self._pause()
+            poll()
+        except BaseException:
+            self._interrupted()
+            raise
+        if self._failed():
+            asked = ", asked to stop before it had anything to save" if self.stopping else ""
+            raise failure(TRAIN, self.log, self.state + asked)
+
+    def tail(self, lines: int = 15) -> str:
+        """The last lines of the log; however long it is, only its end is read."""
+        return "\n".join(read_end(self.log, 400 * lines).splitlines()[-lines:])
+
+    def outcome(self) -> dict:
+        """What came of it, for `notebook.finish`: first and last losses, why it ended, its last checkpoint.
+
+        Raises:
+            ValueError: it has not done a step.
+        """
+        records = read_metrics(self.folder)
+        if not records:
+            raise ValueError(f"{self.folder} has no metrics: the training has not done a step")
+        held_out = [record["eval_loss"] for record in records if "eval_loss" in record]
+        found = {
+            "first_loss": records[0]["loss"],
+            "last_loss": records[-1]["loss"],
+            "held_out_loss": held_out[-1] if held_out else None,
+            "iteration": records[-1]["iteration"],
+            "ended": self.ended.get("reason"),
+            "job": self.state,
+            "checkpoint": str(max(self.folder.glob("iter_*"), default="none")),
+        }
+        return {**found, "summary": "\n".join(f"{name:<15}{value}" for name, value in found.items())}
+
+    def remember(self, **facts) -> None:
+        """Write what `attach` needs into the run folder."""
+        known = {"launcher": self.launcher, "train_iters": self.train_iters}
+        known |= {"on_interrupt": self.on_interrupt, "patience": self.patience}
+        write_json(self.folder / JOB, known | facts)
+
+    def _failed(self) -> bool:
+        """Whether it ended in disorder, once it has ended."""
+        return not self.ended
+
+    def _pause(self) -> None:
+        time.sleep(0.5)
+
+    def _interrupted(self) -> None:
+        if not self.running:
+            return
+        if self.on_interrupt == "leave":
+            print(f"training goes on ({self.state}); run this notebook again to come back to it", flush=True)
+            return
+        self.stop()
+        deadline = time.monotonic() + self.patience + 10
+        while self.running and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if self.running:
+            self.kill()
+
+
+def read_job(folder: Path) -> dict:
+    """What `remember` wrote; empty where nothing was started."""
+    path = Path(folder) / JOB
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

@@ -1,0 +1,181 @@
+"""Ranks on this machine, under torchrun.
+
+The chain is notebook kernel -> torchrun -> ranks. torchrun puts its ranks into sessions of their own, so no signal
+to a process group reaches them; instead every link asks the kernel to be told when the one before it dies. A training
+that shall go on without the notebook has no such link at its beginning.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+from rsft_lib.launch.failure import failure, torchrun_reports
+from rsft_lib.launch.job import STOPPING, TRAIN, Job
+from rsft_lib.lifeline import die_with_parent
+
+PATIENCE = 30  # seconds that ranks which save nothing have to stop
+
+
+def start_torchrun(
+    module: str, arguments: list[str], nproc: int, log: Path, patience: float, alone: bool = False
+) -> subprocess.Popen:
+    """Start `python -m module arguments` on `nproc` ranks whose output goes to `log`.
+
+    Args:
+        patience: seconds that ranks have to stop when torchrun is asked to.
+        alone: whether they outlive this process.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}",
+        "-m", module, *arguments,
+    ]  # fmt: skip
+    environment = {
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // nproc)),
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(int(patience)),
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",  # memory is not lost between blocks of other sizes
+        **os.environ,
+    }
+    # A file and not a pipe: a pipe that nobody reads any more keeps its writers alive.
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C in the notebook is for us to handle
+            preexec_fn=None if alone else die_with_parent,
+            env=environment,
+        )
+
+
+def launch(
+    module: str,
+    arguments: list[str],
+    nproc: int,
+    log: Path,
+    poll: Callable[[], None] = lambda: None,
+    patience: float = PATIENCE,
+) -> None:
+    """Run `python -m module arguments` on `nproc` ranks of this machine and wait for all of them.
+
+    Args:
+        log: file for the output of every rank.
+        poll: called twice a second while they run.
+        patience: seconds that the ranks have to stop when this process is interrupted.
+
+    Raises:
+        RunFailed: a rank failed; the message begins with its traceback and names the log.
+    """
+    process = start_torchrun(module, arguments, nproc, log, patience)
+    try:
+        while not _ends(process, 0.5):
+            poll()
+        poll()
+    except BaseException:
+        process.terminate()  # torchrun passes it on to its ranks
+        if not _ends(process, patience + 10):
+            process.kill()  # and the ranks die with their parent
+            process.wait()
+        raise
+    if process.returncode:
+        raise failure(module, log, f"exit code {process.returncode}")
+
+
+def start(folder: Path, nproc: int, **common) -> "LocalJob":
+    """Train with the settings in `folder/config.json`."""
+    arguments = ["--config", str(folder / "config.json")]
+    process = start_torchrun(
+        TRAIN, arguments, nproc, folder / "train.log", common["patience"],
+        alone=common["on_interrupt"] == "leave",
+    )  # fmt: skip
+    job = LocalJob(folder, process.pid, birth(process.pid), process, **common)
+    job.remember(pid=job.pid, birth=job.birth, host=socket.gethostname())
+    return job
+
+
+def find(folder: Path, facts: dict) -> "LocalJob | None":
+    """The job that `facts` tell of, if it runs on this machine."""
+    host = facts.pop("host")
+    job = LocalJob(folder, **facts)
+    return job if host == socket.gethostname() and job.running else None
+
+
+class LocalJob(Job):
+    """A training under a torchrun of this machine."""
+
+    launcher = "local"
+
+    def __init__(self, folder: Path, pid: int, birth: str, process: subprocess.Popen | None = None, **common):
+        super().__init__(folder, **common)
+        self.pid, self.birth, self.process = pid, birth, process
+
+    @property
+    def running(self) -> bool:
+        if self.process:
+            return self.process.poll() is None
+        return bool(self.birth) and birth(self.pid) == self.birth
+
+    @property
+    def state(self) -> str:
+        if self.running:
+            return f"running, process {self.pid} on {socket.gethostname()}"
+        return f"exit code {self.process.returncode}" if self.process else "ended"
+
+    def stop(self) -> None:
+        """Ask all ranks to save after the step that runs, and end. It returns at once; only the first call counts."""
+        if not self.running or self.stopping:
+            return
+        (self.folder / STOPPING).touch()
+        with suppress(psutil.NoSuchProcess):
+            # The ranks and not torchrun, which would report as its own failure that it was asked to stop.
+            for process in psutil.Process(self.pid).children() or [psutil.Process(self.pid)]:
+                process.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End it at once, whatever it does."""
+        with suppress(psutil.NoSuchProcess):
+            torchrun = psutil.Process(self.pid)
+            for process in [*torchrun.children(recursive=True), torchrun] if self.running else ():
+                process.kill()
+        while self.running:
+            time.sleep(0.01)
+
+    def _failed(self) -> bool:
+        # Where one rank dies, torchrun asks the others to stop, and those may manage to.
+        return super()._failed() or torchrun_reports(self.log)
+
+    def _pause(self) -> None:
+        if not self.process:
+            return super()._pause()
+        _ends(self.process, 0.5)
+
+
+def _ends(process: subprocess.Popen, seconds: float) -> bool:
+    """Wait for a process, but no longer than this."""
+    try:
+        process.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
+def birth(pid: int) -> str:
+    """When a process began, as no other with its number did; empty if it is not there or has ended.
+
+    That is the boot of the machine and the clock tick since then, from /proc (proc(5), Linux).
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] in "ZX" else f"{boot} {fields[19]}"

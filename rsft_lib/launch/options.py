@@ -1,0 +1,54 @@
+"""Where a training runs, and what becomes of it when its notebook goes: what notebook 05 asks beside the settings."""
+
+import dataclasses
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+from rsft_lib.training.config import TrainConfig
+
+LAUNCHERS = ("local", "slurm")
+ON_INTERRUPT = ("stop", "leave")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchOptions:
+    launcher: str = "local"
+    """'local': torchrun on this machine; 'slurm': a batch job."""
+    on_interrupt: str = "stop"
+    """When the notebook is interrupted or its kernel ends, however: 'stop' (save and end), or 'leave' (go on)."""
+    slurm_nodes: int = 1
+    """Machines, each with `nproc` ranks."""
+    slurm_partition: str = ""
+    """Empty for the cluster's default."""
+    slurm_time: str = ""
+    """Time limit as Slurm writes it, e.g. '04:00:00'; empty for the partition's."""
+    slurm_ahead: int = 300
+    """Seconds before the time limit at which the run saves and is queued again."""
+    slurm_options: str = ""
+    """More options for sbatch, as on its command line."""
+
+    def __post_init__(self):
+        for name, choices in (("launcher", LAUNCHERS), ("on_interrupt", ON_INTERRUPT)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; choose {', '.join(map(repr, choices))}")
+        for name in ("slurm_partition", "slurm_time", "slurm_options"):
+            if not getattr(self, name).isprintable():
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one line")
+        if self.slurm_nodes < 1 or self.slurm_ahead < 1:
+            raise ValueError(f"slurm_nodes is {self.slurm_nodes}, slurm_ahead {self.slurm_ahead}; both begin at 1")
+        if self.slurm_nodes > 1 and self.launcher != "slurm":
+            raise ValueError(f"slurm_nodes is {self.slurm_nodes}, but launcher is {self.launcher!r}, for one machine")
+
+    def ranks(self, nproc: int) -> int:
+        """Ranks in all, with `nproc` on each machine."""
+        return nproc * self.slurm_nodes
+
+
+HERE = LaunchOptions()
+
+
+def split_parameters(parameters: SimpleNamespace) -> tuple[TrainConfig, LaunchOptions]:
+    """The settings among the parameters of a notebook, and how they are launched."""
+    given = vars(parameters)
+    kinds = TrainConfig, LaunchOptions
+    return tuple(kind(**{f.name: given[f.name] for f in dataclasses.fields(kind) if f.name in given}) for kind in kinds)

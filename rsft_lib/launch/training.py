@@ -1,0 +1,165 @@
+"""One training in one run folder: started, found running, or found finished."""
+
+import fcntl
+import json
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rsft_lib.artifact import write_json
+from rsft_lib.launch import local, slurm
+from rsft_lib.launch.failure import ERRORS
+from rsft_lib.launch.job import ENDED, STOPPING, Job, read_job
+from rsft_lib.launch.local import LocalJob, launch
+from rsft_lib.launch.options import HERE, LaunchOptions
+from rsft_lib.paths import resolve
+from rsft_lib.training.config import TrainConfig
+from rsft_lib.training.watchdog import STACKS
+
+FRESH = 120  # seconds after which a log that nobody writes no longer speaks for a run on another machine
+
+
+def start_training(config: TrainConfig, nproc: int, options: LaunchOptions = HERE) -> Job:
+    """The training in the run folder `config.output`: started, or gone on with from its newest checkpoint.
+
+    Returns at once. One that runs already is not started a second time, and nothing is started where one has finished;
+    the job is that one then.
+
+    Args:
+        nproc: ranks on each machine.
+
+    Raises:
+        ValueError: the ranks do not fit the settings, another run is in the folder, or Slurm refuses the job. Nothing
+            has started then.
+    """
+    config.data_parallel(options.ranks(nproc))
+    output = resolve(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+    with _one_at_a_time(output):
+        if job := attach(output):
+            _refuse_others(job, config)
+            print(f"found running, nothing was started: {job.state}", flush=True)
+            return job
+        common = {
+            "train_iters": _train_iters(config), "on_interrupt": options.on_interrupt, "patience": config.save_timeout,
+        }  # fmt: skip
+        if _finished(config, output):
+            print(f"found finished, nothing was started; another run needs another folder than {output}", flush=True)
+            return LocalJob(output, pid=0, birth="", **common)
+        _refuse_elsewhere(output)
+        _clear(output)
+        write_json(output / "config.json", config.to_json())
+        if options.launcher == "slurm":
+            return slurm.submit(output, nproc, options, **common)
+        return local.start(output, nproc, **common)
+
+
+def attach(run: str | Path) -> Job | None:
+    """The training that runs in a run folder, or waits for its turn, whoever started it; None if none does.
+
+    Raises:
+        ValueError: it is for Slurm to say, and there is no Slurm here.
+    """
+    facts = read_job(resolve(run))
+    if not facts:
+        return None
+    find = {"local": local.find, "slurm": slurm.find}[facts.pop("launcher")]
+    return find(resolve(run), facts)
+
+
+def launch_training(config: TrainConfig, nproc: int, poll: Callable[[], None] = lambda: None) -> None:
+    """Train on `nproc` ranks of this machine to the end, or go on where the run folder `config.output` stands.
+
+    Interrupted, it lets the ranks finish their step and save. `training.loop.read_ended` tells why a run ended.
+
+    Raises:
+        ValueError: the ranks do not fit the settings; nothing has started then.
+        RunFailed: the training failed; the message begins with the traceback.
+    """
+    start_training(config, nproc).wait(poll)
+
+
+def launch_scoring(checkpoint: str | Path, data: str | Path, output: str | Path, nproc: int) -> None:
+    """Write the loss of every trained token of tokenized data under a checkpoint into the folder `output`.
+
+    `training.score.TokenLosses` reads it.
+
+    Raises:
+        RunFailed: the scoring failed; the message begins with the traceback.
+    """
+    folder = resolve(output)
+    arguments = ["--checkpoint", str(checkpoint), "--data", str(data), "--output", str(folder)]
+    launch("rsft_lib.training.score", arguments, nproc, folder.with_name(f"{folder.name}.log"))
+
+
+@contextmanager
+def _one_at_a_time(output: Path) -> Iterator[None]:
+    """Let no two processes look whether a training runs in a folder, and both start one."""
+    with (output / ".starting").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _refuse_others(job: Job, config: TrainConfig) -> None:
+    runs, asked = json.loads((job.folder / "config.json").read_text(encoding="utf-8")), config.to_json()
+    differences = [f"{name}: runs with {runs.get(name)!r}, asked for {v!r}" for name, v in asked.items()
+                   if runs.get(name) != v]  # fmt: skip
+    if differences:
+        listed = "\n  ".join(differences)
+        raise ValueError(
+            f"a training with other settings runs in {job.folder} ({job.state}):\n  {listed}\n"
+            "Set these back to come back to it, stop it first, or choose another output folder."
+        )
+
+
+def _finished(config: TrainConfig, output: Path) -> bool:
+    """Whether the run in a folder is this one, and has done all of its steps.
+
+    Raises:
+        ValueError: it is another one; every difference is named.
+    """
+    ended = output / ENDED
+    if not ended.exists():
+        return False
+    told = json.loads(ended.read_text(encoding="utf-8"))
+    checkpoint = output / f"iter_{told['iteration']:07d}"
+    if told["reason"] != "finished" or not checkpoint.exists():
+        return False
+    from rsft_lib.training.datasets import open_datasets
+    from rsft_lib.training.state import refuse_another_run  # imports megatron-core, which takes seconds
+
+    data = open_datasets(config)
+    refuse_another_run(checkpoint, {"config": config.for_packs(len(data.train)).to_json(), "data": data.facts()})
+    return True
+
+
+def _train_iters(config: TrainConfig) -> int:
+    """Steps of the run, which the data decides where `epochs` are asked for."""
+    if not config.epochs:
+        return config.train_iters
+    from rsft_lib.training.datasets import open_datasets
+
+    return config.for_packs(len(open_datasets(config).train)).train_iters
+
+
+def _refuse_elsewhere(output: Path) -> None:
+    """A local run of another machine cannot be seen from here but by what it writes."""
+    facts, log = read_job(output), output / "train.log"
+    elsewhere = facts.get("launcher") == "local" and facts["host"] != socket.gethostname()
+    written = max((path.stat().st_mtime for path in (log, output / "metrics.jsonl") if path.exists()), default=0)
+    if elsewhere and not (output / ENDED).exists() and time.time() - written < FRESH:
+        raise ValueError(
+            f"a training in {output} was started on {facts['host']} and wrote {time.time() - written:.0f} s ago: stop "
+            f"it there, or start again here when it has not written for {FRESH} s"
+        )
+
+
+def _clear(output: Path) -> None:
+    """Remove what tells how the training before this one ended."""
+    for name in (ENDED, STOPPING):
+        (output / name).unlink(missing_ok=True)
+    for name in (STACKS, ERRORS):
+        shutil.rmtree(output / name, ignore_errors=True)

@@ -1,0 +1,61 @@
+"""A run folder that is being written, read as it grows: each line of `metrics.jsonl` once, however long the run."""
+
+import json
+import os
+from array import array
+from collections import deque
+from pathlib import Path
+
+from rsft_lib.training.metrics import FILE
+
+DRAWN = (
+    "loss", "loss_mode_think", "loss_mode_short", "eval_loss", "p_think_when_think", "p_think_when_short",
+    "think_share",
+)  # fmt: skip
+ALARMS = 3  # the last ones, whose words are kept
+
+
+class Follower:
+    """What is known of a run: `last`, the newest value of each metric, and of those in DRAWN all steps and values."""
+
+    def __init__(self, folder: str | Path):
+        self.path = Path(folder) / FILE
+        self._begin()
+
+    def _begin(self) -> None:
+        self.last: dict = {}
+        self.lines = {name: (array("d"), array("d")) for name in DRAWN}  # steps, values
+        self.alarms: deque[str] = deque(maxlen=ALARMS)
+        self.alarm_count, self._offset, self._file = 0, 0, 0
+
+    def read(self) -> bool:
+        """Take in what was written since, and say whether there was anything. A line that is half written waits."""
+        try:
+            with self.path.open("rb") as file:
+                self._go_on(file)
+                text = file.read()
+        except FileNotFoundError:
+            return False
+        whole = text[: text.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        for line in whole.splitlines():
+            self._add(json.loads(line))
+        return bool(whole)
+
+    def _go_on(self, file) -> None:
+        """Seek where reading ended; in a file that was put in its place, as a run that resumes does, the beginning."""
+        found = os.fstat(file.fileno())
+        if found.st_ino != self._file or found.st_size < self._offset:
+            self._begin()
+            self._file = found.st_ino
+        file.seek(self._offset)
+
+    def _add(self, record: dict) -> None:
+        self.last |= {name: value for name, value in record.items() if value is not None}
+        for name, (steps, values) in self.lines.items():
+            if record.get(name) is not None:
+                steps.append(record["iteration"])
+                values.append(record[name])
+        for alarm in record.get("alarms", []):
+            self.alarm_count += 1
+            self.alarms.append(f"step {record['iteration']:,}: {alarm}")

@@ -1,0 +1,151 @@
+"""Runs to be compared: their metrics as columns, how far they are, and in which settings they differ."""
+
+import json
+from dataclasses import dataclass
+from glob import glob
+from pathlib import Path
+
+import numpy as np
+
+from rsft_lib.paths import ROOT, existing, resolve
+from rsft_lib.training.metrics import FILE, read_metrics
+from rsft_lib.view.board import duration
+from rsft_lib.view.markup import Table
+
+BY = {
+    "step": "step", "token": "trained tokens", "time": "minutes of training", "share": "share of the run, in per cent",
+}  # fmt: skip
+ENDED = "ended.json"  # of training.loop, which needs megatron-core
+MISSING = "–"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder: `columns` has a float64 [steps] for each metric, NaN where a step has none."""
+
+    name: str
+    folder: Path
+    columns: dict[str, np.ndarray]
+    config: dict
+    ended: str
+    alarms: list[int]
+
+    def __len__(self) -> int:
+        return len(self.columns["iteration"])
+
+    def x(self, by: str) -> np.ndarray:
+        """What each step is drawn at; `by` is one of BY."""
+        steps = self.columns["iteration"]
+        if by == "share":
+            return 100 * steps / self.config.get("train_iters", steps[-1])
+        if by == "step":
+            return steps
+        if by == "token":
+            return np.cumsum(self.columns["trained_tokens"])
+        return np.cumsum(self.columns["seconds"]) / 60
+
+    def line(self, metric: str, by: str) -> tuple[np.ndarray, np.ndarray]:
+        """(x, values) of the steps that have the metric."""
+        values = self.columns.get(metric, np.full(len(self), np.nan))
+        known = np.isfinite(values)
+        return self.x(by)[known], values[known]
+
+    def last(self, metric: str) -> float | None:
+        values = self.line(metric, "step")[1]
+        return float(values[-1]) if len(values) else None
+
+
+def find_runs(runs: str) -> list[Run]:
+    """The runs that a text names: folders, or patterns such as `outputs/checkpoints/*`, parted by commas.
+
+    Raises:
+        FileNotFoundError: a folder is missing, or a pattern finds no run.
+        ValueError: a folder holds no run, or one that has not finished a step yet.
+    """
+    folders: dict[Path, None] = {}  # as a set that keeps the order
+    for part in filter(None, map(str.strip, runs.split(","))):
+        if any(sign in part for sign in "*?["):
+            found = [Path(path).parent for path in sorted(glob(f"{resolve(part)}/{FILE}"))]
+            if not found:
+                raise FileNotFoundError(f"{part!r} finds no folder with {FILE} (relative patterns start at {ROOT})")
+        else:
+            found = [existing(part, "run folder")]
+        folders |= dict.fromkeys(path.resolve() for path in found)
+    if not folders:
+        raise ValueError("no run is named; give a run folder, several parted by commas, or a pattern")
+    return [_open(folder, name) for folder, name in zip(folders, _names(list(folders)), strict=True)]
+
+
+def _open(folder: Path, name: str) -> Run:
+    records = read_metrics(folder)
+    if not records:
+        raise ValueError(f"{folder} has no metrics yet: train first (notebook 05_train)")
+    metrics = {key for record in records for key, value in record.items() if isinstance(value, int | float)}
+    columns = {key: np.array([_number(record.get(key)) for record in records]) for key in metrics}
+    config, ended = (_read(folder / file) for file in ("config.json", ENDED))
+    alarms = [record["iteration"] for record in records if record.get("alarms")]
+    return Run(name, folder, columns, config, ended.get("reason", "running, or killed"), alarms)
+
+
+def runs_table(runs: list[Run]) -> Table:
+    """How far each run is, and what came out."""
+    rows = []
+    for run in runs:
+        seconds, tokens = run.columns["seconds"].sum(), run.columns["trained_tokens"].sum()
+        held_out = run.line("eval_loss", "step")
+        best = int(held_out[1].argmin()) if len(held_out[1]) else None
+        lowest = MISSING if best is None else f"{held_out[1][best]:.3f} at {held_out[0][best]:,.0f}"
+        rows.append((
+            run.name, f"{len(run):,} of {run.config.get('train_iters', 0):,}", run.ended,
+            f"{run.last('loss'):.3f}", lowest, f"{tokens:,.0f}", duration(seconds),
+            f"{np.median(run.columns['tokens_per_second']):,.0f}", str(len(run.alarms)),
+        ))  # fmt: skip
+    columns = (
+        "run", "steps", "ended", "last loss", "best held-out loss", "trained tokens", "time", "tokens/s, median",
+        "alarms",
+    )  # fmt: skip
+    return Table("runs", columns, rows)
+
+
+def differences_table(runs: list[Run]) -> Table:
+    """The settings in which the runs are not all alike."""
+    different = [name for name in _settings(runs) if len({_said(run, name) for run in runs}) > 1]
+    title = "settings that differ" if different else "the runs have the same settings"
+    return _table(title, runs, different)
+
+
+def settings_table(runs: list[Run]) -> Table:
+    """All settings of each run."""
+    return _table("all settings", runs, _settings(runs))
+
+
+def _table(title: str, runs: list[Run], names: list[str]) -> Table:
+    return Table(
+        title, ("setting", *(run.name for run in runs)), [(name, *(_said(run, name) for run in runs)) for name in names]
+    )
+
+
+def _settings(runs: list[Run]) -> list[str]:
+    return list(dict.fromkeys(name for run in runs for name in run.config))
+
+
+def _said(run: Run, name: str) -> str:
+    value = run.config.get(name, MISSING)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _names(folders: list[Path]) -> list[str]:
+    """The last part of each path, or so many parts that no two are alike."""
+    for count in range(1, max(len(folder.parts) for folder in folders) + 1):
+        names = ["/".join(folder.parts[-count:]) for folder in folders]
+        if len(set(names)) == len(names):
+            return names
+    return names
+
+
+def _number(value) -> float:
+    return float(value) if isinstance(value, int | float) else np.nan
+
+
+def _read(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

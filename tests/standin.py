@@ -1,0 +1,72 @@
+"""A training that is none, for tests of what shows one: it writes metrics and a log, and stops when asked."""
+
+import json
+import math
+import time
+from pathlib import Path
+
+import ipywidgets
+from ipywidgets.widgets.widget import _instances
+
+
+class Job:
+    """As `launch` hands one out."""
+
+    def __init__(self, folder, train_iters: int, steps: int = 1, pause: float = 0.0, log: str = "a line\n", fail=""):
+        """`steps` are written between two polls, `pause` seconds apart; with `fail` that is raised in the end."""
+        self.folder, self.train_iters, self.steps, self.pause, self.fail = Path(folder), train_iters, steps, pause, fail
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.log, self.running, self.asked = self.folder / "train.log", True, 0
+        self.state = "waits in the queue"
+        self.log.write_bytes(log.encode())
+
+    def stop(self) -> None:
+        self.asked += 1
+
+    def tail(self, lines: int) -> str:
+        with self.log.open("rb") as file:
+            file.seek(max(0, file.seek(0, 2) - 200_000))
+            return "\n".join(file.read().decode().rstrip("\n").split("\n")[-lines:])
+
+    def wait(self, poll) -> None:
+        done, reason = 0, "finished"
+        try:
+            with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                while done < self.train_iters:
+                    more = range(done + 1, min(done + self.steps, self.train_iters) + 1)
+                    file.write("".join(json.dumps(record(i, self.train_iters)) + "\n" for i in more))
+                    file.flush()
+                    done = more[-1]
+                    time.sleep(self.pause)
+                    poll()
+                    self.tell_of_the_button()
+                    if self.asked:
+                        reason = "SIGTERM"
+                        break
+        except KeyboardInterrupt:
+            (self.folder / "interrupted").touch()
+            reason = "SIGINT"
+        self.running = False
+        (self.folder / "ended.json").write_text(json.dumps({"reason": reason, "iteration": done}))
+        if self.fail:
+            raise RuntimeError(self.fail)
+
+    def tell_of_the_button(self) -> None:
+        """Leave the id by which a front end would tell the kernel of a click."""
+        for widget in list(_instances.values()):
+            if isinstance(widget, ipywidgets.Button) and not (self.folder / "button").exists():
+                (self.folder / ".button").write_text(widget.model_id)
+                (self.folder / ".button").rename(self.folder / "button")
+
+
+def record(step: int, steps: int) -> dict:
+    """A line of metrics of a run that learns."""
+    far = step / steps
+    think, short = 0.3 + 2 * math.exp(-8 * far), 0.6 + 3 * math.exp(-5 * far)
+    found = {
+        "iteration": step, "loss": 0.7 * think + 0.3 * short, "loss_mode_think": think, "loss_mode_short": short,
+        "p_think_when_think": 1 - 0.5 * math.exp(-4 * far), "p_think_when_short": 0.5 * math.exp(-4 * far),
+        "think_share": 0.5, "lr": 1e-5, "grad_norm": 1.0, "trained_tokens": 900, "tokens_per_second": 40000.0,
+        "seconds": 0.5, "memory_gib": 51.25, "mfu": 0.5, "epoch": far,
+    }  # fmt: skip
+    return found | ({"eval_loss": think + 0.1} if step % max(1, steps // 10) == 0 else {})
