@@ -17,9 +17,10 @@ demo: .venv/.installed  ## run the whole method on a tiny model, about 5 minutes
 test: lint  ## lint and all tests
 	@.venv/bin/python -m pytest -n 2 --dist loadfile  # most tests wait for processes to start: two files at a time
 
-lint: .venv/.installed  ## style of code and notebooks
+lint: .venv/.installed  ## style of code and notebooks, and form of notebooks: parameters, no outputs, short cells
 	@.venv/bin/ruff check
 	@.venv/bin/ruff format --check
+	@.venv/bin/python -m pytest -q tests/test_project.py
 
 lab: .venv/.installed  ## JupyterLab on the notebooks
 	@.venv/bin/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks

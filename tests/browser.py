@@ -17,7 +17,7 @@ import nbformat
 from rsft_lib.lifeline import die_with_parent
 from rsft_lib.paths import ROOT
 
-CHROMIUM = "/usr/bin/chromium"
+CHROMIUM = shutil.which("chromium")
 SCREENSHOTS = ROOT / "outputs" / "screenshots"
 TOKEN = "a-token-of-the-tests"
 # Questions that JupyterLab asks whoever opens it first, and the news it would fetch for them.
@@ -31,7 +31,7 @@ def missing() -> str:
     """Why notebooks cannot be opened in a browser here; empty where they can."""
     if not importlib.util.find_spec("playwright"):
         return "playwright is not installed (pip install playwright)"
-    return "" if Path(CHROMIUM).exists() else f"there is no {CHROMIUM} (apt install chromium)"
+    return "" if CHROMIUM else "there is no chromium (apt install chromium)"
 
 
 def copy_project(folder: Path) -> Path:

@@ -7,7 +7,7 @@ import json
 import re
 
 import pytest
-from browser import Browser, copy_project, jupyterlab, missing, set_defaults
+from browser import CHROMIUM, Browser, copy_project, jupyterlab, missing, set_defaults
 
 from rsft_lib import demo
 from rsft_lib.artifact import newest
@@ -46,7 +46,7 @@ def lab(tmp_path_factory):
     with (
         jupyterlab(project, tmp_path_factory.mktemp("private")) as address,
         sync_playwright() as playwright,
-        playwright.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"]) as chromium,
+        playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"]) as chromium,
     ):
         yield Browser(chromium, address, project)
 
