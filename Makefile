@@ -11,15 +11,16 @@ TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,--extra-index-url https://do
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
-demo: .venv/.installed  ## run the whole method on a tiny model, about 5 minutes on 2 CPU cores
+demo: .venv/.installed  ## run the whole method on a tiny model, about 4 minutes on 2 CPU cores
 	@.venv/bin/python -m rsft_lib.notebook notebooks/00_quickstart.ipynb outputs/quickstart
 
 test: lint  ## lint and all tests
 	@.venv/bin/python -m pytest -n 2 --dist loadfile  # most tests wait for processes to start: two files at a time
 
-lint: .venv/.installed  ## style of code and notebooks
+lint: .venv/.installed  ## style of code and notebooks, and form of notebooks: parameters, no outputs, short cells
 	@.venv/bin/ruff check
 	@.venv/bin/ruff format --check
+	@.venv/bin/python -m pytest -q tests/test_project.py
 
 lab: .venv/.installed  ## JupyterLab on the notebooks
 	@.venv/bin/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks

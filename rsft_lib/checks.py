@@ -54,10 +54,11 @@ class Checks(list[Check]):
         return "\n".join(f"{MARKS[check.passed]:<5} {check.name:<{width}}  {check.detail}" for check in self)
 
     def _repr_html_(self) -> str:
+        head = "".join(f"<th style='text-align:left'>{name}</th>" for name in ("check", "what was found"))
         rows = "".join(
             f"<tr><td><b style='{STYLES[check.passed]};padding:0 .5em'>{MARKS[check.passed]}</b></td>"
             f"<td style='text-align:left'>{html.escape(check.name)}</td>"
             f"<td style='text-align:left'>{html.escape(check.detail)}</td></tr>"
             for check in self
         )
-        return f"<table><tr><th></th><th>check</th><th>what was found</th></tr>{rows}</table>"
+        return f"<table><tr><th></th>{head}</tr>{rows}</table>"

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from rsft_lib.artifact import new_folder
 from rsft_lib.paths import resolve
+from rsft_lib.progress import without_bars
 from rsft_lib.templates import R1_CHAT_TEMPLATE
 
 MODEL, SOURCES = "assets/checkpoints/tiny", "assets/data/tiny"  # where notebooks 01 and 03 make them
@@ -65,7 +66,7 @@ def make_model(folder: str | Path, seed: int) -> Path:
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), without_bars():
             torch.manual_seed(seed)
             Qwen2ForCausalLM(config).save_pretrained(temporary)
     return folder

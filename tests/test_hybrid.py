@@ -272,6 +272,22 @@ def random_rows(rng: np.random.Generator, count: int) -> np.ndarray:
     return rows
 
 
+def test_a_dataset_that_is_asked_for_again_is_kept_with_the_tokens_in_its_folder(tmp_path, capsys):
+    long = [record(f"p{i}", think("a", f"Answer: {i}")) for i in range(20)]
+    first = build(tmp_path, long, held_out=0.2)
+    tokens = tmp_path / "out" / "Tokenized" / "text_document.bin"
+    tokens.parent.mkdir()
+    tokens.write_bytes(b"tokens")
+    assert build(tmp_path, long, held_out=0.2).items() >= first.items()
+    assert tokens.exists() and "is there already" in capsys.readouterr().out
+    (tmp_path / "out" / "train.jsonl").write_text("damaged")
+    for other in ({"held_out": 0.2}, {"held_out": 0.2, "seed": 1}, {"held_out": 0.2, "empty_think": True}):
+        build(tmp_path, long, **other)
+        assert len(read(tmp_path)) == 32 and "is there already" not in capsys.readouterr().out
+    build(tmp_path, [*long, record("new", think("a", "Answer: 1"))], **other)
+    assert len(read(tmp_path)) == 34 and not tokens.exists()
+
+
 def test_comparing_by_columns_is_comparing_pair_by_pair():
     rng = np.random.default_rng(0)
     for _ in range(200):

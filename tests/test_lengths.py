@@ -100,9 +100,15 @@ def test_records_that_were_dropped_or_cut_count_with_the_lengths_they_had(tmp_pa
         stored(tmp_path, "wrong", [*kept, 3, 99], 5)
 
     table = overlong_costs(dropped, [16, 40])
-    row, fitting = (dict(zip(table.columns, row, strict=True)) for row in table.rows)
-    assert row["over-long"] == 3 and row["not stored"] == 3 and row["think"] == 0
-    assert fitting["over-long"] == 1 and "3 samples were too long to be stored" in table.note
+    row, fitting = columns(table)
+    assert row["over-long samples"] == 3 and row["not stored"] == 3 and row["think"] == 0
+    assert fitting["over-long samples"] == 1 and "3 samples were too long to be stored" in table.note
+
+
+def columns(table) -> list[dict]:
+    """The columns of a table but the first, which names what stands beside it."""
+    names, *rest = zip(table.columns, *table.rows, strict=True)
+    return [dict(zip(names, column, strict=True)) for column in rest]
 
 
 def test_costs_are_those_of_cutting_and_dropping_every_sample(tmp_path):
@@ -111,28 +117,27 @@ def test_costs_are_those_of_cutting_and_dropping_every_sample(tmp_path):
     samples = measure.measure(write_store(tmp_path / "store", written), TOKENIZER)
     every, trained = (sum(map(sum, column)) for column in ([[len(i)] for i, _ in written], [m for _, m in written]))
     for limit in (5, 10, 20, 40, 1000):
-        (row,) = overlong_costs(samples, [limit]).rows
-        row = dict(zip(overlong_costs(samples).columns, row, strict=True))
+        (row,) = columns(overlong_costs(samples, [limit]))
         over = [(ids, mask) for ids, mask in written if len(ids) > limit]
-        assert row["max_length"] == limit and row["over-long"] == len(over) == row["without EOS"]
-        assert row["of all"] == len(over) / 200
+        assert row["max_length"] == f"{limit:,}"
+        assert row["over-long samples"] == len(over) == row["truncate: without EOS"]
+        assert row["share of all"] == len(over) / 200
         assert sum(row[mode] for mode in MODES) == len(over)
         assert row["drop: tokens lost"] == pytest.approx(sum(len(ids) for ids, _ in over) / every)
-        assert row["of those trained"] == pytest.approx(sum(sum(mask) for _, mask in over) / trained)
+        assert row["drop: trained tokens lost"] == pytest.approx(sum(sum(mask) for _, mask in over) / trained)
         assert row["truncate: tokens lost"] == pytest.approx(sum(len(ids) - limit for ids, _ in over) / every)
-        assert row["without any training"] == sum(not any(mask[:limit]) for _, mask in over)
+        assert row["truncate: nothing trained"] == sum(not any(mask[:limit]) for _, mask in over)
         ended = [
             [at for at, (t, m) in enumerate(zip(ids, mask, strict=True)) if t == END_THINK and m] for ids, mask in over
         ]
-        assert row["without </think>"] == sum(bool(at) and at[-1] >= limit for at in ended)
-        assert row["error"] == ("stops" if over else "passes")
+        assert row["truncate: without </think>"] == sum(bool(at) and at[-1] >= limit for at in ended)
 
 
 def test_an_exact_fit_is_not_over_long_and_the_table_goes_up_to_what_holds_all(tmp_path):
     samples = stored(tmp_path, "store", (), 600)
     longest = int(samples.lengths.max())
-    assert [row[1] for row in overlong_costs(samples, [longest, longest - 1]).rows] == [0, 1]
-    assert [row[0] for row in overlong_costs(samples).rows] == [512, 1024]
+    assert overlong_costs(samples, [longest, longest - 1]).rows[0][1:] == (0, 1)
+    assert overlong_costs(samples).columns == ("max_length", "64", "128", "256", "512", "1,024")
 
 
 def test_layouts_are_counted_row_by_row():

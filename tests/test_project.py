@@ -107,6 +107,16 @@ def test_cells_are_short_python_without_outputs(notebook):
             assert len(cell.source.splitlines()) <= 15 or "parameters" in cell.metadata.get("tags", []), cell.source
 
 
+def test_a_notebook_says_what_it_takes_and_leads_to_the_next(notebook):
+    cells = nbformat.read(notebook, 4).cells
+    assert len(cells) <= 25 and cells[0].source.startswith(f"# {notebook.stem[:2]} · ")
+    assert re.search(r"^\| takes \| .*(second|minute)", cells[0].source, re.MULTILINE)
+    assert re.search(r"[Dd]isk|\bMB\b|megabyte", cells[0].source)
+    linked = re.findall(r"\]\((\w+)\.ipynb\)", "\n".join(cell.source for cell in cells))
+    following = NOTEBOOKS[(NOTEBOOKS.index(notebook.stem) + 1) % len(NOTEBOOKS)]
+    assert following in linked and set(linked) <= set(NOTEBOOKS)
+
+
 def test_no_notebook_names_a_place_on_somebodys_machine_or_a_secret(notebook):
     text = "\n".join(cell.source for cell in nbformat.read(notebook, 4).cells)
     found = re.findall(r"(?:/home/|/root/|/Users/|\b[A-Z]:\\)\S*|\bhf_\w{20,}", text)

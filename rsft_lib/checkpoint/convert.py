@@ -4,7 +4,6 @@ import shutil
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 from transformers import PretrainedConfig
 
 from rsft_lib.artifact import file_hash, new_folder, read_manifest
@@ -12,6 +11,7 @@ from rsft_lib.checkpoint import legacy, sources, torch_dist
 from rsft_lib.checkpoint.pieces import Weights, resized, with_row_means
 from rsft_lib.model.config import check_layout, read_config
 from rsft_lib.paths import existing, resolve
+from rsft_lib.progress import progress
 
 FORMATS = ("torch_dist", "legacy")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -145,10 +145,7 @@ def _write(destination: Path, facts: dict, weights: Weights, config: PretrainedC
     layout = facts["tensor_parallel"], facts["pipeline_parallel"]
     files = legacy.plan(weights, config, *layout) if facts["format"] == "legacy" else []
     size = legacy.nbytes(weights, files) if files else sum(weights.empty(name).nbytes for name in weights)
-    with (
-        new_folder(destination, facts, size) as folder,
-        tqdm(total=size, desc="convert", unit="B", unit_scale=True) as bar,
-    ):
+    with new_folder(destination, facts, size) as folder, progress("convert", "B", size) as bar:
         if files:
             legacy.write(folder, weights, files, bar.update)
         else:

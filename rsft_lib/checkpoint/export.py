@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 from transformers import GenerationConfig, PretrainedConfig
 
 from rsft_lib.artifact import MANIFEST, file_hash, new_folder, read_manifest, verify
@@ -15,6 +14,7 @@ from rsft_lib.checkpoint.convert import DTYPES
 from rsft_lib.checkpoint.pieces import Weights, resized
 from rsft_lib.model.config import read_config
 from rsft_lib.paths import existing, resolve
+from rsft_lib.progress import progress
 from rsft_lib.tokenizer import fingerprint, load_tokenizer
 
 OF_TOKENIZER = (
@@ -78,7 +78,7 @@ def export(
     size = sum(weights.empty(name).nbytes for name in weights)
     listing = dict(facts)
     with new_folder(destination, listing, size) as folder:
-        with tqdm(total=size, desc="export", unit="B", unit_scale=True) as bar:
+        with progress("export", "B", size) as bar:
             listing["files"] = hf.write(folder, weights, max_shard_size, bar.update)
         _describe(folder, describing, dtype, tokenizer)
         told = {"tensors": facts["tensors"], "dtype": facts["dtype"]}

@@ -16,7 +16,7 @@ from tempfile import TemporaryFile
 
 import numpy as np
 
-from rsft_lib.artifact import new_folder
+from rsft_lib.artifact import file_hash, new_folder, read_manifest, verify_files
 from rsft_lib.chat import END_THINK, SHORT, THINK
 from rsft_lib.data.answers import final_answer, normalized
 from rsft_lib.data.pairs import balance, coverage, disagreeing, held_back, not_shorter
@@ -46,6 +46,8 @@ def build_hybrid(
 ) -> dict:
     """Write `train.jsonl` and `heldout.jsonl` from a file of long answers and one of short answers.
 
+    Where they are there already, made from the same, they are kept, and what was tokenized into their folder too.
+
     Either file may have problems that the other has not. The split is by problem, whatever its white space: all
     answers to it go to one side. `findings.jsonl` names the answers that disagree and the pairs whose short one is
     no shorter; `FOLDER.rejected.jsonl`, beside the folder, the records that cannot be used.
@@ -74,8 +76,14 @@ def build_hybrid(
         raise ValueError(f"{held_out=} must be from 0 to below 1, and {on_disagreement=} 'drop' or 'error'")
     sources = [source_of(long, "long answers"), *([source_of(short, "short answers")] if short else [])]
     facts = {"made_by": "build_hybrid", "sources": {str(source): source.facts()["data_sha256"] for source in sources}}
-    facts |= {"held_out": held_out, "seed": seed, "unit": "tokens" if tokenizer else "characters"}
+    facts |= {
+        "held_out": held_out, "seed": seed, "cut_short": cut_short, "columns": columns or {},
+        "empty_think": empty_think, "on_disagreement": on_disagreement, "unit": "tokens" if tokenizer else "characters",
+        "tokenizer_sha256": file_hash(resolve(tokenizer) / "tokenizer.json") if tokenizer else "",
+    }  # fmt: skip
     destination = resolve(folder)
+    if done := _already(destination, facts):
+        return done
     with (
         new_folder(destination, facts) as temporary,
         TemporaryFile(dir=temporary) as file,
@@ -94,6 +102,19 @@ def build_hybrid(
         lines = (json.dumps(finding, ensure_ascii=False) + "\n" for finding in findings)
         (temporary / FINDINGS).write_text("".join(lines), encoding="utf-8")
     return facts
+
+
+def _already(destination: Path, facts: dict) -> dict | None:
+    """The manifest of a whole dataset that was made from the same, if it is there. Tokens may lie in its folder."""
+    try:
+        found = read_manifest(destination)
+        if None in facts["sources"].values() or any(found.get(name) != value for name, value in facts.items()):
+            return None
+        verify_files(destination, found["files"])
+    except (OSError, ValueError):
+        return None
+    print(f"{destination} is there already, made from the same answers")
+    return found
 
 
 def _measure(tokenizer: str | Path) -> Callable[[list[str]], list[int]]:

@@ -7,11 +7,11 @@ from itertools import islice
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from rsft_lib.data.answers import final_answer
 from rsft_lib.data.pairs import ROW
 from rsft_lib.data.records import Source
+from rsft_lib.progress import progress
 
 BATCH = 128  # samples that are measured at a time; an encoding takes some 100 bytes a token
 
@@ -31,19 +31,24 @@ class Scratch:
         self.file, self.sources, self.rows = file, sources, np.zeros(0, ROW)
 
     def fill(self, samples: Iterable[Sample], measure: Callable[[list[str]], list[int]]) -> None:
-        samples, blocks = iter(tqdm(samples, "read", unit=" samples", mininterval=1)), []
-        while batch := list(islice(samples, BATCH)):
-            block = np.zeros(len(batch), ROW)
-            for name in batch[0].facts:
-                block[name] = [sample.facts[name] for sample in batch]
-            block["prompt"] = measure([sample.record["instruction"] for sample in batch])
-            block["answer"] = measure([sample.record["output"] for sample in batch])
-            block["size"] = [len(sample.line) for sample in batch]
-            block["offset"] = self.file.tell() + np.cumsum(block["size"], dtype=np.int64) - block["size"]
-            self.file.writelines(sample.line for sample in batch)
-            blocks.append(block)
+        samples, blocks = iter(samples), []
+        with progress("read", " samples") as bar:
+            while batch := list(islice(samples, BATCH)):
+                blocks.append(self._write(batch, measure))
+                bar.update(len(batch))
         self.file.flush()
         self.rows = np.concatenate([self.rows, *blocks])
+
+    def _write(self, batch: list[Sample], measure: Callable[[list[str]], list[int]]) -> np.ndarray:
+        block = np.zeros(len(batch), ROW)
+        for name in batch[0].facts:
+            block[name] = [sample.facts[name] for sample in batch]
+        block["prompt"] = measure([sample.record["instruction"] for sample in batch])
+        block["answer"] = measure([sample.record["output"] for sample in batch])
+        block["size"] = [len(sample.line) for sample in batch]
+        block["offset"] = self.file.tell() + np.cumsum(block["size"], dtype=np.int64) - block["size"]
+        self.file.writelines(sample.line for sample in batch)
+        return block
 
     def line(self, number: int) -> bytes:
         row = self.rows[number]

@@ -5,15 +5,12 @@ not depend on how many workers there are, and of n machines each can take every 
 """
 
 import os
-import sys
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
 from concurrent.futures import Executor
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-
-from tqdm import tqdm
 
 from rsft_lib.artifact import new_folder, verify
 from rsft_lib.chat import END_THINK, MODES, ChatTemplate
@@ -24,6 +21,7 @@ from rsft_lib.data.rejects import Rejects
 from rsft_lib.data.store import StoreWriter
 from rsft_lib.data.worker import Block, Job, Options
 from rsft_lib.paths import resolve
+from rsft_lib.progress import progress
 from rsft_lib.tokenizer import fingerprint, load_tokenizer
 
 PROOF_ROWS = 256  # of this very dataset, on which encoders are compared
@@ -162,8 +160,7 @@ def _encoded(pool: Executor, mine: Iterator[list[Row]], encoder_name: str, ahead
 
 def _progress(encoded: Iterator[Block], source: Source) -> Iterator[Block]:
     total = Path(source.name).stat().st_size if source.name.endswith(".jsonl") else None
-    quiet = 1 if sys.stderr.isatty() else 10  # every refresh stays in a notebook that runs headless
-    with tqdm(total=total, desc="tokenize", unit="B", unit_scale=True, mininterval=quiet) as bar:
+    with progress("tokenize", "B", total) as bar:
         for block in encoded:
             bar.update(block.size)
             yield block

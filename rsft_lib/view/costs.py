@@ -10,6 +10,7 @@ from rsft_lib.view.markup import Table
 from rsft_lib.view.measure import MODES, Samples
 
 BATCH = 8  # samples that are padded to the longest of them
+LEAST = 5  # logarithm of the smallest limit that is shown
 
 
 @dataclass(frozen=True)
@@ -30,28 +31,32 @@ def overlong_costs(samples: Samples, limits: Sequence[int] = ()) -> Table:
     were too long to be stored only the length is known.
 
     Args:
-        limits: empty takes the powers of two from 512 up to one that holds every sample.
+        limits: empty takes powers of two, the largest of which holds every sample.
+
+    Returns:
+        A column for each limit.
     """
     modes = samples.present + ["not stored"] * bool(len(samples.dropped))
-    columns = (
-        "max_length", "over-long", "of all", *modes, "drop: tokens lost", "of those trained", "truncate: tokens lost",
-        "without EOS", "without </think>", "without any training", "error",
+    names = (
+        "over-long samples", "share of all", *modes, "drop: tokens lost", "drop: trained tokens lost",
+        "truncate: tokens lost", "truncate: without EOS", "truncate: without </think>", "truncate: nothing trained",
     )  # fmt: skip
-    rows = [_overlong_row(samples, modes, limit) for limit in limits or _powers_of_two(samples)]
+    limits = list(limits) or _powers_of_two(samples)
+    rows = list(zip(names, *(_overlong_column(samples, modes, limit) for limit in limits), strict=True))
     note = (
         f"{len(samples.dropped):,} samples were too long to be stored: their modes and masks are not known, so what "
         "they train and their </think> come on top; tokenize with a larger max_length to have them counted"
     )
+    columns = ("max_length", *(f"{limit:,}" for limit in limits))
     return Table("what each policy for over-long samples costs", columns, rows, note if len(samples.dropped) else "")
 
 
-def _overlong_row(samples: Samples, modes: list[str], limit: int) -> tuple:
+def _overlong_column(samples: Samples, modes: list[str], limit: int) -> tuple:
     every = np.concatenate([samples.lengths, samples.dropped])
     excess, over = (every - limit).clip(min=0), samples.lengths > limit
     count = int((excess > 0).sum())
     by_mode = [int((over & samples.of(mode)).sum()) if mode in MODES else count - int(over.sum()) for mode in modes]
     return (
-        limit,
         count,
         count / len(every),
         *by_mode,
@@ -61,7 +66,6 @@ def _overlong_row(samples: Samples, modes: list[str], limit: int) -> tuple:
         count,
         int((over & (samples.closed > limit)).sum()),
         int((over & (samples.first >= limit)).sum()),
-        "stops" if count else "passes",
     )
 
 
@@ -100,7 +104,8 @@ def layout_costs(lengths: np.ndarray, seq_length: int) -> Table:
 
 def _powers_of_two(samples: Samples) -> list[int]:
     longest = max(int(lengths.max(initial=0)) for lengths in (samples.lengths, samples.dropped))
-    return [2**power for power in range(9, max(10, longest.bit_length() + 1))]
+    top = max(LEAST, (longest - 1).bit_length())  # the least power that holds the longest
+    return [2**power for power in range(max(LEAST, top - 4), top + 1)]
 
 
 def _share(part: np.ndarray, whole: np.ndarray) -> float:

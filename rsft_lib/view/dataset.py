@@ -24,7 +24,7 @@ def balance_table(built: dict) -> Table:
         for mode, n in modes.items():
             mean = round(n["answer"] / n["samples"]) if n["samples"] else 0
             rows.append((split, mode, n["samples"], n["prompt"], n["answer"], mean, n["answer"] / total))
-    columns = ("split", "mode", "samples", f"prompt {unit}", f"answer {unit}", "of one answer", "of the split")
+    columns = ("split", "mode", "samples", f"prompt {unit}", f"answer {unit}", "of one answer", "share of answers")
     return Table("balance", columns, rows)
 
 
@@ -43,6 +43,13 @@ def origin_table(built: dict) -> Table:
         *((f"found: {what}", count) for what, count in built["findings"].items()),
     ]
     return Table("where the samples come from", ("", "count"), rows)
+
+
+def counts_table(facts: dict[str, dict]) -> Table:
+    """What became of the records of each split, from the facts of `tokenize`."""
+    names = list(dict.fromkeys(name for fact in facts.values() for name in fact["counts"]))
+    rows = [(split, *(fact["counts"].get(name, 0) for name in names)) for split, fact in facts.items()]
+    return Table("tokenized", ("split", *(name.replace("_", " ") for name in names)), rows)
 
 
 def plot_balance(built: dict) -> Figure:

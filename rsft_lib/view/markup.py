@@ -20,7 +20,8 @@ BLOCK = (
     "font-size:12px;line-height:1.45;font-family:monospace"
 )
 CELL = "text-align:left;vertical-align:top;padding:2px 14px 2px 0;border:0"
-RIGHT = ";text-align:right;white-space:nowrap"
+RIGHT = ";text-align:right"
+ONE_LINE, SHORT = ";white-space:nowrap", 24  # characters of a cell that stay on one line
 
 GAP = "⋮"  # a cell of a row that stands for rows that are left out
 
@@ -68,23 +69,26 @@ class Table:
         lines = [
             "   ".join(_pad(c, w, r) for c, w, r in zip(row, widths, right, strict=True)).rstrip() for row in cells
         ]
-        return "\n".join([self.title, *lines, *([self.note] if self.note else [])])
+        return "\n".join([self.title, *(lines if self.rows else []), *([self.note] if self.note else [])])
 
     def _repr_html_(self) -> str:
         right = self._right()
         head = self._row_html("th", self.columns, right, ";border-bottom:1px solid #8c959f")
         body = "".join(self._row_html("td", row, right) for row in self.rows)
+        table = (
+            f"<table style='border-collapse:collapse;margin:2px 0'><thead>{head}</thead><tbody>{body}</tbody></table>"
+        )
         note = f"<div style='color:{FAINT};margin-top:4px'>{inert(self.note)}</div>" if self.note else ""
         return (
             f"<div style='background:#ffffff;color:{INK};padding:4px 0;font-size:13px'><b>{inert(self.title)}</b>"
-            f"<table style='border-collapse:collapse;margin:2px 0'><thead>{head}</thead><tbody>{body}</tbody></table>"
-            f"{note}</div>"
+            f"{table if self.rows else ''}{note}</div>"
         )
 
     def _row_html(self, tag: str, row: Sequence, right: list[bool], style: str = "") -> str:
         cells = (
-            f"<{tag} style='{CELL}{RIGHT if is_right else ''}{style}'>{inert(_cell(value))}</{tag}>"
-            for value, is_right in zip(row, right, strict=True)
+            f"<{tag} style='{CELL}{RIGHT if is_right else ''}{ONE_LINE if len(text) <= SHORT else ''}{style}'>"
+            f"{inert(text)}</{tag}>"
+            for text, is_right in zip(map(_cell, row), right, strict=True)
         )
         return f"<tr style='background:#ffffff'>{''.join(cells)}</tr>"
 

@@ -1,0 +1,162 @@
+"""JupyterLab in Chromium, for tests that look at notebooks as a person does."""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import nbformat
+
+from rsft_lib.lifeline import die_with_parent
+from rsft_lib.paths import ROOT
+
+CHROMIUM = shutil.which("chromium")
+SCREENSHOTS = ROOT / "outputs" / "screenshots"
+TOKEN = "a-token-of-the-tests"
+# Questions that JupyterLab asks whoever opens it first, and the news it would fetch for them.
+SETTINGS = {"apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False}}
+READY = re.compile(r"^Python 3 .*\| Idle$")  # in the status bar; cells that are run before that are lost
+TALLEST = 12_000  # pixels of a screenshot
+HARMLESS: tuple[str, ...] = ()  # what may stand in the console as an error or a warning; nothing so far
+
+
+def missing() -> str:
+    """Why notebooks cannot be opened in a browser here; empty where they can."""
+    if not importlib.util.find_spec("playwright"):
+        return "playwright is not installed (pip install playwright)"
+    return "" if CHROMIUM else "there is no chromium (apt install chromium)"
+
+
+def copy_project(folder: Path) -> Path:
+    """Library and notebooks as a project of its own, so that what notebooks make by default stays within `folder`."""
+    for name in ("rsft_lib", "notebooks"):
+        ignored = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    return folder
+
+
+def set_defaults(notebook: Path, **values) -> None:
+    """Give parameters of a notebook other defaults."""
+    book = nbformat.read(notebook, 4)
+    cell = next(cell for cell in book.cells if "parameters" in cell.metadata.get("tags", []))
+    for name, value in values.items():
+        line = re.compile(rf"^({name}: \w+ = ).*?(?=  #)", re.MULTILINE)
+        cell.source, found = line.subn(lambda begin, value=value: begin[1] + repr(value), cell.source)
+        assert found == 1, f"{notebook.name} has no parameter {name}"
+    nbformat.write(book, notebook)
+
+
+@contextmanager
+def jupyterlab(project: Path, private: Path) -> Iterator[str]:
+    """Serve `project` as `make lab` does: the address. Settings, kernels and history of this user play no part."""
+    for name, settings in SETTINGS.items():
+        file = private / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps(settings), encoding="utf-8")
+    folders = {
+        "JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "workspaces", "IPYTHONDIR": "ipython",
+        "JUPYTER_CONFIG_DIR": "config", "JUPYTER_DATA_DIR": "data", "JUPYTER_RUNTIME_DIR": "runtime",
+    }  # fmt: skip
+    environment = {name: str(private / folder) for name, folder in folders.items()} | {"PYTHONPATH": str(project)}
+    command = [
+        sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", "--ip=127.0.0.1", "--port=0",
+        f"--ServerApp.root_dir={project}", f"--IdentityProvider.token={TOKEN}",
+    ]  # fmt: skip
+    with (private / "server.log").open("wb") as log:
+        server = subprocess.Popen(
+            command, cwd=project, env=os.environ | environment, stdout=log, stderr=log, preexec_fn=die_with_parent
+        )
+    try:
+        yield _address(server, private)
+    finally:
+        server.terminate()  # it ends its kernels first
+        server.wait(timeout=30)
+
+
+def _address(server: subprocess.Popen, private: Path, seconds: float = 60) -> str:
+    for _ in range(int(seconds / 0.2)):
+        for file in (private / "runtime").glob("jpserver-*.json"):
+            try:
+                return json.loads(file.read_text(encoding="utf-8"))["url"]
+            except ValueError:  # it is being written
+                break
+        assert server.poll() is None, (private / "server.log").read_text()
+        time.sleep(0.2)
+    raise AssertionError(f"JupyterLab is not there after {seconds} seconds:\n{(private / 'server.log').read_text()}")
+
+
+class Browser:
+    """A Chromium and the JupyterLab that serves `project` at `address`."""
+
+    def __init__(self, chromium, address: str, project: Path):
+        self.address, self.project = address, project
+        self.context = chromium.new_context(
+            viewport={"width": 1280, "height": 1000}, extra_http_headers={"Authorization": f"token {TOKEN}"}
+        )
+        self.context.set_default_timeout(60_000)
+
+    @contextmanager
+    def notebook(self, name: str) -> Iterator["Notebook"]:
+        """Open a notebook with a fresh kernel, which ends with it; nothing in the page may have complained."""
+        book = Notebook(self.context.new_page(), name)
+        try:
+            book.page.goto(f"{self.address}lab/workspaces/{name}/tree/notebooks/{name}.ipynb?token={TOKEN}")
+            book.page.get_by_text(READY).wait_for()
+            yield book
+            assert book.complaints == []
+        finally:
+            book.keep_picture()
+            book.page.close()
+            sessions = f"{self.address}api/sessions"
+            for session in self.context.request.get(sessions).json():
+                if name in session["path"]:
+                    self.context.request.delete(f"{sessions}/{session['id']}")
+
+
+class Notebook:
+    """A notebook that is open in a page. `complaints` are errors of the page, of its console and of requests."""
+
+    def __init__(self, page, name: str):
+        self.page, self.name, self.complaints = page, name, []
+        page.on("pageerror", lambda error: self._hear(f"page: {error}"))
+        page.on("console", lambda said: said.type in ("error", "warning") and self._hear(f"console: {said.text}"))
+        page.on("response", lambda answer: answer.status >= 400 and self._hear(f"{answer.status}: {answer.url}"))
+
+    def run(self, seconds: float = 240) -> None:
+        """Run all cells, and wait until the last has said that it is done."""
+        self.start()
+        self.wait(seconds)
+
+    def start(self) -> None:
+        for entry in ("Run", "Run All Cells"):
+            self.page.get_by_role("menuitem", name=entry, exact=True).click()
+
+    def wait(self, seconds: float = 240) -> None:
+        """Wait until the last cell has said that it is done. No cell may fail, or write to stderr."""
+        done = self.page.locator(".jp-CodeCell").last.get_by_text(re.compile(r"done: \S+status\.json"))
+        done.or_(self.output("error")).first.wait_for(state="attached", timeout=1000 * seconds)
+        for kind in ("error", "stderr"):
+            assert self.output(kind).all_text_contents() == [], f"{kind} in {self.name}"
+
+    def output(self, kind: str):
+        return self.page.locator(f"[data-mime-type='application/vnd.jupyter.{kind}']")
+
+    def keep_picture(self, moment: str = "") -> None:
+        """Keep what the whole notebook looks like."""
+        SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+        height = self.page.evaluate("document.querySelector('.jp-WindowedPanel-outer').scrollHeight")
+        self.page.set_viewport_size({"width": 1280, "height": min(height + 140, TALLEST)})
+        self.page.evaluate("document.querySelector('.jp-WindowedPanel-outer').scrollTo(0, 0)")
+        self.page.screenshot(path=SCREENSHOTS / f"{self.name}{moment}.png")
+        self.page.set_viewport_size({"width": 1280, "height": 1000})
+
+    def _hear(self, text: str) -> None:
+        if not any(harmless in text for harmless in HARMLESS):
+            self.complaints.append(text)
