@@ -34,6 +34,7 @@ def run(inputs: dict, output, nproc: int = 1, **changes) -> tuple[list[dict], di
     """(metrics, every tensor of the last checkpoint)"""
     config = settings(**inputs, output=str(output), train_iters=STEPS, eval_interval=STEPS, eval_iters=1, **changes)
     forked.train(config, nproc)
+    assert "differs from rank 0" not in (output / "train.log").read_text()
     return read_metrics(output), all_tensors(newest(output))
 
 

@@ -277,7 +277,13 @@ def test_preflight_tells_what_a_run_will_take(tmp_path):
         train_iters=30, save_interval=10,
     )  # fmt: skip
     text = preflight(run, nproc=2)
-    assert "2 = 2 data" in text and "30 steps" in text and "3 kept" in text and "384 tokens in 4 packs" in text
+    assert (
+        "MiB a rank (weights 0." in text
+        and "2 = 2 data" in text
+        and "30 steps" in text
+        and "3 kept" in text
+        and "384 tokens in 4 packs" in text
+    )
     with pytest.raises(ValueError, match="does not divide by micro_batch_size 1 x 3"):
         preflight(run, nproc=3)
     with pytest.raises(ValueError, match="layers do not divide by pipeline_parallel 3"):

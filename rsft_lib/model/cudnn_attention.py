@@ -10,6 +10,7 @@ import functools
 import os
 from typing import NamedTuple
 
+import cudnn  # only imported where it is there: `gpt.te_attention`
 import torch
 from torch import Tensor
 from torch.autograd import Function
@@ -39,10 +40,11 @@ class Shape(NamedTuple):
 
 
 class CudnnAttention(TEAttention):
-    """cuDNN's attention without Transformer Engine between, but where tokens are split over ranks."""
+    """cuDNN's attention without Transformer Engine between, but where tokens are split or a graph would not fit."""
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, samples: Packed) -> Tensor:
-        if self.parallel > 1 or query.shape[2] > 128 or query.shape[2] % 8:
+        width, offsets = query.shape[2], query.numel()
+        if self.parallel > 1 or width > 128 or width % 8 or offsets >= 2**31:
             return super().forward(query, key, value, samples)
         shape = _shape(query, key, samples.chunks[0])
         if shape not in samples.worked_out:
@@ -93,8 +95,6 @@ def _places(chunk: Chunk, shape: Shape) -> dict[str, Tensor]:
 
 
 def _run(graph, tensors: dict[str, Tensor], shape: Shape) -> None:
-    import cudnn
-
     handle = _handle(shape.device)
     cudnn.set_stream(handle=handle, stream=torch.cuda.current_stream().cuda_stream)
     workspace = torch.empty(graph.get_workspace_size(), dtype=torch.uint8, device="cuda")
@@ -103,15 +103,11 @@ def _run(graph, tensors: dict[str, Tensor], shape: Shape) -> None:
 
 @functools.cache
 def _handle(device: int):
-    import cudnn
-
     return cudnn.create_handle()
 
 
 @functools.cache
 def _forward_graph(shape: Shape):
-    import cudnn
-
     graph, tensor, places = _begin(shape)
     output, sums = graph.sdpa(
         name="attention", q=tensor("query"), k=tensor("key"), v=tensor("value"),
@@ -126,8 +122,6 @@ def _forward_graph(shape: Shape):
 
 @functools.cache
 def _backward_graph(shape: Shape):
-    import cudnn
-
     graph, tensor, places = _begin(shape)
     sums = graph.tensor(
         dim=(shape.samples, shape.heads, shape.longest, 1), stride=(shape.longest * shape.heads, 1, shape.heads, 1),
@@ -148,8 +142,6 @@ def _backward_graph(shape: Shape):
 
 def _begin(shape: Shape) -> tuple:
     """(a graph, a function that makes one of its inputs by name, the inputs that say where samples are)"""
-    import cudnn
-
     graph = cudnn.pygraph(
         io_data_type=cudnn.data_type.BFLOAT16, intermediate_data_type=cudnn.data_type.FLOAT,
         compute_data_type=cudnn.data_type.FLOAT, handle=_handle(shape.device),
@@ -195,8 +187,6 @@ def _output(tensor, name: str, heads: int, shape: Shape, places: dict) -> None:
 
 
 def _built(graph, shape: Shape):
-    import cudnn
-
     graph.validate()
     graph.build_operation_graph()
     graph.create_execution_plans([cudnn.heur_mode.A])

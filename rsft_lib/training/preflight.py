@@ -112,7 +112,7 @@ def _layout(config: TrainConfig, ranks: int) -> str:
 
 def _memory_line(config: TrainConfig, hf: PretrainedConfig, ranks: int) -> str:
     need = memory(config, hf, ranks)
-    parts = ", ".join(f"{name} {getattr(need, name) / GIB:.1f}" for name in need.__dataclass_fields__)
+    parts = ", ".join(f"{name} {_size(getattr(need, name))}" for name in need.__dataclass_fields__)
     if found := gpu():
         there, what = found[1], "this GPU has"
     else:
@@ -122,7 +122,7 @@ def _memory_line(config: TrainConfig, hf: PretrainedConfig, ranks: int) -> str:
         if need.total < 0.95 * there
         else "  TOO LITTLE: see recompute, moments, gradients and the *_parallel settings"
     )
-    return f"about {need.total / GIB:.1f} GiB a rank ({parts}); {what} {there / GIB:.1f} GiB{fits}"
+    return f"about {_size(need.total)} a rank ({parts}); {what} {_size(there)}{fits}"
 
 
 def _checkpoint_line(config: TrainConfig, hf: PretrainedConfig) -> str:
@@ -133,7 +133,11 @@ def _checkpoint_line(config: TrainConfig, hf: PretrainedConfig) -> str:
         kept = min(kept, config.keep_last + (config.train_iters // config.keep_every if config.keep_every else 0) + 1)
     free = shutil.disk_usage(_first_that_exists(resolve(config.output))).free
     fits = "" if size * kept < free else "  TOO LITTLE: see keep_last"
-    return f"{size / GIB:.1f} GiB each, {kept} kept; {free / GIB:,.0f} GiB free in {config.output}{fits}"
+    return f"{_size(size)} each, {kept} kept; {_size(free)} free in {config.output}{fits}"
+
+
+def _size(bytes_: float) -> str:
+    return f"{bytes_ / GIB:,.1f} GiB" if bytes_ >= GIB else f"{bytes_ / 2**20:,.1f} MiB"
 
 
 def _first_that_exists(folder: Path) -> Path:

@@ -48,8 +48,9 @@ class Saver:
                 temporary.mkdir(parents=True)
             torch.distributed.barrier()
             request = dist_checkpointing.save(
-                content(state), str(temporary), async_sharded_save=True, content_metadata=LAYOUT
-            )
+                content(state), str(temporary), async_sharded_save=True, content_metadata=LAYOUT,
+                preprocess_common_before_consistancy_check=_comparable,
+            )  # fmt: skip
             self.writing = _Writing(request, temporary, final, state.iteration)
             if wait:
                 self.finish()
@@ -139,6 +140,11 @@ def remove_old(output: Path, keep_last: int, keep_every: int) -> None:
         old = folder.with_name(f".{folder.name}.old")
         folder.rename(old)
         shutil.rmtree(old)
+
+
+def _comparable(common: dict) -> dict:
+    """What is no tensor and must be alike on all ranks; of states that a rank has none of, a name alone is left."""
+    return {**common, "optimizer": {k: v for k, v in common["optimizer"].items() if k != "param_state"}}
 
 
 def _rank_0() -> bool:
