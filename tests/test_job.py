@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -118,7 +119,11 @@ def test_two_who_start_at_once_start_one_job(tmp_path):
 
 
 def _start(folder: Path) -> None:
-    local.TRAIN = "rank"
+    def start_slowly(*arguments, **options):
+        time.sleep(2)  # the other one is there by now
+        return start(*arguments, **options)
+
+    start, local.start_torchrun, local.TRAIN = local.start_torchrun, start_slowly, "rank"
     launch.start_training(config(folder), 2, LEAVE)
 
 
