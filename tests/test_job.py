@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -110,15 +111,20 @@ def test_two_who_start_at_once_start_one_job(tmp_path):
         process.start()
     for process in both:
         process.join(60)
-    job = launch.attach(tmp_path)
+    job, torchruns = launch.attach(tmp_path), [p for p in survivors(tmp_path) if "torch.distributed.run" in p.cmdline()]
+    for process in torchruns:
+        process.terminate()
+    wait_until(lambda: not survivors(tmp_path), 30, "all end")
     assert [process.exitcode for process in both] == [0, 0]
-    torchruns = [p for p in survivors(tmp_path) if "torch.distributed.run" in p.cmdline()]
-    assert [p.pid for p in torchruns] == [job.pid]
-    job.kill()
+    assert [process.pid for process in torchruns] == [job.pid]
 
 
 def _start(folder: Path) -> None:
-    local.TRAIN = "rank"
+    def start_slowly(*arguments, **options):
+        time.sleep(2)  # the other one is there by now
+        return start(*arguments, **options)
+
+    start, local.start_torchrun, local.TRAIN = local.start_torchrun, start_slowly, "rank"
     launch.start_training(config(folder), 2, LEAVE)
 
 
