@@ -12,6 +12,7 @@ from rsft_lib.model import elementwise
 from rsft_lib.model.attention import TEAttention, packed
 from rsft_lib.model.config import head_dim, read_config, transformer_config
 from rsft_lib.model.functions import TensorParallel, add_product_
+from rsft_lib.model.gpt import te_attention
 from rsft_lib.model.head import Targets, weighted_loss
 from rsft_lib.ranks import ranks
 from rsft_lib.training import adam
@@ -36,17 +37,21 @@ def random(*shape: int) -> torch.Tensor:
 
 
 def floor(model: Path, data: Path) -> dict:
-    """cuBLAS products, attention, and an eighth of what AdamW reads and writes, at this GPU's own rates."""
+    """cuBLAS products, attention, and an eighth of what AdamW reads and writes, at this GPU's own rates.
+
+    Attention as this kit asks cuDNN for it, and as Transformer Engine does.
+    """
     hf = read_config(model)
     products = {name: _product(*shape) for name, shape in _shapes(hf).items()}
     layers = hf.num_hidden_layers
     gemms = sum(sum(times.values()) * (1 if name == "head" else layers) for name, times in products.items())
-    attention = layers * _attention(hf, data)
+    by_te, attention = (layers * _attention(hf, data, kind) for kind in (TEAttention, te_attention()))
     bandwidth = _bandwidth()
     adam = parameters(hf) * 28 / bandwidth * 1000  # bf16 + 16 bits, two moments, each read and written; one gradient
     return {
-        "gemms_ms": gemms, "attention_ms": attention, "adam_ms": adam, "bandwidth_tb": bandwidth / 1e12,
-        "total_ms": gemms + attention + adam / MICRO_BATCHES, "products": products, "wgrad_ms": _weight_gradients(hf),
+        "gemms_ms": gemms, "attention_ms": attention, "te_attention_ms": by_te, "adam_ms": adam,
+        "bandwidth_tb": bandwidth / 1e12, "total_ms": gemms + attention + adam / MICRO_BATCHES,
+        "te_total_ms": gemms + by_te + adam / MICRO_BATCHES, "products": products, "wgrad_ms": _weight_gradients(hf),
         "elementwise": _elementwise(hf), "device": torch.cuda.get_device_name(), "torch": torch.__version__,
     }  # fmt: skip
 
@@ -89,10 +94,10 @@ def _weight_gradients(hf) -> dict[str, dict[str, float]]:
     return found
 
 
-def _attention(hf, data: Path) -> float:
+def _attention(hf, data: Path, kind: type) -> float:
     """Milliseconds of one layer's attention, forward and backward, mean over the packs of a step."""
     with ranks():
-        inner = TEAttention(transformer_config(hf), 1, None, "self").cuda()
+        inner = kind(transformer_config(hf), 1, None, "self").cuda()
         packs = PackedDataset(TokenStore(data), LENGTH, 0)
         width, heads, groups = head_dim(hf), hf.num_attention_heads, hf.num_key_value_heads
         times = []

@@ -26,7 +26,8 @@ def learn(kind: str, folder: Path, output: Path) -> dict:
     """Train for STEPS steps and leave the curve in OUT/learn-<kind>.json.
 
     Args:
-        kind: 'ours' (bf16), 'fp8' or 'transformers' (torch's AdamW on float32 weights, bf16 by autocast).
+        kind: 'ours' (bf16), 'fp8-' and a recipe, or 'transformers' (torch's AdamW on float32 weights, bf16 by
+            autocast).
     """
     model = folder / "small100m"
     model.mkdir(exist_ok=True)
@@ -37,7 +38,7 @@ def learn(kind: str, folder: Path, output: Path) -> dict:
     hf.save_pretrained(model)
     config = TrainConfig(
         checkpoint=str(model), data=str(folder / "mix"), output=str(folder / "learn"), seq_length=LENGTH,
-        global_batch_size=PACKS, train_iters=STEPS, lr=1e-4, min_lr=1e-5, precision="fp8" if kind == "fp8" else "bf16",
+        global_batch_size=PACKS, train_iters=STEPS, lr=1e-4, min_lr=1e-5, **_precision(kind),
     )  # fmt: skip
     data = PackedDataset(TokenStore(config.data), LENGTH, config.seed)
     began = time.time()
@@ -53,6 +54,11 @@ def learn(kind: str, folder: Path, output: Path) -> dict:
         "last": losses[-1],
         "curve": losses,
     }
+
+
+def _precision(kind: str) -> dict[str, str]:
+    precision, _, recipe = kind.partition("-")
+    return {"precision": "fp8", "fp8_recipe": recipe} if precision == "fp8" else {"precision": "bf16"}
 
 
 def _ours(config: TrainConfig, state, data: PackedDataset) -> list[float]:
@@ -114,28 +120,34 @@ def _rate(config: TrainConfig, step: int) -> float:
     return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * share)) / 2
 
 
-def compare(output: Path) -> dict[str, float]:
-    """Largest relative difference of each curve from transformers', and a picture of all in OUT/learning.png."""
+KINDS = ("transformers", "ours", "fp8-tensorwise", "fp8-delayed", "fp8-blockwise")
+FEWER = 200  # steps over which FP8 is compared with bf16
+
+
+def compare(output: Path) -> dict[str, dict[str, float]]:
+    """How far curves are apart, relative, at most and in the mean, and a picture of all in OUT/learning.png.
+
+    Ours from transformers', and FP8's from ours.
+    """
     import matplotlib.pyplot as plt
 
-    curves = {
-        kind: json.loads((output / f"learn-{kind}.json").read_text())["curve"]
-        for kind in ("transformers", "ours", "fp8")
-        if (output / f"learn-{kind}.json").exists()
-    }
+    files = {kind: output / f"learn-{kind}.json" for kind in KINDS}
+    curves = {kind: json.loads(file.read_text())["curve"] for kind, file in files.items() if file.exists()}
     figure, axes = plt.subplots(2, 1, figsize=(9, 8), sharex=True, layout="constrained")
-    for (kind, curve), style in zip(curves.items(), ("-", "--", ":"), strict=False):
-        axes[0].plot(range(1, len(curve) + 1), curve, style, label=kind)
-    reference = curves["transformers"]
-    worst = {}
-    for kind, curve in list(curves.items())[1:]:
-        apart = [a / b - 1 for a, b in zip(curve, reference, strict=True)]
-        axes[1].plot(range(1, len(apart) + 1), [100 * x for x in apart], label=f"{kind} - transformers")
-        worst[kind] = max(map(abs, apart))
+    found = {}
+    for kind, curve in curves.items():
+        axes[0].plot(range(1, len(curve) + 1), curve, "-" if kind == "transformers" else "--", label=kind)
+        reference = "transformers" if kind == "ours" else "ours"
+        if kind == "transformers" or reference not in curves:
+            continue
+        apart = [a / b - 1 for a, b in zip(curve, curves[reference], strict=True)]
+        axes[1].plot(range(1, len(apart) + 1), [100 * x for x in apart], label=f"{kind} - {reference}")
+        counted = [abs(x) for x in (apart if kind == "ours" else apart[:FEWER])]
+        found[kind] = {"worst": max(counted), "mean": sum(counted) / len(counted)}
     axes[0].set(title="100M parameters from random weights", ylabel="loss per trained token")
     axes[1].set(xlabel="step", ylabel="difference, %")
     for axis in axes:
         axis.legend()
         axis.grid(alpha=0.3)
     figure.savefig(output / "learning.png", dpi=120)
-    return worst
+    return found

@@ -11,6 +11,7 @@ import argparse
 import gc
 import gzip
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -43,7 +44,11 @@ WARM, STEPS = 2, 4
 
 
 def make_inputs(folder: Path) -> None:
-    """Tokenized traces, and tokenized traces with short answers, from the real files; once."""
+    """Tokenized datasets from the real files; once.
+
+    traces: long answers. pairs: of each problem the long answer, and the short one after its thoughts. hybrid: the long
+    answers with the short ones of GSM8K. mix: the same, up to 8,192 tokens.
+    """
     if (folder / "ready").exists():
         return
     real = Path(os.environ["RSFT_REAL_DATA"])
@@ -52,9 +57,12 @@ def make_inputs(folder: Path) -> None:
     with gzip.open(real / "data" / "long_planbench_r1.jsonl.gz", "rb") as file:
         (folder / "long.jsonl").write_bytes(file.read())
     (folder / "short.jsonl").write_bytes((real / "data" / "short_gsm8k_train.jsonl").read_bytes())
-    build_hybrid(folder / "long.jsonl", folder / "short.jsonl", folder / "hybrid", held_out=0.01, seed=1)
+    build_hybrid(folder / "long.jsonl", folder / "short.jsonl", folder / "both", held_out=0.01, seed=1)
     tokenize(folder / "long.jsonl", folder / "tokenizer", folder / "traces", max_length=LENGTH + 1)
-    tokenize(folder / "hybrid" / "train.jsonl", folder / "tokenizer", folder / "mix", max_length=8193)
+    build_hybrid(folder / "long.jsonl", "", folder / "cut", held_out=0, seed=1)
+    tokenize(folder / "cut" / "train.jsonl", folder / "tokenizer", folder / "pairs", max_length=LENGTH + 1)
+    tokenize(folder / "both" / "train.jsonl", folder / "tokenizer", folder / "hybrid", max_length=LENGTH + 1)
+    tokenize(folder / "both" / "train.jsonl", folder / "tokenizer", folder / "mix", max_length=8193)
     (folder / "model").mkdir()
     (folder / "model" / "config.json").write_bytes((model / "config.json").read_bytes())
     (folder / "ready").touch()
@@ -81,6 +89,8 @@ def randomize(state: TrainState, seed: int = 0) -> None:
 
 def measure(config: TrainConfig, steps: int = STEPS, single: bool = False) -> dict:
     """Median time of a step and the peak memory of a training with `config`, always on the packs of `usual_step`.
+
+    `epoch_s` is that time for all packs; packs differ little in what they take, and hardly at all where each is padded.
 
     Args:
         single: whether each pack counts as one sample, padding and all, as attention without packing has it.
@@ -141,10 +151,22 @@ def ours(preset: str = "r1-1.5b", **changes):
     return section
 
 
-def padded(folder: Path, output: Path) -> dict:
+def padded(data: str):
     """Every sample padded to 16,384 and attended to with its padding: the original's way."""
-    with ranks():
-        return measure(settings(folder, packing=False), steps=3, single=True)
+
+    def section(folder: Path, output: Path) -> dict:
+        with ranks():
+            return measure(settings(folder, data=str(folder / data), packing=False), steps=2, single=True)
+
+    return section
+
+
+def packed(data: str):
+    def section(folder: Path, output: Path) -> dict:
+        with ranks():
+            return measure(settings(folder, data=str(folder / data)), steps=2)
+
+    return section
 
 
 def floor(folder: Path, output: Path) -> dict:
@@ -218,12 +240,17 @@ SECTIONS = {
     "fp8-tensorwise": ours(precision="fp8", fp8_recipe="tensorwise"),
     "fp8-blockwise": ours(precision="fp8", fp8_recipe="blockwise"),
     "torch": ours(backend="torch"),
-    "padded": padded,
+    "padded": padded("traces"),
+    "pairs": packed("pairs"),
+    "pairs-padded": padded("pairs"),
+    "hybrid": packed("hybrid"),
+    "hybrid-padded": padded("hybrid"),
     "liger": liger(checkpointing=False),
     "liger-checkpointing": liger(checkpointing=True),
     "agreement": agreement,
     "learn-ours": learning("ours"),
-    "learn-fp8": learning("fp8"),
+    "learn-fp8-tensorwise": learning("fp8-tensorwise"),
+    "learn-fp8-delayed": learning("fp8-delayed"),
     "learn-transformers": learning("transformers"),
 }
 
@@ -249,15 +276,17 @@ def run_sections(names: list[str], inputs: Path, output: Path) -> None:
 def table(output: Path) -> str:
     """The results side by side."""
     read = {path.stem: json.loads(path.read_text()) for path in output.glob("*.json")}
-    lowest = read.get("floor", {}).get("total_ms")
-    lines = [f"{'':20}{'ms':>8}{'/floor':>8}{'MFU':>7}{'GiB':>7}{'tokens/s':>10}{'trained/s':>10}"]
+    floors = [read.get("floor", {}).get(name, math.nan) for name in ("total_ms", "te_total_ms")]
+    columns = ("ms", "/floor", "/TE's", "MFU", "GiB", "tokens/s", "trained/s", "epoch s")
+    lines = [" " * 20 + "".join(f"{name:>10}" for name in columns)]
     for name, found in read.items():
         if "ms_per_micro_batch" in found:
-            over = f"{found['ms_per_micro_batch'] / lowest:8.3f}" if lowest else " " * 8
+            ms = found["ms_per_micro_batch"]
             lines.append(
-                f"{name:20}{found['ms_per_micro_batch']:8.1f}{over}{found['mfu']:7.3f}{found['peak_gib']:7.1f}"
-                f"{found['tokens_per_second']:10,.0f}{found['trained_tokens_per_second']:10,.0f}"
-            )
+                f"{name:20}{ms:10.1f}" + "".join(f"{ms / floor:10.3f}" for floor in floors)
+                + f"{found['mfu']:10.3f}{found['peak_gib']:10.1f}{found['tokens_per_second']:10,.0f}"
+                f"{found['trained_tokens_per_second']:10,.0f}{found.get('epoch_s', math.nan):10.0f}"
+            )  # fmt: skip
         else:
             told = {k: v for k, v in found.items() if not isinstance(v, list)}
             lines.append(f"{name:20}{json.dumps(told)[:1500]}")

@@ -11,7 +11,7 @@ from rsft_lib.data.spans import KINDS, MODE_NAMES, SPAN_NAMES, control_tokens, k
 from rsft_lib.data.store import TokenStore
 from rsft_lib.training.score import TokenLosses
 
-CHUNK = 1 << 24  # tokens that are looked at together; takes some 500 MB
+CHUNK = 1 << 23  # tokens that are looked at together; takes some 500 MB
 ODD = 4.0  # robust standard deviations from the other samples of a mode, in logarithms, from which on one is odd
 LEAST = 0.05  # of a logarithm, as the spread of a mode at least
 ROSE = 1.05  # times the loss before

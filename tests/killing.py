@@ -50,12 +50,16 @@ MOMENTS = {
 }
 
 
-def kill_once(config: TrainConfig, rng: random.Random) -> str:
-    """Start the run, or go on with it, and kill all its ranks at some moment: its name, '' if the run ended first."""
+def kill_once(config: TrainConfig, rng: random.Random, seconds: float) -> str:
+    """Start the run, or go on with it, and kill all its ranks at some moment: its name, '' if the run ended first.
+
+    Args:
+        seconds: what a whole run takes.
+    """
     run = Path(config.output)
     processes = forked.start(forked.train_as_rank, RANKS, run / "train.log", config)
     name = rng.choice(list(MOMENTS))
-    earliest = time.monotonic() + rng.uniform(0, 3.0)
+    earliest = time.monotonic() + rng.uniform(0, seconds)
     while any(process.is_alive() for process in processes):
         if time.monotonic() > earliest and MOMENTS[name](run):
             time.sleep(rng.uniform(0, 0.01))
@@ -90,10 +94,12 @@ def survive(folder: Path, kills: int, seed: int, steps: int = 60) -> dict[str, i
     """
     rng, counts, number = random.Random(seed), dict.fromkeys(MOMENTS, 0), 0
     alone = run_settings(folder, "alone", steps)
+    began = time.monotonic()
     forked.train(alone, RANKS)
+    seconds = time.monotonic() - began
     while sum(counts.values()) < kills:
         config = run_settings(folder, f"run{number}", steps)
-        while moment := kill_once(config, rng):
+        while moment := kill_once(config, rng, seconds):
             counts[moment] += 1
             if sum(counts.values()) == kills:
                 forked.train(config, RANKS)

@@ -37,9 +37,10 @@ def save(number: int, _frame) -> None:
 
 if __name__ == "__main__":
     die_with_parent()
-    folder, what = (
-        (Path(sys.argv[2]).parent, "train") if sys.argv[1] == "--config" else (Path(sys.argv[1]), sys.argv[2])
-    )
+    if sys.argv[1] == "--config":
+        folder, what = Path(sys.argv[2]).parent, os.environ.get("RANKS_SHALL", "train")
+    else:
+        folder, what = Path(sys.argv[1]), sys.argv[2]
     if what == "fail-recorded":
         from torch.distributed.elastic.multiprocessing.errors import record
 

@@ -68,7 +68,7 @@ def test_evaluations_are_told_by_mode(folder):
 
 
 def test_every_picture_of_a_run_has_its_lines(folder, capsys):
-    axes = {axis.get_title().split(",")[0]: axis for axis in plot_curves(folder / "run").axes}
+    axes = {axis.get_title(loc="left").split(",")[0]: axis for axis in plot_curves(folder / "run").axes}
     by_kind = axes["loss by mode (line) and by span (dots)"]
     assert {text.get_text() for text in by_kind.get_legend().get_texts()} >= {"<think>", "<short>", "answer", "end"}
     assert len(axes["probability of <think> against <short>"].lines) == 3
@@ -89,7 +89,7 @@ def test_data_without_modes_is_drawn_too_and_alarms_are_marked(tmp_path, capsys)
     *before, last = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines(keepends=True)
     last = json.dumps({**json.loads(last), "alarms": ["loss spike"]}) + "\n"
     (tmp_path / "run" / "metrics.jsonl").write_text("".join([*before, last]))
-    axes = {axis.get_title().split(",")[0]: axis for axis in plot_curves(tmp_path / "run").axes}
+    axes = {axis.get_title(loc="left").split(",")[0]: axis for axis in plot_curves(tmp_path / "run").axes}
     assert axes["loss by mode (line) and by span (dots)"].texts[0].get_text() == "the data tells no modes"
     assert [line.get_xdata()[0] for line in axes["loss per trained token"].lines[2:]] == [2]
     live = LiveRun(tmp_path / "run", 2)

@@ -15,6 +15,7 @@ from rsft_lib.engines import Sampling, open_engine
 from rsft_lib.generate import Answer, chosen_mode, generate, generate_modes, is_right, score, well_formed
 from rsft_lib.tokenizer import load_tokenizer, patch_tokenizer
 from rsft_lib.view.answers import choices_table, plot_answers, scores_table, side_by_side, wilson
+from rsft_lib.view.proof import outputs_table, tensors_table
 
 THOUGHT = "<think>\nStart: two.\n</think>\n\nAnswer: two"
 QUESTIONS = ["two", "two plus three", "Anna has five books. How many books now?"]
@@ -141,13 +142,14 @@ def test_all_modes_are_answered_with_the_model_loaded_once(model, tmp_path, monk
 def test_sampling_follows_the_seed_and_its_frequencies_the_temperature(model):
     """At temperature t the share of a token is softmax(logits / t) of a forward pass."""
     ids = prompt_ids(load_tokenizer(model), [{"role": "user", "content": "two"}])
-    write, t = open_engine(model, "transformers", batch_size=2000), 0.5
+    write, t = open_engine(model, "transformers", batch_size=2000), 0.1
     with torch.no_grad():
         logits = Qwen2ForCausalLM.from_pretrained(model)(torch.tensor([ids])).logits[0, -1]
     expected = (logits / t).softmax(-1)
     drawn = torch.tensor(write([ids] * 2000, Sampling(1, t, seed=1)))[:, 0]
     counts = torch.bincount(drawn, minlength=len(expected)) / 2000
     top = expected.topk(5).indices
+    assert expected[top[0]] > 0.2, "one that at temperature 1 would be rare"
     assert counts[top].tolist() == pytest.approx(expected[top].tolist(), abs=0.03)
     small = [write([ids] * 10, Sampling(4, 1.0, seed)) for seed in (1, 1, 2)]
     assert small[0] == small[1] != small[2]
@@ -254,3 +256,20 @@ def test_the_picture_has_a_row_for_each_mode_with_and_without_references():
 def test_intervals_are_wilsons(right, count, low, high):
     """The last is the example of Newcombe (1998), https://doi.org/10.1002/(SICI)1097-0258(19980430)17:8<857>3.0.CO;2-E."""
     assert wilson(right, count) == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))
+
+
+def test_a_proof_is_told_by_kind_of_tensor_and_by_what_both_libraries_say():
+    def tensor(name, same=True, norm=2.0):
+        return {"name": name, "shape": [4, 3], "dtype": "float32", "norm": norm, "same": same}
+
+    proof = {
+        "tensors": [tensor("lm_head.weight"), tensor("model.layers.0.b", False, 1.0), tensor("model.layers.11.b")],
+        "next_tokens": [{"token": " <b>\n", "transformers": 1.5, "megatron": 1.25}], "logit_difference": 0.25,
+        "text": {"transformers": "a\nb", "megatron": "c"}, "sentence": "How?",
+    }  # fmt: skip
+    assert tensors_table(proof).rows == [
+        ("lm_head.weight", "4 × 3", "float32", "2", "1 of 1"),
+        ("model.layers.*.b", "4 × 3", "float32", "1 to 2", "1 of 2"),
+    ]
+    said = outputs_table(proof)
+    assert said.rows == [("' <b>\\n'", "1.50000", "1.25000")] and "2.5e-01" in said.note and "a↵b" in said.note

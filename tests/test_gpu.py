@@ -3,23 +3,26 @@
 import importlib.util
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from support import random_store, settings, tiny_model
+from support import all_tensors, random_store, settings, tiny_model
 
 from rsft_lib.artifact import newest, write_json
 from rsft_lib.checkpoint.convert import convert
-from rsft_lib.launch import launch
+from rsft_lib.launch import launch, launch_scoring
 from rsft_lib.model import elementwise
 from rsft_lib.model.attention import Packed, TEAttention, TorchAttention, chunks_of, packed, share
 from rsft_lib.model.functions import TensorParallel, add_product_
+from rsft_lib.model.gpt import te_attention
 from rsft_lib.model.head import Targets, weighted_loss
 from rsft_lib.ranks import ranks
 from rsft_lib.training import adam
 from rsft_lib.training.metrics import MetricsWriter, read_metrics
+from rsft_lib.training.score import TokenLosses
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 HAS_TE = importlib.util.find_spec("transformer_engine") is not None
@@ -118,6 +121,8 @@ def test_adamw_makes_the_same_steps(dtype, moments):
 
 ENDS = [0, 100, 137, 400, 512]
 ATTENTIONS = [TorchAttention, pytest.param(TEAttention, marks=pytest.mark.skipif(not HAS_TE, reason="no TE"))]
+if HAS_TE and te_attention() is not TEAttention:
+    ATTENTIONS.append(te_attention())
 
 
 def attention(kind: type, context: int = 1):
@@ -182,14 +187,21 @@ def inputs(tmp_path_factory) -> dict[str, str]:
     return {"checkpoint": str(folder / "megatron"), "data": str(folder / "train")}
 
 
-def run(inputs: dict, folder: Path, variants: dict[str, dict]) -> dict[str, list[dict]]:
-    """The metrics of several runs, which one process does one after the other."""
+def run(inputs: dict, folder: Path, variants: dict[str, dict], nproc: int = 1) -> dict[str, list[dict]]:
+    """The metrics of several runs: one process does them one after the other, several ranks all at once."""
     paths = []
     for name, changes in variants.items():
         given = {"train_iters": 6, "save_interval": 3, "precision": "bf16", "seq_length": 128, **inputs, **changes}
         paths.append(folder / f"{name}.json")
         write_json(paths[-1], settings(output=str(folder / name), **given).to_json())
-    launch("many", [str(path) for path in paths], 1, folder / "many.log")
+    if nproc == 1:
+        launch("many", [str(path) for path in paths], 1, folder / "many.log")
+    else:
+        train = lambda path: launch(  # noqa: E731
+            "rsft_lib.training.train", ["--config", str(path)], nproc, path.with_suffix("") / "train.log"
+        )
+        with ThreadPoolExecutor() as threads:
+            list(threads.map(train, paths))
     return {name: read_metrics(folder / name) for name in variants}
 
 
@@ -213,3 +225,62 @@ def test_a_run_resumes_bit_for_bit_with_deterministic_kernels(inputs, tmp_path, 
     again = run(inputs, tmp_path, {"again": {}})["again"]
     assert [r["loss"] for r in again] == [r["loss"] for r in straight]
     assert [r["grad_norm"] for r in again] == [r["grad_norm"] for r in straight]
+
+
+LAYOUTS = {
+    "dp2": {},
+    "dp2-plain": {"overlap": False},
+    "tp2": {"tensor_parallel": 2},
+    "tp2-sp": {"tensor_parallel": 2, "sequence_parallel": True},
+    "pp2": {"pipeline_parallel": 2},
+    "pp2-vpp2": {"pipeline_parallel": 2, "virtual_pipeline": 2},
+    "cp2": {"context_parallel": 2},
+}
+TWO = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are not two GPUs")
+
+
+@TWO
+def test_two_gpus_give_the_curve_and_the_weights_of_one_in_every_layout(inputs, tmp_path):
+    single = {"precision": "fp32", "backend": "torch"}
+    whole = run(inputs, tmp_path, {"one": single})["one"]
+    expected = all_tensors(newest(tmp_path / "one"))
+    found = run(inputs, tmp_path, {name: single | changes for name, changes in LAYOUTS.items()}, nproc=2)
+    for name, metrics in found.items():
+        for key in ("loss", "grad_norm"):
+            assert [r[key] for r in metrics] == pytest.approx([r[key] for r in whole], rel=1e-4), (name, key)
+        tensors = all_tensors(newest(tmp_path / name))
+        assert tensors.keys() == expected.keys()
+        for key, tensor in tensors.items():
+            assert apart(tensor, expected[key]) < 1e-4, (name, key)
+
+
+@TWO
+@pytest.mark.skipif(not HAS_TE, reason="no TE")
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_two_gpus_follow_one_with_transformer_engine(precision, inputs, tmp_path):
+    kind = {"precision": precision, "backend": "te"}
+    whole = [r["loss"] for r in run(inputs, tmp_path, {"one": kind})["one"]]
+    variants = {name: kind | changes for name, changes in LAYOUTS.items()}
+    variants["tp2-sp-full"] = variants["tp2-sp"] | {"recompute": "full"}
+    variants["pp2-selective"] = variants["pp2"] | {"recompute": "selective"}
+    for name, metrics in run(inputs, tmp_path, variants, nproc=2).items():
+        assert [r["loss"] for r in metrics] == pytest.approx(whole, rel=2e-3 if precision == "bf16" else 0.02), name
+
+
+@TWO
+def test_two_gpus_go_on_in_another_layout_and_save_while_they_train(inputs, tmp_path):
+    kind = {"precision": "fp32", "backend": "torch", "async_save": True}
+    whole = run(inputs, tmp_path, {"whole": kind | LAYOUTS["tp2-sp"]}, nproc=2)["whole"]
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    shutil.rmtree(newest(tmp_path / "again"))
+    again = run(inputs, tmp_path, {"again": kind | LAYOUTS["pp2-vpp2"]}, nproc=2)["again"]
+    assert [r["iteration"] for r in again] == [1, 2, 3, 4, 5, 6]
+    assert [r["loss"] for r in again] == pytest.approx([r["loss"] for r in whole], rel=1e-4)
+
+
+@TWO
+def test_two_gpus_score_the_same_losses_as_one(inputs, tmp_path):
+    for nproc in (1, 2):
+        launch_scoring(inputs["checkpoint"], inputs["data"], tmp_path / f"by{nproc}", nproc)
+    one, two = (torch.from_numpy(TokenLosses(tmp_path / f"by{nproc}").values.copy()) for nproc in (1, 2))
+    torch.testing.assert_close(one, two, equal_nan=True)

@@ -32,7 +32,7 @@ def inputs(tmp_path_factory) -> dict[str, str]:
 
 def run(inputs: dict, output, nproc: int = 1, **changes) -> tuple[list[dict], dict[str, torch.Tensor]]:
     """(metrics, every tensor of the last checkpoint)"""
-    config = settings(**inputs, output=str(output), train_iters=STEPS, eval_interval=STEPS, **changes)
+    config = settings(**inputs, output=str(output), train_iters=STEPS, eval_interval=STEPS, eval_iters=1, **changes)
     forked.train(config, nproc)
     return read_metrics(output), all_tensors(newest(output))
 
@@ -43,10 +43,13 @@ def one_rank(inputs, tmp_path_factory):
 
 
 LAYOUTS = {
+    "dp2": (2, {}),
     "dp2 without overlap": (2, {"overlap": False}),
     "dp4": (4, {}),
+    "tp2": (2, {"tensor_parallel": 2}),
     "tp2 sp": (2, {"tensor_parallel": 2, "sequence_parallel": True}),
     "tp4, more ranks than key-value heads": (4, {"tensor_parallel": 4}),
+    "pp2": (2, {"pipeline_parallel": 2}),
     "pp3": (3, {"pipeline_parallel": 3}),
     "pp2 vpp3": (2, {"pipeline_parallel": 2, "virtual_pipeline": 3}),
     "cp4": (4, {"context_parallel": 4}),
@@ -63,10 +66,7 @@ LAYOUTS = {
 }
 if os.environ.get("RSFT_LONG_TESTS"):
     LAYOUTS |= {
-        "dp2": (2, {}),
-        "tp2": (2, {"tensor_parallel": 2}),
         "tp4 sp": (4, {"tensor_parallel": 4, "sequence_parallel": True}),
-        "pp2": (2, {"pipeline_parallel": 2}),
         "cp2": (2, {"context_parallel": 2}),
         "tp2 dp2": (4, {"tensor_parallel": 2}),
         "cp2 pp2": (4, {"context_parallel": 2, "pipeline_parallel": 2}),

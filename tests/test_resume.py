@@ -7,7 +7,7 @@ import forked
 import killing
 import pytest
 import torch
-from support import all_tensors, random_store, settings, tiny_model, trained
+from support import all_tensors, random_store, settings, tiny_model
 
 from rsft_lib.artifact import MANIFEST, newest
 from rsft_lib.checkpoint.convert import convert
@@ -154,7 +154,6 @@ def test_killed_at_five_random_moments_a_run_ends_bit_for_bit_like_one_left_alon
 
 
 def test_a_failed_rank_leaves_its_reason_and_no_checkpoint(inputs, tmp_path):
-    config = settings(**inputs, output=str(tmp_path / "run"), train_iters=STEPS, seq_length=16)
     with pytest.raises(RuntimeError, match="seq_length 16 holds 17: raise seq_length"):
-        trained(config)
+        run(inputs, tmp_path / "run", 2, seq_length=16)
     assert newest(tmp_path / "run") is None

@@ -75,6 +75,7 @@ def test_every_setting_is_documented_and_the_training_notebook_has_it_as_a_param
         ({"adam_beta2": 1.0}, "adam_beta2 is 1.0; it must be below 1"),
         ({"epochs": 2.0, "train_iters": 50}, "epochs 2 and train_iters 50 both say how long"),
         ({"precision": "fp8", "backend": "torch"}, "needs Transformer Engine; backend is 'torch'"),
+        ({"backend": "te"}, "backend 'te' has no attention in precision 'fp32'"),
         ({"moments": "bf16"}, "precision is 'fp32'"),
         ({"sequence_parallel": True}, "sequence_parallel needs tensor_parallel above 1"),
         ({"virtual_pipeline": 2}, "virtual_pipeline needs pipeline_parallel above 1"),

@@ -6,7 +6,7 @@ gathers them all and attends with the queries it has. Samples need no padding fo
 """
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -37,6 +37,10 @@ class Packed(PackedSeqParams):
     """Where the samples of a micro-batch lie, for every layer and pipeline stage."""
 
     chunks: tuple[Chunk, ...] = ()
+    wanted: Tensor | None = None
+    """int64 [n]: the rows that the last layer has to give, where that is not all of them."""
+    worked_out: dict = field(default_factory=dict)
+    """What one layer's attention has worked out from them, for the others."""
 
 
 def packed(cu_seqlens: list[int], device: torch.device) -> Packed:

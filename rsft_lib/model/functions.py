@@ -79,6 +79,21 @@ class Embedding(Function):
         return None, add_rows_(torch.zeros_like(table), own, grad), None, None
 
 
+class Rows(Function):
+    """Some rows of x, no row twice: its gradient is a copy, where that of indexing would be a sum in any order."""
+
+    @staticmethod
+    def forward(ctx, x, positions):
+        ctx.save_for_backward(positions)
+        ctx.shape = x.shape
+        return x.index_select(0, positions)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (positions,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.shape).index_copy_(0, positions, grad), None
+
+
 class Norm(Function):
     """rms_norm(x)."""
 

@@ -1,6 +1,7 @@
 """The model that is trained: megatron-core's GPTModel over packed samples, with a loss at trained positions only."""
 
 import importlib.util
+from dataclasses import replace
 
 import torch
 from megatron.core import parallel_state
@@ -19,13 +20,15 @@ from rsft_lib.model.head import Loss, Targets, weighted_loss
 from rsft_lib.model.layers import RmsNorm, fp8_layer, fused_layer, used
 
 
-def resolve_backend(backend: str) -> str:
-    """'te' or 'torch' for 'auto', 'te' or 'torch'.
+def resolve_backend(backend: str, precision: str = "bf16") -> str:
+    """'te' or 'torch' for 'auto', 'te' or 'torch'; Transformer Engine has no attention to packed samples in fp32.
 
     Raises:
         ValueError: the name is another, or 'te' is asked for where it cannot run.
     """
-    available = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+    available = (
+        precision != "fp32" and torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+    )
     if backend == "auto":
         return "te" if available else "torch"
     if backend not in ("te", "torch"):
@@ -40,9 +43,20 @@ def layer_spec(backend: str, qk_layernorm: bool, fp8: bool = False) -> ModuleSpe
 
     The products are this kit's own, except in FP8, which is Transformer Engine's.
     """
+    attention = te_attention() if backend == "te" else TorchAttention
     if not fp8:
-        return fused_layer(TEAttention if backend == "te" else TorchAttention, qk_layernorm)
-    return fp8_layer(get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm), TEAttention)
+        return fused_layer(attention, qk_layernorm)
+    return fp8_layer(get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm), attention)
+
+
+def te_attention() -> type:
+    """Attention with Transformer Engine; on Hopper GPUs with cuDNN directly, where its package for Python is there."""
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+    if not hopper or importlib.util.find_spec("cudnn") is None:
+        return TEAttention
+    from rsft_lib.model.cudnn_attention import CudnnAttention
+
+    return CudnnAttention
 
 
 class ResponseModel(GPTModel):
@@ -69,7 +83,16 @@ class ResponseModel(GPTModel):
                 packed_seq_params=packed_seq_params, **rest,
             )  # fmt: skip
             return logits.view(rows, length, -1) if self.post_process else logits
+        packed_seq_params = replace(packed_seq_params, wanted=self._wanted(rest.get("labels")))
         return super().forward(input_ids, position_ids, attention_mask, packed_seq_params=packed_seq_params, **rest)
+
+    def _wanted(self, labels: Targets | None) -> Tensor | None:
+        """The trained positions, where the last layer can stop at these: its rows lie whole, and in no fixed number.
+
+        With sequence parallelism each rank has other rows than it is given; FP8's products take rows by sixteens.
+        """
+        fixed = self.config.sequence_parallel or self.config.fp8
+        return None if labels is None or fixed or not self.post_process or not len(labels.weights) else labels.positions
 
     def _preprocess(self, input_ids: Tensor, position_ids: Tensor, packed_seq_params: Packed, **_) -> tuple:
         embedded = self._embedded(input_ids[0]) if self.pre_process else None
@@ -93,6 +116,8 @@ class ResponseModel(GPTModel):
     def _postprocess(self, hidden_states: Tensor, labels: Targets | None = None, **rest) -> Tensor | Loss:
         if labels is None or not self.post_process:
             return super()._postprocess(hidden_states=hidden_states, labels=None, **rest)
+        if self._wanted(labels) is not None:
+            labels = labels._replace(positions=None)
         parallel = TensorParallel(self.pg_collection.tp, self.config.sequence_parallel)
         enter = gather_from_sequence_parallel_region if parallel.sequence else copy_to_tensor_model_parallel_region
         tied = self.share_embeddings_and_output_weights

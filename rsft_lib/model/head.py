@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from rsft_lib.model.elementwise import cross_entropy_backward_, log_sum_exp
-from rsft_lib.model.functions import TensorParallel, add_product_, added
+from rsft_lib.model.functions import Rows, TensorParallel, add_product_, added
 
 CHUNK = 3072  # most rows whose logits exist at one time: 0.9 GB for 151,936 words in bf16
 
@@ -21,8 +21,8 @@ CHUNK = 3072  # most rows whose logits exist at one time: 0.9 GB for 151,936 wor
 class Targets(NamedTuple):
     """What is trained in a micro-batch: n of its t positions."""
 
-    positions: Tensor
-    """int64 [n], rising."""
+    positions: Tensor | None
+    """int64 [n], rising; None where the hidden states are those of the n positions alone."""
     labels: Tensor
     """int64 [n]."""
     weights: Tensor
@@ -62,23 +62,8 @@ def weighted_loss(
     wanted = torch.stack([targets.labels, *words], dim=1) - first
     # Within a Function nobody knows whether gradients are wanted at all.
     differentiate = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    rows = _Rows.apply(hidden, targets.positions)
+    rows = hidden if targets.positions is None else Rows.apply(hidden, targets.positions)
     return Loss(*_Head.apply(rows, weight, wanted, targets.weights, parallel, vocabulary - first, differentiate))
-
-
-class _Rows(Function):
-    """Some rows of x, no row twice: its gradient is a copy, where that of indexing would be a sum in any order."""
-
-    @staticmethod
-    def forward(ctx, x, positions):
-        ctx.save_for_backward(positions)
-        ctx.shape = x.shape
-        return x.index_select(0, positions)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (positions,) = ctx.saved_tensors
-        return grad.new_zeros(ctx.shape).index_copy_(0, positions, grad), None
 
 
 class _Head(Function):

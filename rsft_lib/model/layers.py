@@ -15,7 +15,7 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch import Tensor
 
-from rsft_lib.model.functions import Linear, Mlp, Norm, NormLinear, Rotate, SwiGlu, TensorParallel
+from rsft_lib.model.functions import Linear, Mlp, Norm, NormLinear, Rotate, Rows, SwiGlu, TensorParallel
 
 
 def fused_layer(core_attention: type, qk_layernorm: bool) -> ModuleSpec:
@@ -132,7 +132,10 @@ class PackedAttention(SelfAttention):
     def forward(
         self, hidden_states: Tensor, attention_mask: None, rotary_pos_emb=None, packed_seq_params=None, **_
     ) -> tuple[Tensor, Tensor | None]:
-        """`rotary_pos_emb`: float32 [2, t, d / 2], cosine and sine; `packed_seq_params`: `attention.Packed`."""
+        """`rotary_pos_emb`: float32 [2, t, d / 2], cosine and sine; `packed_seq_params`: `attention.Packed`.
+
+        The last layer gives the rows that are wanted only, [n, 1, h].
+        """
         qkv, past = self.linear_qkv(hidden_states)
         qkv = self._own_heads(qkv).view(qkv.shape[0], self.num_query_groups_per_partition, -1, self.key_hidden_size)
         if not isinstance(self.q_layernorm, IdentityOp):
@@ -140,6 +143,9 @@ class PackedAttention(SelfAttention):
             qkv = torch.cat([self.q_layernorm(query.contiguous()), self.k_layernorm(key.contiguous()), value], dim=2)
         query, key, value = Rotate.apply(qkv, rotary_pos_emb, self.num_query_groups_per_partition)
         mixed = self.core_attention(query, key, value, packed_seq_params)  # [t, heads * d]
+        wanted = packed_seq_params.wanted
+        if wanted is not None and self.layer_number == self.config.num_layers:
+            mixed, past = Rows.apply(mixed, wanted), Rows.apply(past, wanted)  # [n, ...]: nothing mixes rows after this
         output, _ = self.linear_proj(mixed.unsqueeze(1))
         return output, past
 

@@ -40,7 +40,7 @@ def model_settings(config: TrainConfig, hf: PretrainedConfig) -> TransformerConf
     """The architecture of `hf` with what the run decides."""
     low = config.precision != "fp32"
     dtype = torch.bfloat16 if low else torch.float32
-    backend = resolve_backend(config.backend)
+    backend = resolve_backend(config.backend, config.precision)
     if config.precision == "fp8" and backend != "te":
         raise ValueError("precision 'fp8' needs a CUDA GPU and transformer-engine; choose 'bf16'")
     return transformer_config(
@@ -87,7 +87,9 @@ def _fp8(config: TrainConfig) -> dict:
 
 
 def _wrapped(config: TrainConfig, mcore: TransformerConfig, hf: PretrainedConfig, stage: int | None):
-    model = build_model(hf, mcore, resolve_backend(config.backend), config.seq_length, stage).to(device())
+    model = build_model(hf, mcore, resolve_backend(config.backend, config.precision), config.seq_length, stage).to(
+        device()
+    )
     overlap = config.overlap and config.data_parallel(torch.distributed.get_world_size()) * config.context_parallel > 1
     ddp = DistributedDataParallelConfig(
         use_distributed_optimizer=True,

@@ -167,6 +167,10 @@ class TrainConfig:
                 self.precision == "fp8" and self.backend == "torch",
             ),
             (
+                "backend 'te' has no attention in precision 'fp32'; leave backend at 'auto'",
+                self.precision == "fp32" and self.backend == "te",
+            ),
+            (
                 "moments 'bf16' and gradients 'bf16' are for precision 'bf16' and 'fp8'; precision is 'fp32'",
                 self.precision == "fp32" and "bf16" in (self.moments, self.gradients),
             ),

@@ -132,7 +132,7 @@ def plot_live(run: Follower, train_iters: int) -> Figure:
         axes.set(xlabel="step", xlim=(0, train_iters))
         tidy(axes)
         if axes.lines:
-            axes.legend(fontsize="small", frameon=False)
+            axes.legend(fontsize="small", framealpha=0.85, edgecolor="none")
     plt.close(figure)  # the notebook shows what a cell displays; once is enough
     return figure
 

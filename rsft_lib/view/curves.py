@@ -1,4 +1,4 @@
-"""The course of a run as a picture, drawn from its `metrics.jsonl`."""
+"""The course of one run as a picture, drawn from its `metrics.jsonl`; `view.overlay` draws several."""
 
 from pathlib import Path
 
@@ -7,9 +7,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rsft_lib.paths import existing
-from rsft_lib.training.metrics import read_metrics
-from rsft_lib.view.lines import BLACK, BLUE, GREEN, ORANGE, PINK, SKY, smoothed
+from rsft_lib.view.lines import BLACK, BLUE, GREEN, ORANGE, PINK, SKY, plain_numbers, smoothed, thinned, tidy
+from rsft_lib.view.runs import Run, open_run
 
+NOTHING = 1e-3  # nats, below which a loss is none
 KINDS = {
     "loss_mode_think": ("<think>", BLUE, "-"), "loss_mode_short": ("<short>", ORANGE, "-"),
     "loss_mode_other": ("other", BLACK, "-"), "loss_span_control": ("control token", PINK, ":"),
@@ -18,7 +19,7 @@ KINDS = {
 }  # fmt: skip
 CHOICES = {
     "p_think_when_think": ("where the data thinks", BLUE, "-"),
-    "p_think_when_short": ("where it answers at once", ORANGE, "-"),
+    "p_think_when_short": ("where it answers at once", ORANGE, "--"),
     "think_share": ("share of thinking in the data", BLACK, ":"),
 }
 
@@ -35,59 +36,59 @@ def plot_curves(run: str | Path, smoothing: float = 0.9) -> Figure:
         FileNotFoundError: there is no such folder.
         ValueError: the run has not finished a step yet.
     """
-    records = read_metrics(existing(run, "run folder"))
-    if not records:
-        raise ValueError(f"{run} has no metrics yet: train first (notebook 05_train)")
+    folder = existing(run, "run folder")
+    opened = open_run(folder, folder.name)
     figure, axes = plt.subplots(3, 2, figsize=(11, 9.5), layout="constrained")
-    _draw(axes[0, 0], records, "loss", "loss per trained token", smoothing)
-    _draw_evaluations(axes[0, 0], records)
-    _mark_alarms(axes[0, 0], records)
-    _draw_lines(axes[0, 1], records, KINDS, "loss by mode (line) and by span (dots)", smoothing)
-    _draw_lines(axes[1, 0], records, CHOICES, "probability of <think> against <short>", smoothing)
-    _draw(axes[1, 1], records, "grad_norm", "gradient norm", smoothing)
-    _draw(axes[2, 0], records, "lr", "learning rate", 0)
-    _draw(axes[2, 1], records, "tokens_per_second", f"tokens per second{_mfu(records)}", smoothing)
+    _draw_loss(axes[0, 0], opened, smoothing)
+    _draw_lines(axes[0, 1], opened, KINDS, "loss by mode (line) and by span (dots)", smoothing)
+    _draw_lines(axes[1, 0], opened, CHOICES, "probability of <think> against <short>", smoothing)
+    _draw(axes[1, 1], opened, "grad_norm", "gradient norm", smoothing)
+    _draw(axes[2, 0], opened, "lr", "learning rate", 0)
+    _draw(axes[2, 1], opened, "tokens_per_second", f"tokens per second{_mfu(opened)}", smoothing)
+    for place in axes[0]:
+        if place.lines:
+            place.set_yscale("log")
+            place.set_ylim(bottom=max(place.get_ylim()[0], NOTHING))
+            plain_numbers(place)
+    for place in axes.flat:
+        place.set_xlabel("step")
+        tidy(place)
     plt.close(figure)  # the notebook shows what a cell returns; once is enough
     return figure
 
 
-def _draw(axes: Axes, records: list[dict], key: str, title: str, smoothing: float) -> None:
-    steps, values = [r["iteration"] for r in records], [r[key] for r in records]
-    axes.plot(steps, values, color=BLUE, alpha=0.3 if smoothing else 1, linewidth=1)
+def _draw_loss(axes: Axes, run: Run, smoothing: float) -> None:
+    """Training loss, the held-out loss as dots, and upright lines at alarms."""
+    _draw(axes, run, "loss", "loss per trained token", smoothing)
+    steps, values = run.line("eval_loss", "step")
+    if len(steps):
+        axes.plot(*thinned(steps, values), "o--", color=ORANGE, label="held-out", markersize=4)
+    for step in run.alarms[-50:]:
+        axes.axvline(step, color=PINK, linestyle=":", linewidth=1)
+    axes.legend(fontsize="small", framealpha=0.85, edgecolor="none")
+
+
+def _draw(axes: Axes, run: Run, metric: str, title: str, smoothing: float) -> None:
+    steps, values = run.line(metric, "step")
+    axes.plot(*thinned(steps, values), color=BLUE, alpha=0.3 if smoothing else 1, linewidth=1)
     if smoothing:
-        axes.plot(steps, smoothed(values, smoothing), color=BLUE, label="train, smoothed")
-    axes.set(title=title, xlabel="step")
-    axes.grid(alpha=0.3)
+        axes.plot(*thinned(steps, smoothed(values, smoothing)), color=BLUE, label="train, smoothed")
+    axes.set_title(title, loc="left")
 
 
-def _draw_lines(axes: Axes, records: list[dict], lines: dict[str, tuple], title: str, smoothing: float) -> None:
+def _draw_lines(axes: Axes, run: Run, lines: dict[str, tuple[str, str, str]], title: str, smoothing: float) -> None:
     """Several metrics in one picture; a step that has no token of a kind has no value of it."""
-    for key, (label, color, style) in lines.items():
-        known = [(r["iteration"], r[key]) for r in records if key in r]
-        if known:
-            steps, values = zip(*known, strict=True)
-            axes.plot(steps, smoothed(values, smoothing), style, color=color, label=label)
-    axes.set(title=title, xlabel="step")
-    axes.grid(alpha=0.3)
+    for metric, (label, color, style) in lines.items():
+        steps, values = run.line(metric, "step")
+        if len(steps):
+            axes.plot(*thinned(steps, smoothed(values, smoothing)), style, color=color, label=label)
+    axes.set_title(title, loc="left")
     if axes.lines:
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small", framealpha=0.85, edgecolor="none")
     else:
         axes.text(0.5, 0.5, "the data tells no modes", ha="center", transform=axes.transAxes)
 
 
-def _draw_evaluations(axes: Axes, records: list[dict]) -> None:
-    evaluations = [(r["iteration"], r["eval_loss"]) for r in records if "eval_loss" in r]
-    if evaluations:
-        axes.plot(*zip(*evaluations, strict=True), "o--", color=ORANGE, label="held-out", markersize=4)
-    axes.legend()
-
-
-def _mark_alarms(axes: Axes, records: list[dict]) -> None:
-    for record in records:
-        if "alarms" in record:
-            axes.axvline(record["iteration"], color=PINK, linestyle=":", linewidth=1)
-
-
-def _mfu(records: list[dict]) -> str:
-    known = [record["mfu"] for record in records if "mfu" in record]
-    return f", MFU {sum(known) / len(known):.1%} on average" if known else ""
+def _mfu(run: Run) -> str:
+    known = run.line("mfu", "step")[1]
+    return f", MFU {known.mean():.1%} on average" if len(known) else ""

@@ -36,8 +36,9 @@ def thinned(x: list[float], y: list[float]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def plain_numbers(axes: Axes) -> None:
-    """Mark a logarithmic y axis with 0.2, 0.5, 1 and so on, as a loss is read."""
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
+    """Mark a logarithmic y axis, whose limits are settled, with 0.2, 0.5, 1 and so on, as a loss is read."""
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 2000 else (1,), numticks=12))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
 

@@ -73,10 +73,10 @@ def find_runs(runs: str) -> list[Run]:
         folders |= dict.fromkeys(path.resolve() for path in found)
     if not folders:
         raise ValueError("no run is named; give a run folder, several parted by commas, or a pattern")
-    return [_open(folder, name) for folder, name in zip(folders, _names(list(folders)), strict=True)]
+    return [open_run(folder, name) for folder, name in zip(folders, _names(list(folders)), strict=True)]
 
 
-def _open(folder: Path, name: str) -> Run:
+def open_run(folder: Path, name: str) -> Run:
     records = read_metrics(folder)
     if not records:
         raise ValueError(f"{folder} has no metrics yet: train first (notebook 05_train)")

@@ -1,0 +1,109 @@
+"""A Slurm cluster of two nodes on this machine: slurmctld, two slurmd and munged in a folder of their own."""
+
+import getpass
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+NEEDED = ("sbatch", "slurmctld", "slurmd", "munged")
+CONF = """\
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+CredType=cred/munge
+ProctrackType=proctrack/pgid
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+ReturnToService=2
+JobRequeue=1
+SlurmctldPort={ports[0]}
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/%n.log
+NodeName=n0 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=1 RealMemory=1000
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=1 RealMemory=1000
+PartitionName=p Nodes=n[0-1] Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+def missing() -> str:
+    """Why there can be no cluster here; empty if there can."""
+    absent = [name for name in NEEDED if not shutil.which(name)]
+    return f"no {', '.join(absent)} here: apt-get install slurm-wlm munge" if absent else ""
+
+
+@contextmanager
+def cluster() -> Iterator[None]:
+    """Within the block Slurm's commands speak to a cluster with the nodes n0 and n1."""
+    folder = Path(tempfile.mkdtemp(prefix="slurm"))  # short: a socket's path has 107 characters at most
+    before = os.environ.get("SLURM_CONF")
+    try:
+        _start(folder)
+        os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
+        _until(lambda: said("sinfo", "--noheader", "--format=%t").strip() == "idle", 30)
+        yield
+    finally:
+        said("scancel", "--user", getpass.getuser())
+        _stop(folder)
+        os.environ.pop("SLURM_CONF") if before is None else os.environ.update(SLURM_CONF=before)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def said(*command: str) -> str:
+    """What one of Slurm's commands prints."""
+    return subprocess.run(command, capture_output=True, text=True).stdout
+
+
+def _start(folder: Path) -> None:
+    free = [socket.socket() for _ in range(3)]
+    for one in free:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in free]
+    for one in free:
+        one.close()
+    conf = folder / "slurm.conf"
+    conf.write_text(CONF.format(folder=folder, host=socket.gethostname(), user=getpass.getuser(), ports=ports))
+    for name in ("state", "n0", "n1"):
+        (folder / name).mkdir()
+    (folder / "munge.key").write_bytes(secrets.token_bytes(128))
+    (folder / "munge.key").chmod(0o600)
+    files = {"socket": "munge.socket", "key-file": "munge.key", "log-file": "munge.log", "pid-file": "munged.pid"}
+    files["seed-file"] = "munge.seed"
+    quiet = {"check": True, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    subprocess.run(["munged", "--force", *(f"--{k}={folder / v}" for k, v in files.items())], **quiet)
+    subprocess.run(["slurmctld", "-f", str(conf)], **quiet)
+    for node in ("n0", "n1"):
+        subprocess.run(["slurmd", "-f", str(conf), "-N", node], **quiet)
+
+
+def _stop(folder: Path) -> None:
+    """The nodes first, each with the jobs on it."""
+    for name in ("n0", "n1", "slurmctld", "munged"):
+        path = folder / f"{name}.pid"
+        if path.exists():
+            pid = int(path.read_text())
+            os.kill(pid, signal.SIGTERM)
+            _until(lambda pid=pid: not Path(f"/proc/{pid}").exists(), 20)
+
+
+def _until(condition, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"the cluster did not come up, or go, within {seconds} s")
+        time.sleep(0.1)
