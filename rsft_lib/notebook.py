@@ -10,18 +10,15 @@ cell completed when the kernel was killed. Run headless with either of
 import argparse
 import ast
 import difflib
+import json
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-import nbformat
-import papermill
 import yaml
 from IPython.display import display
-from nbclient.exceptions import DeadKernelError
-from papermill.exceptions import PapermillExecutionError
 from tqdm import tqdm
 
 from rsft_lib.artifact import write_json
@@ -92,6 +89,11 @@ def run(notebook: str | Path, folder: str | Path, parameters: dict) -> tuple[Pat
         ValueError: a parameter is unknown or has the wrong type; nothing has run then.
         RuntimeError: a cell failed, or the last one was not reached.
     """
+    # Here, since the kernel of every notebook imports this module, and these take longer than all the rest of it.
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+
     notebook = existing(notebook, "notebook")
     parameters = checked(parameters, declared_parameters(notebook))
     executed = resolve(folder) / notebook.name
@@ -116,8 +118,8 @@ def run(notebook: str | Path, folder: str | Path, parameters: dict) -> tuple[Pat
 
 def declared_parameters(notebook: Path) -> dict[str, Parameter]:
     """The parameters that a notebook's tagged cell declares, one `name: type = default  # help` a line."""
-    cells = nbformat.read(notebook, as_version=4).cells
-    tagged = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    tagged = ["".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
     return {
         line.target.id: Parameter(ast.unparse(line.annotation), ast.literal_eval(line.value))
         for line in ast.parse("\n".join(tagged)).body

@@ -100,7 +100,7 @@ class Browser:
         self.context = chromium.new_context(
             viewport={"width": 1280, "height": 1000}, extra_http_headers={"Authorization": f"token {TOKEN}"}
         )
-        self.context.set_default_timeout(60_000)
+        self.context.set_default_timeout(120_000)
 
     @contextmanager
     def notebook(self, name: str) -> Iterator["Notebook"]:
@@ -129,7 +129,7 @@ class Notebook:
         page.on("console", lambda said: said.type in ("error", "warning") and self._hear(f"console: {said.text}"))
         page.on("response", lambda answer: answer.status >= 400 and self._hear(f"{answer.status}: {answer.url}"))
 
-    def run(self, seconds: float = 240) -> None:
+    def run(self, seconds: float = 300) -> None:
         """Run all cells, and wait until the last has said that it is done."""
         self.start()
         self.wait(seconds)
@@ -138,7 +138,7 @@ class Notebook:
         for entry in ("Run", "Run All Cells"):
             self.page.get_by_role("menuitem", name=entry, exact=True).click()
 
-    def wait(self, seconds: float = 240) -> None:
+    def wait(self, seconds: float = 300) -> None:
         """Wait until the last cell has said that it is done. No cell may fail, or write to stderr."""
         done = self.page.locator(".jp-CodeCell").last.get_by_text(re.compile(r"done: \S+status\.json"))
         done.or_(self.output("error")).first.wait_for(state="attached", timeout=1000 * seconds)

@@ -40,7 +40,8 @@ def lab(tmp_path_factory):
     for name, changed in {
         "00_quickstart": {"train_iters": 4, "problems": 100},
         "03_build_dataset": sources,
-        "07_export_and_generate": {"questions": 4, "max_new_tokens": 8},
+        "07_export_and_generate": {"questions": 4, "max_new_tokens": 8, "verify": False},
+        "08_loss_lab": {"nproc": 1},
     }.items():
         set_defaults(project / "notebooks" / f"{name}.ipynb", **changed)
     with (

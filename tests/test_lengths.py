@@ -163,8 +163,9 @@ def test_half_of_the_tokens_is_reached_where_the_long_samples_are():
 def test_the_picture_has_every_panel_words_for_colours_and_leaves_no_figure_open(tmp_path):
     rng = np.random.default_rng(0)
     samples = measure.measure(write_store(tmp_path / "store", [random_sample(rng) for _ in range(80)]), TOKENIZER)
+    before = plt.get_fignums()
     figure = plot_lengths(samples, 128)
-    assert not plt.get_fignums() and len(figure.axes) == 5
+    assert plt.get_fignums() == before and len(figure.axes) == 5
     file = io.BytesIO()
     figure.savefig(file, format="png")
     assert file.getvalue().startswith(b"\x89PNG") and len(file.getvalue()) > 20_000
@@ -202,6 +203,7 @@ def test_a_datasets_tables_and_picture_say_what_was_counted():
     origin = dict(dataset.origin_table(BUILT).rows)
     assert origin["records read"] == 12 and origin["= samples"] == 12 == 12 - 1 - 2 + 3
     assert origin["found: final answers differ"] == 1
+    before = plt.get_fignums()
     figure = dataset.plot_balance(BUILT)
     texts = [text.get_text() for text in figure.axes[0].texts]
-    assert "think 90.0%" in texts and "think 50.0%" in texts and not plt.get_fignums()
+    assert "think 90.0%" in texts and "think 50.0%" in texts and plt.get_fignums() == before
