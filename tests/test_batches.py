@@ -113,9 +113,18 @@ def test_the_plan_has_a_hash_that_a_change_of_packing_changes(data):
 
 
 def test_evaluation_goes_through_the_data_once_and_fills_up_with_nothing(data):
-    packs = data.in_order(0, len(data) + 2)
-    assert packs == [*range(len(data)), EMPTY, EMPTY]
+    packs = data.once(0, len(data) + 2)
+    assert sorted(packs[: len(data)]) == list(range(len(data))) and packs[len(data) :] == [EMPTY, EMPTY]
+    assert packs[:6] == [*data.once(0, 3), *data.once(1, 3)] == PackedDataset(data.store, 96, seed=7).once(0, 6)
     assert data.batch([EMPTY])["loss_mask"].sum() == 0
+
+
+def test_the_first_batches_of_an_evaluation_are_like_all_of_its_data(data):
+    half, lengths = len(data) // 2, data.store.lengths
+    longest_first = lengths[data.samples(range(half))].mean()
+    evaluated = [PackedDataset(data.store, 96, seed=seed) for seed in range(40)]
+    found = np.mean([lengths[one.samples(one.once(0, half))].mean() for one in evaluated])
+    assert abs(found - lengths.mean()) < 0.2 * (longest_first - lengths.mean())
 
 
 def test_a_sample_that_is_too_long_is_named(data):

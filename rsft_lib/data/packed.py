@@ -75,10 +75,13 @@ class PackedDataset:
         first = step * batch_size
         return [self._shuffled(i // len(self))[i % len(self)] for i in range(first, first + batch_size)]
 
-    def in_order(self, step: int, batch_size: int) -> list[int]:
-        """The packs of batch `step` in one pass without shuffling, filled up with EMPTY."""
+    def once(self, step: int, batch_size: int) -> list[int]:
+        """The packs of batch `step` of a single pass, the last one filled up with EMPTY.
+
+        In the order of the first epoch: packs are made longest first, so that the first as planned are unlike the rest.
+        """
         first = step * batch_size
-        return [i if i < len(self) else EMPTY for i in range(first, first + batch_size)]
+        return [int(self._shuffled(0)[i]) if i < len(self) else EMPTY for i in range(first, first + batch_size)]
 
     def samples(self, packs: Sequence[int]) -> list[int]:
         """The sample numbers of some packs, in their order."""

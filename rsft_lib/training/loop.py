@@ -236,11 +236,11 @@ def update(state: TrainState, loader: Loader, packs: list[int], following: list[
 
 @torch.no_grad()
 def evaluate(state: TrainState, config: TrainConfig, data: PackedDataset, prefix: str) -> dict[str, float]:
-    """Metrics over the first `eval_iters` batches of held-out data, in their order."""
+    """Metrics over the same `eval_iters` batches of held-out data every time."""
     for chunk in state.chunks:
         chunk.eval()
     batches = min(config.eval_iters, -(-len(data) // config.global_batch_size))
-    packs, loader = [data.in_order(i, config.global_batch_size) for i in range(batches)], Loader(data, config)
+    packs, loader = [data.once(i, config.global_batch_size) for i in range(batches)], Loader(data, config)
     tallies = [
         run_batch(state, loader, batch, following, forward_only=True).tolist()
         for batch, following in itertools.zip_longest(packs, packs[1:])
