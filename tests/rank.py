@@ -28,7 +28,10 @@ def main(what: str) -> None:
 
 
 def save(number: int, _frame) -> None:
-    """Take a while, then end as a training does that was asked to; asked again meanwhile, end at once."""
+    """Take a while, then end as a training does that was asked to; asked again meanwhile, end at once.
+
+    Stricter than a training (stop.py), so that tests see who asks twice.
+    """
     signal.signal(signal.SIGTERM, lambda number, _frame: os._exit(128 + number))
     time.sleep(1)
     if os.environ["RANK"] == "0":

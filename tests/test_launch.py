@@ -47,7 +47,7 @@ def test_nothing_survives_the_caller(started, name):
 def test_nothing_survives_a_killed_torchrun_and_the_caller_fails(started):
     caller, folder = started
     (torchrun,) = psutil.Process(caller.pid).children()
-    assert "torch.distributed.run" in torchrun.cmdline()
+    assert "rsft_lib.launch.torchrun" in torchrun.cmdline()
     torchrun.kill()
     assert caller.wait(timeout=20) == 1
     wait_until(lambda: not survivors(folder), 20, "all ranks end after torchrun was killed")

@@ -71,7 +71,7 @@ def test_a_signal_to_any_rank_saves_the_step_on_all_and_the_run_goes_on_as_if_no
     assert [key for key, tensor in found.items() if not torch.equal(tensor, expected[key])] == []
 
 
-def test_the_second_signal_ends_a_rank_at_once(inputs, tmp_path):
+def test_who_is_asked_again_goes_on_saving_and_who_is_interrupted_ends_at_once(inputs, tmp_path):
     output = tmp_path / "run"
     processes = forked.start(_save_slowly, 1, output / "train.log", config(inputs, output))
     wait_for_steps(output, 1)
@@ -81,8 +81,11 @@ def test_the_second_signal_ends_a_rank_at_once(inputs, tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     os.kill(processes[0].pid, signal.SIGTERM)
+    processes[0].join(1)
+    assert processes[0].exitcode is None
+    os.kill(processes[0].pid, signal.SIGINT)
     processes[0].join(5)
-    assert processes[0].exitcode == 128 + signal.SIGTERM
+    assert processes[0].exitcode == 128 + signal.SIGINT
 
 
 def _save_slowly(run) -> None:
@@ -160,7 +163,7 @@ def test_a_killed_rank_ends_the_run_at_once(inputs, tmp_path):
 
     def kill_a_rank() -> None:
         if len(read_metrics(output)) >= 2 and not killed:
-            (torchrun,) = (p for p in psutil.Process().children() if "torch.distributed.run" in p.cmdline())
+            (torchrun,) = (p for p in psutil.Process().children() if "rsft_lib.launch.torchrun" in p.cmdline())
             rank = next(p for p in torchrun.children() if p.environ()["RANK"] == "1")
             rank.kill()
             killed.append(time.monotonic())

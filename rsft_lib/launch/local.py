@@ -1,7 +1,7 @@
 """Ranks on this machine, under torchrun.
 
 The chain is notebook kernel -> torchrun -> ranks. torchrun puts its ranks into sessions of their own, so no signal
-to a process group reaches them; instead every link asks the kernel to be told when the one before it dies. A training
+to a process group reaches them; instead every link watches the one before it (torchrun.py, ../lifeline.py). A training
 that shall go on without the notebook has no such link at its beginning.
 """
 
@@ -19,7 +19,6 @@ import psutil
 
 from rsft_lib.launch.failure import failure, torchrun_reports
 from rsft_lib.launch.job import STOPPING, TRAIN, Job
-from rsft_lib.lifeline import die_with_parent
 
 PATIENCE = 30  # seconds that ranks which save nothing have to stop
 
@@ -34,9 +33,9 @@ def start_torchrun(
         alone: whether they outlive this process.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
+    torchrun = ["torch.distributed.run"] if alone else ["rsft_lib.launch.torchrun", str(os.getpid())]
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}",
-        "-m", module, *arguments,
+        sys.executable, "-m", *torchrun, "--standalone", f"--nproc-per-node={nproc}", "-m", module, *arguments,
     ]  # fmt: skip
     environment = {
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // nproc)),
@@ -52,7 +51,6 @@ def start_torchrun(
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C in the notebook is for us to handle
-            preexec_fn=None if alone else die_with_parent,
             env=environment,
         )
 

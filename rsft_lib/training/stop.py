@@ -28,13 +28,18 @@ class Stop:
 
 @contextmanager
 def stopping(minutes: float) -> Iterator[Stop]:
-    """Within the block SIGTERM and SIGINT are remembered for the end of the step; the second one ends the process."""
+    """Within the block SIGTERM and SIGINT are remembered for the end of the step.
+
+    A second SIGINT ends the process at once. A second SIGTERM is the same request come on another way (a scheduler sends
+    it to all processes, and torchrun to its ranks), and must not cost what is being saved.
+    """
     stop = Stop(minutes)
 
     def handle(number, _frame):
-        if stop.reason >= REASONS.index("SIGINT"):
+        before, now = REASONS[stop.reason], signal.Signals(number).name
+        if before.startswith("SIG") and "SIGINT" in (before, now):
             os._exit(128 + number)
-        stop.ask(signal.Signals(number).name)
+        stop.ask(now)
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
