@@ -233,7 +233,18 @@ def test_an_alarm_is_raised_for_a_loss_that_jumps_and_not_for_noise():
     noise = [2.0 + 0.05 * math.sin(7 * step) for step in range(50)]
     assert [watch.look({"loss": loss}) for loss in noise] == [[]] * 50
     (found,) = watch.look({"loss": 3.0})
-    assert "loss spike: 3.0000" in found
+    assert "loss spike: loss 3.0000" in found
+
+
+def test_a_step_of_one_mode_only_is_no_spike_and_a_jump_within_a_mode_is_one():
+    def step(number: int, think: bool = True, short: float = 0.7) -> dict:
+        losses = {"loss_mode_think": 0.1 + 0.01 * math.sin(7 * number)} if think else {}
+        return {"loss": 0.2 if think else short, **losses, "loss_mode_short": short + 0.01 * math.sin(5 * number)}
+
+    watch = Alarms()
+    assert [watch.look(step(number, think=number % 30 != 29)) for number in range(100)] == [[]] * 100
+    (found,) = watch.look(step(0, short=1.4))
+    assert found.startswith("loss spike: loss_mode_short 1.4000 after a mean of 0.7")
 
 
 @pytest.mark.parametrize(("think", "mode"), [(0.999, "<short>"), (0.001, "<think>")])

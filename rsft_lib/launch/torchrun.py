@@ -1,4 +1,4 @@
-"""torchrun that ends when the process that started it does: `python -m rsft_lib.launch.torchrun PID torchrun's arguments`.
+"""torchrun that ends when who started it does: `python -m rsft_lib.launch.torchrun PID` and arguments of torchrun.
 
 It must hear of that once, for a second SIGTERM makes torchrun leave its ranks before they have saved. The signal that
 lifeline.py asks for comes again with every thread of the parent that ends, so here a thread looks for the parent.

@@ -1,7 +1,7 @@
 """What should make someone look at a run: a loss that jumps, a model that answers in one mode only."""
 
 import statistics
-from collections import deque
+from collections import defaultdict, deque
 
 WINDOW = 100  # steps that are looked back upon
 FEWEST = 20  # steps before anything is said
@@ -13,27 +13,31 @@ BOTH = 0.1  # share of a mode in the data from which on it should not go
 class Alarms:
     """Watches the metrics of one step after the other.
 
-    Spike: the loss is more than SPIKE standard deviations above the mean of the last WINDOW steps (and 10 % of it).
+    Spike: the loss of a mode, or of everything where no modes are known, is more than SPIKE standard deviations above
+    the mean of the last WINDOW steps (and 10 % of it). Per mode, since a step that happens to hold short answers only
+    has another loss than the steps before, which is no news.
     Collapse: over the window the model gives <think> a probability under ONE_SIDED, or <short>, although the data has
     at least BOTH of it.
     """
 
     def __init__(self):
-        self.losses, self.probabilities, self.shares = (deque(maxlen=WINDOW) for _ in range(3))
+        self.losses = defaultdict(_window)
+        self.probabilities, self.shares = _window(), _window()
 
     def look(self, record: dict) -> list[str]:
         """What is wrong after this step; usually nothing."""
-        found = [*self._spike(record["loss"]), *self._collapse(record)]
-        self.losses.append(record["loss"])
-        return found
+        losses = {name: value for name, value in record.items() if name.startswith("loss_mode_")}
+        found = [self._spike(name, loss) for name, loss in (losses or {"loss": record["loss"]}).items()]
+        return [*filter(None, found), *self._collapse(record)]
 
-    def _spike(self, loss: float) -> list[str]:
-        if len(self.losses) < FEWEST:
-            return []
-        mean, deviation = statistics.fmean(self.losses), statistics.pstdev(self.losses)
-        if loss <= mean + max(SPIKE * deviation, 0.1 * mean):
-            return []
-        return [f"loss spike: {loss:.4f} after a mean of {mean:.4f} over {len(self.losses)} steps"]
+    def _spike(self, name: str, loss: float) -> str:
+        before, found = self.losses[name], ""
+        if len(before) >= FEWEST:
+            mean, deviation = statistics.fmean(before), statistics.pstdev(before)
+            if loss > mean + max(SPIKE * deviation, 0.1 * mean):
+                found = f"loss spike: {name} {loss:.4f} after a mean of {mean:.4f} over {len(before)} steps"
+        before.append(loss)
+        return found
 
     def _collapse(self, record: dict) -> list[str]:
         share = record.get("think_share")
@@ -51,3 +55,7 @@ class Alarms:
             for mode, there, p in gone
             if there >= BOTH and p < ONE_SIDED
         ]
+
+
+def _window() -> deque:
+    return deque(maxlen=WINDOW)

@@ -30,8 +30,8 @@ class Stop:
 def stopping(minutes: float) -> Iterator[Stop]:
     """Within the block SIGTERM and SIGINT are remembered for the end of the step.
 
-    A second SIGINT ends the process at once. A second SIGTERM is the same request come on another way (a scheduler sends
-    it to all processes, and torchrun to its ranks), and must not cost what is being saved.
+    A second SIGINT ends the process at once. A second SIGTERM is the same request that came on another way (a scheduler
+    sends it to all processes, and torchrun to its ranks), and must not cost what is being saved.
     """
     stop = Stop(minutes)
 
