@@ -15,7 +15,8 @@ demo: .venv/.installed  ## run the whole method on a tiny model, 2 to 4 minutes 
 	@.venv/bin/python -m rsft_lib.notebook notebooks/00_quickstart.ipynb outputs/quickstart
 
 test: lint  ## lint and all tests
-	@.venv/bin/python -m pytest -n 2 --dist loadfile  # most tests wait for processes to start: two files at a time
+	@# Most tests wait for processes to start, so three files at a time; in their order, since the longest hold few tests.
+	@.venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/.installed  ## style of code and notebooks, and form of notebooks: parameters, no outputs, short cells
 	@.venv/bin/ruff check
