@@ -2,5 +2,11 @@
 
 import warnings
 
-# megatron-core says on import, several times, that it goes on without these.
-warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|full scope is deprecated).*")
+# What megatron-core is told, or tells, several times a rank, and no reader of a log can act upon: what it goes on
+# without, older names of torch's collectives, and the gradients of its optimizer's shards, which are views.
+for _message in (
+    ".*(Transformer Engine|Apex|full scope is deprecated)",
+    "`torch.distributed.* is deprecated",
+    "The .grad attribute of a Tensor that is not a leaf",
+):
+    warnings.filterwarnings("ignore", message=_message)

@@ -93,6 +93,7 @@ def run(notebook: str | Path, folder: str | Path, parameters: dict) -> tuple[Pat
     import papermill
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
+    from traitlets.config import Config
 
     notebook = existing(notebook, "notebook")
     parameters = checked(parameters, declared_parameters(notebook))
@@ -100,8 +101,9 @@ def run(notebook: str | Path, folder: str | Path, parameters: dict) -> tuple[Pat
     executed.parent.mkdir(parents=True, exist_ok=True)
     try:
         result = papermill.execute_notebook(
-            notebook, executed, parameters, cwd=str(ROOT), stdout_file=_AboveProgressBar()
-        )
+            notebook, executed, parameters, cwd=str(ROOT), stdout_file=_AboveProgressBar(),
+            config=Config({"KernelManager": {"transport_encryption": "auto"}}),  # else the kernel warns of its absence
+        )  # fmt: skip
     except PapermillExecutionError as error:
         raise RuntimeError(
             f"cell {error.exec_count} of {notebook.name} failed with {error.ename}: {error.evalue}\n"

@@ -140,6 +140,7 @@ def test_the_command_line_prints_summary_and_path(tmp_path):
     (tmp_path / "run.yaml").write_text("lr: 1e-5\nsteps: 3\n")
     done = strict(write_notebook(tmp_path), tmp_path / "executed", "-f", tmp_path / "run.yaml", "-p", "steps", "4")
     assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stderr
     assert "all is well" in done.stdout and str(tmp_path / "executed" / "small.ipynb") in done.stdout
     assert '"steps": 4' in (tmp_path / "out" / "status.json").read_text()
 
