@@ -144,7 +144,7 @@ def test_a_job_whose_notebook_is_killed_does_what_was_chosen(pretended, tmp_path
         launch.attach(tmp_path / "run").stop()
     wait_until(lambda: not launch.attach(tmp_path / "run"), 30, "the job ends")
     assert '"SIGTERM"' in (tmp_path / "run" / "ended.json").read_text()
-    assert not survivors(tmp_path)
+    wait_until(lambda: not survivors(tmp_path), 20, "all ranks end")
 
 
 def test_a_failing_rank_is_an_error_with_its_traceback_first(pretended, tmp_path, monkeypatch):

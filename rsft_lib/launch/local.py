@@ -139,13 +139,17 @@ class LocalJob(Job):
                 process.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """End it at once, whatever it does."""
+        """End it at once, whatever it does, and wait until all of it is gone."""
+        processes = []
         with suppress(psutil.NoSuchProcess):
             torchrun = psutil.Process(self.pid)
-            for process in [*torchrun.children(recursive=True), torchrun] if self.running else ():
+            processes = [*torchrun.children(recursive=True), torchrun] if self.running else []
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
                 process.kill()
         while self.running:
             time.sleep(0.01)
+        psutil.wait_procs(processes[:-1], timeout=10)  # torchrun's end is for its Popen to hear
 
     def _failed(self) -> bool:
         # Where one rank dies, torchrun asks the others to stop, and those may manage to.
