@@ -1,11 +1,11 @@
 """What is trained of a conversation: pytest tests/test_chat.py"""
 
-import os
 import random
 from pathlib import Path
 
 import numpy as np
 import pytest
+from real import REAL, needs_real
 
 from rsft_lib import demo
 from rsft_lib.chat import (
@@ -24,7 +24,6 @@ from rsft_lib.tokenizer import load_tokenizer, patch_tokenizer
 
 SHORT = {"<|quad_start|>": "<short>"}
 THOUGHT = "<think>\ntwo plus two\n</think>\n\nAnswer: four"
-REAL = os.environ.get("RSFT_REAL_DATA")
 
 # As Qwen's, with a line break after EOS, and as one that marks what the assistant writes.
 CHATML = (
@@ -240,7 +239,7 @@ def test_the_mask_is_that_of_an_oracle_on_ten_thousand_conversations(tokenizer):
     assert check_against_oracle(tokenizer, (random_messages(rng) for _ in range(10_000))) == 10_000
 
 
-@pytest.mark.skipif(not REAL, reason="RSFT_REAL_DATA names no folder with real inputs")
+@needs_real
 def test_the_mask_is_that_of_an_oracle_on_real_traces_with_r1s_tokenizer(tmp_path):
     from rsft_lib.data.records import read_records, to_messages
 

@@ -4,12 +4,12 @@ pytest tests/test_contract.py; RSFT_REAL_DATA=FOLDER runs each test on R1's own 
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from real import REAL, needs_real
 
 from rsft_lib import contract, demo, template_checks
 from rsft_lib.artifact import read_manifest, write_manifest
@@ -19,11 +19,9 @@ from rsft_lib.sandbox import limited
 from rsft_lib.templates import R1_CHAT_TEMPLATE, patch_template
 from rsft_lib.tokenizer import load_tokenizer, patch_tokenizer
 
-REAL = os.environ.get("RSFT_REAL_DATA")
 SHORT = {"<|quad_start|>": "<short>"}
 NEW = patch_template(R1_CHAT_TEMPLATE)[0]
 EOS = "{{- '<｜end▁of▁sentence｜>' }}"
-needs_real = pytest.mark.skipif(not REAL, reason="RSFT_REAL_DATA names no folder with real inputs")
 
 
 @pytest.fixture(scope="module", params=["demo", pytest.param("real", marks=needs_real)])

@@ -2,11 +2,11 @@
 
 import hashlib
 import json
-import os
 import re
 from pathlib import Path
 
 import pytest
+from real import REAL, needs_real
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -138,10 +138,9 @@ def test_both_sources_hold_the_same_problems_and_become_a_hybrid_dataset_that_ca
         assert trained == record["output"] + demo.EOS
 
 
+@needs_real
 def test_template_and_special_tokens_are_those_of_the_real_tokenizer():
-    if "RSFT_REAL_DATA" not in os.environ:
-        pytest.skip("RSFT_REAL_DATA is not set")
-    real = Path(os.environ["RSFT_REAL_DATA"]) / "tokenizers" / "r1-distill-qwen"
+    real = Path(REAL) / "tokenizers" / "r1-distill-qwen"
     assert (real / "chat_template.jinja").read_text(encoding="utf-8") == demo.R1_CHAT_TEMPLATE
     config = json.loads((real / "tokenizer_config.json").read_text(encoding="utf-8"))
     flags = {token["content"]: token["special"] for token in config["added_tokens_decoder"].values()}

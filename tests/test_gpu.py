@@ -120,7 +120,10 @@ def test_adamw_makes_the_same_steps(dtype, moments):
 
 
 ENDS = [0, 100, 137, 400, 512]
-ATTENTIONS = [TorchAttention, pytest.param(TEAttention, marks=pytest.mark.skipif(not HAS_TE, reason="no TE"))]
+ATTENTIONS = [
+    TorchAttention,
+    pytest.param(TEAttention, marks=pytest.mark.skipif(not HAS_TE, reason="Transformer Engine is not installed")),
+]
 if HAS_TE and te_attention() is not TEAttention:
     ATTENTIONS.append(te_attention())
 
@@ -255,7 +258,7 @@ def test_two_gpus_give_the_curve_and_the_weights_of_one_in_every_layout(inputs, 
 
 
 @TWO
-@pytest.mark.skipif(not HAS_TE, reason="no TE")
+@pytest.mark.skipif(not HAS_TE, reason="Transformer Engine is not installed")
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 def test_two_gpus_follow_one_with_transformer_engine(precision, inputs, tmp_path):
     kind = {"precision": precision, "backend": "te"}

@@ -1,7 +1,6 @@
 """Long and short answers to the same problems become one dataset: pytest tests/test_hybrid.py"""
 
 import json
-import os
 import random
 import re
 from collections import Counter
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from real import REAL, needs_real
 
 from rsft_lib import demo
 from rsft_lib.artifact import verify
@@ -19,8 +19,6 @@ from rsft_lib.data.pairs import ROW, balance, coverage, disagreeing, held_back, 
 from rsft_lib.data.records import read_records
 from rsft_lib.data.tokenize import tokenize
 from rsft_lib.tokenizer import patch_tokenizer
-
-REAL = os.environ.get("RSFT_REAL_DATA")
 
 
 def think(thoughts: str, answer: str) -> str:
@@ -329,7 +327,7 @@ def test_nothing_left_is_an_error_and_leaves_nothing(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["long.jsonl", "short.jsonl"]
 
 
-@pytest.mark.skipif(not REAL, reason="RSFT_REAL_DATA names no folder with real inputs")
+@needs_real
 def test_real_traces_and_solutions_pass_and_what_is_spoilt_is_found(tmp_path):
     data = Path(REAL) / "data"
     long, short = data / "long_planbench_r1.jsonl.gz", data / "short_gsm8k_train.jsonl"

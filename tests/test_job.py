@@ -48,7 +48,7 @@ def test_a_job_is_found_by_its_folder_stopped_once_and_ends_with_what_it_saved(l
     assert found.process is None and found.running and found.pid == left.pid
     assert (found.train_iters, found.on_interrupt, found.patience) == (5, "leave", 20)
     found.stop()
-    left.stop()  # a second signal would end the ranks while they save
+    left.stop()  # a second signal would end the ranks of these tests
     found.wait()
     assert found.ended == {"reason": "SIGTERM", "iteration": 3}
     left.wait()

@@ -1,6 +1,5 @@
 """What is shown of a sample is what is trained, whatever its text: pytest tests/test_mask_view.py"""
 
-import os
 import re
 from html.parser import HTMLParser
 from itertools import islice
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from real import REAL, needs_real
 
 from rsft_lib import demo
 from rsft_lib.artifact import new_folder
@@ -25,7 +25,6 @@ from rsft_lib.view.pieces import FOLD, TokenText
 from rsft_lib.view.segments import Marks, mode, segments
 
 CHATS = "chat_glaive_toolcall.jsonl"
-REAL = os.environ.get("RSFT_REAL_DATA")
 THOUGHT = "<think>\ntwo plus two\n</think>\n\nAnswer: four"
 ACTING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\U000e0041]")
 HARD = [
@@ -352,7 +351,7 @@ def test_a_table_is_aligned_text_and_inert_html():
     assert repr(Table("none", ("a", "b"), [])) == "none"
 
 
-@pytest.mark.skipif(not REAL, reason="RSFT_REAL_DATA names no folder with real inputs")
+@needs_real
 def test_real_traces_and_chats_are_shown_whole(tmp_path):
     root = Path(REAL)
     patch_tokenizer(root / "tokenizers" / "r1-distill-qwen", tmp_path / "patched", {"<|quad_start|>": "<short>"})

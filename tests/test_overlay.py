@@ -1,11 +1,11 @@
 """Several runs in one picture, and somebody else's curve: pytest tests/test_overlay.py"""
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+from real import REAL, needs_real
 from standin import record
 
 from rsft_lib.view.lines import look, smoothed, thinned
@@ -145,9 +145,9 @@ def test_a_csv_that_is_no_curve_is_refused_with_its_place(tmp_path, text, column
         read_published(curve(tmp_path / "x.csv", text), columns)
 
 
-@pytest.mark.skipif("RSFT_REAL_DATA" not in os.environ, reason="RSFT_REAL_DATA is not set")
+@needs_real
 def test_a_curve_that_was_really_published_is_read_whole(folder):
-    path = Path(os.environ["RSFT_REAL_DATA"], "curves/rasbt_deepseek-r1-2048_distill_metrics.csv")
+    path = Path(REAL, "curves/rasbt_deepseek-r1-2048_distill_metrics.csv")
     theirs = read_published(path, COLUMNS)
     x, values = theirs.line("held_out", "step")
     assert len(x) == 403 and (x[0], x[-1], values[0], values[-1]) == (50, 20_046, 0.698918, 0.534255)

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import os
 import shutil
 import unicodedata
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from real import REAL, needs_real
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
@@ -26,14 +26,13 @@ from rsft_lib.tokenizer import load_tokenizer, patch_tokenizer
 from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.metrics import read_metrics
 
-ROOT = os.environ.get("RSFT_REAL_DATA")
-pytestmark = pytest.mark.skipif(not ROOT, reason="RSFT_REAL_DATA names no folder with real inputs")
+pytestmark = needs_real
 LONG, SHORT, LENGTH = 16, 150, 4096
 
 
 @pytest.fixture(scope="module")
 def real() -> Path:
-    return Path(ROOT)
+    return Path(REAL)
 
 
 @pytest.fixture(scope="module")

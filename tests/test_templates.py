@@ -1,12 +1,12 @@
 """What patched templates write and mark, against a second implementation by hand: pytest tests/test_templates.py"""
 
 import json
-import os
 import random
 from itertools import groupby
 from pathlib import Path
 
 import pytest
+from real import REAL, needs_real
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from rsft_lib import demo
@@ -14,7 +14,6 @@ from rsft_lib.chat import encode, prompt_ids
 from rsft_lib.templates import QWEN, R1_CHAT_TEMPLATE, patch_template, recognise
 from rsft_lib.tokenizer import load_tokenizer, patch_tokenizer
 
-REAL = os.environ.get("RSFT_REAL_DATA")
 NEW = patch_template(R1_CHAT_TEMPLATE)[0]
 HARD = [
     "x", " two  spaces ", "\n\nlines\n", "数学 🙂 👩‍👩‍👧", '"quoted"', "<think>\n\n</think>\n\n4", "<b>&amp;",
@@ -125,12 +124,11 @@ def test_a_content_that_is_no_text_is_an_error():
 
 @pytest.fixture(scope="module")
 def real_chats() -> list[dict]:
-    if not REAL:
-        pytest.skip("RSFT_REAL_DATA names no folder with real inputs")
     lines = (Path(REAL) / "data" / "chat_glaive_toolcall.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
 
+@needs_real
 def test_real_chats_without_tool_calls_are_written_as_the_stock_template_does(real_chats):
     plain = [row["messages"] for row in real_chats if not any("tool_calls" in m for m in row["messages"])]
     assert len(plain) == 147
@@ -139,6 +137,7 @@ def test_real_chats_without_tool_calls_are_written_as_the_stock_template_does(re
         assert render(NEW, chat)[0] == stock[0]
 
 
+@needs_real
 def test_real_tool_chats_are_trained_by_their_answers_calls_and_ends_alone(real_chats, tmp_path):
     patch_tokenizer(Path(REAL) / "tokenizers" / "r1-distill-qwen", tmp_path / "r1", {"<|quad_start|>": "<short>"})
     tokenizer = load_tokenizer(tmp_path / "r1")

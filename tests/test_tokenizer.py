@@ -5,13 +5,13 @@ RSFT_REAL_DATA=FOLDER runs each test on R1's own tokenizer as well.
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from pathlib import Path
 
 import jinja2
 import pytest
+from real import REAL, needs_real
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
@@ -22,11 +22,9 @@ from rsft_lib.contract import TEXTS, check_contract
 from rsft_lib.templates import R1_CHAT_TEMPLATE, is_ours, patch_template
 from rsft_lib.tokenizer import load_tokenizer, patch_tokenizer
 
-REAL = os.environ.get("RSFT_REAL_DATA")
 SHORT = {"<|quad_start|>": "<short>"}
 NEW = patch_template(R1_CHAT_TEMPLATE)[0]
 FLAGS = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
-needs_real = pytest.mark.skipif(not REAL, reason="RSFT_REAL_DATA names no folder with real inputs")
 
 
 @pytest.fixture(scope="module", params=["demo", pytest.param("real", marks=needs_real)])
