@@ -140,16 +140,18 @@ class LocalJob(Job):
 
     def kill(self) -> None:
         """End it at once, whatever it does, and wait until all of it is gone."""
-        processes = []
+        ranks = []
         with suppress(psutil.NoSuchProcess):
             torchrun = psutil.Process(self.pid)
-            processes = [*torchrun.children(recursive=True), torchrun] if self.running else []
-        for process in processes:
+            if self.running:  # else its number may be another's by now
+                ranks = torchrun.children(recursive=True)
+                torchrun.kill()
+        for rank in ranks:
             with suppress(psutil.NoSuchProcess):
-                process.kill()
+                rank.kill()
+        psutil.wait_procs(ranks, timeout=10)
         while self.running:
             time.sleep(0.01)
-        psutil.wait_procs(processes[:-1], timeout=10)  # torchrun's end is for its Popen to hear
 
     def _failed(self) -> bool:
         # Where one rank dies, torchrun asks the others to stop, and those may manage to.

@@ -2,6 +2,7 @@
 
 import statistics
 from collections import defaultdict, deque
+from functools import partial
 
 WINDOW = 100  # steps that are looked back upon
 FEWEST = 20  # steps before anything is said
@@ -21,8 +22,8 @@ class Alarms:
     """
 
     def __init__(self):
-        self.losses = defaultdict(_window)
-        self.probabilities, self.shares = _window(), _window()
+        window = partial(deque, maxlen=WINDOW)
+        self.losses, self.probabilities, self.shares = defaultdict(window), window(), window()
 
     def look(self, record: dict) -> list[str]:
         """What is wrong after this step; usually nothing."""
@@ -55,7 +56,3 @@ class Alarms:
             for mode, there, p in gone
             if there >= BOTH and p < ONE_SIDED
         ]
-
-
-def _window() -> deque:
-    return deque(maxlen=WINDOW)

@@ -36,8 +36,8 @@ def stopping(minutes: float) -> Iterator[Stop]:
     stop = Stop(minutes)
 
     def handle(number, _frame):
-        before, now = REASONS[stop.reason], signal.Signals(number).name
-        if before.startswith("SIG") and "SIGINT" in (before, now):
+        heard, now = REASONS[stop.reason], signal.Signals(number).name
+        if heard.startswith("SIG") and "SIGINT" in (heard, now):
             os._exit(128 + number)
         stop.ask(now)
 
