@@ -11,9 +11,14 @@ DELAY = 3  # seconds before anything is shown
 
 
 def progress(what: str, unit: str, total: int | None = None) -> tqdm:
-    """A bar that takes itself away at the end. Headless, every refresh stays in the notebook, so these are few."""
-    quiet = 1 if sys.stderr.isatty() else 10
-    return tqdm(desc=what, total=total, unit=unit, unit_scale=True, mininterval=quiet, delay=DELAY, leave=False)
+    """A bar that takes itself away at the end. Headless, every refresh stays in the notebook, so these are few.
+
+    In a notebook it is no error output, of which an empty red box would stay.
+    """
+    file, quiet = (sys.stderr, 1) if sys.stderr.isatty() else (sys.stdout, 10)
+    return tqdm(
+        desc=what, total=total, file=file, unit=unit, unit_scale=True, mininterval=quiet, delay=DELAY, leave=False
+    )
 
 
 @contextmanager

@@ -143,7 +143,8 @@ class Notebook:
         done = self.page.locator(".jp-CodeCell").last.get_by_text(re.compile(r"done: \S+status\.json"))
         done.or_(self.output("error")).first.wait_for(state="attached", timeout=1000 * seconds)
         for kind in ("error", "stderr"):
-            assert self.output(kind).all_text_contents() == [], f"{kind} in {self.name}"
+            found = self.output(kind).all_text_contents()
+            assert found == [], f"{kind} in {self.name}: {found}"
 
     def output(self, kind: str):
         return self.page.locator(f"[data-mime-type='application/vnd.jupyter.{kind}']")

@@ -120,6 +120,16 @@ def test_given_parameters_are_marked_and_defaults_are_not(tmp_path):
     assert "9" in steps and "given" in steps and "given" not in lr
 
 
+def test_a_bar_in_a_notebook_is_no_error_output(tmp_path):
+    slow = "from rsft_lib import progress\nprogress.DELAY = 1e-9\nwith progress.progress('read', 'B', 9) as bar:\n"
+    executed, _ = run(
+        write_notebook(tmp_path, slow + "    bar.update(9)\n    bar.refresh()"), tmp_path / "executed", {}
+    )
+    streams = [output for cell in nbformat.read(executed, 4).cells for output in cell.outputs if "name" in output]
+    assert any("read: 100%" in output.text for output in streams)
+    assert {output.name for output in streams} == {"stdout"}
+
+
 def test_a_killed_kernel_is_not_a_finished_run(tmp_path):
     notebook = write_notebook(tmp_path, "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
     done = strict(notebook, tmp_path / "executed")
