@@ -226,6 +226,13 @@ def test_both_modes_stand_side_by_side_as_text(model):
         side_by_side(["a", "b"], SAID, 2, EXPECTED)
 
 
+def test_a_question_without_a_known_answer_is_shown_without_a_verdict():
+    view = side_by_side(["How many?"], {"think": SAID["think"][:1]}, 0, [None])
+    for page in (view._repr_html_(), repr(view)):
+        assert "How many?" in page and "Answer: two" in page
+        assert not re.search("expected|right|wrong", page)
+
+
 def test_a_very_long_answer_is_cut_in_the_middle_on_the_page():
     thoughts = "<think>" + "hm " * 20_000 + "</think>Answer: two"
     view = side_by_side(["q"], {"think": [Answer(thoughts, 20_000, True)]}, 0, ["two"])

@@ -33,9 +33,10 @@ class SideBySide:
         return "\n\n".join(filter(None, [f"question: {visible(self.question)}", said, *parts]))
 
     def _repr_html_(self) -> str:
-        expected = f" &nbsp; <span style='color:{FAINT}'>expected</span> <b>{inert(self.expected)}</b>"
+        known = self.expected or ""
+        expected = f" &nbsp; <span style='color:{FAINT}'>expected</span> <b>{inert(known)}</b>" if known else ""
         return (
-            f"<div style='{PANEL}'><b>{inert(self.question)}</b>{expected if self.expected else ''}"
+            f"<div style='{PANEL}'><b>{inert(self.question)}</b>{expected}"
             f"<div style='display:flex;flex-wrap:wrap;margin-top:6px'>{''.join(map(self._column, self.answers))}</div>"
             "</div>"
         )
