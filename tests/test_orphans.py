@@ -34,6 +34,8 @@ WHO = [("papermill", "SIGTERM"), ("papermill", "SIGKILL"), ("kernel", "SIGKILL")
 def notebook(tmp_path, monkeypatch):
     """Starts a notebook that trains in `tmp_path/run`: papermill's process, and the kernel's."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+    # torchrun's own patience is not what ranks depend upon: torch 2.11 has 30 seconds, whatever one asks for.
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "0")
     run, started = tmp_path / "run", []
 
     def start(choice: str) -> tuple[psutil.Process, psutil.Process]:

@@ -6,7 +6,6 @@ that shall go on without the notebook has no such link at its beginning.
 """
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import psutil
 
 from rsft_lib.launch.failure import failure, torchrun_reports
 from rsft_lib.launch.job import STOPPING, TRAIN, Job
+from rsft_lib.launch.torchrun import ask_to_stop
 
 PATIENCE = 30  # seconds that ranks which save nothing have to stop
 
@@ -33,7 +33,7 @@ def start_torchrun(
         alone: whether they outlive this process.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    torchrun = ["torch.distributed.run"] if alone else ["rsft_lib.launch.torchrun", str(os.getpid())]
+    torchrun = ["torch.distributed.run"] if alone else ["rsft_lib.launch.torchrun", str(os.getpid()), str(patience)]
     command = [
         sys.executable, "-m", *torchrun, "--standalone", f"--nproc-per-node={nproc}", "-m", module, *arguments,
     ]  # fmt: skip
@@ -134,9 +134,7 @@ class LocalJob(Job):
             return
         (self.folder / STOPPING).touch()
         with suppress(psutil.NoSuchProcess):
-            # The ranks and not torchrun, which would report as its own failure that it was asked to stop.
-            for process in psutil.Process(self.pid).children() or [psutil.Process(self.pid)]:
-                process.send_signal(signal.SIGTERM)
+            ask_to_stop(self.pid)
 
     def kill(self) -> None:
         """End it at once, whatever it does, and wait until all of it is gone."""
