@@ -3,10 +3,12 @@
 import warnings
 
 # What megatron-core is told, or tells, several times a rank, and no reader of a log can act upon: what it goes on
-# without, older names of torch's collectives, and the gradients of its optimizer's shards, which are views.
+# without, older names of torch's collectives, the gradients of its optimizer's shards, which are views, and barriers
+# that are not told which GPU is this rank's.
 for _message in (
     ".*(Transformer Engine|Apex|full scope is deprecated)",
     "`torch.distributed.* is deprecated",
     "The .grad attribute of a Tensor that is not a leaf",
+    r"barrier\(\): using the device under current context",
 ):
     warnings.filterwarnings("ignore", message=_message)

@@ -15,7 +15,7 @@ from support import all_tensors, random_store, settings, tiny_model
 from rsft_lib import launch
 from rsft_lib.artifact import newest, write_json
 from rsft_lib.checkpoint.convert import convert
-from rsft_lib.training import loop
+from rsft_lib.training import loop, saving
 from rsft_lib.training.loop import read_ended
 from rsft_lib.training.metrics import read_metrics
 
@@ -138,6 +138,27 @@ def _broken(run) -> None:
         return compute(*arguments) * (math.nan if len(steps) == 3 else 1)
 
     loop.run_batch = break_the_third
+    forked.train_as_rank(run)
+
+
+def test_a_save_that_takes_longer_than_a_hang_is_waited_for(inputs, tmp_path):
+    output = tmp_path / "run"
+    run = config(inputs, output, train_iters=3, hang_timeout=1)
+    forked.join(forked.start(_take_long_to_save, 1, output / "train.log", run), output / "train.log")
+    assert newest(output).name == "iter_0000003"
+
+
+def _take_long_to_save(run) -> None:
+    gather, publish = saving.content, saving.publish
+
+    def slowly(function):
+        def slow(*arguments):
+            time.sleep(5)
+            return function(*arguments)
+
+        return slow
+
+    saving.content, saving.publish = slowly(gather), slowly(publish)
     forked.train_as_rank(run)
 
 

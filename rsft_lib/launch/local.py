@@ -6,6 +6,7 @@ that shall go on without the notebook has no such link at its beginning.
 """
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -18,7 +19,6 @@ import psutil
 
 from rsft_lib.launch.failure import failure, torchrun_reports
 from rsft_lib.launch.job import STOPPING, TRAIN, Job
-from rsft_lib.launch.torchrun import ask_to_stop
 
 PATIENCE = 30  # seconds that ranks which save nothing have to stop
 
@@ -86,6 +86,22 @@ def launch(
         raise
     if process.returncode:
         raise failure(module, log, f"exit code {process.returncode}")
+
+
+def ask_to_stop(torchrun: int) -> bool:
+    """Send SIGTERM to the ranks under a torchrun, or to itself where it has none yet; whether it had any.
+
+    torchrun itself would up to torch 2.11 kill ranks that have not saved within 30 seconds, and at a second SIGTERM at
+    once, and would report as its own failure that it was asked to stop.
+
+    Raises:
+        psutil.NoSuchProcess: it is gone.
+    """
+    process = psutil.Process(torchrun)
+    ranks = process.children()
+    for one in ranks or [process]:
+        one.send_signal(signal.SIGTERM)
+    return bool(ranks)
 
 
 def start(folder: Path, nproc: int, **common) -> "LocalJob":

@@ -1,9 +1,8 @@
 """torchrun whose ranks are stopped when who started it ends: `python -m rsft_lib.launch.torchrun PID PATIENCE` and
 arguments of torchrun.
 
-The ranks are asked, and not torchrun, which up to torch 2.11 kills ranks that have not saved within 30 seconds, and at
-a second SIGTERM at once. The signal that lifeline.py asks for comes again with every thread of the parent that ends, so
-here a thread looks for the parent.
+The signal that lifeline.py asks for comes again with every thread of the parent that ends, and torchrun does not bear
+to be asked twice, so here a thread looks for the parent.
 """
 
 import os
@@ -12,20 +11,7 @@ import sys
 import threading
 import time
 
-import psutil
-
-
-def ask_to_stop(torchrun: int) -> bool:
-    """Send SIGTERM to the ranks under a torchrun, or to itself where it has none yet; whether it had any.
-
-    Raises:
-        psutil.NoSuchProcess: it is gone.
-    """
-    process = psutil.Process(torchrun)
-    ranks = process.children()
-    for one in ranks or [process]:
-        one.send_signal(signal.SIGTERM)
-    return bool(ranks)
+from rsft_lib.launch.local import ask_to_stop
 
 
 def end_after(parent: int, patience: float) -> None:

@@ -21,6 +21,7 @@ class _Watch:
     def __init__(self):
         self.file, self.least = None, 0
         self.last, self.slowest, self.before = 0.0, 0.0, 0.0
+        self.in_deadline = False
 
     def arm(self, seconds: float) -> None:
         if self.file and self.least:
@@ -67,9 +68,19 @@ def end_step() -> None:
 
 @contextmanager
 def deadline(seconds: float) -> Iterator[None]:
-    """Give what is done in the block this long, in place of the usual patience between two beats."""
+    """Give what is done in the block this long, in place of the usual patience between two beats.
+
+    A block within another is a part of it: the outer one's time runs on.
+    """
+    if _watch.in_deadline:
+        yield
+        return
+    _watch.in_deadline = True
     _watch.arm(seconds)
-    yield
+    try:
+        yield
+    finally:
+        _watch.in_deadline = False
     _watch.last = 0.0  # what took long here is no measure for a micro-batch
     beat()
 
