@@ -13,6 +13,7 @@ from support import all_tensors, random_store, settings, tiny_model
 
 from rsft_lib.artifact import newest
 from rsft_lib.checkpoint.convert import convert
+from rsft_lib.training import build
 from rsft_lib.training.metrics import read_metrics
 
 STEPS = 5
@@ -103,3 +104,18 @@ def test_bf16_follows_fp32_in_one_piece_and_in_four(inputs, one_rank, tmp_path):
     ):
         metrics, _ = run(inputs, tmp_path / name, nproc, precision="bf16", **changes)
         assert [r["loss"] for r in metrics] == pytest.approx(losses, rel=0.01), name
+
+
+def test_states_of_buckets_with_padding_between_them_are_saved_where_they_belong(inputs, tmp_path):
+    _, expected = run(inputs, tmp_path / "one", global_batch_size=6)
+    output = tmp_path / "three"
+    config = settings(**inputs, output=str(output), train_iters=STEPS, global_batch_size=6)
+    forked.join(forked.start(_train_in_small_buckets, 3, output / "train.log", config), output / "train.log")
+    for name, tensor in all_tensors(newest(output)).items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-4, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def _train_in_small_buckets(config) -> None:
+    ddp = build.DistributedDataParallelConfig
+    build.DistributedDataParallelConfig = lambda **given: ddp(**given, bucket_size=1500)  # 3 ranks pad each to 384
+    forked.train_as_rank(config)

@@ -296,6 +296,8 @@ def test_preflight_tells_what_a_run_will_take(tmp_path):
         and "30 steps" in text
         and "3 kept" in text
         and "384 tokens in 4 packs" in text
+        and "MiB of main memory, of which there are" in text
+        and "TOO LITTLE" not in text
     )
     with pytest.raises(ValueError, match="does not divide by micro_batch_size 1 x 3"):
         preflight(run, nproc=3)

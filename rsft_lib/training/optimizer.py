@@ -1,11 +1,14 @@
 """megatron-core's distributed optimizer around our AdamW, and its schedule."""
 
+from functools import partial
+
 import torch
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from rsft_lib.training.adam import AdamW
 from rsft_lib.training.config import TrainConfig
+from rsft_lib.training.gathering import gather_states
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -32,6 +35,7 @@ def build_optimizer(config: TrainConfig, chunks: list) -> MegatronOptimizer:
     for one in optimizer.chained_optimizers:
         betas = (config.adam_beta1, config.adam_beta2)
         one.optimizer = AdamW(one.optimizer.param_groups, betas, settings.adam_eps, DTYPES[config.moments])
+        one.get_parameter_state_dp_zero = partial(gather_states, one)
     return optimizer
 
 

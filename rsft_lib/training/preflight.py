@@ -127,13 +127,20 @@ def _memory_line(config: TrainConfig, hf: PretrainedConfig, ranks: int) -> str:
 
 def _checkpoint_line(config: TrainConfig, hf: PretrainedConfig) -> str:
     # Weights as they are, and for the optimizer the float32 of them and of both moments.
-    size = parameters(hf) * ((4 if config.precision == "fp32" else 2) + 12)
+    weights = 4 if config.precision == "fp32" else 2
+    size = parameters(hf) * (weights + 12)
     kept = -(-config.train_iters // config.save_interval)
     if config.keep_last:
         kept = min(kept, config.keep_last + (config.train_iters // config.keep_every if config.keep_every else 0) + 1)
     free = shutil.disk_usage(_first_that_exists(resolve(config.output))).free
     fits = "" if size * kept < free else "  TOO LITTLE: see keep_last"
-    return f"{_size(size)} each, {kept} kept; {_size(free)} free in {config.output}{fits}"
+    # Saving gathers the optimizer's part in main memory and copies it once, to cut it into files.
+    needed, there = parameters(hf) * (weights + 2 * 12), psutil.virtual_memory().total
+    holds = "" if needed < there else "  TOO LITTLE"
+    return (
+        f"{_size(size)} each, {kept} kept; {_size(free)} free in {config.output}{fits}; "
+        f"saving takes {_size(needed)} of main memory, of which there are {_size(there)}{holds}"
+    )
 
 
 def _size(bytes_: float) -> str:

@@ -1,0 +1,62 @@
+"""What the data-parallel ranks hold of an optimizer's states, on the CPU of the first of them, for a checkpoint.
+
+In place of megatron-core's own function, which puts what lies after padding between two buckets into wrong places
+(there is some where the number of ranks is no power of two), and needs 32 bytes a parameter for 12.
+"""
+
+import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from rsft_lib.training.adam import MASTER, MOMENTS
+
+STATES = ("param", *MOMENTS)  # as megatron-core calls them
+
+
+def gather_states(
+    optimizer: DistributedOptimizer, use_gloo_comm: bool, empty_data: bool, return_on_all_ranks: bool
+) -> dict | None:
+    """`DistributedOptimizer.get_parameter_state_dp_zero` over gloo: by buffer and dtype a float32 tensor of each state.
+
+    A parameter's place is that which `param_index_map` of the buffer gives, so padding is kept.
+
+    Args:
+        empty_data: give the tensors on every rank, to load into.
+
+    Returns:
+        None on all ranks but the first, unless `empty_data`.
+    """
+    if not empty_data and (return_on_all_ranks or not use_gloo_comm):
+        raise NotImplementedError("states are gathered on the first rank and with gloo; see LAYOUT in state.py")
+    kept = empty_data or optimizer.data_parallel_group_gloo.rank() == 0
+    gathered: dict = {"buckets_coalesced": True}
+    for number, (buffer, buckets) in enumerate(zip(optimizer.buffers, optimizer.gbuf_ranges, strict=True)):
+        (dtype,) = buckets
+        states = {name: torch.empty(buffer.numel, device="cpu") if kept else None for name in STATES}
+        if not empty_data:
+            for bucket, ranges in zip(buffer.buckets, buckets[dtype], strict=True):
+                for name, whole in states.items():
+                    _gather(optimizer, name, bucket, ranges["param_map"], whole)
+        gathered[number] = {dtype: {**states, "numel_unpadded": buffer.numel_unpadded}}
+    return gathered if kept else None
+
+
+def _gather(optimizer: DistributedOptimizer, name: str, bucket, shards: dict, whole: torch.Tensor | None) -> None:
+    """Put the state `name` of a bucket's parameters, of which this rank has `shards`, into the first rank's `whole`."""
+    group = optimizer.data_parallel_group_gloo
+    numel = bucket.grad_data.numel()
+    places = None if whole is None else list(whole[bucket.offset : bucket.offset + numel].chunk(group.size()))
+    own = torch.empty(numel // group.size(), device="cpu") if places is None else places[0]
+    for weight, ranges in shards.items():
+        place = ranges["gbuf_local"]
+        own[place.start : place.end].copy_(_state(optimizer, weight, name).flatten())
+    if group.size() > 1:
+        torch.distributed.gather(own, places, group=group, group_dst=0)
+
+
+def _state(optimizer: DistributedOptimizer, weight: torch.nn.Parameter, name: str) -> torch.Tensor:
+    number, place = optimizer.model_param_group_index_map[weight]
+    adam = optimizer.optimizer
+    shard = adam.param_groups[number]["params"][place]
+    if name == "param":
+        return adam.get_unscaled_state(shard, MASTER) if MASTER in adam.state[shard] else shard.detach()
+    return adam.get_unscaled_state(shard, name)
