@@ -31,7 +31,7 @@ def missing() -> str:
     """Why notebooks cannot be opened in a browser here; empty where they can."""
     if not importlib.util.find_spec("playwright"):
         return "playwright is not installed (pip install playwright)"
-    return "" if CHROMIUM else "there is no chromium (apt install chromium)"
+    return "" if CHROMIUM else "no chromium is on the PATH (apt install chromium)"
 
 
 def copy_project(folder: Path) -> Path:

@@ -43,8 +43,12 @@ PartitionName=p Nodes=n[0-1] Default=YES MaxTime=INFINITE State=UP
 
 def missing() -> str:
     """Why there can be no cluster here; empty if there can."""
-    absent = [name for name in NEEDED if not shutil.which(name)]
+    absent = [name for name in NEEDED if not _path(name)]
     return f"no {', '.join(absent)} here: apt-get install slurm-wlm munge" if absent else ""
+
+
+def _path(program: str) -> str | None:
+    return shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin")  # which only root has on its PATH
 
 
 @contextmanager
@@ -85,10 +89,10 @@ def _start(folder: Path) -> None:
     files = {"socket": "munge.socket", "key-file": "munge.key", "log-file": "munge.log", "pid-file": "munged.pid"}
     files["seed-file"] = "munge.seed"
     quiet = {"check": True, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    subprocess.run(["munged", "--force", *(f"--{k}={folder / v}" for k, v in files.items())], **quiet)
-    subprocess.run(["slurmctld", "-f", str(conf)], **quiet)
+    subprocess.run([_path("munged"), "--force", *(f"--{k}={folder / v}" for k, v in files.items())], **quiet)
+    subprocess.run([_path("slurmctld"), "-f", str(conf)], **quiet)
     for node in ("n0", "n1"):
-        subprocess.run(["slurmd", "-f", str(conf), "-N", node], **quiet)
+        subprocess.run([_path("slurmd"), "-f", str(conf), "-N", node], **quiet)
 
 
 def _stop(folder: Path) -> None:

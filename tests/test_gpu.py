@@ -24,7 +24,7 @@ from rsft_lib.training import adam
 from rsft_lib.training.metrics import MetricsWriter, read_metrics
 from rsft_lib.training.score import TokenLosses
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
 HAS_TE = importlib.util.find_spec("transformer_engine") is not None
 ROWS, WIDTH = 300, 1536
 
@@ -239,7 +239,7 @@ LAYOUTS = {
     "pp2-vpp2": {"pipeline_parallel": 2, "virtual_pipeline": 2},
     "cp2": {"context_parallel": 2},
 }
-TWO = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are not two GPUs")
+TWO = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="torch finds fewer than two GPUs")
 
 
 @TWO

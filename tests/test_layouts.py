@@ -5,6 +5,7 @@ that the others contain.
 """
 
 import os
+import shutil
 
 import forked
 import pytest
@@ -84,6 +85,10 @@ def test_every_layout_gives_the_curve_and_the_weights_of_one_rank(layout, inputs
     for key in ("loss", "grad_norm", "eval_loss", "lr", "trained_tokens", "samples_sha256"):
         a, b = ([r[key] for r in records if key in r] for records in (metrics, expected_metrics))
         assert a == (b if key == "samples_sha256" else pytest.approx(b, rel=1e-5, abs=0)), key
+    same(tensors, expected)
+
+
+def same(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert tensors.keys() == expected.keys()
     for name, tensor in tensors.items():
         torch.testing.assert_close(tensor, expected[name], atol=1e-4, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
@@ -106,13 +111,15 @@ def test_bf16_follows_fp32_in_one_piece_and_in_four(inputs, one_rank, tmp_path):
         assert [r["loss"] for r in metrics] == pytest.approx(losses, rel=0.01), name
 
 
-def test_states_of_buckets_with_padding_between_them_are_saved_where_they_belong(inputs, tmp_path):
+def test_states_of_buckets_with_padding_between_them_are_saved_and_loaded_where_they_belong(inputs, tmp_path):
     _, expected = run(inputs, tmp_path / "one", global_batch_size=6)
     output = tmp_path / "three"
-    config = settings(**inputs, output=str(output), train_iters=STEPS, global_batch_size=6)
-    forked.join(forked.start(_train_in_small_buckets, 3, output / "train.log", config), output / "train.log")
-    for name, tensor in all_tensors(newest(output)).items():
-        torch.testing.assert_close(tensor, expected[name], atol=1e-4, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+    config = settings(**inputs, output=str(output), train_iters=STEPS, save_interval=2, global_batch_size=6)
+    for _ in ("straight", "from the checkpoint before the last"):
+        forked.join(forked.start(_train_in_small_buckets, 3, output / "train.log", config), output / "train.log")
+        same(all_tensors(newest(output)), expected)
+        shutil.rmtree(newest(output))
+    assert "resumed from" in (output / "train.log").read_text()
 
 
 def _train_in_small_buckets(config) -> None:

@@ -7,6 +7,7 @@ import sys
 import types
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from support import random_store, settings, tiny_model
@@ -15,6 +16,7 @@ from transformers import Qwen2Config
 from rsft_lib import demo
 from rsft_lib.checkpoint.convert import convert
 from rsft_lib.launch import LaunchOptions
+from rsft_lib.model.config import read_config
 from rsft_lib.notebook import declared_parameters
 from rsft_lib.paths import ROOT
 from rsft_lib.training import alarms, flops, metrics
@@ -281,7 +283,7 @@ def test_the_memory_estimate_is_that_of_the_ledger():
     assert shared.optimizer == pytest.approx(full.optimizer / 8)
 
 
-def test_preflight_tells_what_a_run_will_take(tmp_path):
+def test_preflight_tells_what_a_run_will_take(tmp_path, monkeypatch):
     tiny_model(tmp_path / "hf")
     convert(tmp_path / "hf", tmp_path / "megatron")
     random_store(tmp_path / "store")
@@ -296,9 +298,12 @@ def test_preflight_tells_what_a_run_will_take(tmp_path):
         and "30 steps" in text
         and "3 kept" in text
         and "384 tokens in 4 packs" in text
-        and "MiB of main memory, of which there are" in text
         and "TOO LITTLE" not in text
     )
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(total=2**16))
+    weights = flops.parameters(read_config(run.checkpoint))
+    (saving,) = (line for line in preflight(run, nproc=2).splitlines() if line.startswith("saving"))
+    assert f"{weights * 28 / 2**20:.1f} MiB of main memory" in saving and "TOO LITTLE" in saving
     with pytest.raises(ValueError, match="does not divide by micro_batch_size 1 x 3"):
         preflight(run, nproc=3)
     with pytest.raises(ValueError, match="layers do not divide by pipeline_parallel 3"):

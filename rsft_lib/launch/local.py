@@ -100,7 +100,8 @@ def ask_to_stop(torchrun: int) -> bool:
     process = psutil.Process(torchrun)
     ranks = process.children()
     for one in ranks or [process]:
-        one.send_signal(signal.SIGTERM)
+        with suppress(psutil.NoSuchProcess):  # it ended meanwhile; the others shall still hear of it
+            one.send_signal(signal.SIGTERM)
     return bool(ranks)
 
 

@@ -1,7 +1,8 @@
 """What the data-parallel ranks hold of an optimizer's states, on the CPU of the first of them, for a checkpoint.
 
 In place of megatron-core's own function, which puts what lies after padding between two buckets into wrong places
-(there is some where the number of ranks is no power of two), and needs 32 bytes a parameter for 12.
+(there is some where their sizes do not divide by the number of ranks and by 128), and needs 32 bytes a parameter to
+gather 12.
 """
 
 import torch

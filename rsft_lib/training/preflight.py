@@ -59,6 +59,7 @@ def describe(config: TrainConfig, hf: PretrainedConfig, data: Datasets, ranks: i
         "epoch": f"{per_epoch:,.1f} steps of {len(data.train):,} packs",
         "run": f"{config.train_iters:,} steps, {config.train_iters / per_epoch:,.1f} epochs",
         "checkpoint": _checkpoint_line(config, hf),
+        "saving": _saving_line(config, hf),
         "time": _time_line(config, hf, data, ranks),
     }
     return "\n".join(f"{name:<12}{text}" for name, text in lines.items())
@@ -73,7 +74,7 @@ def memory(config: TrainConfig, hf: PretrainedConfig, ranks: int) -> Memory:
     low = config.precision != "fp32"
     moments = 2 * (2 if config.moments == "bf16" else 4)
     shards = config.data_parallel(ranks) * context
-    width = 2 if low else 4
+    width = _width(config)
     tokens = config.seq_length * config.micro_batch_size / context
     vocabulary = hf.vocab_size / tensor
     return Memory(
@@ -127,20 +128,25 @@ def _memory_line(config: TrainConfig, hf: PretrainedConfig, ranks: int) -> str:
 
 def _checkpoint_line(config: TrainConfig, hf: PretrainedConfig) -> str:
     # Weights as they are, and for the optimizer the float32 of them and of both moments.
-    weights = 4 if config.precision == "fp32" else 2
-    size = parameters(hf) * (weights + 12)
+    size = parameters(hf) * (_width(config) + 12)
     kept = -(-config.train_iters // config.save_interval)
     if config.keep_last:
         kept = min(kept, config.keep_last + (config.train_iters // config.keep_every if config.keep_every else 0) + 1)
     free = shutil.disk_usage(_first_that_exists(resolve(config.output))).free
     fits = "" if size * kept < free else "  TOO LITTLE: see keep_last"
-    # Saving gathers the optimizer's part in main memory and copies it once, to cut it into files.
-    needed, there = parameters(hf) * (weights + 2 * 12), psutil.virtual_memory().total
-    holds = "" if needed < there else "  TOO LITTLE"
-    return (
-        f"{_size(size)} each, {kept} kept; {_size(free)} free in {config.output}{fits}; "
-        f"saving takes {_size(needed)} of main memory, of which there are {_size(there)}{holds}"
-    )
+    return f"{_size(size)} each, {kept} kept; {_size(free)} free in {config.output}{fits}"
+
+
+def _saving_line(config: TrainConfig, hf: PretrainedConfig) -> str:
+    # The optimizer's part is gathered in main memory and copied once, to be cut into files; see gathering.py.
+    needed, there = parameters(hf) * (_width(config) + 2 * 12), psutil.virtual_memory().total
+    fits = "" if needed < there else "  TOO LITTLE: the ranks are killed at the first checkpoint"
+    return f"up to {_size(needed)} of main memory; this machine has {_size(there)}{fits}"
+
+
+def _width(config: TrainConfig) -> int:
+    """Bytes of a weight."""
+    return 4 if config.precision == "fp32" else 2
 
 
 def _size(bytes_: float) -> str:
