@@ -2,6 +2,7 @@
 
 import json
 import time
+import types
 from pathlib import Path
 
 import nbformat
@@ -171,6 +172,24 @@ def test_a_file_that_grows_is_read_once_and_anew_when_another_takes_its_place(tm
     write(tmp_path / "new", lines[0] + lines[3] + lines[4], "w")
     (tmp_path / "new").replace(path)
     assert run.read() and list(run.lines["loss"][1]) == [0.1, 0.4, 0.5]
+
+
+def test_the_start_of_a_run_that_goes_on_is_no_part_of_its_pace(tmp_path, capsys, monkeypatch):
+    clock, path = [0.0], tmp_path / "metrics.jsonl"
+    monkeypatch.setattr("rsft_lib.view.live.time.monotonic", lambda: clock[0])
+    lines = [json.dumps(record(step, 12)) + "\n" for step in range(1, 13)]
+    write(path, "".join(lines[:6]))
+    live = LiveRun(tmp_path, 12, types.SimpleNamespace(state="waits", tail=lambda lines: ""), widgets=False)
+    for count in (6, 4, 5, 6, 7):  # as it was found, as it is cut to the checkpoint, and then step by step
+        write(tmp_path / "new", "".join(lines[:count]), "w")
+        (tmp_path / "new").replace(path)
+        live.poll()
+        assert live.state == ("training" if count > 4 and clock[0] else "training starts"), count
+        clock[0] += 2 if clock[0] else 600
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in printed] == ["6/12", "7/12"] and "left" not in printed[0]
+    assert printed[-1].endswith("10 s left")  # 5 steps at 2 seconds, not at the 600 before the first
+    assert "training starts (waits)" in repr(LiveRun(tmp_path, 12, live.job, widgets=False)._card())
 
 
 def test_many_alarms_are_counted_and_the_last_are_told(tmp_path):

@@ -14,6 +14,7 @@ from rsft_lib.view.follow import Follower
 from rsft_lib.view.frontend import hear_widgets, somebody_looks
 from rsft_lib.view.rewritten import Rewritten, png
 
+STARTS = "training starts"
 ENDED = "ended.json"  # of training.loop, which needs megatron-core
 LINES = 20  # printed at most
 PACE = 120.0  # seconds back over which the pace is measured
@@ -39,7 +40,8 @@ class LiveRun:
 
     def __init__(self, run: str | Path, train_iters: int, job=None, widgets: bool | None = None):
         self.folder, self.train_iters, self.job = Path(run), train_iters, job
-        self.run, self.state, self.pace = Follower(run), "training starts", deque()
+        self.run, self.state, self.pace = Follower(run), STARTS, deque()
+        self.earlier: int | None = None  # the last step of an earlier run that this one goes on from
         self.printed, self.every, self.broken = -1, max(1, -(-train_iters // LINES)), False
         self.alarms = self.told = 0  # in all, and those that were printed
         somebody = somebody_looks() if widgets is None else widgets
@@ -82,8 +84,8 @@ class LiveRun:
 
     def _look(self) -> None:
         if self.run.read():
-            self._measure_pace()
-            self.state = "training" if self.state == "training starts" else self.state
+            self._take_in(self.run.last["iteration"])
+        self.earlier = self.earlier or 0
         if self.controls:
             self.controls.go_to(self.run.last.get("iteration", 0))
         self.card.refresh()
@@ -92,9 +94,14 @@ class LiveRun:
         if self.run.last:
             self._print()
 
-    def _measure_pace(self) -> None:
+    def _take_in(self, last: int) -> None:
+        """Note when a step came; between an earlier run's last and the first of this one lies its start."""
+        if self.earlier is None or last <= self.earlier:
+            self.earlier = last  # it may go on from before what was written
+            return
+        self.state = "training" if self.state == STARTS else self.state
         now = time.monotonic()
-        self.pace.append((now, self.run.last["iteration"]))
+        self.pace.append((now, last))
         while now - self.pace[0][0] > PACE and len(self.pace) > 2:
             self.pace.popleft()
 
@@ -108,7 +115,7 @@ class LiveRun:
 
     def _card(self) -> dict:
         log = log_end(self.job.tail(LOG_LINES)) if self.job else ""
-        waits = f"{self.state} ({self.job.state})" if self.job and not self.run.last else self.state
+        waits = f"{self.state} ({self.job.state})" if self.job and self.state == STARTS else self.state
         card = Card(
             self.run.last, self.train_iters, waits, self._left(), list(self.run.alarms), self.run.alarm_count,
             log=log, bar=self.controls is None,
