@@ -3,12 +3,14 @@
 import warnings
 
 # What megatron-core is told, or tells, several times a rank, and no reader of a log can act upon: what it goes on
-# without, older names of torch's collectives, the gradients of its optimizer's shards, which are views, and barriers
-# that are not told which GPU is this rank's.
+# without, older names of torch's functions, the gradients of its optimizer's shards, which are views, barriers that
+# are not told which GPU is this rank's, and that cuBLAS was called on one of torch's threads for the first time.
 for _message in (
     ".*(Transformer Engine|Apex|full scope is deprecated)",
     "`torch.distributed.* is deprecated",
     "The .grad attribute of a Tensor that is not a leaf",
+    "`load_state_dict` is deprecated",
     r"barrier\(\): using the device under current context",
+    "Attempting to run cuBLAS, but there was no current CUDA context",
 ):
     warnings.filterwarnings("ignore", message=_message)
