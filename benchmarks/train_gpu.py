@@ -13,18 +13,23 @@ import gzip
 import json
 import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from megatron.core import dist_checkpointing
 
+from rsft_lib.artifact import newest
 from rsft_lib.data.hybrid import build_hybrid
 from rsft_lib.data.packed import PackedDataset
 from rsft_lib.data.store import TokenStore
 from rsft_lib.data.tokenize import tokenize
+from rsft_lib.launch.job import MEMORY
 from rsft_lib.model.config import read_config
 from rsft_lib.ranks import ranks
 from rsft_lib.tokenizer import patch_tokenizer
@@ -34,7 +39,8 @@ from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.flops import training_flops
 from rsft_lib.training.loop import update
 from rsft_lib.training.presets import PRESETS
-from rsft_lib.training.state import TrainState
+from rsft_lib.training.saving import Saver
+from rsft_lib.training.state import LAYOUT, TrainState, content, load
 from rsft_lib.training.tally import trained_tokens, weight_sum
 
 sys.path.insert(0, str(Path(__file__).parent))  # the modules beside this one
@@ -205,6 +211,51 @@ def profile(folder: Path, output: Path) -> dict:
     return {"gpu_ms_per_micro_batch": sum(event.self_device_time_total for event in kernels) / 1000 / MICRO_BATCHES}
 
 
+def checkpoint(folder: Path, output: Path) -> dict:
+    """Seconds to write a checkpoint and to go on from it, with megatron-core's own writers beside, and the disk's pace.
+
+    Training waits for all of the writing, or with `async_save` until the tensors are copied.
+    """
+    run, seconds = folder / "run", {}
+    run.mkdir(parents=True, exist_ok=True)
+    config = settings(folder)
+
+    @contextmanager
+    def timed(what: str):
+        began = time.perf_counter()
+        yield
+        torch.distributed.barrier()
+        seconds[what] = time.perf_counter() - began
+
+    with ranks():
+        state = build_state(config, Path(config.checkpoint))
+        randomize(state)
+        state.iteration = 1
+        saver = Saver(run, folder / "model" / "config.json", {}, timeout=600, keep_last=1, keep_every=0)
+        with timed("saved"):
+            with timed("saved_until_copied"):
+                saver.save(state, wait=False)
+            saver.finish()
+        (saved,) = run.glob("iter_*")
+        gigabytes = sum(path.stat().st_size for path in saved.iterdir()) / 1e9
+        with timed("resumed"):
+            with timed("resumed_until_verified"):
+                newest(run)
+            load(state, saved)
+        shutil.rmtree(run)
+        run.mkdir()
+        with timed("saved_by_megatron_core"):
+            dist_checkpointing.save(content(state), str(run), content_metadata=LAYOUT)
+        shutil.rmtree(run)
+        run.mkdir()
+        with timed("bare_bytes"), (run / "bytes").open("wb") as file:
+            for _ in range(round(gigabytes * 1e9 / 2**26)):
+                file.write(b"\0" * 2**26)
+            os.fsync(file.fileno())
+        shutil.rmtree(run)
+    return {"gigabytes": gigabytes, **seconds}
+
+
 def liger(checkpointing: bool):
     def section(folder: Path, output: Path) -> dict:
         from gpu_peers import measure_liger
@@ -245,6 +296,7 @@ SECTIONS = {
     "pairs-padded": padded("pairs"),
     "hybrid": packed("hybrid"),
     "hybrid-padded": padded("hybrid"),
+    "checkpoint": checkpoint,
     "liger": liger(checkpointing=False),
     "liger-checkpointing": liger(checkpointing=True),
     "agreement": agreement,
@@ -258,7 +310,7 @@ SECTIONS = {
 def start_section(name: str, inputs: Path, output: Path) -> subprocess.Popen:
     """A process that takes the GPU's memory with it when it ends; it imports, and waits for a line before it begins."""
     command = [sys.executable, __file__, "--output", str(output), "--inputs", str(inputs), "--here", "--sections", name]
-    environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **os.environ}  # as `launch` sets it
+    environment = {**MEMORY, **os.environ}
     with (output / f"{name}.log").open("w") as log:
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=environment)
 

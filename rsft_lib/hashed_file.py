@@ -43,9 +43,11 @@ class HashedFile:
         """For torch.save; everything is written by `close`."""
 
     def close(self) -> None:
+        """Write what is left, and wait until the disk has all of it."""
         try:
             self._drain()
             self._wait()
+            os.fsync(self._descriptor)
         finally:
             self._threads.shutdown()
             os.close(self._descriptor)

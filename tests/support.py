@@ -1,6 +1,8 @@
 """Small models, stores and runs that several tests share."""
 
 import random
+import zipfile
+from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -61,6 +63,16 @@ def all_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, those of the optimizer too."""
     weights = torch_dist.open_weights(checkpoint)
     return {name: weights.read(name).clone() for name in weights}
+
+
+def record_checksums(checkpoint: Path) -> set[int]:
+    """The CRC-32s that stand in a checkpoint's tensors, each a zip file of its own; 0 where none was computed."""
+    found = set()
+    for place in torch_dist.read_metadata(checkpoint).storage_data.values():
+        with (checkpoint / place.relative_path).open("rb") as file:
+            file.seek(place.offset)
+            found |= {record.CRC for record in zipfile.ZipFile(BytesIO(file.read(place.length))).infolist()}
+    return found
 
 
 def tiny_tokenizer(folder: Path) -> Path:

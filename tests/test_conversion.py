@@ -10,7 +10,7 @@ import pytest
 import torch
 from families import FAMILIES, tiny_family
 from safetensors.torch import load_file, save_file
-from support import all_tensors, tiny_model, tiny_tokenizer
+from support import all_tensors, record_checksums, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from rsft_lib import artifact
@@ -80,6 +80,7 @@ def test_blocks_of_weights_and_several_files_change_nothing(model, tokenizer, tm
     monkeypatch.setattr(torch_dist, "FILE_SIZE", 100_000)
     convert(model, tmp_path / "megatron")
     assert len(list((tmp_path / "megatron").glob("*.distcp"))) > 3
+    assert record_checksums(tmp_path / "megatron") == {0}
     export(tmp_path / "megatron", tokenizer, tmp_path / "out", max_shard_size="100KB")
     shards = sorted((tmp_path / "out").glob("*.safetensors"))
     assert len(shards) > 3

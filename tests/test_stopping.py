@@ -1,5 +1,6 @@
 """Runs that end before their end: asked to, too slow, broken or asleep: pytest tests/test_stopping.py"""
 
+import errno
 import math
 import os
 import signal
@@ -10,11 +11,12 @@ import forked
 import psutil
 import pytest
 import torch
-from support import all_tensors, random_store, settings, tiny_model
+from support import all_tensors, random_store, record_checksums, settings, tiny_model
 
-from rsft_lib import launch
+from rsft_lib import artifact, launch
 from rsft_lib.artifact import newest, write_json
 from rsft_lib.checkpoint.convert import convert
+from rsft_lib.hashed_file import HashedFile
 from rsft_lib.training import loop, saving
 from rsft_lib.training.loop import read_ended
 from rsft_lib.training.metrics import read_metrics
@@ -159,6 +161,51 @@ def _take_long_to_save(run) -> None:
         return slow
 
     saving.content, saving.publish = slowly(gather), slowly(publish)
+    forked.train_as_rank(run)
+
+
+def test_every_rank_hashes_what_it_writes_and_no_byte_is_read_or_summed_again(inputs, tmp_path):
+    output = tmp_path / "run"
+    run = config(inputs, output, train_iters=1, pipeline_parallel=2)
+    forked.join(forked.start(_tell_what_is_hashed, 2, output / "train.log", run), output / "train.log")
+    checkpoint = newest(output)  # which checks every hash
+    files = {path.name for path in checkpoint.glob("*.distcp")}
+    assert {name[:4] for name in files} == {"__0_", "__1_"}
+    hashed = (output / "hashed").read_text().split()
+    assert ".metadata" in hashed and not files & set(hashed)
+    assert record_checksums(checkpoint) == {0}
+
+
+def _tell_what_is_hashed(run) -> None:
+    hashes = artifact._hashes
+
+    def tell(folder, names):
+        (Path(run.output) / "hashed").write_text("\n".join(names))
+        return hashes(folder, names)
+
+    artifact._hashes = tell
+    forked.train_as_rank(run)
+
+
+def test_a_disk_that_is_full_for_one_rank_ends_the_run_on_all_with_what_was_saved_before(inputs, tmp_path):
+    output = tmp_path / "run"
+    run = config(inputs, output, train_iters=4, save_interval=1, pipeline_parallel=2)
+    processes = forked.start(_fill_the_disk, 2, output / "train.log", run)
+    with pytest.raises(RuntimeError, match="No space left on the disk of rank 1") as error:
+        forked.join(processes, output / "train.log", 60)
+    assert "exit codes [1, 1]" in str(error.value)
+    assert newest(output).name == "iter_0000001" and len(list(output.glob("iter_*"))) == 1
+
+
+def _fill_the_disk(run) -> None:
+    write = HashedFile.write
+
+    def full(self, data):
+        if "iter_0000002" in str(self.path) and os.environ["RANK"] == "1":
+            raise OSError(errno.ENOSPC, "No space left on the disk of rank 1")
+        return write(self, data)
+
+    HashedFile.write = full
     forked.train_as_rank(run)
 
 

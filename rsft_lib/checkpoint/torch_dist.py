@@ -7,8 +7,10 @@ restriction; here it may name nothing but the classes that the format consists o
 """
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -153,24 +155,59 @@ def write(folder: Path, weights: Weights, progress: Callable[[int], None] = lamb
         The entries of the written files for a manifest.
     """
     return_freed_memory()
-    plan = _planned(weights)
-    paths = [folder / f"__0_{number}{SUFFIX}" for number in range(len(plan))]
-    # The manifest's hash makes a checksum in each record needless.
-    with serialization.patch("save.compute_crc32", False), ThreadPoolExecutor(WRITERS) as threads:
-        written = list(threads.map(lambda path, blocks: _write_file(path, weights, blocks, progress), paths, plan))
-    layout = {}
+    plan = {folder / f"__0_{number}{SUFFIX}": blocks for number, blocks in enumerate(_planned(weights))}
+    places, entries = write_files({path: _tensors(weights, blocks, progress) for path, blocks in plan.items()})
+    layout, storage = {}, {}
     for name in weights:
         empty, chunks = weights.empty(name), [_chunk(box) for box in weights.cuts(name)]
         layout[name] = TensorStorageMetadata(TensorProperties(dtype=empty.dtype), empty.shape, chunks)
-    metadata = Metadata(
-        layout,
-        planner_data={name: (name,) for name in weights},
-        storage_data={index: place for _, places in written for index, place in places.items()},
-    )
+    for path, blocks in plan.items():
+        indices = (MetadataIndex(name, _chunk(box).offsets) for name, box in blocks)
+        storage |= zip(indices, places[path], strict=True)
+    metadata = Metadata(layout, planner_data={name: (name,) for name in weights}, storage_data=storage)
     (folder / METADATA).write_bytes(pickle.dumps(metadata))
     torch.save({}, folder / COMMON)
     save_config(CheckpointingConfig("torch_dist"), str(folder))
-    return {name: entry for listing, _ in written for name, entry in listing.items()}
+    return entries
+
+
+def write_files(contents: dict[Path, Iterable[Tensor | BytesIO]]) -> tuple[dict[Path, list[_StorageInfo]], dict]:
+    """Write `.distcp` files, several at a time.
+
+    Args:
+        contents: what is written into each file, one after the other. A tensor is on the CPU and no view of a larger
+            one, all of which would be saved.
+
+    Returns:
+        Where in its file each of them lies, and the entries of the files for a manifest.
+    """
+    # The manifest's hash makes a checksum in each record needless. From 2.12 on torch keeps settings in the context.
+    with serialization.patch("save.compute_crc32", False), ThreadPoolExecutor(WRITERS) as threads:
+        tasks = [threads.submit(copy_context().run, _write_file, path, values) for path, values in contents.items()]
+        written = [task.result() for task in tasks]
+    places = {path: found for path, (found, _) in zip(contents, written, strict=True)}
+    return places, {name: entry for _, listing in written for name, entry in listing.items()}
+
+
+def _write_file(path: Path, values: Iterable[Tensor | BytesIO]) -> tuple[list[_StorageInfo], dict]:
+    places = []
+    with HashedFile(path) as file:
+        for value in values:
+            start = file.size
+            if isinstance(value, BytesIO):
+                file.write(value.getbuffer())
+            else:
+                torch.save(value, file)
+            places.append(_StorageInfo(path.name, start, file.size - start))
+    return places, file.listing()
+
+
+def _tensors(weights: Weights, blocks: list[tuple[str, Box]], progress: Callable[[int], None]) -> Iterator[Tensor]:
+    """Blocks of weights, each as a tensor of its own on the same memory."""
+    for name, box in blocks:
+        block = weights.read(name, box).contiguous()
+        yield torch.frombuffer(data_of(block), dtype=block.dtype).view(block.shape)
+        progress(block.nbytes)
 
 
 def _planned(weights: Weights) -> list[list[tuple[str, Box]]]:
@@ -185,19 +222,6 @@ def _planned(weights: Weights) -> list[list[tuple[str, Box]]]:
             plan[-1].append((name, box))
             size += row_bytes * (box[0].stop - box[0].start)
     return plan
-
-
-def _write_file(path: Path, weights: Weights, blocks: list[tuple[str, Box]], progress: Callable[[int], None]) -> tuple:
-    """Write one file: its entry in a manifest, and which block begins where."""
-    places = {}
-    with HashedFile(path) as file:
-        for name, box in blocks:
-            start, block = file.size, weights.read(name, box).contiguous()
-            # A tensor of its own on the same memory: torch.save would write all of the file that a view belongs to.
-            torch.save(torch.frombuffer(data_of(block), dtype=block.dtype).view(block.shape), file)
-            places[MetadataIndex(name, _chunk(box).offsets)] = _StorageInfo(path.name, start, file.size - start)
-            progress(block.nbytes)
-    return file.listing(), places
 
 
 def _chunk(box: Box) -> ChunkStorageMetadata:

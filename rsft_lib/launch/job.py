@@ -13,6 +13,10 @@ JOB = "job.json"
 STOPPING = ".stopping"
 ENDED = "ended.json"  # of training.loop, which imports all that trains
 TRAIN = "rsft_lib.training.train"
+MEMORY = {  # how torch takes it, for the environment of ranks
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",  # none is lost between blocks of other sizes
+    "THP_MEM_ALLOC_ENABLE": "1",  # in large pages: the first to touch what is saved or loaded waits for few of them
+}
 
 
 class Job:

@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 
 from rsft_lib.launch.failure import failure, torchrun_reports
-from rsft_lib.launch.job import STOPPING, TRAIN, Job
+from rsft_lib.launch.job import MEMORY, STOPPING, TRAIN, Job
 
 PATIENCE = 30  # seconds that ranks which save nothing have to stop
 
@@ -40,7 +40,7 @@ def start_torchrun(
     environment = {
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // nproc)),
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(int(patience)),
-        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",  # memory is not lost between blocks of other sizes
+        **MEMORY,
         **os.environ,
     }
     # A file and not a pipe: a pipe that nobody reads any more keeps its writers alive.

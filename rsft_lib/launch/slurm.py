@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from rsft_lib.launch.failure import ERRORS
-from rsft_lib.launch.job import ENDED, JOB, STOPPING, TRAIN, Job
+from rsft_lib.launch.job import ENDED, JOB, MEMORY, STOPPING, TRAIN, Job
 from rsft_lib.launch.options import LaunchOptions
 from rsft_lib.paths import ROOT
 from rsft_lib.training.watchdog import STACKS
@@ -40,7 +40,7 @@ mkdir "$run/{errors}"
 export MASTER_ADDR=$(hostname) MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
 export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-${{SLURM_CPUS_PER_TASK:-1}}}}
 export SRUN_CPUS_PER_TASK=${{SLURM_CPUS_PER_TASK:-1}}
-export PYTORCH_CUDA_ALLOC_CONF=${{PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}}
+{memory}
 
 # Before the time limit the ranks are asked to save and end.
 trap 'again=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
@@ -122,8 +122,9 @@ def batch_script(folder: Path, nproc: int, options: LaunchOptions) -> str:
     given = [f"#SBATCH --{name}" + (f"={shlex.quote(str(v))}" if v else "") for name, v in lines.items() if v != ""]
     if options.slurm_options:
         given.append(f"#SBATCH {options.slurm_options}")
+    memory = "\n".join(f"export {name}=${{{name}:-{value}}}" for name, value in MEMORY.items())
     return SCRIPT.format(
-        options="\n".join(given), run=shlex.quote(str(folder)), root=shlex.quote(str(ROOT)),
+        options="\n".join(given), memory=memory, run=shlex.quote(str(folder)), root=shlex.quote(str(ROOT)),
         python=shlex.quote(sys.executable), module=TRAIN, stopping=STOPPING, ended=ENDED, stacks=STACKS, errors=ERRORS,
     )  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Checkpoints of a run: `iter_0000000` folders that are whole or absent, written while training waits or goes on.
 
-megatron-core plans which rank writes what; the writing itself is done here by threads. Its own writers are forked
-processes, which are waited for for ever when one is killed, and fork while CUDA runs.
+megatron-core plans which rank writes what; the writing itself is done here by threads, which hash on the way. Its own
+writers are forked processes, which are waited for for ever when one is killed, and fork while CUDA runs.
 """
 
 import queue
@@ -15,9 +15,11 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from torch.distributed.checkpoint.storage import WriteResult
 
-from rsft_lib.artifact import publish
+from rsft_lib.artifact import WRITERS, publish
+from rsft_lib.checkpoint.torch_dist import write_files
 from rsft_lib.training.state import LAYOUT, TrainState, content
 from rsft_lib.training.watchdog import deadline
 
@@ -47,8 +49,9 @@ class Saver:
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(parents=True)
             torch.distributed.barrier()
+            strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=WRITERS)  # as many files a rank
             request = dist_checkpointing.save(
-                content(state), str(temporary), async_sharded_save=True, content_metadata=LAYOUT,
+                content(state), str(temporary), strategy, async_sharded_save=True, content_metadata=LAYOUT,
                 preprocess_common_before_consistancy_check=_comparable,
             )  # fmt: skip
             self.writing = _Writing(request, temporary, final, state.iteration)
@@ -66,14 +69,14 @@ class Saver:
         return self.writing is None or self.writing.done.is_set()
 
     def go_on(self) -> None:
-        """Complete a checkpoint that every rank has `written`: its hashes and its name come in the background."""
+        """Complete a checkpoint that every rank has `written`: its name comes in the background."""
         if self.writing is None:
             return
         writing, self.writing = self.writing, None
         with deadline(self.timeout):
-            writing.complete()
+            files = writing.complete()
         if _rank_0():
-            self.publishing = self.background.submit(self._publish, writing)
+            self.publishing = self.background.submit(self._publish, writing, files)
 
     def finish(self) -> None:
         """Wait until nothing is being written any more, and raise what went wrong."""
@@ -84,18 +87,19 @@ class Saver:
                 self.publishing = None
             torch.distributed.barrier()
 
-    def _publish(self, writing: "_Writing") -> None:
+    def _publish(self, writing: "_Writing", files: dict) -> None:
         shutil.copyfile(self.model_config, writing.temporary / "config.json")
-        publish(writing.temporary, writing.final, {"made_by": "train", "iteration": writing.iteration, **self.facts})
+        facts = {"made_by": "train", "iteration": writing.iteration, **self.facts, "files": files}
+        publish(writing.temporary, writing.final, facts)
         remove_old(self.output, self.keep_last, self.keep_every)
 
 
 class _Writing:
-    """A checkpoint on its way to disk: tensors are copied at once, files written by a thread."""
+    """A checkpoint on its way to disk: tensors are copied at once, files written by threads."""
 
     def __init__(self, request: AsyncRequest, temporary: Path, final: Path, iteration: int):
         self.request, self.temporary, self.final, self.iteration = request, temporary, final, iteration
-        self.began, self.done, self.results = time.monotonic(), threading.Event(), queue.Queue()
+        self.began, self.done, self.files, self.result = time.monotonic(), threading.Event(), {}, None
         self.buckets = request.preload_fn() if request.preload_fn else []
         if not torch.cuda.is_available():  # nothing was copied from anywhere, and training would write on
             self.buckets = [
@@ -104,25 +108,35 @@ class _Writing:
         threading.Thread(target=self._write, daemon=True).start()
 
     def _write(self) -> None:
-        transforms = self.request.async_fn.args[0] if self.buckets else None
-        for number, bucket in enumerate(self.buckets):
-            open_ends = queue.Queue()
-            open_ends.put(number)
-            FileSystemWriterAsync.write_preloaded_data(
-                transforms, number, bucket, self.results, open_ends, use_fsync=True
-            )
+        items = {Path(path): [*raw, *tensors] for path, _, (raw, tensors) in self.buckets}
+        try:
+            places, self.files = write_files({path: [data for _, data in found] for path, found in items.items()})
+            self.result = {
+                number: [
+                    WriteResult(item.index, place.length, place)
+                    for (item, _), place in zip(found, places[path], strict=True)
+                ]
+                for number, (path, found) in enumerate(items.items())
+            }
+        except Exception as error:
+            self.result = error
         self.done.set()
 
-    def complete(self) -> None:
-        """Wait for the thread, let megatron-core write what describes the files, and raise what went wrong anywhere."""
+    def complete(self) -> dict[str, dict]:
+        """Wait for the threads, let megatron-core write what describes the files, and raise what went wrong anywhere.
+
+        Returns:
+            On the first rank, the manifest's entries of the files that all ranks have written.
+        """
         self.done.wait()
         if self.buckets:
-            results = dict(self.results.get_nowait() for _ in self.buckets)
-            failure = next((result for result in results.values() if isinstance(result, Exception)), None)
-            filesystem_async._results_queue.put(failure or results)
+            filesystem_async._results_queue.put(self.result)
         torch.distributed.barrier()
         for finalize in self.request.finalize_fns:
             finalize()
+        files = [{}] * torch.distributed.get_world_size() if _rank_0() else None
+        torch.distributed.gather_object(self.files, files)
+        return {name: entry for written in files or [] for name, entry in written.items()}
 
 
 def remove_old(output: Path, keep_last: int, keep_every: int) -> None:
