@@ -19,10 +19,14 @@ def ranks(
     *,
     context_parallel_size: int = 1,
     virtual_pipeline_size: int = 1,
+    timeout: int = 600,
 ) -> Iterator[None]:
     """Join the ranks that torchrun started, or be the only one, within the block.
 
     NCCL between GPUs, gloo between CPUs.
+
+    Args:
+        timeout: seconds after which a rank that waits for another one fails, as it may while that one writes or reads.
     """
     with cuda_on_cpu():
         cuda = torch.cuda.is_available()
@@ -31,13 +35,14 @@ def ranks(
         alone = (
             {} if "WORLD_SIZE" in os.environ else {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
         )
-        torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=10), **alone)
+        torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout), **alone)
         try:
             parallel_state.initialize_model_parallel(
                 tensor_parallel_size,
                 pipeline_parallel_size,
                 virtual_pipeline_size if virtual_pipeline_size > 1 else None,
                 context_parallel_size=context_parallel_size,
+                distributed_timeout_minutes=-(-timeout // 60),
             )
             torch.manual_seed(seed)
             tensor_parallel.model_parallel_cuda_manual_seed(seed)

@@ -11,13 +11,14 @@ import forked
 import psutil
 import pytest
 import torch
+from megatron.core import parallel_state
 from support import all_tensors, random_store, record_checksums, settings, tiny_model
 
 from rsft_lib import artifact, launch
 from rsft_lib.artifact import newest, write_json
 from rsft_lib.checkpoint.convert import convert
 from rsft_lib.hashed_file import HashedFile
-from rsft_lib.training import loop, saving
+from rsft_lib.training import loop, saving, watchdog
 from rsft_lib.training.loop import read_ended
 from rsft_lib.training.metrics import read_metrics
 
@@ -162,6 +163,40 @@ def _take_long_to_save(run) -> None:
 
     saving.content, saving.publish = slowly(gather), slowly(publish)
     forked.train_as_rank(run)
+
+
+def test_a_checkpoint_that_is_read_for_longer_than_a_start_may_take_is_waited_for(inputs, tmp_path):
+    output = tmp_path / "run"
+    run = config(inputs, output, train_iters=1, save_timeout=1200)
+    forked.join(forked.start(_take_long_to_read, 1, output / "train.log", run), output / "train.log")
+    assert newest(output).name == "iter_0000001"
+    assert (output / "waits").read_text() == "20 minutes in the world, 20 in a group"
+
+
+def _take_long_to_read(run) -> None:
+    begin, watchdog.START = loop.begin, 4
+
+    def slowly(*arguments):
+        world, group = torch.distributed.group.WORLD, parallel_state.get_tensor_model_parallel_group()
+        waits = [g._get_backend(torch.device("cpu")).options._timeout.seconds // 60 for g in (world, group)]
+        (Path(run.output) / "waits").write_text("{} minutes in the world, {} in a group".format(*waits))
+        time.sleep(watchdog.START + 2)
+        begin(*arguments)
+
+    loop.begin = slowly
+    forked.train_as_rank(run)
+
+
+def test_until_the_first_micro_batch_the_watch_waits_for_a_start_and_then_for_a_hang(tmp_path, monkeypatch):
+    waits = []
+    monkeypatch.setattr(watchdog.faulthandler, "dump_traceback_later", lambda seconds, **_: waits.append(seconds))
+    with watchdog.watched(tmp_path, 0, 45):
+        with watchdog.deadline(1800):
+            pass
+        watchdog.beat()
+        with watchdog.deadline(1800):
+            pass
+    assert waits == [watchdog.START, 1800, watchdog.START, 45, 1800, 45]
 
 
 def test_every_rank_hashes_what_it_writes_and_no_byte_is_read_or_summed_again(inputs, tmp_path):

@@ -108,7 +108,7 @@ class TrainConfig:
     async_save: bool = False
     """Whether training goes on while a checkpoint is written."""
     save_timeout: int = 1800
-    """Seconds after which a save that is not done ends the run."""
+    """Seconds after which a save that is not done ends the run, or the reading of a checkpoint at its start."""
     hang_timeout: int = 45
     """Seconds without progress, or eight times the longest micro-batch so far, that end the run; 0 for never."""
     time_limit: float = 0.0

@@ -52,7 +52,8 @@ def train(config: TrainConfig) -> TrainState:
                 print("no losses by mode: the tokenizer of the data is gone or has no control tokens", flush=True)
         state = build_state(config, checkpoint)
         state.watch(data.train.control)
-        begin(state, output, checkpoint, facts)
+        with watchdog.deadline(max(watchdog.START, config.save_timeout)):
+            begin(state, output, checkpoint, facts)
         saver = Saver(
             output, checkpoint / "config.json", facts,
             timeout=config.save_timeout, keep_last=config.keep_last, keep_every=config.keep_every,

@@ -14,6 +14,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from rsft_lib.ranks import ranks
 from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.loop import train
+from rsft_lib.training.watchdog import START
 
 
 def run(config: TrainConfig) -> None:
@@ -22,6 +23,7 @@ def run(config: TrainConfig) -> None:
     with ranks(
         config.tensor_parallel, config.pipeline_parallel, config.seed,
         context_parallel_size=config.context_parallel, virtual_pipeline_size=config.virtual_pipeline,
+        timeout=max(START, config.save_timeout),
     ):  # fmt: skip
         train(config)
 

@@ -21,7 +21,7 @@ class _Watch:
     def __init__(self):
         self.file, self.least = None, 0
         self.last, self.slowest, self.before = 0.0, 0.0, 0.0
-        self.in_deadline = False
+        self.in_deadline, self.begun = False, False
 
     def arm(self, seconds: float) -> None:
         if self.file and self.least:
@@ -54,6 +54,7 @@ def watched(folder: Path, rank: int, seconds: int) -> Iterator[None]:
 def beat() -> None:
     """Say that this rank made progress: called for every micro-batch."""
     now = time.monotonic()
+    _watch.begun = True
     if _watch.last:
         _watch.slowest = max(_watch.slowest, now - _watch.last)
     _watch.last = now
@@ -81,6 +82,9 @@ def deadline(seconds: float) -> Iterator[None]:
         yield
     finally:
         _watch.in_deadline = False
+    if not _watch.begun:
+        _watch.arm(START)
+        return
     _watch.last = 0.0  # what took long here is no measure for a micro-batch
     beat()
 
