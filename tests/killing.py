@@ -5,10 +5,8 @@ weights, optimizer states, metrics and samples, bit for bit.
 """
 
 import argparse
-import os
 import random
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -64,7 +62,7 @@ def kill_once(config: TrainConfig, rng: random.Random, seconds: float) -> str:
         if time.monotonic() > earliest and MOMENTS[name](run):
             time.sleep(rng.uniform(0, 0.01))
             for process in processes:
-                os.kill(process.pid, signal.SIGKILL)
+                process.kill()  # which a rank that has just ended by itself does not mind
             for process in processes:
                 process.join()
             return name
