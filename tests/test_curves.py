@@ -4,6 +4,7 @@ import json
 import shutil
 
 import forked
+import matplotlib.pyplot as plt
 import nbformat
 import pytest
 from support import random_store, settings, tiny_model
@@ -19,6 +20,7 @@ from rsft_lib.paths import ROOT
 from rsft_lib.tokenizer import load_tokenizer, patch_tokenizer
 from rsft_lib.training.metrics import read_metrics
 from rsft_lib.view.curves import plot_curves
+from rsft_lib.view.lines import plain_numbers
 from rsft_lib.view.live import LiveRun
 from rsft_lib.view.summary import summary
 
@@ -78,6 +80,21 @@ def test_every_picture_of_a_run_has_its_lines(folder, capsys):
     live.poll()
     live.end()
     assert f"step {STEPS}/{STEPS}  loss" in capsys.readouterr().out and live.state == "finished"
+
+
+@pytest.mark.parametrize("limits", [(9.8, 12.4), (10.2, 12.3), (0.9, 5.5), (0.06, 12.0), (1e-4, 12.0)])
+def test_a_loss_axis_of_any_length_has_labels_to_read_it_by(limits):
+    figure, axes = plt.subplots()
+    axes.plot([1, 2], limits)
+    axes.set_yscale("log")
+    axes.set_ylim(limits)
+    plain_numbers(axes)
+    figure.canvas.draw()
+    values = [
+        float(text.get_text().replace("−", "-")) for text in axes.yaxis.get_ticklabels(which="both") if text.get_text()
+    ]
+    assert 3 <= sum(limits[0] <= value <= limits[1] for value in values) <= 12, values
+    plt.close(figure)
 
 
 def test_data_without_modes_is_drawn_too_and_alarms_are_marked(tmp_path, capsys):

@@ -192,5 +192,6 @@ def test_the_script_can_be_read_and_names_what_was_asked_for(tmp_path, monkeypat
     for line in ("nodes=2", "ntasks-per-node=8", "gpus-per-node=8", "time=04:00:00", "partition=gpu", "account lab"):
         assert f"#SBATCH --{line}\n" in script
     assert "#SBATCH --requeue\n#SBATCH --signal=B:USR1@300\n" in script and "100 %%/train.log" in script
+    assert "\nexport THP_MEM_ALLOC_ENABLE=${THP_MEM_ALLOC_ENABLE:-1}\n" in script
     assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
     assert max(map(len, script.replace(str(tmp_path), "").splitlines())) <= 120

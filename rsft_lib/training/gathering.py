@@ -26,8 +26,7 @@ def gather_states(
     Returns:
         None on all ranks but the first, unless `empty_data`.
     """
-    if not empty_data and (return_on_all_ranks or not use_gloo_comm):
-        raise NotImplementedError("states are gathered on the first rank and with gloo; see LAYOUT in state.py")
+    assert empty_data or (use_gloo_comm and not return_on_all_ranks), "LAYOUT in state.py asks for nothing else"
     kept = empty_data or optimizer.data_parallel_group_gloo.rank() == 0
     gathered: dict = {"buckets_coalesced": True}
     for number, (buffer, buckets) in enumerate(zip(optimizer.buffers, optimizer.gbuf_ranges, strict=True)):

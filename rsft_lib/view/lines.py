@@ -2,7 +2,7 @@
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 # Of the Okabe-Ito palette, told apart by every kind of colour vision.
 BLUE, ORANGE, GREEN, PINK, SKY, BLACK = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#000000"
@@ -36,9 +36,10 @@ def thinned(x: list[float], y: list[float]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def plain_numbers(axes: Axes) -> None:
-    """Mark a logarithmic y axis, whose limits are settled, with 0.2, 0.5, 1 and so on, as a loss is read."""
+    """Mark a logarithmic y axis, whose limits are settled, as a loss is read: 0.2, 0.5, 1, or evenly if it is short."""
     low, high = axes.get_ylim()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 2000 else (1,), numticks=12))
+    sparse = LogLocator(subs=(1, 2, 5) if high / low < 2000 else (1,), numticks=12)
+    axes.yaxis.set_major_locator(sparse if high / low > 10 else MaxNLocator(6))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
 
