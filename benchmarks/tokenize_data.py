@@ -31,8 +31,9 @@ import psutil
 from tokenizers import Tokenizer
 
 from rsft_lib.chat import ChatTemplate, trained_text
+from rsft_lib.data.conversation import to_messages
 from rsft_lib.data.packing import pack
-from rsft_lib.data.records import parse, read_rows, to_messages
+from rsft_lib.data.records import parse, read_rows
 from rsft_lib.data.store import LENGTHS
 from rsft_lib.data.tokenize import tokenize
 from rsft_lib.tokenizer import load_tokenizer, patch_tokenizer

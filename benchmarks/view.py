@@ -20,8 +20,9 @@ import numpy as np
 from rsft_lib import demo
 from rsft_lib.artifact import new_folder
 from rsft_lib.chat import encode
+from rsft_lib.data.conversation import to_messages
 from rsft_lib.data.packing import pack
-from rsft_lib.data.records import read_records, to_messages
+from rsft_lib.data.records import read_records
 from rsft_lib.data.store import MASK, NAME, StoreWriter, TokenStore
 from rsft_lib.tokenizer import load_tokenizer, patch_tokenizer
 from rsft_lib.view.costs import layout_costs, overlong_costs

@@ -19,6 +19,7 @@ REASONING = ("reasoning_content", "reasoning", "thinking")  # where other tools 
 
 # What the bytes of a loss mask mean: 0 is not trained, 1 is trained, 2 to 255 are weights 0.01 to 2.54.
 LOSS_WEIGHTS = np.concatenate([[0, 1], np.arange(1, 255) / 100]).astype(np.float32)
+MOST_WEIGHT = 2.54
 
 
 class Span(NamedTuple):
@@ -95,15 +96,20 @@ def trained_texts(
         turns: 'all' trains every answer, 'last' only the last.
 
     Raises:
-        ValueError: in one of them nothing is to be trained, the template changes or drops part of an answer, or an
-            answer does not end with EOS.
+        ValueError: in one of them nothing is to be trained, the template drops or moves a message or changes an
+            answer, or an answer does not end with EOS.
     """
     if template.marks_answers:
         marked = template.render_marked(chats, tools)
     else:
         marked = [_found(template, messages, tools) for messages in chats]
     eos = template.special_tokens.get("eos_token")
-    return [(text, _spans(m, text, places, eos, turns)) for m, (text, places) in zip(chats, marked, strict=True)]
+    found = []
+    for messages, (text, places) in zip(chats, marked, strict=True):
+        spans = _spans(messages, text, places, eos, turns)
+        _check_order(messages, text, places)
+        found.append((text, spans))
+    return found
 
 
 def trained_text(
@@ -171,8 +177,8 @@ def weight_code(message: dict) -> int:
         ValueError: the weight is not one from 0 to 2.54.
     """
     weight = message.get("weight", 1)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= LOSS_WEIGHTS[-1]:
-        raise ValueError(f"weight is {weight!r}; it must be a number from 0 to 2.54, in hundredths")
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= MOST_WEIGHT:
+        raise ValueError(f"weight is {weight!r:.60}; it must be a number from 0 to {MOST_WEIGHT}, in hundredths")
     if weight == 1 or not message.get("train", True):
         return int(message.get("train", True))
     hundredths = round(100 * weight)
@@ -223,6 +229,33 @@ def _check_answer(message: dict, turn: int, answer: str, eos: str | None) -> int
     if not eos or not answer[:length].endswith(eos):
         raise ValueError(f"message {turn}: the chat template does not end the answer with {eos!r}")
     return length
+
+
+def _check_order(messages: list[dict], text: str, places: list[Span]) -> None:
+    """What every message says must be in the text, in the order of the messages; `places` are those of the answers.
+
+    R1's template, for one, shows the last of several system messages only, and moves it to the front.
+    """
+    answers, at = iter([*places, Span(len(text), len(text))]), 0
+    following = next(answers)
+    for turn, message in enumerate(messages):
+        if message["role"] == "assistant":
+            if following.start < at:
+                raise ValueError(_misplaced(turn, message))
+            at, following = following.end, next(answers)
+            continue
+        said = (message.get("content") or "").strip()
+        found = text.find(said, at, following.start)
+        if found < 0:
+            raise ValueError(_misplaced(turn, message))
+        at = found + len(said)
+
+
+def _misplaced(turn: int, message: dict) -> str:
+    return (
+        f"message {turn} ({message['role']}): the chat template drops it, changes it or puts it elsewhere: "
+        f"{message.get('content')!r:.60} is not found between the messages before and after it"
+    )
 
 
 def _joined(blocks: list[tuple[int, int]]) -> list[Span]:

@@ -241,7 +241,8 @@ def test_the_mask_is_that_of_an_oracle_on_ten_thousand_conversations(tokenizer):
 
 @needs_real
 def test_the_mask_is_that_of_an_oracle_on_real_traces_with_r1s_tokenizer(tmp_path):
-    from rsft_lib.data.records import read_records, to_messages
+    from rsft_lib.data.conversation import to_messages
+    from rsft_lib.data.records import read_records
 
     patch_tokenizer(Path(REAL) / "tokenizers" / "r1-distill-qwen", tmp_path / "r1", SHORT)
     long, short = (

@@ -7,6 +7,8 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from real import REAL, needs_real
 
@@ -15,8 +17,9 @@ from rsft_lib.artifact import verify
 from rsft_lib.chat import MODES
 from rsft_lib.data.answers import final_answer, normalized
 from rsft_lib.data.hybrid import FINDINGS, build_hybrid
-from rsft_lib.data.pairs import ROW, balance, coverage, disagreeing, held_back, not_shorter
+from rsft_lib.data.pairs import ROW, SHORT, THINK, balance, coverage, disagreeing, held_back, not_shorter
 from rsft_lib.data.records import read_records
+from rsft_lib.data.store import TokenStore
 from rsft_lib.data.tokenize import tokenize
 from rsft_lib.tokenizer import patch_tokenizer
 
@@ -140,9 +143,9 @@ BAD_LONG = {
     "<think>a<think>b</think></think>4": "found <think> <think> </think> </think>",
     "<think>a</think>4<think>b</think>4": "found <think> </think> <think> </think>",
     "<think>a<short></think>4": "found <think> <short> </think>",
-    "<think>\nhm\n</think>\n\n ": "nothing is there",
-    "<think>\n\n</think>\n\n4": "holds no thoughts",
-    "": "expected a text that is not empty",
+    "<think>\nhm\n</think>\n\n ": "empty answer after </think>",
+    "<think>\n\n</think>\n\n4": "nothing between <think> and </think>",
+    "": "expected text that is not empty",
 }
 BAD_SHORT = {
     "<think>hm</think>4": "must not hold <think> </think>",
@@ -169,7 +172,7 @@ def test_an_answer_that_is_not_of_its_mode_is_named_and_kept_with_the_reason(ans
 
 
 def test_empty_thoughts_are_accepted_where_that_is_said(tmp_path):
-    assert build(tmp_path, [record("2 ?", think("", "2"))], [], empty_think=True)["counts"]["train"]["think"] == 1
+    assert build(tmp_path, [record("2 ?", think("", "2"))], empty_think=True)["counts"]["train"]["think"] == 1
 
 
 def test_a_pair_whose_final_answers_differ_is_dropped_and_named(tmp_path):
@@ -262,8 +265,8 @@ def test_every_record_is_written_rejected_or_disagrees(tmp_path):
 
 def random_rows(rng: np.random.Generator, count: int) -> np.ndarray:
     rows = np.zeros(count, ROW)
-    rows["long"], rows["wrong"] = rng.random(count) < 0.5, rng.random(count) < 0.1
-    rows["problem"] = rng.integers(1, 20, count)
+    rows["mode"], rows["wrong"] = rng.random(count) < 0.5, rng.random(count) < 0.1
+    rows["problem"] = rows["question"] = rng.integers(1, 20, count)
     rows["claim"] = rng.integers(0, 3, count) * 1000
     rows["claim"] += (rows["claim"] > 0) * rows["problem"]
     rows["answer"] = rng.integers(1, 30, count)
@@ -294,23 +297,23 @@ def test_comparing_by_columns_is_comparing_pair_by_pair():
         dropped = {i for i, r in numbered if r["wrong"]}
         longer = set()
         for i, mine in numbered:
-            others = [o for _, o in numbered if o["problem"] == mine["problem"] and o["long"] != mine["long"]]
+            others = [o for _, o in numbered if o["problem"] == mine["problem"] and o["mode"] != mine["mode"]]
             claims = {o["claim"] for o in others if o["claim"] and not o["wrong"]}
             if mine["claim"] and claims and mine["claim"] not in claims:
                 dropped.add(i)
-            if not mine["long"] and others and mine["answer"] >= min(o["answer"] for o in others):
+            if mine["mode"] == SHORT and others and mine["answer"] >= min(o["answer"] for o in others):
                 longer.add(i)
         found, against = disagreeing(rows)
         assert set(found.tolist()) == dropped
         for i, j in zip(found, against, strict=True):
             assert i == j or (rows["problem"][i] == rows["problem"][j] and rows["claim"][i] != rows["claim"][j])
         assert set(not_shorter(rows)[0].tolist()) == longer
-        modes = {p: {bool(r["long"]) for r in rows if r["problem"] == p} for p in rows["problem"]}
+        modes = {p: {r["mode"] == THINK for r in rows if r["problem"] == p} for p in rows["problem"]}
         counted = Counter(
             len(m) == 2 and "both" or (m == {True} and "think_only") or "short_only" for m in modes.values()
         )
         assert {name: n for name, n in coverage(rows).items() if n} == counted
-        assert balance(rows)["think"]["answer"] == sum(int(r["answer"]) for r in rows if r["long"])
+        assert balance(rows)["think"]["answer"] == sum(int(r["answer"]) for r in rows if r["mode"] == THINK)
         held = held_back(rows, 0.3, seed=1)
         assert not set(rows["problem"][held]) & set(rows["problem"][~held])
 
@@ -319,6 +322,150 @@ def test_comparing_by_columns_is_comparing_pair_by_pair():
 def test_rules_that_make_no_sense_are_refused(rules, tmp_path):
     with pytest.raises(ValueError, match="must be"):
         build(tmp_path, [record("2 ?", think("hm", "2"))], **rules)
+
+
+# Datasets that are ready, and plain ones
+
+
+def ready(folder: Path, records: list[dict], name: str) -> Path:
+    """Records as a file of the kind that its name says."""
+    path = folder / name
+    if path.suffix == ".parquet":
+        names = dict.fromkeys(name for found in records for name in found)
+        table = pyarrow.table({name: [found.get(name) for found in records] for name in names})
+        pyarrow.parquet.write_table(table, path)
+    elif name == "list.json":
+        path.write_text(json.dumps(records, indent=2))
+    else:
+        write(path, records)
+    return path
+
+
+KINDS = ["list.json", "lines.json", "lines.jsonl", "ready.parquet"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_dataset_that_has_both_modes_is_built_as_its_two_halves_are(kind, tokenizer, tmp_path):
+    longs = [record(f"{i} + {i} ?", think("hm", f"Answer: {2 * i}")) for i in range(40)]
+    shorts = [record(f"{i} + {i} ?", f"Answer: {2 * i + (i == 7)}") for i in range(40)]
+    halves = build(tmp_path, longs, shorts, held_out=0.2)
+    expected = {name: sorted(map(str, read(tmp_path, name))) for name in ("train", "heldout")}
+    both = [
+        found
+        for pair in zip(longs, ({**s, "output": f"<short>{s['output']}"} for s in shorts), strict=True)
+        for found in pair
+    ]
+    data = ready(tmp_path, both, kind)
+    built = build_hybrid("", "", tmp_path / "out", 0.2, 0, hybrid=data)
+    assert {name: sorted(map(str, read(tmp_path, name))) for name in ("train", "heldout")} == expected
+    for fact in ("records", "problems", "findings", "balance", "counts"):
+        assert built[fact] == halves[fact], fact
+    assert built["records"]["disagreeing"] == 2 and built["records"]["read"] == 80
+    counts = tokenize(tmp_path / "out" / "train.jsonl", tokenizer, tmp_path / "tokens")["modes"]
+    assert {mode: n["written"] for mode, n in counts.items()} == built["counts"]["train"]
+    assert tokenize(data, tokenizer, tmp_path / "direct")["counts"]["written"] == 80
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_plain_dataset_is_of_one_mode_and_split_by_question_too(kind, tokenizer, tmp_path):
+    rows = [record(f"{i // 2} ?", f"It is {i}.") for i in range(40)]
+    built = build_hybrid("", "", tmp_path / "out", 0.25, 0, hybrid=ready(tmp_path, rows, kind), tokenizer=tokenizer)
+    assert built["counts"] == {"train": {"other": 30}, "heldout": {"other": 10}} and built["problems"] == {"other": 20}
+    sides = [read(tmp_path, split) for split in ("train", "heldout")]
+    assert not {r["instruction"] for r in sides[0]} & {r["instruction"] for r in sides[1]}
+    assert all(r["mode"] == "other" for side in sides for r in side)
+    modes = tokenize(tmp_path / "out" / "train.jsonl", tokenizer, tmp_path / "tokens")["modes"]
+    assert modes.keys() == {"other"} and modes["other"]["written"] == 30
+
+
+def test_where_answers_declare_their_mode_one_that_does_not_is_rejected(tmp_path):
+    rows = [record("1 ?", "<short>1"), record("2 ?", think("hm", "2")), record("3 ?", "3"), record("4 ?", "x <think>")]
+    path = write(tmp_path / "data.jsonl", rows)
+    built = build_hybrid("", "", tmp_path / "out", 0, 0, hybrid=path, reject_limit=0.5)
+    assert built["records"] == {"read": 4, "rejected": 2, "disagreeing": 0, "cut": 0} and len(read(tmp_path)) == 2
+    rejects = [json.loads(line) for line in (tmp_path / "out.rejected.jsonl").read_text().splitlines()]
+    reasons = {row["line"]: row["reason"] for row in rejects}
+    assert "begins with neither <think> nor <short>, as 2 others of this dataset do" in reasons[3]
+    assert "holds <think> and begins with none of them" in reasons[4]
+    with pytest.raises(ValueError, match="2 of 4 records are rejected"):
+        build_hybrid("", "", tmp_path / "other", 0, 0, hybrid=path)
+
+
+def test_what_comes_before_an_answer_is_kept_and_makes_another_problem(tokenizer, tmp_path):
+    rows = [
+        record("Sum.", "<short>5", input="2, 3"), record("Sum.", "<short>9", input="4, 5"),
+        record("And now?", "<short>C", system="Be strict.", history=[["hi", "<short>hello"]]),
+        {"messages": [{"role": "user", "content": "2 ?"}, {"role": "assistant", "content": "2", "reasoning": "hm"}]},
+        record("Call.", "<short>done", tools=[{"name": "add"}], note="seen"),
+    ]  # fmt: skip
+    data = write(tmp_path / "data.jsonl", rows)
+    built = build_hybrid("", "", tmp_path / "out", 0, 0, hybrid=data)
+    found = {r["output"]: r for r in read(tmp_path)}
+    assert found["<short>5"]["instruction"] == "Sum.\n2, 3" and found["<short>9"]["instruction"] == "Sum.\n4, 5"
+    assert found["<short>C"]["system"] == "Be strict." and found["<short>C"]["history"] == [["hi", "<short>hello"]]
+    assert found["<think>\nhm\n</think>\n\n2"]["mode"] == "think" and found["<short>done"]["tools"] == [{"name": "add"}]
+    assert built["problems"] == {"both": 0, "think_only": 1, "short_only": 4}
+    assert built["unused_fields"] == {"note": 1}
+    texts = []
+    for name, path in (("built", tmp_path / "out" / "train.jsonl"), ("direct", data)):
+        tokenize(path, tokenizer, tmp_path / name, workers=0)
+        store = TokenStore(tmp_path / name)
+        texts.append(sorted(tuple(part.tobytes() for part in store[i]) for i in range(len(store))))
+    assert texts[0] == texts[1] and len(texts[0]) == 5
+
+
+def test_answers_to_one_question_stay_on_one_side_also_with_other_system_prompts(tmp_path):
+    rows = [record(f"{i} ?", f"<short>{s}", system=s) for i in range(30) for s in ("A", "B")]
+    built = build_hybrid("", "", tmp_path / "out", 0.5, 1, hybrid=write(tmp_path / "data.jsonl", rows))
+    sides = [{r["instruction"] for r in read(tmp_path, split)} for split in ("train", "heldout")]
+    assert not sides[0] & sides[1] and built["problems"]["short_only"] == 60
+
+
+UNUSABLE = {
+    "an answer that is only a call": (
+        {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [
+            {"function": {"name": "f", "arguments": {}}}]}]}, "an answer calls a tool; notebook 04 takes such",
+    ),
+    "no answer": ({"messages": [{"role": "user", "content": "x"}]}, "found the roles user; expected a question and"),
+    "an infinite answer": ('{"instruction": "x", "output": "<short>y", "answer": Infinity}', "not a JSON number"),
+    "an id that is half a character": (record("x", "<short>y", id="\ud800"), "cannot be written as JSON"),
+    "an empty short answer": (record("x", "<short> "), "empty answer after <short>"),
+    "a number": (4, "found int, expected an object"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_a_record_that_raises_anything_is_rejected_and_the_others_are_built(name, tmp_path):
+    row, reason = UNUSABLE[name]
+    lines = [json.dumps(record("1 ?", "<short>1")), row if isinstance(row, str) else json.dumps(row)]
+    (tmp_path / "data.json").write_text(f"[{','.join(lines)}]")
+    built = build_hybrid("", "", tmp_path / "out", 0, 0, hybrid=tmp_path / "data.json", reject_limit=0.5)
+    (rejected,) = map(json.loads, (tmp_path / "out.rejected.jsonl").read_text().splitlines())
+    assert built["records"]["rejected"] == 1 and rejected["line"] == 2 and reason in rejected["reason"]
+
+
+def test_an_input_that_holds_no_records_is_named(tmp_path):
+    good, empty = write(tmp_path / "good.jsonl", [record("2 ?", think("hm", "2"))]), write(tmp_path / "empty.jsonl", [])
+    for inputs, message in [
+        ((good, empty), "short answers: .*empty.jsonl holds no records"),
+        ((empty, ""), "long answers: .*empty.jsonl holds no records"),
+        ((good, good), "(?s)a short answer must not hold.*1 of 2 records"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            build_hybrid(*inputs, tmp_path / "out", 0, 0)
+    with pytest.raises(ValueError, match="short answers: all 1 records of .*good.jsonl are rejected"):
+        build_hybrid(good, good, tmp_path / "out", 0, 0, reject_limit=1)
+    with pytest.raises(ValueError, match="cut_short is for `long`"):
+        build_hybrid("", "", tmp_path / "out", 0, 0, hybrid=good, cut_short=True)
+    assert not (tmp_path / "out").exists()
+
+
+@needs_real
+def test_problems_that_differ_in_their_input_alone_are_two(tmp_path):
+    cases = Path(REAL).parent / "cases" / "hybrid"
+    built = build_hybrid(cases / "long_with_input.jsonl", cases / "short_with_input.jsonl", tmp_path / "out", 0, 0)
+    assert built["problems"] == {"both": 3, "think_only": 0, "short_only": 0}
+    assert built["records"] == {"read": 6, "rejected": 0, "disagreeing": 0, "cut": 0}
 
 
 def test_nothing_left_is_an_error_and_leaves_nothing(tmp_path):

@@ -12,7 +12,7 @@ from rsft_lib.artifact import MANIFEST, file_hash, new_folder
 from rsft_lib.data.exclude import exclude, source_lines
 from rsft_lib.data.records import read_records
 from rsft_lib.data.spans import KINDS, MODE_NAMES, control_tokens, kinds
-from rsft_lib.data.store import TokenStore
+from rsft_lib.data.store import ROWS, TokenStore
 from rsft_lib.data.tokenize import tokenize
 from rsft_lib.lab import Suspect, chosen, compare, hardest_spans, suspects, typical
 from rsft_lib.scoring import scored
@@ -214,8 +214,8 @@ def test_a_dataset_that_changed_since_is_not_filtered(folder, tmp_path):
     with pytest.raises(ValueError, match="has changed since"):
         exclude(store, [1], tmp_path / "filtered")
     assert not (tmp_path / "filtered").exists()
-    (tmp_path / "tokens.rejected.jsonl").unlink()
-    with pytest.raises(ValueError, match="rejected.jsonl leaves"):
+    (tmp_path / "tokens" / ROWS).unlink()
+    with pytest.raises(ValueError, match="an older version of this kit wrote it; tokenize again"):
         source_lines(store)
 
 

@@ -12,8 +12,9 @@ from real import REAL, needs_real
 from rsft_lib import demo
 from rsft_lib.artifact import new_folder
 from rsft_lib.chat import encode
+from rsft_lib.data.conversation import to_messages
 from rsft_lib.data.packed import PackedDataset
-from rsft_lib.data.records import read_records, to_messages
+from rsft_lib.data.records import read_records
 from rsft_lib.data.store import StoreWriter, TokenStore
 from rsft_lib.tokenizer import load_tokenizer, patch_tokenizer
 from rsft_lib.view.browse import browse

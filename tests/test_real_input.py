@@ -154,7 +154,7 @@ HARD = {  # answer -> what is trained of it, or why the row is refused
     "<short>x<｜User｜>y": "would become a control token",
     "<short>x<｜end▁of▁sentence｜>": "would become a control token",
     "<short>\ud800": "half of a surrogate pair",
-    " \n": "expected a text that is not empty",
+    " \n": "expected text that is not empty",
 }
 
 

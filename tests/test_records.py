@@ -9,16 +9,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from rsft_lib.data.records import (
-    LINE_LIMIT,
-    blocks,
-    conversation,
-    parse,
-    read_hub,
-    read_records,
-    read_rows,
-    to_messages,
-)
+from rsft_lib.data.conversation import conversation, to_messages
+from rsft_lib.data.records import LINE_LIMIT, blocks, parse, read_hub, read_records, read_rows
 
 PAIR = {"instruction": "2 + 2 ?", "output": "<think>\nhm\n</think>\n\n4"}
 MESSAGES = [{"role": "user", "content": PAIR["instruction"]}, {"role": "assistant", "content": PAIR["output"]}]
@@ -91,7 +83,7 @@ def test_a_folder_of_files_is_read_as_a_dataset_of_the_hub_is(tmp_path, monkeypa
     ],
 )
 def test_every_form_of_a_record_is_the_same_conversation(record, columns):
-    assert conversation(record, columns) == MESSAGES
+    assert conversation(record, columns).messages == MESSAGES
 
 
 def test_tool_calls_need_no_content_and_tool_results_may_be_empty():
@@ -101,7 +93,7 @@ def test_tool_calls_need_no_content_and_tool_results_may_be_empty():
         {"role": "tool", "content": ""},
         MESSAGES[1],
     ]
-    assert conversation({"messages": messages})[1] == {"role": "assistant", "tool_calls": [CALL]}
+    assert conversation({"messages": messages}).messages[1] == {"role": "assistant", "tool_calls": [CALL]}
 
 
 def user(content) -> dict:
@@ -110,27 +102,26 @@ def user(content) -> dict:
 
 BAD = {
     '{"question": "x", "output": "y"}': r"found the fields \['output', 'question'\], expected one of messages",
-    '{"instruction": "x", "output": "  "}': "output is '  ', expected a text that is not empty",
+    '{"instruction": "x", "output": "  "}': "output is '  ', expected text that is not empty",
     '{"instruction": "x", "output": 4}': "output is 4",
-    '{"instruction": "x", "output": "\\ud800"}': "half of a surrogate pair at character 0",
+    '{"instruction": "x", "output": "\\ud800"}': "is half of a surrogate pair",
     json.dumps({"messages": "hello"}): "messages is str, expected a list",
     json.dumps({"messages": ["hello"]}): r"messages\[0\] is 'hello', expected an object",
     json.dumps({"messages": [{"role": "robot", "content": "x"}]}): "role is 'robot', expected one of system, user",
-    json.dumps(user("")): r"messages\[0\].content is '', expected a text",
-    json.dumps(user(None)): r"messages\[0\].content is None, expected a text",
-    json.dumps(user([{"type": "image"}])): r"messages\[0\].content is \[{'type': 'image'}\], expected a text",
+    json.dumps(user("")): r"messages\[0\].content is '', expected text",
+    json.dumps(user(None)): r"messages\[0\].content is None, expected text",
+    json.dumps(user([{"type": "image"}])): r"messages\[0\].content is \[{'type': 'image'}\], expected text",
     json.dumps({"messages": [{"role": "assistant", "content": "x", "train": "no"}]}): "train is 'no', expected true",
     json.dumps({"messages": [{"role": "assistant", "tool_calls": [{}]}]}): "a tool call needs function.name",
-    "{'instruction'": "no JSON",
-    '{"instruction": "cut off': "no JSON",
-    "": "no JSON",
+    "{'instruction'": "not JSON",
+    '{"instruction": "cut off': "not JSON",
     "[1, 2]": "found list, expected an object",
-    f"{LINE}{LINE}": "no JSON .Extra data",
-    '{"a": NaN}': "NaN is no JSON number",
+    f"{LINE}{LINE}": "not JSON .Extra data",
+    '{"a": NaN}': "NaN is not a JSON number",
     '{"a": 1, "a": 2}': "'a' stands twice",
-    '{"a": "\x01"}': "no JSON",
-    '{"a": ' + "1" * 5000 + "}": "no JSON",
-    '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}": "no JSON",
+    '{"a": "\x01"}': "not JSON",
+    '{"a": ' + "1" * 5000 + "}": "not JSON",
+    '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}": "not JSON",
 }
 
 
@@ -144,7 +135,7 @@ def test_a_line_that_cannot_be_used_is_named_with_what_is_wrong(line, tmp_path):
 
 
 def test_bytes_that_are_no_utf8_are_refused():
-    with pytest.raises(ValueError, match="no JSON .*codec can't decode byte 0xff"):
+    with pytest.raises(ValueError, match="not JSON .*codec can't decode byte 0xff"):
         parse(b'{"instruction": "\xff"}')
 
 
@@ -163,7 +154,7 @@ def test_an_endless_line_is_refused_and_the_lines_after_it_keep_their_numbers(tm
     first, endless, last = read_rows(path)
     assert (first.number, last.number) == (1, 3) and parse(last.content) == PAIR
     assert len(endless.content) == LINE_LIMIT + 1
-    with pytest.raises(ValueError, match="the line has over 64 MiB"):
+    with pytest.raises(ValueError, match="the row has over 64 MiB"):
         parse(endless.content)
 
 

@@ -17,16 +17,17 @@ from support import settings
 from rsft_lib import demo
 from rsft_lib.artifact import verify
 from rsft_lib.chat import LOSS_WEIGHTS, ChatTemplate, encode
+from rsft_lib.data.conversation import to_messages
 from rsft_lib.data.encoder import ReferenceEncoder
 from rsft_lib.data.merge import merge
-from rsft_lib.data.records import Row, read_records, to_messages
-from rsft_lib.data.store import LENGTHS, MASK, TokenStore
+from rsft_lib.data.records import Row, read_records
+from rsft_lib.data.store import LENGTHS, MASK, ROWS, TokenStore
 from rsft_lib.data.tokenize import tokenize
 from rsft_lib.data.worker import Job, Options, Worker
 from rsft_lib.tokenizer import load_tokenizer, patch_tokenizer
 from rsft_lib.training.datasets import open_datasets
 
-FILES = ["text_document.bin", "text_document.idx", MASK, LENGTHS, "blocks.npy"]
+FILES = ["text_document.bin", "text_document.idx", MASK, LENGTHS, "blocks.npy", ROWS]
 GOOD = json.dumps({"instruction": "2 + 2 ?", "output": "<think>\nhm\n</think>\n\n4"})
 
 
@@ -216,13 +217,15 @@ def reason(tokenizer: Path, record: dict, template: str = "", row_seconds: float
         added_tokens=loaded.get_added_vocab(),
         options=Options(),
     )
-    (reject,) = Worker(job, row_seconds).block([Row(1, record)], ReferenceEncoder.name).rejects
+    (reject,) = Worker(job, row_seconds).block([Row(1, record)], ReferenceEncoder.name).fates.rejects
     return reject.reason
 
 
 def test_a_mask_of_nothing_or_of_everything_is_refused(patched):
     everything = "{% generation %}{% for m in messages %}{{ m.content }}{% endfor %}{{ eos_token }}{% endgeneration %}"
-    assert "tokens would be trained; is this the right template?" in reason(patched, json.loads(GOOD), everything)
+    assert "message 0 (user): the chat template drops it, changes it or puts it elsewhere" in reason(
+        patched, json.loads(GOOD), everything
+    )
 
 
 def test_a_template_that_never_ends_costs_its_row_and_not_the_work(patched):
@@ -276,7 +279,7 @@ def test_a_prompt_longer_than_the_limit_is_dropped_also_when_cutting(patched, tm
     data = lines(tmp_path, GOOD, GOOD.replace("2 + 2", "2 + 2 " * 40))
     facts = tokenize(data, patched, tmp_path / "out", 60, workers=0, overlong="truncate")
     assert facts["counts"]["dropped"] == 1 and "truncated" not in facts["counts"]
-    with pytest.raises(ValueError, match="none of 2 records fits into max_length 5 tokens"):
+    with pytest.raises(ValueError, match="none of 2 usable records fits into max_length 5 tokens"):
         tokenize(data, patched, tmp_path / "none", 5, workers=0)
 
 
@@ -324,14 +327,16 @@ def test_every_mutated_row_is_written_rejected_or_dropped_and_no_other_is_touche
     longest = int(TokenStore(tmp_path / "good").lengths.max())
     facts = tokenize(data, patched, tmp_path / "out", longest, workers=2, reject_limit=1)
     counts = facts["counts"]
-    assert counts["records"] == 20_000 == counts["written"] + counts["rejected"] + counts["dropped"]
+    blank = {2 * i + 1 for i, row in enumerate(rows) if not row.strip()}
+    assert counts["records"] == 20_000 - len(blank) == counts["written"] + counts["rejected"] + counts["dropped"]
     assert counts["rejected"] > 2000 and counts["written"] > 11_000 and counts["dropped"] > 0
 
     lost = {row["line"] for row in rejected(tmp_path / "out")}
     assert len(lost) == counts["rejected"] and all(line % 2 for line in lost)
-    accepted = [line for line in range(1, 20_001) if line not in lost]
+    accepted = [line for line in range(1, 20_001) if line not in lost | blank]
     lengths = np.load(tmp_path / "out" / LENGTHS)
     kept = [line for line, length in zip(accepted, lengths, strict=True) if length <= longest]
+    assert np.load(tmp_path / "out" / ROWS).tolist() == kept
     found = {line: sample for line, sample in zip(kept, samples(tmp_path / "out"), strict=True) if line % 2 == 0}
     expected = samples(tmp_path / "good")
     assert found == {2 * i + 2: expected[i % len(good)] for i in range(10_000)}

@@ -1,6 +1,7 @@
 """A dataset without some of its records, found again from the samples that they became."""
 
 import json
+import re
 import shutil
 from collections.abc import Collection
 from pathlib import Path
@@ -9,7 +10,8 @@ import numpy as np
 
 from rsft_lib.artifact import new_folder
 from rsft_lib.data.records import Source, source_of
-from rsft_lib.data.store import LENGTHS, TokenStore
+from rsft_lib.data.splits import SPLITS
+from rsft_lib.data.store import ROWS, TokenStore
 from rsft_lib.paths import resolve
 
 
@@ -17,22 +19,13 @@ def source_lines(store: TokenStore) -> np.ndarray:
     """The number of the record that each sample was made from, counted from 1 as lines are: int64 [samples].
 
     Raises:
-        ValueError: the store does not tell: it is one shard of several, or samples were cut and others dropped.
+        ValueError: the store is one shard of several, or was written before these numbers were kept.
     """
-    manifest, lengths = store.manifest, np.load(store.folder / LENGTHS)
-    options, records = manifest["options"], manifest["counts"]["records"]
-    if manifest["shard"] != [0, 1]:
-        raise ValueError(f"{store.folder} is shard {manifest['shard']} of several; merge them first")
-    accepted = np.setdiff1d(np.arange(1, records + 1), _rejected(store.folder))
-    if len(accepted) != len(lengths):
-        raise ValueError(
-            f"{store.folder}: of {records} records {len(lengths)} were accepted, but its .rejected.jsonl leaves "
-            f"{len(accepted)}: it belongs to another run; tokenize again"
-        )
-    stored = lengths <= options["max_length"] if options["overlong"] == "drop" else np.ones(len(lengths), dtype=bool)
-    if stored.sum() != len(store):
-        raise ValueError(f"{store.folder}: of what was cut some was dropped; which cannot be told. Use overlong 'drop'")
-    return accepted[stored]
+    if store.manifest["shard"] != [0, 1]:
+        raise ValueError(f"{store.folder} is shard {store.manifest['shard']} of several; merge them first")
+    if not (store.folder / ROWS).is_file():
+        raise ValueError(f"{store.folder} has no {ROWS}: an older version of this kit wrote it; tokenize again")
+    return np.load(store.folder / ROWS)
 
 
 def exclude(store: TokenStore, samples: Collection[int], folder: str | Path) -> dict:
@@ -49,17 +42,21 @@ def exclude(store: TokenStore, samples: Collection[int], folder: str | Path) -> 
     """
     out = set(source_lines(store)[sorted(samples)].tolist())
     source = _source(store)
-    split = Path(source.name).name.partition(".")[0] if not source.split else source.split
+    split = Path(source.name).name.partition(".")[0]
+    others = [
+        other for other in Path(source.name).parent.glob("*.jsonl") if other.stem in SPLITS and other.stem != split
+    ]
+    if source.split or split not in SPLITS:
+        split, others = "train", []
     facts = {"made_by": "exclude", **source.facts(), "counts": {"kept": 0, "left_out": len(out)}}
     with new_folder(resolve(folder), facts) as temporary:
         with (temporary / f"{split}.jsonl").open("wb") as file:
             for row in source.rows():
-                if row.number not in out:
+                if row.number not in out and not isinstance(row.content, Exception):
                     file.write(_line(row.content))
                     facts["counts"]["kept"] += 1
-        for other in Path(source.name).parent.glob("*.jsonl") if not source.split else ():
-            if other.stem in ("train", "heldout") and other.stem != split:
-                shutil.copyfile(other, temporary / other.name)
+        for other in others:
+            shutil.copyfile(other, temporary / other.name)
     return facts
 
 
@@ -75,13 +72,8 @@ def _source(store: TokenStore) -> Source:
     return source
 
 
-def _rejected(folder: Path) -> list[int]:
-    path = folder.with_name(f"{folder.name}.rejected.jsonl")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [json.loads(line)["line"] for line in lines]
-
-
 def _line(content: bytes | dict) -> bytes:
+    """A row on one line; outside of strings, where JSON allows them, line breaks mean as much as spaces."""
     if isinstance(content, bytes):
-        return content.rstrip(b"\r\n") + b"\n"
-    return json.dumps(content, ensure_ascii=False).encode() + b"\n"
+        return re.sub(rb"[\r\n]+", b" ", content.strip()) + b"\n"
+    return json.dumps(content, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace") + b"\n"

@@ -5,12 +5,9 @@ lays them down in a scratch file; about 50 bytes of each stay in memory (`pairs.
 stay from there in their final order. The scratch file takes as much disk as the dataset and is gone at the end.
 """
 
-import hashlib
 import json
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -18,16 +15,16 @@ import numpy as np
 
 from rsft_lib.artifact import file_hash, new_folder, read_manifest, verify_files
 from rsft_lib.chat import END_THINK, SHORT, THINK
-from rsft_lib.data.answers import final_answer, normalized
-from rsft_lib.data.pairs import balance, coverage, disagreeing, held_back, not_shorter
-from rsft_lib.data.records import Source, as_text, conversation, parse, source_of
-from rsft_lib.data.rejects import Reject, Rejects
-from rsft_lib.data.scratch import Sample, Scratch
+from rsft_lib.data.pairs import OTHER, balance, coverage, disagreeing, held_back, not_shorter
+from rsft_lib.data.records import Source, source_of
+from rsft_lib.data.rejects import Reject, Rejects, reject
+from rsft_lib.data.samples import Sample, cut_sample, declared_sample, long_sample, short_sample
+from rsft_lib.data.scratch import Scratch
 from rsft_lib.paths import resolve
 from rsft_lib.tokenizer import load_tokenizer
 
 FINDINGS = "findings.jsonl"
-TAGS = re.compile("|".join((THINK, END_THINK, SHORT)))
+WHAT = {long_sample: "long answers", short_sample: "short answers", declared_sample: "dataset"}
 
 
 def build_hybrid(
@@ -37,6 +34,7 @@ def build_hybrid(
     held_out: float,
     seed: int,
     *,
+    hybrid: str | Path = "",
     cut_short: bool = False,
     tokenizer: str | Path = "",
     columns: dict[str, str] | None = None,
@@ -44,37 +42,45 @@ def build_hybrid(
     on_disagreement: str = "drop",
     reject_limit: float = 0.001,
 ) -> dict:
-    """Write `train.jsonl` and `heldout.jsonl` from a file of long answers and one of short answers.
+    """Write `train.jsonl` and `heldout.jsonl` from long and short answers, or from a dataset that has both already.
 
     Where they are there already, made from the same, they are kept, and what was tokenized into their folder too.
 
-    Either file may have problems that the other has not. The split is by problem, whatever its white space: all
-    answers to it go to one side. `findings.jsonl` names the answers that disagree and the pairs whose short one is
-    no shorter; `FOLDER.rejected.jsonl`, beside the folder, the records that cannot be used.
+    Any input may have problems that another has not. The split is by question, whatever its white space: all answers
+    to it go to one side. `findings.jsonl` names the answers that disagree and the pairs whose short one is no shorter;
+    `FOLDER.rejected.jsonl`, beside the folder, the records that cannot be used.
 
     Args:
         long: records whose answers are `<think>` thoughts `</think>` answer; a file, or a dataset on the Hub by name,
             `org/name` or `org/name:split@revision`.
         short: records whose answers are concise; `<short>` is put before them. Empty: they are cut from `long`,
             from after `</think>`.
-        held_out: share of the problems that is kept from training; 0 for none, and then no `heldout.jsonl`.
+        held_out: share of the questions that is kept from training; 0 for none, and then no `heldout.jsonl`.
+        hybrid: records whose answers begin with `<think>` or `<short>` already, in place of `long` and `short`. A
+            dataset without any control token is taken too: its samples are of one mode, 'other'.
         cut_short: cut short answers, too, to the problems that `short` does not have.
         tokenizer: folder of the tokenizer that measures lengths; empty measures characters.
-        columns: what both call a field, e.g. {'prompt': 'question', 'response': 'answer'}.
+        columns: what all of them call a field, e.g. {'prompt': 'question', 'response': 'answer'}.
         empty_think: accept `<think>` with nothing in it.
         on_disagreement: 'drop' or 'error', for answers to one problem whose final answers are not the same.
         reject_limit: largest share of the records that may be unusable.
 
     Returns:
         The manifest's facts. `counts` has the samples by split and mode, `balance` also the length of their prompts
-        and answers in `unit`, `problems` how many are answered in which modes, `records` what became of those read.
+        and answers in `unit`, `problems` how many are answered in which modes, `records` what became of those read,
+        `unused_fields` the fields that are in no sample, with the number of records.
 
     Raises:
-        ValueError: too many records are unusable, answers disagree where that is an error, or nothing is left.
+        ValueError: too many records are unusable, answers disagree where that is an error, an input is empty, or
+            nothing is left.
     """
     if not 0 <= held_out < 1 or on_disagreement not in ("drop", "error"):
         raise ValueError(f"{held_out=} must be from 0 to below 1, and {on_disagreement=} 'drop' or 'error'")
-    sources = [source_of(long, "long answers"), *([source_of(short, "short answers")] if short else [])]
+    if hybrid and cut_short:
+        raise ValueError("cut_short is for `long`: a hybrid dataset has the short answers that it has")
+    inputs = [(long, long_sample), *([(short, short_sample)] if short else [])]
+    inputs = [(source_of(data, WHAT[make]), make) for data, make in ([(hybrid, declared_sample)] if hybrid else inputs)]
+    sources = [source for source, _ in inputs]
     facts = {"made_by": "build_hybrid", "sources": {str(source): source.facts()["data_sha256"] for source in sources}}
     facts |= {
         "held_out": held_out, "seed": seed, "cut_short": cut_short, "columns": columns or {},
@@ -90,13 +96,16 @@ def build_hybrid(
         Rejects(destination, reject_limit) as rejects,
     ):
         scratch = Scratch(file, sources)
-        read = partial(_usable, columns=columns, rejects=rejects)
-        scratch.fill(_samples(sources, cut_short or not short, empty_think, read), _measure(tokenizer))
-        rejects.settle(int((~_cut_rows(scratch.rows)).sum()) + rejects.count)
+        reader = Reader(inputs, columns or {}, empty_think, rejects)
+        scratch.fill(reader.samples(cut_short or not (short or hybrid)), _measure(tokenizer))
+        reader.refuse_empty()
+        _refuse_undeclared(scratch, rejects, reader.read.total())
+        rejects.settle(reader.read.total())
         kept, findings = _kept(scratch, on_disagreement)
         facts["records"] = _counts(scratch.rows, kept, rejects.count)
         facts["problems"] = coverage(scratch.rows[kept])
         facts["findings"] = dict(Counter(finding["finding"] for finding in findings))
+        facts["unused_fields"] = dict(reader.unused)
         facts["balance"] = found = _write_splits(scratch, kept, held_out, seed, temporary)
         facts["counts"] = {s: {mode: n["samples"] for mode, n in modes.items()} for s, modes in found.items()}
         lines = (json.dumps(finding, ensure_ascii=False) + "\n" for finding in findings)
@@ -131,103 +140,75 @@ def _measure(tokenizer: str | Path) -> Callable[[list[str]], list[int]]:
     return lambda texts: [len(encoding) for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
-def _samples(sources: list[Source], cut: bool, empty_think: bool, read: Callable) -> Iterator[Sample]:
-    """The samples of the short answers, then of the long ones, each with a short one cut from it where that is due."""
-    long, answered = sources[0], set()
-    for source in sources[1:]:
-        for _, sample in read(source, _short):
-            answered.add(sample.facts["problem"])
+class Reader:
+    """Reads sources as samples and counts what it reads; a record that raises anything at all is rejected."""
+
+    def __init__(
+        self, inputs: list[tuple[Source, Callable]], columns: dict[str, str], empty_think: bool, rejects: Rejects
+    ):
+        self.inputs = inputs
+        self.columns, self.empty_think, self.rejects = columns, empty_think, rejects
+        self.read, self.used, self.unused = Counter(), Counter(), Counter()
+
+    def samples(self, cut: bool) -> Iterator[Sample]:
+        """All samples, short answers first; with `cut`, a short one from each long one whose problem has none."""
+        answered = set()
+        for number in reversed(range(len(self.inputs))):
+            for sample in self._of(number):
+                yield sample
+                if not cut:
+                    continue
+                if self.inputs[number][1] is short_sample:
+                    answered.add(sample.facts["problem"])
+                elif sample.facts["problem"] not in answered:
+                    yield cut_sample(sample)
+
+    def _of(self, number: int) -> Iterator[Sample]:
+        source, make = self.inputs[number]
+        for row in source.rows():
+            self.read[number] += 1
+            try:
+                sample = make(row, self.columns, self.empty_think)
+            except Exception as error:
+                self.rejects.add([reject(str(source), row, error)], seen=self.read.total())
+                continue
+            self.used[number] += 1
+            self.unused.update(sample.unused)
+            sample.facts["source"] = number
             yield sample
-    for row, sample in read(long, partial(_long, empty_think=empty_think)):
-        yield sample
-        if cut and sample.facts["problem"] not in answered:
-            yield _cut(sample, row)
+
+    def refuse_empty(self) -> None:
+        """Check that every source gave a sample.
+
+        Raises:
+            ValueError: one has no records; or all of its records were rejected, with the reason of the first.
+        """
+        for number, (source, make) in enumerate(self.inputs):
+            if not self.read[number]:
+                raise ValueError(f"{WHAT[make]}: {source} holds no records")
+            if not self.used[number]:
+                self.rejects.settle(self.read.total())
+                raise ValueError(f"{WHAT[make]}: all {self.read[number]:,} records of {source} are rejected")
 
 
-def _usable(
-    source: Source, make: Callable[..., Sample], columns: dict[str, str] | None, rejects: Rejects
-) -> Iterator[tuple[int, Sample]]:
-    """(number, sample) of every row of a source that makes one; the others are among the rejects."""
-    for row in source.rows():
-        try:
-            record = parse(row.content)
-            sample = make(row.number, record, *_pair(record, columns))
-        except ValueError as error:
-            rejects.add([Reject(str(source), row.number, str(error), as_text(row.content))], seen=row.number)
-        else:
-            yield row.number, sample
-
-
-def _long(line: int, record: dict, prompt: str, answer: str, empty_think: bool) -> Sample:
-    tags = TAGS.findall(answer)
-    if tags != [THINK, END_THINK] or not answer.startswith(THINK):
-        raise ValueError(
-            f"a long answer must begin with {THINK}, close it with {END_THINK} once, and then answer; found "
-            f"{' '.join(tags) or 'no tags'}, and {answer[:20]!r} at its beginning"
-        )
-    thoughts, _, rest = answer.removeprefix(THINK).partition(END_THINK)
-    if not rest.strip():
-        raise ValueError(f"a long answer must answer after {END_THINK}; nothing is there")
-    if not thoughts.strip() and not empty_think:
-        raise ValueError(f"{THINK} holds no thoughts; empty_think accepts that")
-    return _sample(line, record, prompt, answer, long=True, from_long=True)
-
-
-def _short(line: int, record: dict, prompt: str, answer: str) -> Sample:
-    answer = answer.removeprefix(SHORT)
-    if tags := TAGS.findall(answer):
-        raise ValueError(f"a short answer must not hold {' '.join(tags)}")
-    return _sample(line, record, prompt, SHORT + answer, long=False, from_long=False)
-
-
-def _cut(sample: Sample, line: int) -> Sample:
-    """The short sample that says what a long one says after its thoughts."""
-    answer = sample.record["output"].partition(END_THINK)[2].strip()
-    return _sample(line, sample.record, sample.record["instruction"], SHORT + answer, long=False, from_long=True)
-
-
-def _pair(record: dict, columns: dict[str, str] | None) -> tuple[str, str]:
-    messages = conversation(record, columns)
-    if [message["role"] for message in messages] != ["user", "assistant"]:
-        raise ValueError("expected one user and one assistant message")
-    return messages[0]["content"], messages[1]["content"]
-
-
-def _sample(line: int, record: dict, prompt: str, answer: str, *, long: bool, from_long: bool) -> Sample:
-    made = {"instruction": prompt, "output": answer, "mode": "think" if long else "short"}
-    made |= {name: record[name] for name in ("id", "answer") if name in record}
-    stated, said = _stated(record), final_answer(answer)
-    if said and stated is None:
-        made["answer"] = said
-    problem, claim = " ".join(prompt.split()), normalized(said or stated or "")
-    facts = {
-        "long": long,
-        "from_long": from_long,
-        "line": line,
-        "problem": _hash(problem),
-        "claim": _hash(problem, claim) if claim else 0,
-        "wrong": bool(said and stated) and normalized(said) != normalized(stated),
-    }
-    return Sample(made, json.dumps(made, ensure_ascii=False).encode() + b"\n", facts)
-
-
-def _stated(record: dict) -> str | None:
-    """What the field `answer` of a record says; it may be a whole solution, as GSM8K's is."""
-    stated = record.get("answer")
-    if not isinstance(stated, str | int | float) or not str(stated).strip():
-        return None
-    return final_answer(str(stated)) or str(stated)
-
-
-def _hash(*texts: str) -> int:
-    return int.from_bytes(hashlib.blake2b("\0".join(texts).encode(), digest_size=8).digest(), "little")
+def _refuse_undeclared(scratch: Scratch, rejects: Rejects, read: int) -> None:
+    """Where any answer declares its mode, those that do not are rejected: they would teach a third."""
+    others = scratch.rows["mode"] == OTHER
+    if others.all() or not others.any():
+        return
+    reason = f"the answer begins with neither {THINK} nor {SHORT}, as {(~others).sum():,} others of this dataset do"
+    for number in np.flatnonzero(others).tolist():
+        row = scratch.rows[number]
+        found = Reject(str(scratch.sources[row["source"]]), int(row["line"]), reason, scratch.line(number).decode())
+        rejects.add([found], seen=read)
+    scratch.rows = scratch.rows[~others]
 
 
 def _kept(scratch: Scratch, on_disagreement: str) -> tuple[np.ndarray, list[dict]]:
     """(numbers of the samples that stay, int64 [kept]; findings about them and about those that go)."""
     rows = scratch.rows
     dropped, against = disagreeing(rows)
-    read = ~_cut_rows(rows)[dropped]  # what is cut from a wrong answer is no second finding
+    read = ~rows["cut"][dropped]  # what is cut from a wrong answer is no second finding
     found = sorted({tuple(sorted({i, j})) for i, j in zip(dropped[read].tolist(), against[read].tolist(), strict=True)})
     what = {1: "the final answer is not the field `answer`", 2: "final answers differ"}
     findings = [scratch.finding(what[len(pair)], *pair) for pair in found]
@@ -242,13 +223,9 @@ def _kept(scratch: Scratch, on_disagreement: str) -> tuple[np.ndarray, list[dict
     return kept, findings
 
 
-def _cut_rows(rows: np.ndarray) -> np.ndarray:
-    return rows["from_long"] & ~rows["long"]
-
-
 def _counts(rows: np.ndarray, kept: np.ndarray, rejected: int) -> dict[str, int]:
     """What became of the records read; samples = read - rejected - disagreeing + cut."""
-    records, cut = int((~_cut_rows(rows)).sum()), int(_cut_rows(rows[kept]).sum())
+    records, cut = int((~rows["cut"]).sum()), int(rows["cut"][kept].sum())
     return {
         "read": records + rejected,
         "rejected": rejected,

@@ -10,10 +10,10 @@ import numpy as np
 
 from rsft_lib.artifact import new_folder, verify
 from rsft_lib.data.rejects import Reject, Rejects
-from rsft_lib.data.store import BLOCKS, LENGTHS, StoreWriter, TokenStore
+from rsft_lib.data.store import BLOCKS, LENGTHS, ROWS, StoreWriter, TokenStore
 from rsft_lib.paths import existing, resolve
 
-OF_THE_SHARD = {"shard", "encoder", "counts", "modes", "files", "data", "tokenizer"}
+OF_THE_SHARD = {"shard", "encoder", "counts", "modes", "unused_fields", "files", "data", "tokenizer"}
 
 
 def merge(shards: list[str | Path], folder: str | Path, reject_limit: float = 0.001) -> dict:
@@ -60,25 +60,28 @@ def _check(manifests: dict[Path, dict], folders: list[Path]) -> None:
 
 
 def _whole(manifests: list[dict]) -> dict:
-    counts, modes = Counter(), defaultdict(Counter)
+    counts, modes, unused = Counter(), defaultdict(Counter), Counter()
     for manifest in manifests:
         counts.update(manifest["counts"])
+        unused.update(manifest["unused_fields"])
         for mode, counted in manifest["modes"].items():
             modes[mode].update(counted)
     facts = {name: value for name, value in manifests[0].items() if name != "files"}
-    return facts | {"shard": [0, 1], "counts": counts, "modes": modes}
+    return facts | {"shard": [0, 1], "counts": counts, "modes": modes, "unused_fields": unused}
 
 
 def _blocks(folder: Path) -> Iterator:
     """For each block of a shard, a function that reads what `StoreWriter.add_block` takes."""
-    store, lengths = TokenStore(folder), np.load(folder / LENGTHS)
+    store, lengths, rows = TokenStore(folder), np.load(folder / LENGTHS), np.load(folder / ROWS)
     tokens = np.memmap(f"{store.tokens.path_prefix}.bin", dtype=np.int32, mode="r")
     starts = np.concatenate([[0], store.ends])
     sample = record = 0
     for samples, records in np.load(folder / BLOCKS).tolist():
         part = slice(starts[sample], starts[sample + samples])
-        own = slice(sample, sample + samples), slice(record, record + records)
-        yield lambda part=part, own=own: (tokens[part], store.mask[part], store.lengths[own[0]], lengths[own[1]])
+        own, read = slice(sample, sample + samples), slice(record, record + records)
+        yield lambda part=part, own=own, read=read: (
+            tokens[part], store.mask[part], store.lengths[own], lengths[read], rows[own],
+        )  # fmt: skip
         sample, record = sample + samples, record + records
 
 

@@ -1,9 +1,9 @@
-"""Training records as conversations, from JSON Lines, JSON, Parquet (`.gz` and `.zst` too) or a dataset on the Hub."""
+"""Rows of training data from JSON Lines, a JSON list, Parquet (`.gz` and `.zst` too) or a dataset on the Hub."""
 
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -14,23 +14,26 @@ import pyarrow.parquet
 from rsft_lib.artifact import file_hash
 from rsft_lib.paths import existing, resolve
 
-FIELDS = [("instruction", "output"), ("prompt", "response"), ("problem", "solution")]
-CHATS = ["messages", "conversations"]
 SUFFIXES = (".jsonl", ".json", ".parquet")
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
-LINE_LIMIT = 64 << 20  # bytes; a longer line is no record but a damaged file
+LINE_LIMIT = 64 << 20  # bytes; a longer line is not a record but a damaged file
+BOM = b"\xef\xbb\xbf"
 
-# What ShareGPT's `conversations` call what OpenAI's `messages` call role and content.
-SHAREGPT_KEYS = {"from": "role", "value": "content"}
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
-ROLES = ("system", "user", "assistant", "tool")
+
+# What cuts a JSON list into its elements; a lone quote opens a string whose end has not been read yet.
+TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|["\[\]{},]', re.S)
+READ = 1 << 20  # bytes read at a time
 
 
 class Row(NamedTuple):
-    """A record as it was read: its number in the file, from 1, and a line still to be parsed or an object."""
+    """A record as it was read: its number in the file, counted from 1 as lines are, and what stands there.
+
+    `content` is JSON still to be parsed, an object, or the error that reading this row alone raised.
+    """
 
     number: int
-    content: bytes | dict
+    content: bytes | dict | Exception
 
 
 class Source(NamedTuple):
@@ -56,34 +59,37 @@ def source_of(data: str | Path, what: str = "data file") -> Source:
     """The source that `data` names: a file, a folder with a dataset, or `org/name`, `org/name:split@revision`.
 
     Raises:
-        FileNotFoundError: it is a file's name, and no file is there.
+        FileNotFoundError: it is not a name on the Hub, and no file or folder is there.
     """
     if any(suffix in Path(data).suffixes for suffix in SUFFIXES) or resolve(data).is_file():
         return Source(str(existing(data, what)))
     name, _, revision = str(data).partition("@")
     name, _, split = name.partition(":")
-    return Source(str(resolve(name)) if resolve(name).is_dir() else name, split or "train", revision or "main")
+    folder = resolve(name)
+    if folder.is_dir() or not HUB_NAME.fullmatch(name):
+        name = str(existing(folder, what))
+    return Source(name, split or "train", revision or "main")
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of a data file, as they are read; lines are not parsed yet.
+    """The rows of a data file, as they are read; JSON is not parsed yet, and blank lines are no rows.
 
-    A `.json` file that holds a list is read whole; all others take no more memory than a part of them.
+    However large the file is, a few rows of it are in memory (of a Parquet file, a few hundred).
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file cannot be read on, as it is truncated or of another kind.
+        ValueError: the file is truncated or damaged, so that its rows cannot be told apart.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"data file {path} does not exist")
     try:
         if ".parquet" in path.suffixes:
-            yield from _parquet_rows(path)
+            yield from _arrow_rows(pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256))
             return
         compression = COMPRESSION.get(path.suffix)
-        with io.BufferedReader(pyarrow.input_stream(str(path), compression=compression), 1 << 20) as file:
-            yield from _list_rows(file, path) if _holds_list(file) else _lines(file)
+        with io.BufferedReader(pyarrow.input_stream(str(path), compression=compression), READ) as file:
+            yield from _elements(file, path) if _holds_list(file) else _lines(file)
     except (OSError, EOFError, pyarrow.ArrowException) as error:
         raise ValueError(f"{path} cannot be read to its end ({error}): it is damaged; fetch it again") from error
 
@@ -92,7 +98,8 @@ def read_hub(name: str, split: str, revision: str) -> Iterator[Row]:
     """The rows of a dataset on the Hugging Face Hub, or of a local folder that looks like one.
 
     Raises:
-        FileNotFoundError: there is no such dataset, split or revision, or it cannot be had.
+        FileNotFoundError: there is no such dataset, split or revision, or it cannot be downloaded.
+        ValueError: it cannot be read to its end.
     """
     from datasets import load_dataset
 
@@ -100,11 +107,16 @@ def read_hub(name: str, split: str, revision: str) -> Iterator[Row]:
         dataset = load_dataset(name, split=split, revision=revision, streaming=True)
     except Exception as error:  # the library raises many kinds; each means that the dataset is not here
         raise FileNotFoundError(
-            f"{name!r} is no data file (.jsonl, .json, .parquet, also .gz or .zst), and no dataset with split "
-            f"{split!r} at revision {revision!r} could be had from the Hub ({error}); check the name and the network"
+            f"{name!r} is not a data file (.jsonl, .json, .parquet, also .gz or .zst), and no dataset with split "
+            f"{split!r} at revision {revision!r} could be loaded from the Hub ({error}); check the name and the network"
         ) from error
-    for number, row in enumerate(dataset, start=1):
-        yield Row(number, row)
+    number = 0
+    try:
+        for row in _arrow_rows(dataset.with_format("arrow").iter(batch_size=256)):
+            number = row.number
+            yield row
+    except (OSError, EOFError, pyarrow.ArrowException, ValueError) as error:
+        raise ValueError(f"{name}:{split} cannot be read on after row {number} ({error})") from error
 
 
 def read_records(path: Path) -> Iterator[tuple[str, dict]]:
@@ -112,7 +124,7 @@ def read_records(path: Path) -> Iterator[tuple[str, dict]]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line is no UTF-8, no JSON or no object.
+        ValueError: a row is not UTF-8, not JSON or not an object.
     """
     for row in read_rows(path):
         place = f"{path}:{row.number}"
@@ -122,125 +134,33 @@ def read_records(path: Path) -> Iterator[tuple[str, dict]]:
             raise ValueError(f"{place}: {error}") from None
 
 
-def parse(content: bytes | dict) -> dict:
-    """The object on a line of JSON; strict, where Python's parser is lenient.
+def parse(content: bytes | dict | Exception) -> dict:
+    """The object that a row holds; strict where Python's JSON parser is lenient.
 
     Raises:
-        ValueError: no UTF-8, no JSON (NaN is none), no object, or a name twice in one object.
+        ValueError: not UTF-8, not JSON (NaN is not), not an object, a name twice in one object, or unreadable.
     """
+    if isinstance(content, Exception):
+        raise ValueError(f"the row cannot be read ({content})")
     if not isinstance(content, bytes):
         record = content
     elif len(content) > LINE_LIMIT:
-        raise ValueError(f"the line has over {LINE_LIMIT >> 20} MiB; is it a JSON Lines file?")
+        raise ValueError(f"the row has over {LINE_LIMIT >> 20} MiB; is it a JSON Lines file?")
     else:
         try:
             record = DECODER.decode(content.decode("utf-8"))
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"no JSON ({error}); found {content[:60]!r}") from None
+            raise ValueError(f"not JSON ({error}); found {content[:60]!r}") from None
     if not isinstance(record, dict):
         raise ValueError(f"found {type(record).__name__}, expected an object with fields")
     return record
 
 
-def as_text(content: bytes | dict) -> str:
-    """What stood on a line, for a person to read."""
+def as_text(content: bytes | dict | Exception) -> str:
+    """What stood in a row, for a person to read."""
     if isinstance(content, bytes):
         return content.rstrip(b"\r\n").decode("utf-8", "backslashreplace")
     return json.dumps(content, ensure_ascii=False, default=str)
-
-
-def to_messages(record: dict, place: str, columns: dict[str, str] | None = None) -> list[dict]:
-    """`conversation`, whose errors begin with `place`."""
-    try:
-        return conversation(record, columns)
-    except ValueError as error:
-        raise ValueError(f"{place}: {error}") from None
-
-
-def conversation(record: dict, columns: dict[str, str] | None = None) -> list[dict]:
-    """The messages of a record: `messages`, `conversations`, or a pair such as `instruction` and `output`.
-
-    Args:
-        columns: what this dataset calls a field, e.g. {'prompt': 'question', 'response': 'answer'}.
-
-    Raises:
-        ValueError: the fields are missing, or a text is empty or cannot be encoded.
-    """
-    if columns:
-        record = _renamed(record, columns)
-    for name in CHATS:
-        if record.get(name):
-            return [_message(message, f"{name}[{i}]") for i, message in enumerate(_list(record[name], name))]
-    for prompt, response in FIELDS:
-        if prompt in record and response in record:
-            return [
-                {"role": "user", "content": _text(record[prompt], prompt)},
-                {"role": "assistant", "content": _text(record[response], response)},
-            ]
-    known = ", ".join([*CHATS, *("/".join(pair) for pair in FIELDS)])
-    raise ValueError(f"found the fields {sorted(record)}, expected one of {known}; or say in `columns` what they are")
-
-
-def tools_of(record: dict) -> list[dict] | None:
-    """The tools that a conversation may call, as the chat template takes them.
-
-    Raises:
-        ValueError: `tools` is no list.
-    """
-    return _list(record["tools"], "tools") if record.get("tools") else None
-
-
-def _renamed(record: dict, columns: dict[str, str]) -> dict:
-    missing = [theirs for theirs in columns.values() if theirs not in record]
-    if missing:
-        raise ValueError(f"found the fields {sorted(record)}, but `columns` names {', '.join(missing)}")
-    return {ours: record[theirs] for ours, theirs in columns.items()} | (
-        {"tools": record["tools"]} if "tools" in record else {}
-    )
-
-
-def _message(message, place: str) -> dict:
-    """A message without what is null, its texts checked."""
-    if not isinstance(message, dict):
-        raise ValueError(f"{place} is {message!r:.60}, expected an object with role and content")
-    message = {SHAREGPT_KEYS.get(key, key): value for key, value in message.items() if value is not None}
-    role = message["role"] = SHAREGPT_ROLES.get(message.get("role"), message.get("role"))
-    if role not in ROLES:
-        raise ValueError(f"{place}: role is {role!r}, expected one of {', '.join(ROLES)}")
-    if not isinstance(message.get("train", True), bool):
-        raise ValueError(f"{place}: train is {message['train']!r}, expected true or false")
-    if message.get("tool_calls"):
-        _check_calls(message["tool_calls"], place)
-    if "content" in message or not message.get("tool_calls"):
-        must_speak = role in ("user", "assistant") and not message.get("tool_calls")
-        message["content"] = _text(message.get("content"), f"{place}.content", empty=not must_speak)
-    return message
-
-
-def _check_calls(calls, place: str) -> None:
-    for call in _list(calls, f"{place}.tool_calls"):
-        function = call.get("function") if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or "arguments" not in function:
-            raise ValueError(f"{place}: a tool call needs function.name and function.arguments, found {call!r:.80}")
-        _text(json.dumps(function, ensure_ascii=False), f"{place}.tool_calls")
-
-
-def _list(value, name: str) -> list:
-    if not isinstance(value, list):
-        raise ValueError(f"{name} is {type(value).__name__}, expected a list")
-    return value
-
-
-def _text(value, name: str, empty: bool = False) -> str:
-    if isinstance(value, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in value):
-        value = "".join(str(part.get("text", "")) for part in value)
-    if not isinstance(value, str) or not (empty or value.strip()):
-        raise ValueError(f"{name} is {value!r:.60}, expected a text that is not empty")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{name} holds half of a surrogate pair at character {error.start}") from None
-    return value
 
 
 def _lines(file: io.BufferedReader) -> Iterator[Row]:
@@ -249,27 +169,82 @@ def _lines(file: io.BufferedReader) -> Iterator[Row]:
             rest = file.readline(LINE_LIMIT)
             if not rest or rest.endswith(b"\n"):
                 break
-        yield Row(number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
+        line = line.removeprefix(BOM) if number == 1 else line
+        if line.strip():
+            yield Row(number, line)
 
 
 def _holds_list(file: io.BufferedReader) -> bool:
-    return file.peek(64)[:64].removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+    return file.peek(64)[:64].removeprefix(BOM).lstrip().startswith(b"[")
 
 
-def _list_rows(file: io.BufferedReader, path: Path) -> Iterator[Row]:
+def _elements(file: io.BufferedReader, path: Path) -> Iterator[Row]:
+    """The elements of a JSON list, cut out where brackets and commas say so and not parsed."""
+    text, begin, at, depth, number = b"", 0, 0, 0, 1  # `begin` is where the element starts, `at` what was looked at
+    while more := file.read(max(READ, len(text) - begin)):
+        if len(text) - begin > LINE_LIMIT:
+            raise ValueError(f"{path}: row {number} of the list has over {LINE_LIMIT >> 20} MiB: it is damaged")
+        text, at, begin = text[begin:] + more, at - begin, 0
+        for token in TOKEN.finditer(text, at):
+            mark, end = token[0], token.end()
+            if mark == b'"':
+                break
+            at = end
+            depth += (mark in (b"[", b"{")) - (mark in (b"]", b"}"))
+            if depth == 1 and mark == b"[":
+                begin = end
+            elif (depth == 1 and mark == b",") or depth == 0:
+                element = text[begin : end - 1].strip()
+                if element or depth == 1 or number > 1:
+                    yield Row(number, element)
+                number, begin = number + 1, end
+                if depth == 0:
+                    return _refuse_more(text[end:] + file.read(READ), path)
+    raise ValueError(f"{path} ends within its list, in row {number}: it is damaged; fetch it again")
+
+
+def _refuse_more(rest: bytes, path: Path) -> None:
+    if rest.strip():
+        raise ValueError(f"{path}: found {rest.strip()[:60]!r} after the end of the list; is it JSON Lines?")
+
+
+def _arrow_rows(tables: Iterable[pyarrow.RecordBatch | pyarrow.Table]) -> Iterator[Row]:
+    number = 0
+    for table in tables:
+        for record in _records(table):
+            yield Row(number := number + 1, record)
+
+
+def _records(table: pyarrow.RecordBatch | pyarrow.Table) -> list[dict | Exception]:
+    """The rows of an Arrow table as JSON would have them, an error in place of one that Python cannot hold."""
+    types = {field.name: field.type for field in table.schema}
     try:
-        rows = DECODER.decode(file.read().decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON ({error})") from None
-    for number, row in enumerate(rows, start=1):
-        yield Row(number, row)
+        rows = table.to_pylist()
+    except Exception as error:  # a date beyond year 9999, text that is not UTF-8: look which row it is
+        if len(table) == 1:
+            return [error]
+        return [record for i in range(len(table)) for record in _records(table.slice(i, 1))]
+    return [{name: _as_json(value, types[name]) for name, value in row.items()} for row in rows]
 
 
-def _parquet_rows(path: Path) -> Iterator[Row]:
-    batches = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256)
-    rows = (row for batch in batches for row in batch.to_pylist())
-    for number, row in enumerate(rows, start=1):
-        yield Row(number, row)
+def _as_json(value, kind: pyarrow.DataType):
+    """A value without what Arrow added: a struct has every field that any row has, null where a row has it not."""
+    types = pyarrow.types
+    if value is None:
+        return None
+    if types.is_struct(kind):
+        fields = {field.name: field.type for field in kind}
+        return {name: _as_json(part, fields[name]) for name, part in value.items() if part is not None}
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return [_as_json(part, kind.value_type) for part in value]
+    if types.is_map(kind):
+        return {key: _as_json(part, kind.item_type) for key, part in value}
+    if isinstance(kind, pyarrow.JsonType):  # in which nulls are the row's own
+        try:
+            return DECODER.decode(value)
+        except ValueError:
+            return value
+    return value
 
 
 def _unique(pairs: list[tuple]) -> dict:
@@ -281,7 +256,7 @@ def _unique(pairs: list[tuple]) -> dict:
 
 
 def _no_json(name: str):
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_json)
@@ -294,12 +269,13 @@ def blocks(rows: Iterator[Row], records: int = 256, size: int = 4 << 20) -> Iter
     """
     rows = iter(rows)
     while block := list(islice(rows, 1)):
-        filled = _size(block[0])
+        filled = size_of(block[0])
         while len(block) < records and filled < size and (row := next(rows, None)):
             block.append(row)
-            filled += _size(row)
+            filled += size_of(row)
         yield block
 
 
-def _size(row: Row) -> int:
+def size_of(row: Row) -> int:
+    """Bytes of a row in its file; a guess where that is not lines."""
     return len(row.content) if isinstance(row.content, bytes) else 1024

@@ -4,7 +4,10 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+from rsft_lib.data.records import Row, as_text
+
 HOPELESS = 1000  # rejected rows after which work that mostly fails is not carried on
+LONGEST = 1000  # characters of a reason; an error may quote all of a row
 
 
 class Reject(NamedTuple):
@@ -14,6 +17,12 @@ class Reject(NamedTuple):
     line: int
     reason: str
     record: str
+
+
+def reject(file: str, row: Row, error: Exception) -> Reject:
+    """A row with what it raised, whatever that was: no row ends the work."""
+    reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    return Reject(file, row.number, reason[:LONGEST], as_text(row.content))
 
 
 class Rejects:
@@ -32,7 +41,8 @@ class Rejects:
     def __enter__(self) -> "Rejects":
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.temporary = self.path.with_name(f".{self.path.name}.tmp")
-        self.file = self.temporary.open("w", encoding="utf-8")
+        # Half of a surrogate pair cannot be written, but its escape in JSON can.
+        self.file = self.temporary.open("w", encoding="utf-8", errors="backslashreplace")
         return self
 
     def add(self, rows: list[Reject], seen: int) -> None:

@@ -4,24 +4,17 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from itertools import islice
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import numpy as np
 
 from rsft_lib.data.answers import final_answer
 from rsft_lib.data.pairs import ROW
 from rsft_lib.data.records import Source
+from rsft_lib.data.samples import Sample
 from rsft_lib.progress import progress
 
 BATCH = 128  # samples that are measured at a time; an encoding takes some 100 bytes a token
-
-
-class Sample(NamedTuple):
-    """A record as it will be written, as a line too, and what `ROW` tells of it before it is measured."""
-
-    record: dict
-    line: bytes
-    facts: dict[str, int | bool]
 
 
 class Scratch:
@@ -43,7 +36,7 @@ class Scratch:
         block = np.zeros(len(batch), ROW)
         for name in batch[0].facts:
             block[name] = [sample.facts[name] for sample in batch]
-        block["prompt"] = measure([sample.record["instruction"] for sample in batch])
+        block["prompt"] = measure([sample.context for sample in batch])
         block["answer"] = measure([sample.record["output"] for sample in batch])
         block["size"] = [len(sample.line) for sample in batch]
         block["offset"] = self.file.tell() + np.cumsum(block["size"], dtype=np.int64) - block["size"]
@@ -59,7 +52,7 @@ class Scratch:
         found = {"finding": what, "problem": "", "answers": []}
         for number in numbers:
             row, record = self.rows[number], json.loads(self.line(number))
-            place = f"{self.sources[0 if row['from_long'] else 1]}:{row['line']}"
+            place = f"{self.sources[row['source']]}:{row['line']}"
             said = final_answer(record["output"]) or record.get("answer")
             found["problem"] = record["instruction"]
             found["answers"].append(

@@ -4,6 +4,7 @@ text_document.bin, .idx   token ids, int32, one document per sample (megatron.co
 loss_mask.bin             uint8, one byte per token in the same order: 0 untrained, 1 trained, else see LOSS_WEIGHTS
 lengths.npy               int32, tokens of every accepted record before the over-long ones were dropped or cut
 blocks.npy                int64 [blocks, 2], samples and lengths that each block of records gave
+rows.npy                  int64, of every sample the number of the record it was made from, counted from 1
 manifest.json             where they come from, and size and hash of every file
 """
 
@@ -21,6 +22,7 @@ NAME = "text_document"
 MASK = "loss_mask.bin"
 LENGTHS = "lengths.npy"
 BLOCKS = "blocks.npy"
+ROWS = "rows.npy"
 
 
 class StoreWriter:
@@ -33,13 +35,14 @@ class StoreWriter:
         self.mask = (folder / MASK).open("wb")
         self.lengths: list[NDArray[np.int32]] = []
         self.blocks: list[tuple[int, int]] = []
+        self.rows: list[NDArray[np.int64]] = []
 
     def add(self, ids: Sequence[int], loss_mask: Sequence[int]) -> None:
-        """Add one sample."""
-        length = np.array([len(ids)], dtype=np.int32)
-        self.add_block(np.asarray(ids, dtype=np.int32), np.asarray(loss_mask, dtype=np.uint8), length, length)
+        """Add one sample, made from the record after that of the sample before."""
+        length, row = np.array([len(ids)], dtype=np.int32), np.array([len(self.rows) + 1])
+        self.add_block(np.asarray(ids, dtype=np.int32), np.asarray(loss_mask, dtype=np.uint8), length, length, row)
 
-    def add_block(self, tokens: NDArray, loss_mask: NDArray, lengths: NDArray, before: NDArray) -> None:
+    def add_block(self, tokens: NDArray, loss_mask: NDArray, lengths: NDArray, before: NDArray, rows: NDArray) -> None:
         """Add the samples of one block of records, one after the other.
 
         Args:
@@ -47,8 +50,9 @@ class StoreWriter:
             loss_mask: uint8 [tokens of all samples]
             lengths: int32 [samples]
             before: int32 [records], their lengths before the over-long ones were dropped or cut
+            rows: int64 [samples], the numbers of the records they were made from
         """
-        assert len(tokens) == len(loss_mask) == lengths.sum()
+        assert len(tokens) == len(loss_mask) == lengths.sum() and len(lengths) == len(rows)
         self.builder.data_file.write(tokens.astype(np.int32, copy=False).data)
         documents = len(self.builder.sequence_lengths)
         self.builder.sequence_lengths.extend(lengths.tolist())
@@ -56,12 +60,14 @@ class StoreWriter:
         self.mask.write(loss_mask.data)
         self.lengths.append(before)
         self.blocks.append((len(lengths), len(before)))
+        self.rows.append(rows)
 
     def close(self) -> None:
         self.builder.finalize(f"{self.prefix}.idx")
         self.mask.close()
         np.save(self.folder / LENGTHS, np.concatenate([*self.lengths, np.zeros(0, dtype=np.int32)]))
         np.save(self.folder / BLOCKS, np.array(self.blocks, dtype=np.int64).reshape(-1, 2))
+        np.save(self.folder / ROWS, np.concatenate([*self.rows, np.zeros(0, dtype=np.int64)]))
 
 
 class TokenStore:

@@ -52,12 +52,13 @@ def tokenize(
             served.
 
     Returns:
-        The manifest's facts; `counts` and `modes` say what became of the records, `encoder` how they were encoded.
+        The manifest's facts; `counts` and `modes` say what became of the records, `unused_fields` which of their
+        fields are no part of a conversation and in how many records, `encoder` how they were encoded.
 
     Raises:
         FileNotFoundError: the data or the tokenizer is missing.
         ValueError: the tokenizer breaks the contract, too many records cannot be used (the message names file and
-            line), or none fits.
+            line), there are none, or none fits.
         RuntimeError: a worker died.
     """
     destination, loaded = resolve(folder), load_tokenizer(tokenizer)
@@ -81,21 +82,32 @@ def tokenize(
 
 def _write(encoded: Iterator[Block], writer: StoreWriter, rejects: Rejects, facts: dict) -> None:
     """Write the blocks as they come, and count in `facts` what became of the rows."""
-    counts, modes = facts["counts"], facts["modes"] = Counter(), defaultdict(Counter)
+    counts, modes, unused = Counter(), defaultdict(Counter), Counter()
+    facts |= {"counts": counts, "modes": modes, "unused_fields": unused}
     for block in encoded:
-        writer.add_block(block.tokens, block.loss_mask, block.lengths, block.before)
-        counts.update(block.counts)
-        for mode, counted in block.modes.items():
+        writer.add_block(block.tokens, block.loss_mask, block.lengths, block.before, block.rows)
+        counts.update(block.fates.counts)
+        unused.update(block.fates.unused)
+        for mode, counted in block.fates.modes.items():
             modes[mode].update(counted)
-        rejects.add(block.rejects, counts["records"])
+        rejects.add(block.fates.rejects, counts["records"])
     rejects.settle(counts["records"])
     if not counts["written"]:
-        shard, count = facts["shard"]
-        raise ValueError(
-            f"{f'shard {shard} of {count} of ' * (count > 1)}{facts['data']}: none of {counts['records']} records fits "
-            f"into max_length {facts['options']['max_length']} tokens"
-        )
+        raise ValueError(_nothing_written(counts, facts))
     writer.close()
+
+
+def _nothing_written(counts: Counter, facts: dict) -> str:
+    (shard, shards), read = facts["shard"], counts["records"]
+    source = f"{f'shard {shard} of {shards} of ' * (shards > 1)}{facts['data']}"
+    if not read:
+        return f"{source} holds no records"
+    if read == counts["rejected"]:
+        return f"{source}: all {read} records are rejected; their reasons are in .rejected.jsonl beside the tokens"
+    return (
+        f"{source}: none of {read - counts['rejected']} usable records fits into max_length "
+        f"{facts['options']['max_length']} tokens"
+    )
 
 
 def _job(source: str, loaded, options: Options) -> Job:

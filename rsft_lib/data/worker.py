@@ -7,7 +7,6 @@ import re
 import signal
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate, groupby
 from typing import NamedTuple
@@ -15,10 +14,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from rsft_lib.chat import END_THINK, MODES, ChatTemplate, Span, trained_texts
+from rsft_lib.chat import MODES, ChatTemplate, Span, trained_texts
+from rsft_lib.data.control_tokens import ControlTokens, well_formed
+from rsft_lib.data.conversation import conversation
 from rsft_lib.data.encoder import Tokens, best_encoder, encoder
-from rsft_lib.data.records import Row, as_text, conversation, parse, tools_of
-from rsft_lib.data.rejects import Reject
+from rsft_lib.data.records import Row, parse, size_of
+from rsft_lib.data.rejects import Reject, reject
 from rsft_lib.sandbox import limit_memory, time_limit
 
 # A chat template is somebody's code: one that loops for ever or builds a gigabyte costs its row, not the machine.
@@ -64,6 +65,17 @@ class Job:
 
 
 @dataclass
+class Fates:
+    """What became of the rows of a block."""
+
+    counts: Counter
+    modes: defaultdict[str, Counter] = field(default_factory=lambda: defaultdict(Counter))
+    unused: Counter = field(default_factory=Counter)
+    """Rows by the names of fields that hold something and are no part of the conversation."""
+    rejects: list[Reject] = field(default_factory=list)
+
+
+@dataclass
 class Block:
     """The tokens of a list of rows, as `StoreWriter.add_block` takes them, and what became of each row."""
 
@@ -71,9 +83,8 @@ class Block:
     loss_mask: NDArray[np.uint8]
     lengths: NDArray[np.int32]
     before: NDArray[np.int32]
-    rejects: list[Reject]
-    counts: Counter
-    modes: dict[str, Counter]
+    rows: NDArray[np.int64]
+    fates: Fates
     size: int
 
 
@@ -92,13 +103,12 @@ class Worker:
         """`row_seconds` is the longest that a row may take; 0 for no limit, which needs a process of one's own."""
         self.job, self.row_seconds, self.encoder = job, row_seconds, None
         self.modes = {job.added_tokens.get(token): mode for mode, token in MODES.items()}
-        tokens = {token for token in job.added_tokens if token.strip()}
-        self.forbidden = {"assistant": _any_of(tokens - {*MODES.values(), END_THINK}), "": _any_of(tokens)}
+        self.control_tokens = ControlTokens(job.added_tokens)
         self.shows_tools = re.search(r"\btools\b", job.template.source) is not None
 
     def prove(self, rows: list[Row]) -> dict:
         """Choose the encoder on the texts of `rows`; the facts of `best_encoder`."""
-        texts = [text for _, text, _ in self.texts(rows, Counter(), [])]
+        texts = [text for _, text, _ in self.texts(rows, Fates(Counter()))]
         ends = accumulate(map(len, texts))
         some = [text for text, end in zip(texts, ends, strict=True) if end <= PROOF_CHARACTERS]
         self.encoder, facts = best_encoder(self.job.tokenizer_json, some or texts[:1])
@@ -115,59 +125,70 @@ class Worker:
         """
         if self.encoder is None:
             self.encoder = encoder(encoder_name, self.job.tokenizer_json)
-        counts, modes, samples, before, rejects = Counter(records=len(rows)), defaultdict(Counter), [], [], []
-        texts = self.texts(rows, counts, rejects)
-        encoded = self.encoder.encode([t.text for t in texts], [t.spans for t in texts])
-        for (row, _, _), sample in zip(texts, encoded, strict=True):
-            if problem := _problem(sample):
-                rejects.append(self.reject(row, problem))
+        fates, samples, numbers, before = Fates(Counter(records=len(rows))), [], [], []
+        texts = self.texts(rows, fates)
+        for (row, _, _), sample in zip(texts, self.encoded(texts), strict=True):
+            if isinstance(sample, Exception):
+                fates.rejects.append(reject(self.job.source, row, sample))
                 continue
             before.append(len(sample.ids))
-            mode = modes[self.modes.get(int(sample.ids[sample.loss_mask.argmax()]), "other")]
-            if sample := self.fitted(sample, row, counts, mode):
+            mode = fates.modes[self.modes.get(int(sample.ids[(sample.loss_mask > 0).argmax()]), "other")]
+            if sample := self.fitted(sample, row, fates.counts, mode):
                 samples.append(sample)
-                _count(sample, counts, mode)
-        counts["rejected"] = len(rejects)
-        return _block(samples, before, sorted(rejects), counts, dict(modes), rows)
+                numbers.append(row.number)
+                _count(sample, fates.counts, mode)
+        fates.counts["rejected"] = len(fates.rejects)
+        fates.rejects.sort(key=lambda reject: reject.line)
+        return _block(samples, before, numbers, fates, rows)
 
-    def texts(self, rows: list[Row], counts: Counter, rejects: list[Reject]) -> list[Text]:
-        """The rows that can be used, as texts; the others are added to `rejects`."""
+    def texts(self, rows: list[Row], fates: Fates) -> list[Text]:
+        """The rows that can be used, as texts; the others are added to the rejects of `fates`."""
         chats, done = [], []
         for row in rows:
             try:
-                chats.append((row, *self.chat(row.content, counts)))
-            except ValueError as error:
-                rejects.append(self.reject(row, error))
+                chats.append((row, *self.chat(row.content, fates)))
+            except Exception as error:
+                fates.rejects.append(reject(self.job.source, row, error))
         for tools, group in groupby(chats, key=lambda chat: chat[2]):
             group = list(group)
             for (row, _, _), result in zip(group, self.rendered([chat[1] for chat in group], tools), strict=True):
-                if isinstance(result, ValueError):
-                    rejects.append(self.reject(row, result))
+                if isinstance(result, Exception):
+                    fates.rejects.append(reject(self.job.source, row, result))
                 else:
                     done.append(Text(row, *result))
         return done
 
-    def chat(self, content: bytes | dict, counts: Counter) -> tuple[list[dict], list[dict] | None]:
+    def chat(self, content: bytes | dict, fates: Fates) -> tuple[list[dict], list[dict] | None]:
         """The messages and the tools of a row.
 
         Raises:
-            ValueError: the row is no conversation, or a text in it spells a control token.
+            ValueError: the row is not a conversation, or a text in it spells a control token.
         """
-        record = parse(content)
-        messages, tools = conversation(record, self.job.options.columns), tools_of(record)
+        messages, tools, unused = conversation(parse(content), self.job.options.columns)
         if self.job.options.control_tokens == "reject":
-            self.refuse_control_tokens(messages, tools)
+            self.control_tokens.refuse(messages, tools)
         if tools and not self.shows_tools:
-            counts["tools_not_shown"] += 1
+            fates.counts["tools_not_shown"] += 1
+        if not all(well_formed(m.get("content") or "") for m in messages if m["role"] == "assistant"):
+            fates.counts["malformed_answers"] += 1
+        fates.unused.update(unused)
         return messages, tools
 
-    def rendered(self, chats: list[list[dict]], tools: list[dict] | None) -> list[tuple[str, list[Span]] | ValueError]:
+    def rendered(self, chats: list[list[dict]], tools: list[dict] | None) -> list[tuple[str, list[Span]] | Exception]:
         """`trained_texts` within limits: of all at once, which takes half the time, or of each where that fails."""
         try:
             with time_limit("the record", self.row_seconds) if self.row_seconds else contextlib.nullcontext():
                 return trained_texts(self.job.template, chats, tools, self.job.options.turns)
-        except ValueError as error:
+        except Exception as error:
             return [error] if len(chats) == 1 else [self.rendered([messages], tools)[0] for messages in chats]
+
+    def encoded(self, texts: list[Text]) -> list[Tokens | Exception]:
+        """The tokens of each text, or why they cannot be trained; all at once, or one by one where that fails."""
+        try:
+            found = self.encoder.encode([text.text for text in texts], [text.spans for text in texts])
+        except Exception as error:
+            return [error] if len(texts) == 1 else [self.encoded([text])[0] for text in texts]
+        return [_usable(sample) for sample in found]
 
     def fitted(self, sample: Tokens, row: Row, counts: Counter, mode: Counter) -> Tokens | None:
         """The sample within `max_length`, or None where it is dropped.
@@ -189,25 +210,6 @@ class Worker:
         mode[fate] += 1
         return cut if fate == "truncated" else None
 
-    def reject(self, row: Row, reason: str | ValueError) -> Reject:
-        return Reject(self.job.source, row.number, str(reason), as_text(row.content))
-
-    def refuse_control_tokens(self, messages: list[dict], tools: list | None) -> None:
-        """Text must not become a control token by chance; answers may hold those of thinking.
-
-        Raises:
-            ValueError: a text of the record spells one.
-        """
-        for place, part, role in [*((f"messages[{i}]", m, m["role"]) for i, m in enumerate(messages)),
-                                  ("tools", tools, "")]:  # fmt: skip
-            pattern = self.forbidden.get(role, self.forbidden[""])
-            for text in _texts(part):
-                if found := pattern.search(text):
-                    raise ValueError(
-                        f"{place}: the text holds {found[0]!r} at character {found.start()}, which would become a "
-                        "control token; remove it, or set control_tokens to 'allow'"
-                    )
-
 
 def main() -> None:
     """Serve the calls of `rsft_lib.data.pool`: first a job, then (method, arguments), until the parent goes."""
@@ -227,14 +229,14 @@ def main() -> None:
             answers.flush()
 
 
-def _problem(sample: Tokens | ValueError) -> str:
-    """Why the tokens of a row cannot be trained, or nothing."""
+def _usable(sample: Tokens | ValueError) -> Tokens | ValueError:
+    """The sample, or the error that its mask trains nothing or everything of it."""
     if isinstance(sample, ValueError):
-        return str(sample)
+        return sample
     trained = np.count_nonzero(sample.loss_mask)
     if trained in (0, len(sample.ids)):
-        return f"{trained} of {len(sample.ids)} tokens would be trained; is this the right template?"
-    return ""
+        return ValueError(f"{trained} of {len(sample.ids)} tokens would be trained; is this the right template?")
+    return sample
 
 
 def _count(sample: Tokens, *counters: Counter) -> None:
@@ -245,7 +247,7 @@ def _count(sample: Tokens, *counters: Counter) -> None:
         counter["trained_tokens"] += trained
 
 
-def _block(samples: list[Tokens], before: list[int], rejects, counts, modes, rows: list[Row]) -> Block:
+def _block(samples: list[Tokens], before: list[int], numbers: list[int], fates: Fates, rows: list[Row]) -> Block:
     none = Tokens(np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.uint8))
     ids, masks = zip(none, *samples, strict=True)
     return Block(
@@ -253,25 +255,7 @@ def _block(samples: list[Tokens], before: list[int], rejects, counts, modes, row
         loss_mask=np.concatenate(masks),
         lengths=np.array([len(sample.ids) for sample in samples], dtype=np.int32),
         before=np.array(before, dtype=np.int32),
-        rejects=rejects,
-        counts=counts,
-        modes=modes,
-        size=sum(len(row.content) for row in rows),
+        rows=np.array(numbers, dtype=np.int64),
+        fates=fates,
+        size=sum(map(size_of, rows)),
     )
-
-
-def _any_of(tokens: set[str]) -> re.Pattern:
-    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
-
-
-def _texts(value) -> Iterator[str]:
-    """Every text in a message or a list of tools; names too."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for key, part in value.items():
-            yield key
-            yield from _texts(part)
-    elif isinstance(value, list):
-        for part in value:
-            yield from _texts(part)

@@ -30,16 +30,18 @@ def balance_table(built: dict) -> Table:
 
 def origin_table(built: dict) -> Table:
     """What became of the records, and which problems are answered how."""
-    records, problems = built["records"], built["problems"]
+    records = built["records"]
+    names = {
+        "both": "problems answered in both modes", "think_only": "problems with <think> alone",
+        "short_only": "problems with <short> alone", "other": "problems, all answered without a control token",
+    }  # fmt: skip
     rows = [
         ("records read", records["read"]),
         ("- rejected", records["rejected"]),
         ("- dropped, since final answers disagree", records["disagreeing"]),
         ("+ short answers cut from long ones", records["cut"]),
         ("= samples", sum(mode["samples"] for modes in built["balance"].values() for mode in modes.values())),
-        ("problems answered in both modes", problems["both"]),
-        ("problems with <think> alone", problems["think_only"]),
-        ("problems with <short> alone", problems["short_only"]),
+        *((names[modes], count) for modes, count in built["problems"].items()),
         *((f"found: {what}", count) for what, count in built["findings"].items()),
     ]
     return Table("where the samples come from", ("", "count"), rows)
@@ -50,6 +52,13 @@ def counts_table(facts: dict[str, dict]) -> Table:
     names = list(dict.fromkeys(name for fact in facts.values() for name in fact["counts"]))
     rows = [(split, *(fact["counts"].get(name, 0) for name in names)) for split, fact in facts.items()]
     return Table("tokenized", ("split", *(name.replace("_", " ") for name in names)), rows)
+
+
+def unused_table(facts: dict[str, dict]) -> Table:
+    """The fields that hold something and are part of no conversation, from facts of `build_hybrid` or `tokenize`."""
+    rows = [(split, name, count) for split, fact in facts.items() for name, count in fact["unused_fields"].items()]
+    rows.sort(key=lambda row: (row[0], -row[2]))
+    return Table("fields that are not used" if rows else "every field is used", ("", "field", "records"), rows)
 
 
 def plot_balance(built: dict) -> Figure:

@@ -1,0 +1,218 @@
+"""A record as a conversation: its messages and tools, and the names of those of its fields that are not part of it.
+
+{"messages": [...]}   {"conversations": [{"from": "human", "value": ...}, ...]}     OpenAI's and ShareGPT's rows
+{"instruction": ..., "input": ..., "output": ..., "system": ..., "history": [[question, answer], ...]}     Alpaca's
+{"prompt": ..., "response": ...}   {"problem": ..., "solution": ...}
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from rsft_lib.chat import REASONING
+
+PAIRS = (("instruction", "output"), ("prompt", "response"), ("problem", "solution"))
+CHATS = ("messages", "conversations")
+LAYOUTS = (*((name,) for name in CHATS), *PAIRS)
+SYSTEM = ("system", "system_prompt")  # becomes the first message
+
+# What ShareGPT's `conversations` call what OpenAI's `messages` call role and content.
+SHAREGPT_KEYS = {"from": "role", "value": "content"}
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
+ROLES = ("system", "user", "assistant", "tool")
+MESSAGE_FIELDS = {"role", "content", "name", "tool_calls", "tool_call_id", "train", "weight", *REASONING}
+
+
+class Conversation(NamedTuple):
+    """What is rendered of a record; `unused` names its fields that hold something and were not used."""
+
+    messages: list[dict]
+    tools: list[dict] | None
+    unused: tuple[str, ...]
+
+
+def conversation(record: dict, columns: dict[str, str] | None = None) -> Conversation:
+    """Read a record of any of the layouts above.
+
+    Args:
+        columns: what this dataset calls a field, e.g. {'prompt': 'question', 'response': 'answer'}.
+
+    Raises:
+        ValueError: the fields are missing, or one of those that are used is empty, of another type, or damaged.
+    """
+    columns = columns or {}
+    known = _renamed(record, columns)
+    layout = _layout(known, columns)
+    used, unused = {*layout}, []
+    if layout in PAIRS:
+        messages = _turns(known, *layout, used)
+    else:
+        (name,) = layout
+        messages = [_message(message, f"{name}[{i}]", unused) for i, message in enumerate(_list(known[name], name))]
+    messages = _with_system(known, messages, used)
+    tools = _tools(known, used)
+    _refuse_half_characters(messages, "messages")
+    _refuse_half_characters(tools, "tools")
+    used = {columns.get(name, name) for name in used}
+    unused += [name for name, value in record.items() if name not in used and not is_empty(value)]
+    return Conversation(messages, tools, tuple(dict.fromkeys(map(_shown, unused))))
+
+
+def to_messages(record: dict, place: str, columns: dict[str, str] | None = None) -> list[dict]:
+    """The messages of a record; errors begin with `place`."""
+    try:
+        return conversation(record, columns).messages
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
+
+
+def is_empty(value) -> bool:
+    """Whether a field holds nothing: null, or a text or a list without content."""
+    return value is None or value == [] or value == {} or (isinstance(value, str) and not value.strip())
+
+
+def strings(value) -> Iterator[str]:
+    """Every string in a message or a list of tools, the keys of objects too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            yield key
+            yield from strings(part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from strings(part)
+
+
+def _renamed(record: dict, columns: dict[str, str]) -> dict:
+    missing = [theirs for theirs in columns.values() if theirs not in record]
+    if missing:
+        raise ValueError(f"found the fields {sorted(record)}, but `columns` names {', '.join(missing)}")
+    rest = {name: value for name, value in record.items() if name not in columns.values()}
+    return rest | {ours: record[theirs] for ours, theirs in columns.items()}
+
+
+def _layout(record: dict, columns: dict[str, str]) -> tuple[str, ...]:
+    """The first layout whose fields all hold something, or are all there; one that `columns` names goes first."""
+    layouts = sorted(LAYOUTS, key=lambda layout: not any(name in columns for name in layout))
+    for holds in (lambda value: not is_empty(value), lambda value: value is not None):
+        for layout in layouts:
+            if all(holds(record.get(name)) for name in layout):
+                return layout
+    known = ", ".join("/".join(layout) for layout in LAYOUTS)
+    raise ValueError(f"found the fields {sorted(record)}, expected one of {known}; or name them in `columns`")
+
+
+def _turns(record: dict, prompt: str, response: str, used: set[str]) -> list[dict]:
+    """A question and its answer as messages, after the turns of `history` where there are any."""
+    question = _text(record[prompt], prompt, empty=True)
+    if prompt == "instruction" and not is_empty(record.get("input")):
+        used.add("input")
+        question = "\n".join(part for part in (question, _text(record["input"], "input")) if part.strip())
+    turns = []
+    if not is_empty(record.get("history")):
+        used.add("history")
+        turns = [_turn(turn, f"history[{i}]") for i, turn in enumerate(_list(record["history"], "history"))]
+    turns.append((_text(question, prompt), _text(record[response], response)))
+    return [
+        {"role": role, "content": text}
+        for turn in turns
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
+
+
+def _turn(turn, place: str) -> tuple[str, str]:
+    if not isinstance(turn, list) or len(turn) != 2:
+        raise ValueError(f"{place} is {turn!r:.60}, expected [question, answer]")
+    return _text(turn[0], f"{place}[0]"), _text(turn[1], f"{place}[1]")
+
+
+def _with_system(record: dict, messages: list[dict], used: set[str]) -> list[dict]:
+    """The messages with the record's own system prompt as the first of them."""
+    name = next((name for name in SYSTEM if not is_empty(record.get(name))), None)
+    if name is None:
+        return messages
+    used.add(name)
+    system = {"role": "system", "content": _text(record[name], name)}
+    return messages if messages[:1] == [system] else [system, *messages]
+
+
+def _tools(record: dict, used: set[str]) -> list[dict] | None:
+    if is_empty(record.get("tools")):
+        return None
+    used.add("tools")
+    for i, tool in enumerate(_list(record["tools"], "tools")):
+        if not isinstance(tool, dict):
+            raise ValueError(f"tools[{i}] is {tool!r:.60}, expected an object")
+    return record["tools"]
+
+
+def _message(message, place: str, unused: list[str]) -> dict:
+    """A message without its nulls, its fields checked; the names of unknown ones are added to `unused`."""
+    if not isinstance(message, dict):
+        raise ValueError(f"{place} is {message!r:.60}, expected an object with role and content")
+    message = {SHAREGPT_KEYS.get(key, key): value for key, value in message.items() if value is not None}
+    unused += [f"messages[].{key}" for key in message if key not in MESSAGE_FIELDS and not is_empty(message[key])]
+    role = message.get("role")
+    role = message["role"] = SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
+    if role not in ROLES:
+        raise ValueError(f"{place}: role is {role!r:.60}, expected one of {', '.join(ROLES)}")
+    if not isinstance(message.get("train", True), bool):
+        raise ValueError(f"{place}: train is {message['train']!r:.60}, expected true or false")
+    for name in REASONING:
+        if name in message:
+            message[name] = _text(message[name], f"{place}.{name}", empty=True)
+    if message.get("tool_calls"):
+        _check_calls(message["tool_calls"], place)
+    if "content" in message or not message.get("tool_calls"):
+        must_speak = role in ("user", "assistant") and not message.get("tool_calls")
+        message["content"] = _text(message.get("content"), f"{place}.content", empty=not must_speak)
+    return message
+
+
+def _check_calls(calls, place: str) -> None:
+    for call in _list(calls, f"{place}.tool_calls"):
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or "arguments" not in function:
+            raise ValueError(f"{place}: a tool call needs function.name and function.arguments, found {call!r:.80}")
+        if not isinstance(function["arguments"], dict | str):
+            raise ValueError(
+                f"{place}: function.arguments is {function['arguments']!r:.60}, expected an object or its JSON text"
+            )
+
+
+def _shown(name: str) -> str:
+    """The name of a field, as it can be written into a report."""
+    return name[:60].encode("utf-8", "backslashreplace").decode()
+
+
+def _list(value, name: str) -> list:
+    if not isinstance(value, list):
+        raise ValueError(f"{name} is {type(value).__name__}, expected a list")
+    return value
+
+
+def _text(value, name: str, empty: bool = False) -> str:
+    """A text, or the texts of a list of content parts, one after the other."""
+    if isinstance(value, list) and all(_is_text_part(part) for part in value):
+        value = "".join(part["text"] for part in value)
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is {value!r:.60}, expected text")
+    if not (empty or value.strip()):
+        raise ValueError(f"{name} is {value!r:.60}, expected text that is not empty")
+    return value
+
+
+def _is_text_part(part) -> bool:
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+
+
+def _refuse_half_characters(value, what: str) -> None:
+    """JSON can spell half of a surrogate pair, which is no character and cannot be written."""
+    for text in strings(value):
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{what}: {text[error.start : error.start + 20]!a} at character {error.start} of a text is half of a "
+                "surrogate pair; the text is damaged"
+            ) from None

@@ -1,0 +1,179 @@
+"""A record as a sample of the dataset that is built: one question, its answer, and the mode that the answer is in."""
+
+import hashlib
+import json
+from datetime import date, time
+from decimal import Decimal
+from typing import NamedTuple
+
+from rsft_lib.chat import END_THINK, MODES, REASONING, SHORT, THINK
+from rsft_lib.data.answers import final_answer, normalized
+from rsft_lib.data.control_tokens import TAGS_PATTERN
+from rsft_lib.data.conversation import conversation, is_empty
+from rsft_lib.data.records import Row, parse
+
+MODE_NAMES = (*MODES, "other")  # an answer of the last begins with no control token
+COPIED = ("id", "answer")  # fields that a sample keeps of its record
+
+
+class Sample(NamedTuple):
+    """A record as it will be written, as a line too; `facts` is what `pairs.ROW` has of it before it is measured."""
+
+    record: dict
+    line: bytes
+    context: str
+    """All that comes before the answer: system prompt, earlier turns, question."""
+    facts: dict[str, int | bool]
+    unused: tuple[str, ...] = ()
+    """Names of the record's fields that hold something and are not in the sample."""
+
+
+def long_sample(row: Row, columns: dict[str, str], empty_think: bool) -> Sample:
+    """A sample whose answer is `<think>` thoughts `</think>` answer.
+
+    Raises:
+        ValueError: it is not, or the record cannot be used.
+    """
+    return _read(row, columns, lambda answer: ("think", _long(answer, empty_think)))
+
+
+def short_sample(row: Row, columns: dict[str, str], empty_think: bool) -> Sample:
+    """A sample whose answer is concise; `<short>` is put before it.
+
+    Raises:
+        ValueError: it holds thoughts, or the record cannot be used.
+    """
+    return _read(row, columns, lambda answer: ("short", _short(answer)))
+
+
+def declared_sample(row: Row, columns: dict[str, str], empty_think: bool) -> Sample:
+    """A sample whose answer says itself, by the token it begins with, in which mode it is; 'other' without one.
+
+    Raises:
+        ValueError: it holds a control token elsewhere, or the record cannot be used.
+    """
+
+    def mode_of(answer: str) -> tuple[str, str]:
+        if answer.startswith(THINK):
+            return "think", _long(answer, empty_think)
+        if answer.startswith(SHORT):
+            return "short", _short(answer)
+        if tags := TAGS_PATTERN.findall(answer):
+            raise ValueError(f"an answer holds {' '.join(tags)} and begins with none of them, but {answer[:20]!r}")
+        return "other", answer
+
+    return _read(row, columns, mode_of)
+
+
+def cut_sample(sample: Sample) -> Sample:
+    """The short sample that says what a long one says after its thoughts."""
+    answer = SHORT + sample.record["output"].partition(END_THINK)[2].strip()
+    record = sample.record | {"output": answer, "mode": "short"}
+    return Sample(
+        record, _line(record), sample.context, sample.facts | {"mode": MODE_NAMES.index("short"), "cut": True}
+    )
+
+
+def _long(answer: str, empty_think: bool) -> str:
+    tags = TAGS_PATTERN.findall(answer)
+    if tags != [THINK, END_THINK] or not answer.startswith(THINK):
+        raise ValueError(
+            f"a long answer must begin with {THINK}, close it with {END_THINK} once, and then answer; found "
+            f"{' '.join(tags) or 'no tags'}, and {answer[:20]!r} at its beginning"
+        )
+    thoughts, _, rest = answer.removeprefix(THINK).partition(END_THINK)
+    if not rest.strip():
+        raise ValueError(f"empty answer after {END_THINK}")
+    if not thoughts.strip() and not empty_think:
+        raise ValueError(f"nothing between {THINK} and {END_THINK}; empty_think accepts that")
+    return answer
+
+
+def _short(answer: str) -> str:
+    answer = answer.removeprefix(SHORT)
+    if tags := TAGS_PATTERN.findall(answer):
+        raise ValueError(f"a short answer must not hold {' '.join(tags)}")
+    if not answer.strip():
+        raise ValueError(f"empty answer after {SHORT}")
+    return SHORT + answer
+
+
+def _read(row: Row, columns: dict[str, str], mode_of) -> Sample:
+    record = parse(row.content)
+    messages, tools, unused = conversation(record, columns)
+    system, turns = _in_turns(messages)
+    *history, (question, answer) = turns
+    mode, answer = mode_of(answer)
+    made = {"instruction": question, "output": answer, "mode": mode}
+    made |= {"system": system} if system else {}
+    made |= {"history": history} if history else {}
+    made |= {"tools": tools} if tools else {}
+    made |= {name: record[name] for name in COPIED if not is_empty(record.get(name))}
+    stated, said = _stated(record), final_answer(answer)
+    if said and stated is None:
+        made["answer"] = said
+    context = "\n\n".join([*([system] if system else []), *(text for turn in history for text in turn), question])
+    problem, claim = " ".join(context.split()), normalized(said or stated or "")
+    facts = {
+        "mode": MODE_NAMES.index(mode),
+        "cut": False,
+        "line": row.number,
+        "question": _hash(" ".join(turns[0][0].split())),
+        "problem": _hash(problem),
+        "claim": _hash(problem, claim) if claim else 0,
+        "wrong": bool(said and stated) and normalized(said) != normalized(stated),
+    }
+    unused = [name for name in unused if name not in COPIED]
+    unused += [f"messages[].{name}" for name in ("train", "weight") if any(name in message for message in messages)]
+    return Sample(made, _line(made), context, facts, tuple(unused))
+
+
+def _in_turns(messages: list[dict]) -> tuple[str, list[list[str]]]:
+    """(system prompt or '', the turns as [question, answer])."""
+    roles = [message["role"] for message in messages]
+    system, rest = (messages[0]["content"], messages[1:]) if roles[:1] == ["system"] else ("", messages)
+    if not rest or [message["role"] for message in rest] != ["user", "assistant"] * (len(rest) // 2):
+        raise ValueError(
+            f"found the roles {', '.join(roles)}; expected a question and its answer, or several in turn. Notebook 04 "
+            "takes other conversations as they are"
+        )
+    texts = [message["content"] if message["role"] == "user" else _answer(message) for message in rest]
+    return system, [list(turn) for turn in zip(texts[::2], texts[1::2], strict=True)]
+
+
+def _answer(message: dict) -> str:
+    """What the assistant says, a chain of thought that stands in a field of its own before it."""
+    if message.get("tool_calls"):
+        raise ValueError("an answer calls a tool; notebook 04 takes such conversations as they are")
+    thoughts = next((message[name] for name in REASONING if message.get(name)), "")
+    if not thoughts:
+        return message["content"]
+    if tags := TAGS_PATTERN.findall(thoughts + message["content"]):
+        raise ValueError(f"an answer with a chain of thought in a field of its own holds {' '.join(tags)}")
+    return f"{THINK}\n{thoughts.strip()}\n{END_THINK}\n\n{message['content']}"
+
+
+def _stated(record: dict) -> str | None:
+    """What the field `answer` of a record says; it may be a whole solution, as GSM8K's is."""
+    stated = record.get("answer")
+    if not isinstance(stated, str | int | float | Decimal) or not str(stated).strip():
+        return None
+    return final_answer(str(stated)) or str(stated)
+
+
+def _line(record: dict) -> bytes:
+    try:
+        return json.dumps(record, ensure_ascii=False, allow_nan=False, default=_as_text).encode() + b"\n"
+    except ValueError as error:
+        raise ValueError(f"the sample cannot be written as JSON ({error})") from None
+
+
+def _as_text(value) -> str:
+    """What Parquet has and JSON has not."""
+    if isinstance(value, date | time | Decimal):
+        return str(value)
+    raise ValueError(f"it holds {value!r:.60}")
+
+
+def _hash(*texts: str) -> int:
+    return int.from_bytes(hashlib.blake2b("\0".join(texts).encode(), digest_size=8).digest(), "little")
