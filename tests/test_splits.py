@@ -1,0 +1,56 @@
+"""What notebook 04 tokenizes, and where the tokens go: pytest tests/test_splits.py"""
+
+import pytest
+
+from rsft_lib.data.splits import splits_of, token_folder
+from rsft_lib.paths import ROOT
+
+LINE = '{"instruction": "x", "output": "<short>y"}\n'
+
+
+def write(folder, *names):
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        (folder / name).write_text(LINE)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "names", [("train.jsonl", "heldout.jsonl"), ("train.json",), ("train.jsonl.gz", "heldout.parquet")]
+)
+def test_a_folder_has_a_file_for_each_split(names, tmp_path):
+    folder = write(tmp_path / "set", *names, "findings.jsonl", "manifest.json")
+    assert splits_of(folder) == {name.split(".")[0]: folder / name for name in names}
+    for name in names:
+        split = name.split(".")[0]
+        expected = folder / f"Tokenized-{split}-tok-512"
+        assert token_folder(folder / name, split, "assets/tok", 512) == expected
+
+
+def test_a_file_or_a_name_on_the_hub_is_all_for_training(tmp_path):
+    file = write(tmp_path / "set", "my.data-1.5B.json") / "my.data-1.5B.json"
+    assert splits_of(file) == {"train": file}
+    assert token_folder(file, "train", "tok", 9) == tmp_path / "set" / "Tokenized-my.data-1.5B-tok-9"
+    assert token_folder(file, "train", "tok", 9, tmp_path / "o") == tmp_path / "o" / "Tokenized-my.data-1.5B-tok-9"
+    name = "Vinnnf/Hybrid-OpenThoughts2-1M-1.5B"
+    assert splits_of(name) == {"train": name}
+    place = ROOT / "assets" / "data" / "Vinnnf_Hybrid_OpenThoughts2_1M_1.5B"
+    assert token_folder(name, "train", "tok", 9) == place / "Tokenized-train-tok-9"
+    assert token_folder(f"{name}:test@v1", "train", "tok", 9) == place / "Tokenized-test-tok-9"
+    others = write(tmp_path / "others", "part-1.jsonl", "part-2.jsonl")
+    assert splits_of(others) == {"train": others}
+
+
+def test_a_folder_without_training_data_names_the_notebook_that_makes_it(tmp_path):
+    for folder in (
+        write(tmp_path / "a", "heldout.jsonl"),
+        write(tmp_path / "b"),
+        write(tmp_path / "c", "manifest.json"),
+    ):
+        with pytest.raises(FileNotFoundError, match="holds no train.jsonl: run notebook 03_build_dataset"):
+            splits_of(folder)
+    for missing in (tmp_path / "none", "assets/data/no-such-dataset", tmp_path / "none.jsonl"):
+        with pytest.raises(FileNotFoundError, match="does not exist"):
+            token_folder(missing, "train", "tok", 9)
+    with pytest.raises(ValueError, match="holds train.jsonl and train.parquet for train; keep one"):
+        splits_of(write(tmp_path / "d", "train.jsonl", "train.parquet"))
