@@ -96,18 +96,16 @@ def hostile(rng: random.Random):
     return nested
 
 
-def places(value, found: list) -> list:
-    """(container, key) of everything in a row."""
-    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
-        found.append((value, key))
-        places(value[key], found)
-    return found
+def places(value, depth: int = 0) -> list:
+    """(container, key) of what is in a row, but for the inside of endless nests."""
+    keys = value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) and depth < 20 else ()
+    return [place for key in keys for place in [(value, key), *places(value[key], depth + 1)]]
 
 
 def mutated(row: dict, rng: random.Random) -> bytes:
     """A row with one to three values put in the place of others, added, taken out or renamed, or its bytes spoilt."""
     for _ in range(rng.randint(1, 3)):
-        container, key = rng.choice(places(row, []) or [(row, "")])
+        container, key = rng.choice(places(row) or [(row, "")])
         kind = rng.randrange(5)
         if kind < 2:
             container[key] = hostile(rng)
