@@ -42,6 +42,7 @@ def patch_tokenizer(
     replacements: dict[str, str],
     trailing_newline: bool = False,
     template: str | Path = "",
+    overwrite: bool = False,
 ) -> dict:
     """Copy a tokenizer to a new folder with tokens renamed and the chat template made ready for training.
 
@@ -52,6 +53,7 @@ def patch_tokenizer(
             the new tokens are no special ones, so they survive `skip_special_tokens`.
         trailing_newline: see `templates.patch_template`.
         template: a file with a chat template of your own, taken as it is in place of the edited one.
+        overwrite: replace `destination` where it was made from another tokenizer, too.
 
     Returns:
         The manifest's facts: `ids` of every control token, `vocab_size`, `edits` of the template with the reason
@@ -59,6 +61,7 @@ def patch_tokenizer(
 
     Raises:
         FileNotFoundError: there is no tokenizer.
+        FileExistsError: `destination` is something else, or was made from another tokenizer.
         ValueError: a token to replace is not there or in use, a new one is another token already, the template
             cannot be edited, or a file of another kind names a token.
     """
@@ -83,7 +86,7 @@ def patch_tokenizer(
         "template_diff": template_diff(stock, patched),
         "vocab_size": raw.get_vocab_size(),
     }
-    with new_folder(resolve(destination), facts) as folder:
+    with new_folder(resolve(destination), facts, source=["source"], overwrite=overwrite) as folder:
         for name in FILES:
             if (source / name).is_file():
                 _copy(source / name, folder / name, replacements)

@@ -43,6 +43,7 @@ def build_hybrid(
     empty_think: bool = False,
     on_disagreement: str = "drop",
     reject_limit: float = 0.001,
+    overwrite: bool = False,
 ) -> dict:
     """Write `train.jsonl` and `heldout.jsonl` from a file of long answers and one of short answers.
 
@@ -64,12 +65,14 @@ def build_hybrid(
         empty_think: accept `<think>` with nothing in it.
         on_disagreement: 'drop' or 'error', for answers to one problem whose final answers are not the same.
         reject_limit: largest share of the records that may be unusable.
+        overwrite: replace `folder` where it was made from other answers, too.
 
     Returns:
         The manifest's facts. `counts` has the samples by split and mode, `balance` also the length of their prompts
         and answers in `unit`, `problems` how many are answered in which modes, `records` what became of those read.
 
     Raises:
+        FileExistsError: `folder` is something else, or was made from other answers.
         ValueError: too many records are unusable, answers disagree where that is an error, or nothing is left.
     """
     if not 0 <= held_out < 1 or on_disagreement not in ("drop", "error"):
@@ -85,7 +88,7 @@ def build_hybrid(
     if done := _already(destination, facts):
         return done
     with (
-        new_folder(destination, facts) as temporary,
+        new_folder(destination, facts, source=["sources"], overwrite=overwrite) as temporary,
         TemporaryFile(dir=temporary) as file,
         Rejects(destination, reject_limit) as rejects,
     ):

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+from rsft_lib.temporary import beside
+
 HOPELESS = 1000  # rejected rows after which work that mostly fails is not carried on
 
 
@@ -31,7 +33,8 @@ class Rejects:
 
     def __enter__(self) -> "Rejects":
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.temporary = self.path.with_name(f".{self.path.name}.tmp")
+        self.writing = beside(self.path)
+        self.temporary = self.writing.__enter__()
         self.file = self.temporary.open("w", encoding="utf-8")
         return self
 
@@ -57,7 +60,6 @@ class Rejects:
         self.file.close()
         if not self.count:
             self.path.unlink(missing_ok=True)
-            self.temporary.unlink()
             return
         self.temporary.replace(self.path)
         if self.count > self.limit * seen:
@@ -67,6 +69,6 @@ class Rejects:
                 f"{self.path} with its reason. Mend them, or raise reject_limit to go on without them."
             )
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *error) -> None:
         self.file.close()
-        self.temporary.unlink(missing_ok=True)
+        self.writing.__exit__(*error)

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from rsft_lib.paths import resolve
+from rsft_lib.temporary import new_file
 from rsft_lib.view.lines import BLACK, look, plain_numbers, smoothed, thinned, tidy
 from rsft_lib.view.markup import Table
 from rsft_lib.view.published import LINES, Published
@@ -102,9 +103,8 @@ def save_figures(figures: dict[str, Figure], folder: str | Path) -> Table:
     for name, figure in figures.items():
         for kind, how in (("png", {"dpi": 150}), ("svg", {"metadata": {"Date": None}})):
             path = folder / f"{name}.{kind}"
-            unfinished = path.with_name(f".{path.name}")
-            figure.savefig(unfinished, format=kind, **how)
-            unfinished.replace(path)
+            with new_file(path, "wb") as file:
+                figure.savefig(file, format=kind, **how)
             rows.append((str(path), f"{path.stat().st_size / 1000:,.0f} kB"))
     return Table("pictures", ("file", "size"), rows)
 
