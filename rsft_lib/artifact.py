@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rsft_lib.disk import full_disk_told, require_space
+from rsft_lib.paths import existing
 from rsft_lib.temporary import beside, new_file
 
 MANIFEST = "manifest.json"
@@ -32,7 +33,7 @@ def new_folder(
     Args:
         size: bytes that will be written, if known.
         source: names of the facts that tell what the folder is made from: a name, whose content may have its hash in
-            another fact with `_sha256` appended, or names with their hashes.
+            another fact with `_sha256` appended, or names with their hashes, of which some may come or go.
         overwrite: replace what was made from another source, too.
 
     Raises:
@@ -74,11 +75,15 @@ def refuse_other(final: Path, facts: dict, source: Collection[str] = (), overwri
         )
     for name in () if overwrite else source:
         (old, old_content), (new, content) = _named(before, name), _named(facts, name)
-        if old != new and not (content and content == old_content):
+        if not _alike(old, new) and not (content and _alike(old_content, content)):
             raise FileExistsError(
                 f"{final} was made from {' and '.join(old) or 'something else'} and is not replaced by what is made "
                 f"from {' and '.join(new)}: choose another `output`, or set `overwrite` to replace it"
             )
+
+
+def _alike(old: list[str], new: list[str]) -> bool:
+    return bool(old) == bool(new) and (set(old) <= set(new) or set(new) <= set(old))
 
 
 def _named(facts: dict, name: str) -> tuple[list[str], list[str]]:
@@ -177,6 +182,18 @@ def newest(run: Path) -> Path | None:
         except (OSError, ValueError) as error:
             print(f"stepping back: {error}", flush=True)
     return None
+
+
+def last_checkpoint(run: str | Path) -> Path:
+    """The last checkpoint of a run folder that is whole.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or none in it.
+    """
+    folder = existing(run, "run folder")
+    if found := newest(folder):
+        return found
+    raise FileNotFoundError(f"{folder} has no whole checkpoint: run notebook 05_train, until it has saved one")
 
 
 def file_hash(path: Path) -> str:

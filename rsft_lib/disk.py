@@ -45,8 +45,8 @@ def full_disk_told(final: Path, temporary: Path, size: int = 0) -> Iterator[None
         there, needed = _existing_parent(final), f" of {told(size)}" if size else ""
         raise OSError(
             errno.ENOSPC,
-            f"{final} could not be written, since the disk, or a quota, is full: {told(written)}{needed} were written "
-            f"and are removed again, {told(shutil.disk_usage(there).free)} are free in {there} now. Free some space, "
+            f"No space left on device, or in a quota: {final} was not made; {told(written)}{needed} were written and "
+            f"are removed again, {told(shutil.disk_usage(there).free)} are free in {there} now. Free some space, "
             "or choose a folder on another disk",
         ) from error
 

@@ -12,7 +12,7 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.hf_api import ModelInfo
 
 from rsft_lib.artifact import MANIFEST, file_hash, publish, read_manifest, require_space
-from rsft_lib.paths import ROOT, folder_name, resolve
+from rsft_lib.paths import ROOT, existing, folder_name, resolve
 from rsft_lib.temporary import alone
 
 CHECKPOINTS = ROOT / "assets" / "checkpoints"
@@ -43,6 +43,8 @@ def model_folder(name: str, revision: str = "main", token: str | None = None) ->
     """
     if resolve(name).is_dir():
         return resolve(name)
+    if name.count("/") > 1 or Path(name).is_absolute():  # no name on the Hub is
+        existing(name, "model folder")
     folder = CHECKPOINTS / folder_name(name)
     if not _downloaded(folder, name, revision):
         with alone(_unfinished(folder)):

@@ -67,7 +67,8 @@ def patch_tokenizer(
     """
     if not replacements:
         raise ValueError("replacements are empty; expected at least one, such as {'<|quad_start|>': '<short>'}")
-    before, source = load_tokenizer(source), resolve(source)
+    source = existing(Path(source) / TOKENIZER, "tokenizer of the model").parent
+    before = load_tokenizer(source)
     raw = Tokenizer.from_file(str(source / TOKENIZER))
     expected = _expected_ids(source, replacements, raw, before.special_tokens_map)
     own = existing(template, "template").read_text(encoding="utf-8") if str(template) else ""

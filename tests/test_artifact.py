@@ -166,7 +166,12 @@ def test_each_of_several_sources_counts_and_a_folder_that_names_none_is_not_repl
     final = tmp_path / "out"
     replaced(final, ["sources", "tokenizer"], sources={"/long": "1", "/short": "2"}, tokenizer="/t")
     replaced(final, ["sources", "tokenizer"], sources={"/l": "1", "/s": "2"}, tokenizer="/t")
-    for other in ({"sources": {"/l": "1"}, "tokenizer": "/t"}, {"sources": {"/l": "1", "/s": "2"}, "tokenizer": "/u"}):
+    replaced(final, ["sources", "tokenizer"], sources={"/l": "1"}, tokenizer="/t")  # one is left out, and comes back
+    replaced(final, ["sources", "tokenizer"], sources={"/l": "1", "/s": "2"}, tokenizer="/t")
+    for other in (
+        {"sources": {"/l": "1", "/x": "3"}, "tokenizer": "/t"},
+        {"sources": {"/l": "1", "/s": "2"}, "tokenizer": "/u"},
+    ):
         with pytest.raises(FileExistsError, match="choose another `output`"):
             replaced(final, ["sources", "tokenizer"], **other)
     replaced(final, [])

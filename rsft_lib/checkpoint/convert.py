@@ -148,7 +148,7 @@ def origin(folder: Path) -> dict[str, str]:
     """What a model folder or a checkpoint is of: its run, whatever the step, and what that began from, or itself."""
     manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else {}
     if manifest.get("made_by") == "train":
-        return {"origin": str(folder.parent), "base": str(resolve(manifest["config"]["checkpoint"]))}
+        return {"origin": str(folder.parent), "base": manifest.get("config", {}).get("checkpoint", "")}
     return {"origin": str(folder), "base": ""}
 
 

@@ -23,7 +23,7 @@ from rsft_lib.data.pairs import balance, coverage, disagreeing, held_back, not_s
 from rsft_lib.data.records import Source, as_text, conversation, parse, source_of
 from rsft_lib.data.rejects import Reject, Rejects
 from rsft_lib.data.scratch import Sample, Scratch
-from rsft_lib.paths import resolve
+from rsft_lib.paths import existing, resolve
 from rsft_lib.tokenizer import load_tokenizer
 
 FINDINGS = "findings.jsonl"
@@ -82,7 +82,7 @@ def build_hybrid(
     facts |= {
         "held_out": held_out, "seed": seed, "cut_short": cut_short, "columns": columns or {},
         "empty_think": empty_think, "on_disagreement": on_disagreement, "unit": "tokens" if tokenizer else "characters",
-        "tokenizer_sha256": file_hash(resolve(tokenizer) / "tokenizer.json") if tokenizer else "",
+        "tokenizer_sha256": file_hash(existing(Path(tokenizer) / "tokenizer.json", "tokenizer")) if tokenizer else "",
     }  # fmt: skip
     destination = resolve(folder)
     if done := _already(destination, facts):

@@ -67,7 +67,9 @@ def find_runs(runs: str) -> list[Run]:
         if any(sign in part for sign in "*?["):
             found = [Path(path).parent for path in sorted(glob(f"{resolve(part)}/{FILE}"))]
             if not found:
-                raise FileNotFoundError(f"{part!r} finds no folder with {FILE} (relative patterns start at {ROOT})")
+                raise FileNotFoundError(
+                    f"{part!r} finds no folder with {FILE} (relative patterns start at {ROOT}): run notebook 05_train"
+                )
         else:
             found = [existing(part, "run folder")]
         folders |= dict.fromkeys(path.resolve() for path in found)
