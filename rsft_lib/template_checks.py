@@ -22,6 +22,7 @@ from rsft_lib.sandbox import SECONDS, end_after, limited
 from rsft_lib.template_clock import MOMENTS, difference
 from rsft_lib.templates import is_ours
 from rsft_lib.tokenizer import load_tokenizer
+from rsft_lib.visible import visible
 
 ANSWERS = {"think": f"{THINK}\nTwo and two.\n{END_THINK}\n\nFour.", "short": f"{SHORT}Four."}
 USER = {"role": "user", "content": "How many are 2 + 2?"}
@@ -95,7 +96,7 @@ def _check_elsewhere(folder: Path) -> Checks:
 
 def _not_rendered(reason: str) -> Checks:
     skipped = [Check(name, None, "not run, since the template does not render") for name in CHECKS[1:]]
-    return Checks([Check(CHECKS[0], False, reason), *skipped])
+    return Checks([Check(CHECKS[0], False, visible(reason)), *skipped])
 
 
 def _renders(tokenizer, chat: list[dict] = CHAT) -> str:

@@ -12,6 +12,7 @@ from rsft_lib.artifact import file_hash, new_folder
 from rsft_lib.chat import END_THINK, MODES
 from rsft_lib.paths import existing, resolve
 from rsft_lib.templates import patch_template, template_diff
+from rsft_lib.visible import visible
 
 TOKENIZER, CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 
@@ -136,7 +137,8 @@ def _expected_ids(source: Path, replacements: dict[str, str], raw: Tokenizer, sp
         if old in roles:
             raise ValueError(f"{source}: {old!r} is the tokenizer's {roles[old]}; choose a token that is not used")
         if new not in ids and old not in ids:
-            raise ValueError(f"{source}: no added token {old!r} to replace; there are {', '.join(sorted(ids))}")
+            known = visible(", ".join(sorted(ids)))
+            raise ValueError(f"{source}: no added token {old!r} to replace; there are {known}")
         if new in ids:
             print(f"{source}: {new!r} is there already (id {ids[new]}) and {old!r} is gone; nothing to rename")
     return {new: ids.get(old, ids.get(new)) for old, new in replacements.items()}

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rsft_lib.temporary import beside
+from rsft_lib.visible import visible
 
 HOPELESS = 1000  # rejected rows after which work that mostly fails is not carried on
 
@@ -64,7 +65,7 @@ class Rejects:
         self.temporary.replace(self.path)
         if self.count > self.limit * seen:
             raise ValueError(
-                f"{self.first.file}:{self.first.line}: {self.first.reason}\n"
+                f"{self.first.file}:{self.first.line}: {visible(self.first.reason)}\n"
                 f"{self.count} of {seen} records are rejected, more than the limit of {self.limit:.2%}; each is in "
                 f"{self.path} with its reason. Mend them, or raise reject_limit to go on without them."
             )
