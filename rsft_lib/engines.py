@@ -77,7 +77,8 @@ def _transformers(folder: Path, batch_size: int) -> Engine:
 
 def _batch(model, tokenizer, prompts: list[list[int]], sampling: Sampling) -> list[list[int]]:
     width = max(map(len, prompts))  # padding to the left, so that every prompt ends where writing begins
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # masked, so any will do
+    # Padding is masked, so any token will do. A tokenizer may have none for it, or one that the model has no row for.
+    pad = tokenizer.eos_token_id
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts])  # [b, width]
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
     choice = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}

@@ -27,7 +27,7 @@ from rsft_lib.visible import visible
 ANSWERS = {"think": f"{THINK}\nTwo and two.\n{END_THINK}\n\nFour.", "short": f"{SHORT}Four."}
 USER = {"role": "user", "content": "How many are 2 + 2?"}
 THOUGHT, AT_ONCE = ({"role": "assistant", "content": answer} for answer in ANSWERS.values())
-DEADLINE = 60  # seconds for all checks by the clock, in a process that has to start first
+DEADLINE = 300  # seconds for all checks by the clock, in a process that has to start first, maybe on a busy machine
 CHAT = [{"role": "system", "content": "Be brief."}, USER, THOUGHT, USER, AT_ONCE]
 
 

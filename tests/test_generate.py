@@ -229,13 +229,16 @@ def test_nothing_in_generation_config_changes_what_is_written(model, tmp_path):
     assert generate(folder, QUESTIONS, "think", max_new_tokens=12) == expected
 
 
-def test_a_tokenizer_without_a_token_for_padding_pads_with_its_end(model, tmp_path):
-    folder = shutil.copytree(model, tmp_path / "model")
+@pytest.mark.parametrize("pad", [None, "<pad>"])
+def test_a_tokenizer_without_padding_or_with_a_token_that_the_model_has_not_is_no_obstacle(model, tmp_path, pad):
+    folder, tokens = shutil.copytree(model, tmp_path / "model"), len(load_tokenizer(model))
+    smaller = Qwen2ForCausalLM.from_pretrained(model)
+    smaller.resize_token_embeddings(tokens)
+    smaller.save_pretrained(folder)
     expected = generate(folder, QUESTIONS, "think", max_new_tokens=12)
-    tokenizer = load_tokenizer(folder)
-    tokenizer.pad_token = None
-    tokenizer.save_pretrained(folder)
-    assert load_tokenizer(folder).pad_token_id is None
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"pad_token": pad}), encoding="utf-8")
+    assert load_tokenizer(folder).pad_token_id == (None if pad is None else tokens)
     assert generate(folder, QUESTIONS, "think", max_new_tokens=12) == expected
 
 
