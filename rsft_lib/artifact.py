@@ -1,8 +1,5 @@
 """A folder that is either whole or not there: written beside its final name, listed in a manifest, renamed."""
 
-import errno
-import fcntl
-import glob
 import hashlib
 import json
 import os
@@ -13,71 +10,87 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+from rsft_lib.disk import full_disk_told, require_space
+from rsft_lib.paths import existing
+from rsft_lib.temporary import beside, new_file
+
 MANIFEST = "manifest.json"
 WRITERS = min(4, os.cpu_count() or 1)  # files that are hashed or written at a time
 PROOF = "verify.json"  # may be laid into a finished folder; no step reads it
 
 
 @contextmanager
-def new_folder(final: Path, facts: dict, size: int = 0) -> Iterator[Path]:
+def new_folder(
+    final: Path, facts: dict, size: int = 0, source: Collection[str] = (), overwrite: bool = False
+) -> Iterator[Path]:
     """Yield a temporary folder to fill; when the block ends well it becomes `final`, else it is removed.
 
     `facts` is what the manifest tells besides the files: at least `made_by`, the step that wrote it. It is
     read when the block ends, so the block may still add to it; `files` in it are taken as they are listed, those
-    missing there are hashed. A folder that this kit made before is replaced in one move; any other existing
-    folder is refused.
+    missing there are hashed. What the same step made before of the same source is replaced in one move; any other
+    existing folder is refused.
 
     Args:
         size: bytes that will be written, if known.
+        source: names of the facts that tell what the folder is made from: a name, whose content may have its hash in
+            another fact with `_sha256` appended, or names with their hashes, of which some may come or go.
+        overwrite: replace what was made from another source, too.
 
     Raises:
-        FileExistsError: `final` exists and is not the output of the same step.
-        OSError: the disk has not `size` bytes left.
+        FileExistsError: `final` exists and is not the output of the same step, or not made from the same source.
+        OSError: the disk has not `size` bytes left, or is full before the block ends.
     """
     final = Path(final)
-    _refuse_foreign(final, facts["made_by"])
+    refuse_other(final, facts, source, overwrite)
     require_space(final, size)
     final.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(final)
-    temporary = final.with_name(f".{final.name}.tmp-{uuid.uuid4().hex[:8]}")
-    temporary.mkdir()
-    with _locked(temporary):
-        try:
-            yield temporary
-            publish(temporary, final, facts)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+    with beside(final, folder=True) as temporary, full_disk_told(final, temporary, size):
+        yield temporary
+        publish(temporary, final, facts, source, overwrite)
 
 
-def _remove_abandoned(final: Path) -> None:
-    """Remove the temporary folders of processes that were killed: nobody holds their lock."""
-    for folder in final.parent.glob(f".{glob.escape(final.name)}.tmp-*"):
-        with _locked(folder) as alone:
-            if alone:
-                shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
-    """Hold the lock of a folder; False where another process has it, or the file system knows no locks."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        held = True
-    except OSError:
-        held = False
-    try:
-        yield held
-    finally:
-        os.close(descriptor)  # and the lock is gone
-
-
-def publish(temporary: Path, final: Path, facts: dict) -> None:
+def publish(temporary: Path, final: Path, facts: dict, source: Collection[str] = (), overwrite: bool = False) -> None:
     """List a filled folder in its manifest and give it its final name, in place of what had it before."""
-    _refuse_foreign(final, facts["made_by"])
+    refuse_other(final, facts, source, overwrite)
     write_manifest(temporary, facts)
     _replace(temporary, final)
+
+
+def refuse_other(final: Path, facts: dict, source: Collection[str] = (), overwrite: bool = False) -> None:
+    """Check that what has the name `final` may be replaced; see `new_folder`.
+
+    Raises:
+        FileExistsError: it may not.
+    """
+    if not final.exists():
+        return
+    try:
+        before = json.loads((final / MANIFEST).read_text(encoding="utf-8"))
+        same_step = before["made_by"] == facts["made_by"]
+    except (OSError, ValueError, LookupError, TypeError):
+        same_step = False  # no manifest, or one that tells nothing
+    if not same_step:
+        raise FileExistsError(
+            f"{final} exists and was not written by {facts['made_by']}: choose another folder or remove it"
+        )
+    for name in () if overwrite else source:
+        (old, old_content), (new, content) = _named(before, name), _named(facts, name)
+        if not _alike(old, new) and not (content and _alike(old_content, content)):
+            raise FileExistsError(
+                f"{final} was made from {' and '.join(old) or 'something else'} and is not replaced by what is made "
+                f"from {' and '.join(new)}: choose another `output`, or set `overwrite` to replace it"
+            )
+
+
+def _alike(old: list[str], new: list[str]) -> bool:
+    return bool(old) == bool(new) and (set(old) <= set(new) or set(new) <= set(old))
+
+
+def _named(facts: dict, name: str) -> tuple[list[str], list[str]]:
+    """(names of a source, hashes of its content where all are known) as facts have them."""
+    found = facts.get(name)
+    known = found if isinstance(found, dict) else {found: facts.get(f"{name}_sha256")} if found else {}
+    return sorted(known), sorted(known.values()) if all(known.values()) else []
 
 
 def write_manifest(folder: Path, facts: dict) -> None:
@@ -171,6 +184,18 @@ def newest(run: Path) -> Path | None:
     return None
 
 
+def last_checkpoint(run: str | Path) -> Path:
+    """The last checkpoint of a run folder that is whole.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or none in it.
+    """
+    folder = existing(run, "run folder")
+    if found := newest(folder):
+        return found
+    raise FileNotFoundError(f"{folder} has no whole checkpoint: run notebook 05_train, until it has saved one")
+
+
 def file_hash(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
     with Path(path).open("rb") as file:
@@ -179,12 +204,8 @@ def file_hash(path: Path) -> str:
 
 def write_json(path: Path, value: dict) -> None:
     """Write `value` as JSON in one move: readers see the old file or the whole new one."""
-    temporary = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:8]}")
-    with temporary.open("w", encoding="utf-8") as file:
+    with new_file(path) as file:
         file.write(_json(value))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _json(value: dict) -> str:
@@ -205,31 +226,6 @@ def _hashes(folder: Path, names: list[str]) -> dict[str, str]:
     """Name -> SHA-256; several files at a time, since hashing holds no lock."""
     with ThreadPoolExecutor(WRITERS) as threads:
         return dict(zip(names, threads.map(file_hash, (folder / name for name in names)), strict=True))
-
-
-def require_space(final: Path, size: int) -> None:
-    """Check that the disk on which `final` will lie has `size` bytes left.
-
-    Raises:
-        OSError: it has not.
-    """
-    there = next(path for path in final.absolute().parents if path.exists())
-    free = shutil.disk_usage(there).free
-    if size > free:
-        raise OSError(
-            errno.ENOSPC, f"{final} needs {size / 1e9:,.1f} GB, {there} has {free / 1e9:,.1f} GB left: free some space"
-        )
-
-
-def _refuse_foreign(final: Path, made_by: str) -> None:
-    if not final.exists():
-        return
-    try:
-        if json.loads((final / MANIFEST).read_text(encoding="utf-8"))["made_by"] == made_by:
-            return
-    except (OSError, ValueError, LookupError, TypeError):
-        pass  # no manifest, or one that tells nothing
-    raise FileExistsError(f"{final} exists and was not written by {made_by}: choose another folder or remove it")
 
 
 def _replace(temporary: Path, final: Path) -> None:

@@ -4,6 +4,8 @@ import html
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from rsft_lib.visible import visible
+
 SHOWN = 1000  # characters of a detail; a template can write any number
 
 MARKS = {True: "ok", False: "FAIL", None: "-"}
@@ -42,11 +44,11 @@ class Checks(list[Check]):
     def run(self, name: str, check: Callable[..., str], *arguments) -> bool:
         """Add a check: what `check` returns is the detail of a success, its ValueError that of a failure."""
         try:
-            self.append(Check(name, True, check(*arguments)))
+            self.append(Check(name, True, visible(check(*arguments))))
         except Skip as reason:
-            self.append(Check(name, None, str(reason)))
+            self.append(Check(name, None, visible(str(reason))))
         except ValueError as error:
-            self.append(Check(name, False, str(error)[:SHOWN]))
+            self.append(Check(name, False, visible(str(error)[:SHOWN])))
         return bool(self[-1].passed)
 
     def __repr__(self) -> str:

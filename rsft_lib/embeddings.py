@@ -11,6 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from rsft_lib.paths import existing
+from rsft_lib.visible import visible
 
 INPUT, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 ROWS = 8192  # read at once: 48 MiB as fp32 at a width of 1,536
@@ -46,7 +47,7 @@ class Audit:
             lines.append(
                 f"{row.token:<12} {row.embedding:<9} {row.norm:>8.3f} {median:>8.3f} {row.percentile:>10.1f}  {near}"
             )
-        return "\n".join(lines)
+        return visible("\n".join(lines))
 
     def _repr_html_(self) -> str:
         return f"<pre>{html.escape(repr(self))}</pre>"

@@ -48,7 +48,7 @@ def generate_modes(
         modes: of 'think', 'short' and None, which lets the model choose.
         engine: see `engines.open_engine`.
     """
-    folder = existing(model, "model folder")
+    folder = existing(model, "exported model")
     tokenizer, write = load_tokenizer(folder), open_engine(folder, engine, batch_size)
     answers = {}
     for mode in modes:

@@ -12,7 +12,8 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.hf_api import ModelInfo
 
 from rsft_lib.artifact import MANIFEST, file_hash, publish, read_manifest, require_space
-from rsft_lib.paths import ROOT, folder_name, resolve
+from rsft_lib.paths import ROOT, existing, folder_name, resolve
+from rsft_lib.temporary import alone
 
 CHECKPOINTS = ROOT / "assets" / "checkpoints"
 DESCRIBING = re.compile(r"[^/]+\.(json|jinja|model|txt)")
@@ -42,10 +43,19 @@ def model_folder(name: str, revision: str = "main", token: str | None = None) ->
     """
     if resolve(name).is_dir():
         return resolve(name)
+    if name.count("/") > 1 or Path(name).is_absolute():  # no name on the Hub is
+        existing(name, "model folder")
     folder = CHECKPOINTS / folder_name(name)
     if not _downloaded(folder, name, revision):
-        _download(name, revision, token, folder)
+        with alone(_unfinished(folder)):
+            if not _downloaded(folder, name, revision):
+                _download(name, revision, token, folder)
     return folder
+
+
+def _unfinished(folder: Path) -> Path:
+    """Where a download lies until it is whole: always the same, so that it can go on."""
+    return folder.with_name(f".{folder.name}.download")
 
 
 def _downloaded(folder: Path, name: str, revision: str) -> bool:
@@ -61,7 +71,7 @@ def _downloaded(folder: Path, name: str, revision: str) -> bool:
 
 def _download(name: str, revision: str, token: str | None, folder: Path) -> None:
     """Fetch the files that are needed beside their final place, check them, and move them there at once."""
-    temporary = folder.with_name(f".{folder.name}.download")  # always the same, so that it can go on
+    temporary = _unfinished(folder)
     with _told_plainly(name, revision):
         info = HfApi(token=token).model_info(name, revision=revision, files_metadata=True)
     files = _needed(info)

@@ -5,6 +5,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
+MAKERS = {  # what may be missing -> the notebook that makes it
+    "model folder": "01_patch_tokenizer, which makes the tiny one",
+    "tokenizer": "01_patch_tokenizer", "tokenizer folder": "01_patch_tokenizer",
+    "checkpoint": "02_convert_checkpoint",
+    "training data": "03_build_dataset", "dataset of the tokens": "03_build_dataset",
+    "held-out records": "03_build_dataset",
+    "data": "04_tokenize_and_inspect", "eval_data": "04_tokenize_and_inspect", "tokens": "04_tokenize_and_inspect",
+    "run folder": "05_train",
+    "exported model": "07_export_and_generate",
+    "folder of token losses": "08_loss_lab",
+}  # fmt: skip
+
 
 def resolve(path: str | Path) -> Path:
     """`path` itself when absolute, else the path under the project root."""
@@ -12,14 +24,15 @@ def resolve(path: str | Path) -> Path:
 
 
 def existing(path: str | Path, what: str) -> Path:
-    """The resolved `path`, which must exist; `what` names it in the error.
+    """The resolved `path`, which must exist; `what` names it in the error, and the notebook that makes it.
 
     Raises:
         FileNotFoundError: nothing is there.
     """
     found = resolve(path)
     if not found.exists():
-        raise FileNotFoundError(f"{what}: {found} does not exist (relative paths start at {ROOT})")
+        way_out = f"run notebook {MAKERS[what]}, or name what you have" if what in MAKERS else "check the path"
+        raise FileNotFoundError(f"{what}: {found} does not exist (relative paths start at {ROOT}): {way_out}")
     return found
 
 

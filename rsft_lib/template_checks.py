@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from dataclasses import asdict
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -18,13 +19,15 @@ from rsft_lib.chat import END_THINK, MODES, SHORT, THINK, encode, prompt_ids
 from rsft_lib.checks import Check, Checks, Skip
 from rsft_lib.lifeline import die_with_parent
 from rsft_lib.sandbox import SECONDS, end_after, limited
+from rsft_lib.template_clock import MOMENTS, difference
 from rsft_lib.templates import is_ours
 from rsft_lib.tokenizer import load_tokenizer
+from rsft_lib.visible import visible
 
 ANSWERS = {"think": f"{THINK}\nTwo and two.\n{END_THINK}\n\nFour.", "short": f"{SHORT}Four."}
 USER = {"role": "user", "content": "How many are 2 + 2?"}
 THOUGHT, AT_ONCE = ({"role": "assistant", "content": answer} for answer in ANSWERS.values())
-DEADLINE = 60  # seconds for all checks by the clock, in a process that has to start first
+DEADLINE = 300  # seconds for all checks by the clock, in a process that has to start first, maybe on a busy machine
 CHAT = [{"role": "system", "content": "Be brief."}, USER, THOUGHT, USER, AT_ONCE]
 
 
@@ -52,6 +55,7 @@ def check_template(folder: Path, tokenizer) -> Checks:
 def _check(tokenizer) -> Checks:
     checks = Checks()
     if checks.run("template renders", _renders, tokenizer):
+        checks.run("same at any time", _same_at_any_time, tokenizer)
         same_text = [checks.run("prompt begins text", _prompt_begins_text, tokenizer)]
         same_text += [checks.run("thought survives", _thought_survives, tokenizer)]
         checks.run("BOS once", _bos_once, tokenizer)
@@ -92,7 +96,7 @@ def _check_elsewhere(folder: Path) -> Checks:
 
 def _not_rendered(reason: str) -> Checks:
     skipped = [Check(name, None, "not run, since the template does not render") for name in CHECKS[1:]]
-    return Checks([Check(CHECKS[0], False, reason), *skipped])
+    return Checks([Check(CHECKS[0], False, visible(reason)), *skipped])
 
 
 def _renders(tokenizer, chat: list[dict] = CHAT) -> str:
@@ -104,6 +108,16 @@ def _renders(tokenizer, chat: list[dict] = CHAT) -> str:
     except Exception as error:  # a template can raise anything
         raise ValueError(f"{type(error).__name__}: {error}") from error
     return f"{len(parts)} parts of a conversation, {longest} characters at most"
+
+
+def _same_at_any_time(tokenizer) -> str:
+    """What is served tomorrow is what was trained today: nothing in the text comes from the clock, or from chance."""
+    chats = [(CHAT, None), (CHAT[1:], None), ([USER], [TOOL]), (TOOLS, [TOOL])]
+    for chat, tools in chats:
+        for prompt in (False, True):
+            if found := difference(partial(_text, tokenizer, chat, prompt, tools)):
+                raise ValueError(found)
+    return f"{len(chats)} conversations are the same text at {len(MOMENTS)} dates and times"
 
 
 def _prompt_begins_text(tokenizer) -> str:
@@ -228,7 +242,7 @@ MASK_CHECKS = {
     "tool calls": _tool_calls,
     "mask as marked": _mask_as_marked,
 }
-CHECKS = ["template renders", "prompt begins text", "thought survives", "BOS once", *MASK_CHECKS]
+CHECKS = ["template renders", "same at any time", "prompt begins text", "thought survives", "BOS once", *MASK_CHECKS]
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from rsft_lib.artifact import file_hash, new_folder
 from rsft_lib.chat import END_THINK, MODES
 from rsft_lib.paths import existing, resolve
 from rsft_lib.templates import patch_template, template_diff
+from rsft_lib.visible import visible
 
 TOKENIZER, CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 
@@ -42,6 +43,7 @@ def patch_tokenizer(
     replacements: dict[str, str],
     trailing_newline: bool = False,
     template: str | Path = "",
+    overwrite: bool = False,
 ) -> dict:
     """Copy a tokenizer to a new folder with tokens renamed and the chat template made ready for training.
 
@@ -52,6 +54,7 @@ def patch_tokenizer(
             the new tokens are no special ones, so they survive `skip_special_tokens`.
         trailing_newline: see `templates.patch_template`.
         template: a file with a chat template of your own, taken as it is in place of the edited one.
+        overwrite: replace `destination` where it was made from another tokenizer, too.
 
     Returns:
         The manifest's facts: `ids` of every control token, `vocab_size`, `edits` of the template with the reason
@@ -59,12 +62,14 @@ def patch_tokenizer(
 
     Raises:
         FileNotFoundError: there is no tokenizer.
+        FileExistsError: `destination` is something else, or was made from another tokenizer.
         ValueError: a token to replace is not there or in use, a new one is another token already, the template
             cannot be edited, or a file of another kind names a token.
     """
     if not replacements:
         raise ValueError("replacements are empty; expected at least one, such as {'<|quad_start|>': '<short>'}")
-    before, source = load_tokenizer(source), resolve(source)
+    source = existing(Path(source) / TOKENIZER, "tokenizer of the model").parent
+    before = load_tokenizer(source)
     raw = Tokenizer.from_file(str(source / TOKENIZER))
     expected = _expected_ids(source, replacements, raw, before.special_tokens_map)
     own = existing(template, "template").read_text(encoding="utf-8") if str(template) else ""
@@ -83,7 +88,7 @@ def patch_tokenizer(
         "template_diff": template_diff(stock, patched),
         "vocab_size": raw.get_vocab_size(),
     }
-    with new_folder(resolve(destination), facts) as folder:
+    with new_folder(resolve(destination), facts, source=["source"], overwrite=overwrite) as folder:
         for name in FILES:
             if (source / name).is_file():
                 _copy(source / name, folder / name, replacements)
@@ -132,7 +137,8 @@ def _expected_ids(source: Path, replacements: dict[str, str], raw: Tokenizer, sp
         if old in roles:
             raise ValueError(f"{source}: {old!r} is the tokenizer's {roles[old]}; choose a token that is not used")
         if new not in ids and old not in ids:
-            raise ValueError(f"{source}: no added token {old!r} to replace; there are {', '.join(sorted(ids))}")
+            known = visible(", ".join(sorted(ids)))
+            raise ValueError(f"{source}: no added token {old!r} to replace; there are {known}")
         if new in ids:
             print(f"{source}: {new!r} is there already (id {ids[new]}) and {old!r} is gone; nothing to rename")
     return {new: ids.get(old, ids.get(new)) for old, new in replacements.items()}

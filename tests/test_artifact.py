@@ -1,12 +1,19 @@
 """Folders that are whole or absent: pytest tests/test_artifact.py"""
 
+import errno
+import fcntl
 import os
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
-from rsft_lib.artifact import new_folder, verify
+from rsft_lib import temporary
+from rsft_lib.artifact import new_folder, read_manifest, verify
+from rsft_lib.data.rejects import Reject, Rejects
+from rsft_lib.temporary import alone, new_file
 
 
 def test_a_step_that_fails_leaves_the_folder_of_before_and_foreign_ones_are_kept(tmp_path):
@@ -47,3 +54,135 @@ with new_folder(Path({str(tmp_path / "out")!r}), {{"made_by": "step"}}) as folde
         (folder / "mine").touch()
     alive.communicate(b"go on\n")
     assert os.listdir(tmp_path) == ["out"] and (tmp_path / "out" / "alive").exists()
+
+
+def test_another_process_that_cleans_up_between_making_a_folder_and_its_lock_takes_nothing(tmp_path, monkeypatch):
+    """Its lock on the new folder is had, since nobody else has one yet: the folder goes, and another is made."""
+    final, flock, seen = tmp_path / "out", fcntl.flock, []
+
+    def late(descriptor, how):
+        seen.append(sorted(path.name for path in tmp_path.iterdir()))
+        if len(seen) == 1:
+            temporary._remove_abandoned(final)
+        return flock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with new_folder(final, {"made_by": "step"}) as folder:
+        (folder / "file").touch()
+    assert (final / "file").exists() and len(seen[0]) == 1 and seen[-1] != seen[0]
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS, errno.EBADF])
+def test_on_a_file_system_without_locks_all_works_and_nothing_of_others_is_removed(tmp_path, monkeypatch, number):
+    """As NFS, or Lustre without `flock`, say it."""
+
+    def none(descriptor, how):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    (tmp_path / ".out.tmp-0123abcd").mkdir()
+    for content in ("old", "new"):
+        with new_folder(tmp_path / "out", {"made_by": "step"}) as folder:
+            (folder / "file").write_text(content)
+    with new_file(tmp_path / "text") as file, alone(tmp_path / "shared"):
+        file.write("text")
+    assert (tmp_path / "out" / "file").read_text() == "new" and (tmp_path / "text").read_text() == "text"
+    assert sorted(os.listdir(tmp_path)) == [".out.tmp-0123abcd", "out", "text"]
+
+
+def test_two_that_write_one_file_share_no_temporary_name_and_the_last_stays(tmp_path):
+    with new_file(tmp_path / "text") as one:
+        one.write("one")
+        with new_file(tmp_path / "text") as other:
+            other.write("other")
+        assert (tmp_path / "text").read_text() == "other"
+    with pytest.raises(KeyError), new_file(tmp_path / "text") as third:
+        third.write("third")
+        raise KeyError
+    assert (tmp_path / "text").read_text() == "one" and os.listdir(tmp_path) == ["text"]
+
+
+def test_two_that_reject_rows_of_one_output_do_not_mix_them(tmp_path):
+    row = Reject("data.jsonl", 1, "a reason", "a row")
+    with Rejects(tmp_path / "out", limit=1.0) as one, Rejects(tmp_path / "out", limit=1.0) as other:
+        one.add([row], seen=9)
+        other.add([row._replace(line=number) for number in (2, 3)], seen=9)
+        for rejects, count in ((other, 2), (one, 1)):
+            rejects.settle(9)
+            assert len(rejects.path.read_text().splitlines()) == count
+    assert os.listdir(tmp_path) == ["out.rejected.jsonl"]
+
+
+def test_who_needs_a_shared_folder_alone_waits_and_finds_what_was_done(tmp_path, capfd):
+    shared, order, inside = tmp_path / ".download", [], threading.Event()
+
+    def first():
+        with alone(shared):
+            inside.set()
+            end = time.monotonic() + 60
+            while "waiting for another process" not in capfd.readouterr().out and time.monotonic() < end:
+                time.sleep(0.01)
+            order.append("first")
+            (shared / "file").touch()
+            shared.rename(tmp_path / "final")
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    inside.wait()
+    with alone(shared):
+        order.append("second")
+        assert (tmp_path / "final" / "file").exists() and os.listdir(shared) == []
+    thread.join()
+    assert order == ["first", "second"] and os.listdir(tmp_path) == ["final"]
+
+
+def replaced(final, source, overwrite=False, **facts):
+    with new_folder(final, {"made_by": "step"} | facts, source=source, overwrite=overwrite):
+        pass
+
+
+def test_what_was_made_from_another_source_is_replaced_only_if_that_is_asked_for(tmp_path):
+    final = tmp_path / "out"
+    made = {"model": "/a", "model_sha256": "1", "option": 1}
+    replaced(final, ["model"], **made)
+    replaced(final, ["model"], **made | {"option": 2})
+    replaced(final, ["model"], **made | {"model_sha256": "2"})  # the same name: made again
+    replaced(final, ["model"], **made | {"model": "/moved", "model_sha256": "2"})  # the same content
+    with pytest.raises(FileExistsError, match="out was made from /moved and is not replaced by what is made from /b: "):
+        replaced(final, ["model"], model="/b", model_sha256="3")
+    with pytest.raises(FileExistsError, match="choose another `output`, or set `overwrite`"):
+        replaced(final, ["model"], model="/b", model_sha256=None)
+    assert read_manifest(final)["model"] == "/moved"
+    replaced(final, ["model"], overwrite=True, model="/b", model_sha256=None)
+    assert read_manifest(final)["model"] == "/b" and os.listdir(tmp_path) == ["out"]
+    with pytest.raises(FileExistsError, match="was made from /b"):
+        replaced(final, ["model"], model="/c", model_sha256=None)
+    with pytest.raises(FileExistsError, match="was not written by another"):
+        replaced(final, [], overwrite=True, made_by="another")
+
+
+def test_each_of_several_sources_counts_and_a_folder_that_names_none_is_not_replaced(tmp_path):
+    final = tmp_path / "out"
+    replaced(final, ["sources", "tokenizer"], sources={"/long": "1", "/short": "2"}, tokenizer="/t")
+    replaced(final, ["sources", "tokenizer"], sources={"/l": "1", "/s": "2"}, tokenizer="/t")
+    replaced(final, ["sources", "tokenizer"], sources={"/l": "1"}, tokenizer="/t")  # one is left out, and comes back
+    replaced(final, ["sources", "tokenizer"], sources={"/l": "1", "/s": "2"}, tokenizer="/t")
+    for other in (
+        {"sources": {"/l": "1", "/x": "3"}, "tokenizer": "/t"},
+        {"sources": {"/l": "1", "/s": "2"}, "tokenizer": "/u"},
+    ):
+        with pytest.raises(FileExistsError, match="choose another `output`"):
+            replaced(final, ["sources", "tokenizer"], **other)
+    replaced(final, [])
+    with pytest.raises(FileExistsError, match="was made from something else"):
+        replaced(final, ["tokenizer"], tokenizer="/t")
+
+
+def test_of_two_that_make_one_folder_from_different_sources_the_second_to_end_is_refused(tmp_path):
+    with (
+        pytest.raises(FileExistsError, match="was made from /b and is not replaced by what is made from /a"),
+        new_folder(tmp_path / "out", {"made_by": "step", "model": "/a"}, source=["model"]),
+    ):
+        replaced(tmp_path / "out", ["model"], model="/b")
+    assert read_manifest(tmp_path / "out")["model"] == "/b" and os.listdir(tmp_path) == ["out"]

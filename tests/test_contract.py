@@ -140,6 +140,7 @@ BREAKS = {
     "generation stops": stop_elsewhere,
     "other text as before": swap_two_letters,
     "template renders": template("{%- endfor -%}", ""),
+    "same at any time": template("{{bos_token}}", "{{bos_token}}{{ strftime_now('%d') }}"),
     "prompt begins text": template("prompt %}{{'<｜Assistant｜>'}}", "prompt %}{{'<｜Assistant｜>\\n'}}"),
     "thought survives": template(
         "'' + message.content", "message.content if loop.last else message.content.split('</think>')[-1]"
@@ -298,6 +299,41 @@ def test_a_template_that_reaches_out_is_stopped_by_jinjas_sandbox(patched, tmp_p
         checks = template_checks._check(tokenizer)
     assert [check.name for check in checks.failed] == ["template renders"]
     assert not (tmp_path / "mark").exists()
+
+
+IF_NO_SYSTEM = "{% if messages[0]['role'] != 'system' %}Today is {{ strftime_now('%Y-%m-%d') }}.{% endif %}"
+CHANGING = [  # each part of a date alone, where only some conversations have it, and what chance decides
+    *(f"{{{{ strftime_now('{part}') }}}}" for part in ("%d", "%b", "%A", "%Y", "%H", "%M", "%p", "%j", "%C", "%x")),
+    "{{ strftime_now('%d %b %Y') }}",
+    "{{ strftime_now('%Y')[3] }}",
+    "{% if strftime_now('%m') == '12' %}Merry Christmas{% endif %}",
+    IF_NO_SYSTEM,
+    "{% if tools %}{{ strftime_now('%H:%M') }}{% endif %}",
+    "{% if add_generation_prompt %}{{ strftime_now('%H') }}{% endif %}",
+    "{{ range(9) | random }}",
+    "{{ lipsum() }}",
+]
+
+
+@pytest.mark.parametrize("text", CHANGING)
+def test_a_template_whose_text_depends_on_when_it_is_rendered_is_refused(patched, text):
+    tokenizer = load_tokenizer(patched)
+    tokenizer.chat_template = NEW.replace("{{bos_token}}", "{{bos_token}}" + text)
+    failed = {check.name: check.detail for check in template_checks._check(tokenizer).failed}
+    assert "the text depends on when it is rendered" in failed["same at any time"]
+
+
+def test_both_texts_and_dates_are_shown_and_a_clock_that_nothing_is_written_from_is_no_fault(patched, tmp_path):
+    own = tmp_path / "own.jinja"
+    own.write_text(NEW.replace("{{bos_token}}", "{{bos_token}}Today: {{ strftime_now('%d %b %Y') }}"), encoding="utf-8")
+    patch_tokenizer(patched.with_name("source"), tmp_path / "dated", SHORT, template=own)
+    (failed,) = check_contract(tmp_path / "dated").failed
+    assert "Today: 01 Jan 1998" in failed.detail and "Today: 02 Feb 1999" in failed.detail
+    with pytest.raises(ValueError, match="same at any time: "):
+        require_contract(tmp_path / "dated")
+    own.write_text("{% set today = strftime_now('%d') %}" + NEW, encoding="utf-8")
+    patch_tokenizer(patched.with_name("source"), tmp_path / "undated", SHORT, template=own)
+    assert not check_contract(tmp_path / "undated").failed
 
 
 def test_the_table_says_in_words_what_passed_and_escapes_what_a_template_says(patched, tmp_path):

@@ -1,13 +1,15 @@
 """Answers in either mode, and their marks: pytest tests/test_generate.py"""
 
 import importlib.util
+import json
 import re
+import shutil
 import sys
 import types
 
 import pytest
 import torch
-from transformers import Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2ForCausalLM
 
 from rsft_lib import demo
 from rsft_lib.chat import prompt_ids
@@ -132,7 +134,9 @@ def test_all_modes_are_answered_with_the_model_loaded_once(model, tmp_path, monk
         model, tmp_path, f"<｜Assistant｜><think> two</think> three{demo.EOS}", f"<short> four{demo.EOS}"
     )
     loads, load = [], Qwen2ForCausalLM.from_pretrained
-    monkeypatch.setattr("rsft_lib.engines.AutoModelForCausalLM.from_pretrained", lambda f: loads.append(f) or load(f))
+    monkeypatch.setattr(
+        "rsft_lib.engines.AutoModelForCausalLM.from_pretrained", lambda f, **how: loads.append(f) or load(f)
+    )
     found = generate_modes(speaker, QUESTIONS, ["think", "short", None], Sampling(20))
     assert found["think"] == found[None] == [Answer("<think> two</think> three", 4, True)] * 3
     assert found["short"] == [Answer("<short> four", 2, True)] * 3
@@ -188,9 +192,54 @@ def test_vllm_is_given_ids_and_gives_the_same_answers(model, monkeypatch):
     found = generate_modes(model, QUESTIONS, modes, sampling, engine="vllm")
     assert found == generate_modes(model, QUESTIONS, modes, sampling, engine="transformers")
     (loaded, dtype), *asked = sys.modules["vllm"].calls
-    assert (loaded, dtype) == (str(model), "auto") and len(asked) == 3
+    assert (loaded, dtype) == (str(model), "float32") and len(asked) == 3
     eos = load_tokenizer(model).eos_token_id
     assert asked[0] == {"temperature": 0.0, "seed": 3, "max_tokens": 6, "stop_token_ids": [eos], "detokenize": False}
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype", None])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_both_engines_take_the_precision_of_the_model(model, tmp_path, monkeypatch, dtype, key):
+    """By itself vLLM takes bf16 for a model of fp32, and says other things than transformers."""
+    Qwen2ForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).save_pretrained(tmp_path)
+    load_tokenizer(model).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    stated = {name: value for name, value in config.items() if name != "dtype"} | ({key: dtype} if key else {})
+    (tmp_path / "config.json").write_text(json.dumps(stated))
+    monkeypatch.setitem(sys.modules, "vllm", stub := Vllm())
+    opened, load = [], AutoModelForCausalLM.from_pretrained
+
+    def noted(folder, **how):
+        opened.append(load(folder, **how))
+        return opened[-1]
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", noted)
+    open_engine(tmp_path, "vllm")
+    open_engine(tmp_path, "transformers")
+    assert stub.calls == [(str(tmp_path), dtype)]
+    assert {str(loaded.dtype) for loaded in opened} == {f"torch.{dtype}"}
+
+
+def test_nothing_in_generation_config_changes_what_is_written(model, tmp_path):
+    """Only transformers reads it: a repetition penalty there would be one engine's alone."""
+    folder = shutil.copytree(model, tmp_path / "model")
+    expected = generate(folder, QUESTIONS, "think", max_new_tokens=12)
+    penalty = GenerationConfig(repetition_penalty=5.0, no_repeat_ngram_size=1, do_sample=True, temperature=9.0)
+    penalty.save_pretrained(folder)
+    assert generate(folder, QUESTIONS, "think", max_new_tokens=12) == expected
+
+
+@pytest.mark.parametrize("pad", [None, "<pad>"])
+def test_a_tokenizer_without_padding_or_with_a_token_that_the_model_has_not_is_no_obstacle(model, tmp_path, pad):
+    folder, tokens = shutil.copytree(model, tmp_path / "model"), len(load_tokenizer(model))
+    smaller = Qwen2ForCausalLM.from_pretrained(model)
+    smaller.resize_token_embeddings(tokens)
+    smaller.save_pretrained(folder)
+    expected = generate(folder, QUESTIONS, "think", max_new_tokens=12)
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"pad_token": pad}), encoding="utf-8")
+    assert load_tokenizer(folder).pad_token_id == (None if pad is None else tokens)
+    assert generate(folder, QUESTIONS, "think", max_new_tokens=12) == expected
 
 
 def test_vllm_is_taken_by_itself_only_with_a_gpu_and_missed_only_if_asked_for(model, monkeypatch):

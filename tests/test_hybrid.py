@@ -356,7 +356,7 @@ def test_a_dataset_that_has_both_modes_is_built_as_its_two_halves_are(kind, toke
         for found in pair
     ]
     data = ready(tmp_path, both, kind)
-    built = build_hybrid("", "", tmp_path / "out", 0.2, 0, hybrid=data)
+    built = build_hybrid("", "", tmp_path / "out", 0.2, 0, hybrid=data, overwrite=True)
     assert {name: sorted(map(str, read(tmp_path, name))) for name in ("train", "heldout")} == expected
     for fact in ("records", "problems", "findings", "balance", "counts"):
         assert built[fact] == halves[fact], fact
@@ -488,7 +488,7 @@ def test_real_traces_and_solutions_pass_and_what_is_spoilt_is_found(tmp_path):
     wrong = random.Random(0).sample(range(300), 20)
     for i in wrong:
         traces[i]["response"] = think("hm", "Answer: 123,456")
-    built = build(tmp_path, traces, solutions)
+    built = build(tmp_path, traces, solutions, overwrite=True)
     assert built["records"]["disagreeing"] == 40 and built["findings"]["final answers differ"] == 20
     named = [f["answers"][0]["place"] for f in findings(tmp_path) if f["finding"] == "final answers differ"]
     assert sorted(int(place.rpartition(":")[2]) - 1 for place in named) == sorted(wrong)

@@ -18,12 +18,13 @@ from rsft_lib.data.records import read_records
 from rsft_lib.data.store import StoreWriter, TokenStore
 from rsft_lib.tokenizer import load_tokenizer, patch_tokenizer
 from rsft_lib.view.browse import browse
-from rsft_lib.view.markup import FAINT, INK, Table, inert, visible
+from rsft_lib.view.markup import FAINT, INK, Table, inert
 from rsft_lib.view.mask import STYLE, show_mask, show_sample
 from rsft_lib.view.measure import measure
 from rsft_lib.view.pack import show_pack
 from rsft_lib.view.pieces import FOLD, TokenText
 from rsft_lib.view.segments import Marks, mode, segments
+from rsft_lib.visible import visible
 
 CHATS = "chat_glaive_toolcall.jsonl"
 THOUGHT = "<think>\ntwo plus two\n</think>\n\nAnswer: four"

@@ -1,6 +1,8 @@
 """Several runs in one picture, and somebody else's curve: pytest tests/test_overlay.py"""
 
+import html
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +53,36 @@ def test_runs_are_found_by_folder_and_pattern_once_and_told_apart_by_name(folder
     runs = find_runs(f"{folder}/b, {folder}/deep/a, {folder}/*")
     assert [run.name for run in runs] == [f"{folder.name}/b", "deep/a", f"{folder.name}/a"]
     assert [len(run) for run in runs] == [40, 10, 100]
+
+
+ODD = [
+    "lr $1e-5$",
+    "a $b",
+    "lr=1,bs=2",
+    "grid[1]",
+    "_quiet",
+    "100% {x}",
+    r"\frac{1}$x^$",
+    "esc\x1b[31m\u202etxt",
+    "دورة",
+]
+
+
+def test_runs_of_any_name_are_found_and_drawn_under_it(tmp_path):
+    """matplotlib sets what stands between dollar signs as mathematics, and fails where it is none."""
+    runs = [write_run(tmp_path / name, 5) for name in ODD]
+    write_run(tmp_path / "grid[1]" / "inner", 5)
+    found = find_runs(",".join(map(str, runs)))
+    assert [run.name for run in found] == ODD
+    assert [run.name for run in find_runs(f"{tmp_path}/*")] == sorted(ODD)
+    assert [run.name for run in find_runs(f"{tmp_path}/grid[1]/*, {tmp_path}/lr=*")] == ["inner", "lr=1,bs=2"]
+    save_figures({"losses": plot_losses(found), "modes": plot_modes(found), "health": plot_health(found)}, tmp_path)
+    shown = html.unescape((tmp_path / "losses.svg").read_text(encoding="utf-8"))
+    drawn = re.findall(r"<!-- (.*?) -->", shown)
+    assert [name for name in ODD[:7] if name not in drawn] == [] and "esc⟨001B⟩[31m⟨202E⟩txt" in drawn
+    assert "دورة" in drawn and "\x1b" not in shown
+    page = repr(runs_table(found)) + runs_table(found)._repr_html_()
+    assert "esc␛[31m⟨202E⟩txt" in page and "\x1b" not in page and "\u202e" not in page and "دورة" in page
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig
 
-from rsft_lib.artifact import file_hash, new_folder, read_manifest
+from rsft_lib.artifact import MANIFEST, file_hash, new_folder, read_manifest
 from rsft_lib.checkpoint import legacy, sources, torch_dist
 from rsft_lib.checkpoint.pieces import Weights, resized, with_row_means
 from rsft_lib.model.config import check_layout, read_config
@@ -29,6 +29,7 @@ def convert(
     dtype: str = "",
     row_means: dict[int, list[int]] | None = None,
     original: str | Path = "",
+    overwrite: bool = False,
 ) -> dict:
     """Write the weights of a folder as a checkpoint of megatron-core. Nothing is done where it is there already.
 
@@ -47,13 +48,14 @@ def convert(
         row_means: token -> tokens; its rows in the embedding and in the output layer become the mean of theirs.
         original: Hugging Face folder of the model, for a checkpoint that Megatron-LM wrote: `config.json`, and rows of
             the vocabulary that were cut off, come from it.
+        overwrite: replace `destination` where it was made from another model or run, too.
 
     Returns:
         The manifest's facts: source, folder, number of weights and parameters, dtype.
 
     Raises:
         FileNotFoundError: no config, no weights, or a missing shard.
-        FileExistsError: `destination` is something else.
+        FileExistsError: `destination` is something else, or was made from another model or run.
         OSError: the disk has not enough space.
         ValueError: the weights are not those that `config.json` describes, or a setting does not fit the model.
     """
@@ -82,7 +84,8 @@ def convert(
     if _already_there(destination, facts, weights, config):
         print(f"{destination} is there already, whole and the same")
     else:
-        _write(destination, {**facts, "source": str(source)}, weights, config, describing)
+        facts_and_source = {**facts, "source": str(source), **origin(source)}
+        _write(destination, facts_and_source, weights, config, describing, overwrite)
     return {**facts, "source": str(source), "folder": str(destination)}
 
 
@@ -141,11 +144,24 @@ def _same(weights: Weights, others: Weights, name: str) -> bool:
     return all(torch.equal(*(tensor.contiguous().flatten().view(torch.uint8) for tensor in pair)) for pair in pairs)
 
 
-def _write(destination: Path, facts: dict, weights: Weights, config: PretrainedConfig, describing: Path) -> None:
+def origin(folder: Path) -> dict[str, str]:
+    """What a model folder or a checkpoint is of: its run, whatever the step, and what that began from, or itself."""
+    manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else {}
+    if manifest.get("made_by") == "train":
+        return {"origin": str(folder.parent), "base": manifest.get("config", {}).get("checkpoint", "")}
+    return {"origin": str(folder), "base": ""}
+
+
+def _write(
+    destination: Path, facts: dict, weights: Weights, config: PretrainedConfig, describing: Path, overwrite: bool
+) -> None:
     layout = facts["tensor_parallel"], facts["pipeline_parallel"]
     files = legacy.plan(weights, config, *layout) if facts["format"] == "legacy" else []
     size = legacy.nbytes(weights, files) if files else sum(weights.empty(name).nbytes for name in weights)
-    with new_folder(destination, facts, size) as folder, progress("convert", "B", size) as bar:
+    with (
+        new_folder(destination, facts, size, ["origin", "base"], overwrite) as folder,
+        progress("convert", "B", size) as bar,
+    ):
         if files:
             legacy.write(folder, weights, files, bar.update)
         else:

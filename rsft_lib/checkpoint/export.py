@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PretrainedConfig
 from rsft_lib.artifact import MANIFEST, file_hash, new_folder, read_manifest, verify
 from rsft_lib.checkpoint import hf, sources
 from rsft_lib.checkpoint.card import model_card
-from rsft_lib.checkpoint.convert import DTYPES
+from rsft_lib.checkpoint.convert import DTYPES, origin
 from rsft_lib.checkpoint.pieces import Weights, resized
 from rsft_lib.model.config import read_config
 from rsft_lib.paths import existing, resolve
@@ -31,6 +31,7 @@ def export(
     dtype: str = "",
     max_shard_size: str = "2GB",
     original: str | Path = "",
+    overwrite: bool = False,
 ) -> dict:
     """Write a checkpoint and a tokenizer as a Hugging Face folder. Nothing is done where it is there already.
 
@@ -45,13 +46,15 @@ def export(
         max_shard_size: largest safetensors file.
         original: Hugging Face folder of the model, for a checkpoint that Megatron-LM wrote: `config.json`, and rows of
             the vocabulary that were cut off, come from it.
+        overwrite: replace `destination` where it was made from another run or model, too; a newer checkpoint of the
+            same run replaces an older one in any case.
 
     Returns:
         The manifest's facts: checkpoint, tokenizer, number of tensors, dtype.
 
     Raises:
         FileNotFoundError: a folder is missing, or the checkpoint was not finished.
-        FileExistsError: `destination` is something else.
+        FileExistsError: `destination` is something else, or was made from another run or model.
         OSError: the disk has not enough space.
         ValueError: the checkpoint is damaged, its tensors are not those that its config describes, or the
             tokenizer has more tokens than the model, or is not the one that a run's data was tokenized with.
@@ -76,8 +79,8 @@ def export(
         print(f"{destination} is there already, whole and of the same checkpoint")
         return facts
     size = sum(weights.empty(name).nbytes for name in weights)
-    listing = dict(facts)
-    with new_folder(destination, listing, size) as folder:
+    listing = facts | origin(checkpoint)
+    with new_folder(destination, listing, size, ["origin", "base"], overwrite) as folder:
         with progress("export", "B", size) as bar:
             listing["files"] = hf.write(folder, weights, max_shard_size, bar.update)
         _describe(folder, describing, dtype, tokenizer)

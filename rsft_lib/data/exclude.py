@@ -28,16 +28,20 @@ def source_lines(store: TokenStore) -> np.ndarray:
     return np.load(store.folder / ROWS)
 
 
-def exclude(store: TokenStore, samples: Collection[int], folder: str | Path) -> dict:
+def exclude(store: TokenStore, samples: Collection[int], folder: str | Path, overwrite: bool = False) -> dict:
     """Write the dataset that a store was made from, without the records of `samples`, as a folder for notebook 04.
 
     The other splits beside it are copied as they are.
+
+    Args:
+        overwrite: replace `folder` where it was made from another dataset, too.
 
     Returns:
         The manifest's facts; `counts` tells how many records are kept and left out.
 
     Raises:
         FileNotFoundError: the dataset is gone.
+        FileExistsError: `folder` is something else, or was made from another dataset.
         ValueError: it has changed since, or `source_lines` cannot tell.
     """
     out = set(source_lines(store)[sorted(samples)].tolist())
@@ -49,7 +53,7 @@ def exclude(store: TokenStore, samples: Collection[int], folder: str | Path) -> 
     if source.split or split not in SPLITS:
         split, others = "train", []
     facts = {"made_by": "exclude", **source.facts(), "counts": {"kept": 0, "left_out": len(out)}}
-    with new_folder(resolve(folder), facts) as temporary:
+    with new_folder(resolve(folder), facts, source=["data"], overwrite=overwrite) as temporary:
         with (temporary / f"{split}.jsonl").open("wb") as file:
             for row in source.rows():
                 if row.number not in out and not isinstance(row.content, Exception):

@@ -20,7 +20,7 @@ from rsft_lib.data.records import Source, source_of
 from rsft_lib.data.rejects import Reject, Rejects, reject
 from rsft_lib.data.samples import Sample, cut_sample, declared_sample, long_sample, short_sample
 from rsft_lib.data.scratch import Scratch
-from rsft_lib.paths import resolve
+from rsft_lib.paths import existing, resolve
 from rsft_lib.tokenizer import load_tokenizer
 
 FINDINGS = "findings.jsonl"
@@ -41,6 +41,7 @@ def build_hybrid(
     empty_think: bool = False,
     on_disagreement: str = "drop",
     reject_limit: float = 0.001,
+    overwrite: bool = False,
 ) -> dict:
     """Write `train.jsonl` and `heldout.jsonl` from long and short answers, or from a dataset that has both already.
 
@@ -64,6 +65,7 @@ def build_hybrid(
         empty_think: accept `<think>` with nothing in it.
         on_disagreement: 'drop' or 'error', for answers to one problem whose final answers are not the same.
         reject_limit: largest share of the records that may be unusable.
+        overwrite: replace `folder` where it was made from other answers, too.
 
     Returns:
         The manifest's facts. `counts` has the samples by split and mode, `balance` also the length of their prompts
@@ -71,6 +73,7 @@ def build_hybrid(
         `unused_fields` the fields that are in no sample, with the number of records.
 
     Raises:
+        FileExistsError: `folder` is something else, or was made from other answers.
         ValueError: too many records are unusable, answers disagree where that is an error, an input is empty, or
             nothing is left.
     """
@@ -85,13 +88,13 @@ def build_hybrid(
     facts |= {
         "held_out": held_out, "seed": seed, "cut_short": cut_short, "columns": columns or {},
         "empty_think": empty_think, "on_disagreement": on_disagreement, "unit": "tokens" if tokenizer else "characters",
-        "tokenizer_sha256": file_hash(resolve(tokenizer) / "tokenizer.json") if tokenizer else "",
+        "tokenizer_sha256": file_hash(existing(Path(tokenizer) / "tokenizer.json", "tokenizer")) if tokenizer else "",
     }  # fmt: skip
     destination = resolve(folder)
     if done := _already(destination, facts):
         return done
     with (
-        new_folder(destination, facts) as temporary,
+        new_folder(destination, facts, source=["sources"], overwrite=overwrite) as temporary,
         TemporaryFile(dir=temporary) as file,
         Rejects(destination, reject_limit) as rejects,
     ):

@@ -16,17 +16,19 @@ from rsft_lib.paths import existing, resolve
 OF_THE_SHARD = {"shard", "encoder", "counts", "modes", "unused_fields", "files", "data", "tokenizer"}
 
 
-def merge(shards: list[str | Path], folder: str | Path, reject_limit: float = 0.001) -> dict:
+def merge(shards: list[str | Path], folder: str | Path, reject_limit: float = 0.001, overwrite: bool = False) -> dict:
     """Put the shards that `tokenize(..., shard=(i, n))` wrote together, in the order of the records.
 
     Args:
         shards: the n folders, in any order.
+        overwrite: replace `folder` where it was made from other data or another tokenizer, too.
 
     Returns:
         The facts of the whole, as `tokenize` without shards returns them.
 
     Raises:
         FileNotFoundError: a shard is missing or was not finished.
+        FileExistsError: `folder` is something else, or was made from other data or another tokenizer.
         ValueError: a shard is damaged, was made from other data or with other options, or stands there twice; or
             more than `reject_limit` of all records were rejected.
     """
@@ -36,7 +38,10 @@ def merge(shards: list[str | Path], folder: str | Path, reject_limit: float = 0.
     _check(manifests, folders)
     facts = _whole([manifests[path] for path in folders])
     destination = resolve(folder)
-    with new_folder(destination, facts) as temporary, Rejects(destination, reject_limit) as rejects:
+    with (
+        new_folder(destination, facts, source=["data", "tokenizer"], overwrite=overwrite) as temporary,
+        Rejects(destination, reject_limit) as rejects,
+    ):
         writer = StoreWriter(temporary)
         for block in _dealt_back([list(_blocks(path)) for path in folders]):
             writer.add_block(*block())

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rsft_lib.data.records import Row, as_text
+from rsft_lib.temporary import beside
+from rsft_lib.visible import visible
 
 HOPELESS = 1000  # rejected rows after which work that mostly fails is not carried on
 LONGEST = 1000  # characters of a reason; an error may quote all of a row
@@ -40,7 +42,8 @@ class Rejects:
 
     def __enter__(self) -> "Rejects":
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.temporary = self.path.with_name(f".{self.path.name}.tmp")
+        self.writing = beside(self.path)
+        self.temporary = self.writing.__enter__()
         # Half of a surrogate pair cannot be written, but its escape in JSON can.
         self.file = self.temporary.open("w", encoding="utf-8", errors="backslashreplace")
         return self
@@ -67,16 +70,15 @@ class Rejects:
         self.file.close()
         if not self.count:
             self.path.unlink(missing_ok=True)
-            self.temporary.unlink()
             return
         self.temporary.replace(self.path)
         if self.count > self.limit * seen:
             raise ValueError(
-                f"{self.first.file}:{self.first.line}: {self.first.reason}\n"
+                f"{self.first.file}:{self.first.line}: {visible(self.first.reason)}\n"
                 f"{self.count} of {seen} records are rejected, more than the limit of {self.limit:.2%}; each is in "
                 f"{self.path} with its reason. Mend them, or raise reject_limit to go on without them."
             )
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *error) -> None:
         self.file.close()
-        self.temporary.unlink(missing_ok=True)
+        self.writing.__exit__(*error)

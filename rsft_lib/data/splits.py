@@ -13,11 +13,12 @@ def splits_of(data: str | Path) -> dict[str, str | Path]:
     """The data of each split: a folder's files named after SPLITS; anything else that `source_of` takes is 'train'.
 
     Raises:
-        FileNotFoundError: the folder has no training data.
+        FileNotFoundError: nothing is there, or a folder without training data.
         ValueError: it has two files for one split.
     """
     folder = resolve(data)
     if not folder.is_dir():
+        source_of(data, "training data")
         return {"train": data}
     files = [path for path in sorted(folder.iterdir()) if any(suffix in SUFFIXES for suffix in path.suffixes)]
     found = {split: [path for path in files if path.name.split(".")[0] == split] for split in SPLITS}

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from rsft_lib.artifact import read_manifest
 from rsft_lib.chat import LOSS_WEIGHTS
+from rsft_lib.paths import existing
 
 NAME = "text_document"
 MASK = "loss_mask.bin"
@@ -84,6 +85,7 @@ class TokenStore:
             ValueError: the mask does not fit the tokens.
         """
         self.folder = Path(folder)
+        existing(self.folder / f"{NAME}.idx", "tokens")
         self.manifest = read_manifest(self.folder)
         self.tokens = IndexedDataset(str(self.folder / NAME))
         # Copies, here and below: megatron-core unmaps its files when the dataset goes, whoever still looks at them.

@@ -37,6 +37,7 @@ def tokenize(
     workers: int | None = None,
     shard: tuple[int, int] = (0, 1),
     contract: bool = True,
+    overwrite: bool = False,
     **options,
 ) -> dict:
     """Write the records of a file as a token store; where it is there already, made from the same, it is kept.
@@ -50,6 +51,7 @@ def tokenize(
         shard: (i, n) does every n-th block of records from the i-th on, for `merge`.
         contract: whether the tokenizer must pass `require_contract`; without it, what is trained may not be what is
             served.
+        overwrite: replace `folder` where it was made from other data or another tokenizer, too.
 
     Returns:
         The manifest's facts; `counts` and `modes` say what became of the records, `unused_fields` which of their
@@ -57,6 +59,7 @@ def tokenize(
 
     Raises:
         FileNotFoundError: the data or the tokenizer is missing.
+        FileExistsError: `folder` is something else, or was made from other data or another tokenizer.
         ValueError: the tokenizer breaks the contract, too many records cannot be used (the message names file and
             line), there are none, or none fits.
         RuntimeError: a worker died.
@@ -75,7 +78,10 @@ def tokenize(
         facts["encoder"] = _chosen_encoder(pool, source.rows())
         mine = islice(blocks(source.rows()), shard[0], None, shard[1])
         encoded = _encoded(pool, mine, facts["encoder"]["encoder"], ahead=2 * count + 1)
-        with new_folder(destination, facts) as temporary, Rejects(destination, reject_limit) as rejects:
+        with (
+            new_folder(destination, facts, source=["data", "tokenizer"], overwrite=overwrite) as temporary,
+            Rejects(destination, reject_limit) as rejects,
+        ):
             _write(_progress(encoded, source), StoreWriter(temporary), rejects, facts)
     return facts
 

@@ -65,6 +65,7 @@ def score(checkpoint: str | Path, data: str | Path, output: str | Path, backend:
 
     Raises:
         FileNotFoundError: the checkpoint or the data is missing or unfinished.
+        FileExistsError: `output` is something else, or has the losses of other data or another checkpoint.
     """
     checkpoint, store = existing(checkpoint, "checkpoint"), TokenStore(existing(data, "data"))
     longest = int(store.lengths.max()) - 1
@@ -88,7 +89,7 @@ def score(checkpoint: str | Path, data: str | Path, output: str | Path, backend:
         "data_sha256": file_hash(store.folder / MANIFEST),
         "tokens": int(counts.sum()), "loss": float(np.nanmean(losses)),
     }  # fmt: skip
-    with new_folder(resolve(output), facts) as folder:
+    with new_folder(resolve(output), facts, source=["checkpoint", "data"]) as folder:
         losses.tofile(folder / FILE)
     return resolve(output)
 

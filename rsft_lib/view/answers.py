@@ -12,8 +12,9 @@ from matplotlib.ticker import PercentFormatter
 from rsft_lib.chat import END_THINK, MODES, THINK
 from rsft_lib.generate import Answer, chosen_mode, is_right, well_formed
 from rsft_lib.view.bars import EDGE, LOOK
-from rsft_lib.view.markup import BLOCK, FAINT, PANEL, Table, escaped, inert, visible
+from rsft_lib.view.markup import BLOCK, FAINT, PANEL, Table, escaped, inert
 from rsft_lib.view.mask import STYLE, chip
+from rsft_lib.visible import visible
 
 SHOWN = 3000  # characters of a text that are shown, half of them from its end
 Answers = dict[str | None, list[Answer]]  # by the mode that was asked for; None where the model chose

@@ -4,6 +4,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from rsft_lib.embeddings import Audit
+from rsft_lib.view.markup import caption
 
 GREY, BLUE, ORANGE, GREEN = "#999999", "#0072b2", "#d55e00", "#009e73"  # of the Okabe-Ito palette
 LINES = [(BLUE, "-"), (ORANGE, "--"), (GREEN, ":")]
@@ -16,7 +17,7 @@ def plot_audit(audit: Audit) -> Figure:
         place.hist(norms.numpy(), bins=100, color=GREY)
         for number, row in enumerate(r for r in audit.rows if r.embedding == title):
             color, style = LINES[number % len(LINES)]
-            label = f"{row.token}  {row.norm:.3g}, above {row.percentile:.0f} %"
+            label = caption(f"{row.token}  {row.norm:.3g}, above {row.percentile:.0f} %")
             place.axvline(row.norm, color=color, linestyle=style, label=label)
         place.set(
             title=f"{title} embedding, {len(norms):,} tokens", xlabel="norm of the row", ylabel="tokens", yscale="log"

@@ -9,9 +9,10 @@ from transformers import PreTrainedTokenizerBase
 
 from rsft_lib.data.spans import MODE_NAMES
 from rsft_lib.lab import REASONS, Comparison, Suspect
-from rsft_lib.view.markup import BLOCK, FAINT, PANEL, escaped, inert, one_line, visible, warning
+from rsft_lib.view.markup import BLOCK, FAINT, PANEL, escaped, inert, one_line, warning
 from rsft_lib.view.mask import chip
 from rsft_lib.view.pieces import TokenText
+from rsft_lib.visible import visible
 
 # Nats from which on a token is of the next level, its probability in per cent, and background, text and tags: what is
 # hard is underlined, then bold, then tells its loss, so that it is seen without colour too. Contrast 7 : 1 at least.

@@ -13,6 +13,7 @@ from rsft_lib.data.exclude import source_lines
 from rsft_lib.data.spans import MODE_NAMES, SPAN_NAMES
 from rsft_lib.lab import REASONS, Comparison, Suspect, hardest_spans
 from rsft_lib.paths import resolve
+from rsft_lib.temporary import new_file
 from rsft_lib.view.bars import EDGE, LOOK
 from rsft_lib.view.heat import around
 from rsft_lib.view.lines import BLACK, plain_numbers
@@ -88,8 +89,7 @@ def write_suspects(found: Comparison, odd: list[Suspect], tokenizer: PreTrainedT
     """
     path, lines = resolve(path), source_lines(found.store)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}")
-    with unfinished.open("w", encoding="utf-8") as file:
+    with new_file(path) as file:
         for sample, why in odd:
             place, text = int(found.worst_at[sample]), TokenText(found.store[sample][0], tokenizer)
             entry = {
@@ -99,7 +99,6 @@ def write_suspects(found: Comparison, odd: list[Suspect], tokenizer: PreTrainedT
                 "worst_at": place, "around": around(text, place, place + 1),
             }  # fmt: skip
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")
-    unfinished.replace(path)
     return path
 
 

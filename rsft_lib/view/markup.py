@@ -10,6 +10,8 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rsft_lib.visible import HIDDEN, visible
+
 INK, FAINT = "#1f2328", "#59636e"  # text and secondary text; on white
 PANEL = (
     f"background:#ffffff;color:{INK};border:1px solid #d0d7de;border-radius:6px;padding:10px 14px;"
@@ -25,18 +27,6 @@ ONE_LINE, SHORT = ";white-space:nowrap", 24  # characters of a cell that stay on
 
 GAP = "⋮"  # a cell of a row that stands for rows that are left out
 
-# Characters that act on a terminal, take no space or turn the direction of writing. The joiners U+200C and U+200D are
-# left between letters of other scripts and within emoji, which need them.
-HIDDEN = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b\u200e\u200f\u2028-\u202e"
-    "\u2060-\u206f\u3164\ufeff\uffa0\ufff9-\ufffb\U000e0000-\U000e007f]|(?<![^\x00-\u02ff])[\u200c\u200d]"
-)
-
-
-def visible(text: str) -> str:
-    """`text` with characters that hide or act replaced by signs for them: `␛` for escape, `⟨200B⟩` for others."""
-    return HIDDEN.sub(lambda found: _sign(ord(found[0])), text)
-
 
 def escaped(text: str) -> str:
     """`text` as HTML that shows it as it is; line breaks and tabs have a sign before them."""
@@ -51,6 +41,12 @@ def inert(text: str) -> str:
 def one_line(text: str) -> str:
     """`text` with signs in place of line breaks and tabs."""
     return visible(text).replace("\n", "↵").replace("\t", "⇥")
+
+
+def caption(text: str) -> str:
+    """`text` for a label in a picture, where matplotlib would set what stands between dollar signs as mathematics."""
+    plain = HIDDEN.sub(lambda found: f"⟨{ord(found[0]):04X}⟩", text)  # fonts have these signs
+    return one_line(plain).replace("$", r"\$")
 
 
 @dataclass(frozen=True)
@@ -69,7 +65,7 @@ class Table:
         lines = [
             "   ".join(_pad(c, w, r) for c, w, r in zip(row, widths, right, strict=True)).rstrip() for row in cells
         ]
-        return "\n".join([self.title, *(lines if self.rows else []), *([self.note] if self.note else [])])
+        return visible("\n".join([self.title, *(lines if self.rows else []), *([self.note] if self.note else [])]))
 
     def _repr_html_(self) -> str:
         right = self._right()
@@ -112,16 +108,10 @@ def warning(text: str) -> str:
     return f"<div style='background:#fff1c2;color:#3d2c00;padding:2px 8px;margin:4px 0'><b>!</b> {inert(text)}</div>"
 
 
-def _sign(code: int) -> str:
-    if code < 0x20:
-        return chr(0x2400 + code)
-    return "␡" if code == 0x7F else f"⟨{code:04X}⟩"
-
-
 def _cell(value) -> str:
     if isinstance(value, float):
         return f"{value:.1%}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:,}" if isinstance(value, int) else one_line(str(value))
 
 
 def _width(text: str) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from rsft_lib.data.store import TokenStore
-from rsft_lib.view.markup import BLOCK, FAINT, GAP, PANEL, Table, bar, escaped, inert, visible, warning
+from rsft_lib.view.markup import BLOCK, FAINT, GAP, PANEL, Table, bar, escaped, inert, warning
 from rsft_lib.view.pieces import Piece, TokenText
 from rsft_lib.view.segments import (
     ANSWER,
@@ -28,6 +28,7 @@ from rsft_lib.view.segments import (
     remarks,
     segments,
 )
+from rsft_lib.visible import visible
 
 PLACES = 8  # where training begins or ends that the table of the label shift shows
 SHIFT = ("reads id", "reads", "predicts id", "predicts", "in the loss")

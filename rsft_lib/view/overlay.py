@@ -10,8 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from rsft_lib.paths import resolve
+from rsft_lib.temporary import new_file
 from rsft_lib.view.lines import BLACK, look, plain_numbers, smoothed, thinned, tidy
-from rsft_lib.view.markup import Table
+from rsft_lib.view.markup import Table, caption
 from rsft_lib.view.published import LINES, Published
 from rsft_lib.view.runs import BY, Run
 
@@ -102,9 +103,8 @@ def save_figures(figures: dict[str, Figure], folder: str | Path) -> Table:
     for name, figure in figures.items():
         for kind, how in (("png", {"dpi": 150}), ("svg", {"metadata": {"Date": None}})):
             path = folder / f"{name}.{kind}"
-            unfinished = path.with_name(f".{path.name}")
-            figure.savefig(unfinished, format=kind, **how)
-            unfinished.replace(path)
+            with new_file(path, "wb") as file:
+                figure.savefig(file, format=kind, **how)
             rows.append((str(path), f"{path.stat().st_size / 1000:,.0f} kB"))
     return Table("pictures", ("file", "size"), rows)
 
@@ -132,7 +132,7 @@ def _draw_published(axes: Axes, published: Published, by: str, smoothing: float)
         if what == "loss":
             axes.plot(x, values, color=BLACK, alpha=0.18, linewidth=0.8)
             values = smoothed(values, smoothing)
-        axes.plot(x, values, label=f"{published.name}, {LINES[what]}", **THEIRS[what])
+        axes.plot(x, values, label=caption(f"{published.name}, {LINES[what]}"), **THEIRS[what])
     if not any(len(published.line(what, by)[0]) for what in LINES):
         raise ValueError(
             f"{published.name} tells {', '.join(published.columns)}, and nothing to draw it by {by}: choose another"
@@ -151,7 +151,7 @@ def _finish(figure: Figure, titles: dict[Axes, str], runs: list[Run], by: str) -
         tidy(axes)
         if not any(len(line.get_xdata()) for line in axes.lines):
             axes.text(0.5, 0.5, "not told by these runs", ha="center", transform=axes.transAxes)
-    handles = [Line2D([], [], label=run.name, **look(number)) for number, run in enumerate(runs)]
+    handles = [Line2D([], [], label=caption(run.name), **look(number)) for number, run in enumerate(runs)]
     handles += [line for axes in titles for line in axes.get_legend_handles_labels()[0]]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4), frameon=False)
     plt.close(figure)  # the notebook shows what a cell returns; once is enough

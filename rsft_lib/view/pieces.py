@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from rsft_lib.view.markup import visible
+from rsft_lib.visible import visible
 
 EDGE = 6  # tokens at each end of a segment that stand alone
 FOLD, SHOWN = 300, 100  # a segment of more than FOLD tokens shows SHOWN at each end and folds the rest

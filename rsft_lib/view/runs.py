@@ -1,6 +1,8 @@
 """Runs to be compared: their metrics as columns, how far they are, and in which settings they differ."""
 
 import json
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
@@ -17,6 +19,7 @@ BY = {
 }  # fmt: skip
 ENDED = "ended.json"  # of training.loop, which needs megatron-core
 MISSING = "–"
+PATTERN = re.compile(r"[*?[]")
 
 
 @dataclass(frozen=True)
@@ -56,24 +59,49 @@ class Run:
 
 
 def find_runs(runs: str) -> list[Run]:
-    """The runs that a text names: folders, or patterns such as `outputs/checkpoints/*`, parted by commas.
+    """The runs that a text names: folders, or patterns such as `outputs/checkpoints/*`, comma-separated.
+
+    A folder whose own name has a comma or looks like a pattern is found by it.
 
     Raises:
         FileNotFoundError: a folder is missing, or a pattern finds no run.
         ValueError: a folder holds no run, or one that has not finished a step yet.
     """
     folders: dict[Path, None] = {}  # as a set that keeps the order
-    for part in filter(None, map(str.strip, runs.split(","))):
-        if any(sign in part for sign in "*?["):
-            found = [Path(path).parent for path in sorted(glob(f"{resolve(part)}/{FILE}"))]
-            if not found:
-                raise FileNotFoundError(f"{part!r} finds no folder with {FILE} (relative patterns start at {ROOT})")
-        else:
-            found = [existing(part, "run folder")]
+    for part in _parts(runs):
+        found = [existing(part, "run folder")] if _is_folder(part) or not PATTERN.search(part) else _matching(part)
         folders |= dict.fromkeys(path.resolve() for path in found)
     if not folders:
-        raise ValueError("no run is named; give a run folder, several parted by commas, or a pattern")
+        raise ValueError("no run is named; give a run folder, several that are comma-separated, or a pattern")
     return [open_run(folder, name) for folder, name in zip(folders, _names(list(folders)), strict=True)]
+
+
+def _parts(runs: str) -> Iterator[str]:
+    """What stands between the commas, where no folder has them in its name: of several readings the longest."""
+    pieces = runs.split(",")
+    while pieces:
+        ends = range(len(pieces), 0, -1)
+        joined = (",".join(pieces[:end]).strip() for end in ends)
+        end, part = next(((e, text) for e, text in zip(ends, joined, strict=True) if _is_folder(text)), (1, pieces[0]))
+        pieces = pieces[end:]
+        if part.strip():
+            yield part.strip()
+
+
+def _is_folder(text: str) -> bool:
+    return bool(text) and resolve(text).is_dir()
+
+
+def _matching(pattern: str) -> list[Path]:
+    """The run folders that a pattern finds; what exists of its path is no pattern."""
+    path = resolve(pattern)
+    there = next(parent for parent in path.parents if parent.is_dir())
+    found = sorted(glob(f"{path.relative_to(there)}/{FILE}", root_dir=there))
+    if not found:
+        raise FileNotFoundError(
+            f"{pattern!r} finds no folder with {FILE} (relative patterns start at {ROOT}): run notebook 05_train"
+        )
+    return [(there / path).parent for path in found]
 
 
 def open_run(folder: Path, name: str) -> Run:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from rsft_lib.view.markup import BLOCK, INK, Table, escaped
+from rsft_lib.visible import visible
 
 # Background and text of a line by its first character, which says the same.
 STYLE = {"+": "background:#e3eff9;color:#08304f", "-": "background:#fdeee2;color:#552a00"}
@@ -15,7 +16,7 @@ class Difference:
     text: str
 
     def __repr__(self) -> str:
-        return self.text
+        return visible(self.text)
 
     def _repr_html_(self) -> str:
         lines = [line for line in self.text.splitlines() if not line.startswith(("---", "+++"))]

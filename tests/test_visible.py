@@ -1,0 +1,111 @@
+"""Text of data and models, wherever it is shown, neither acts nor hides: pytest tests/test_visible.py"""
+
+import json
+import unicodedata
+
+import pytest
+import torch
+
+from rsft_lib import demo
+from rsft_lib.checks import Checks
+from rsft_lib.contract import check_contract
+from rsft_lib.data.rejects import Reject, Rejects
+from rsft_lib.embeddings import Audit, Row
+from rsft_lib.generate import Answer
+from rsft_lib.tokenizer import patch_tokenizer
+from rsft_lib.view.answers import side_by_side
+from rsft_lib.view.dataset import findings_table, records_table
+from rsft_lib.view.facts import facts_table
+from rsft_lib.view.markup import Table, caption
+from rsft_lib.view.proof import outputs_table
+from rsft_lib.view.template import Difference, edits_table
+from rsft_lib.visible import visible
+
+ACTING = "\x1b]0;title\x07\x1b[31m \x9b1m \u202egnp.exe\u2066 \x00\x08\x85\u2028 \u200b\ud83d \U000e0041"
+READABLE = "العربية שלום ग़\u200cल 👩\u200d👩\u200d👧 e\u0301 – ✓ $5"
+TEXT = f"{READABLE} {ACTING}"
+
+
+def acts(text: str) -> set[str]:
+    """Characters of a text that are no sign, space or line break: of Unicode's categories of others."""
+    found = {c for c in text if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp")} - {"\n", "\t"}
+    return found - {"\u200c", "\u200d"}  # of emoji and other scripts
+
+
+def failing(check) -> str:
+    raise ValueError(f"found {TEXT}")
+
+
+def table_of_checks() -> Checks:
+    checks = Checks()
+    checks.run("fails", failing, None)
+    checks.run("passes", lambda: TEXT)
+    return checks
+
+
+def audit() -> Audit:
+    return Audit([Row(TEXT, "input", 1.0, 50.0, [(TEXT, 0.5)])], {"input": torch.ones(3)})
+
+
+PROOF = {
+    "next_tokens": [{"token": TEXT, "transformers": 1.0, "megatron": 1.0}], "logit_difference": 0.0,
+    "text": {"transformers": TEXT}, "sentence": TEXT,
+}  # fmt: skip
+SHOWN = {
+    "a table": lambda: Table(TEXT, ("column", TEXT), [(TEXT, 1)], TEXT),
+    "facts": lambda: facts_table("facts", {"source": TEXT, "ids": {TEXT: 1}}),
+    "checks": table_of_checks,
+    "the difference of templates": lambda: Difference(f"--- before\n+++ after\n+{TEXT}\n-{TEXT}"),
+    "edits": lambda: edits_table({"edits": {"tools": TEXT}}),
+    "answers": lambda: side_by_side([TEXT], {"think": [Answer(f"<think>{TEXT}</think>{TEXT}", 3, True)]}, 0, [TEXT]),
+    "an audit of embeddings": audit,
+    "a proof": lambda: outputs_table(PROOF),
+}
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_what_acts_on_a_terminal_or_turns_a_line_around_is_shown_as_a_sign(name):
+    shown = SHOWN[name]()
+    for page in (repr(shown), shown._repr_html_()):
+        assert acts(page) == set(), name
+        assert "202E" in page or "202e" in page, "it is not dropped"
+        page.encode()
+    assert "العربية שלום" in repr(shown) and "👩\u200d👩\u200d👧" in repr(shown).replace("\\u200d", "\u200d")
+
+
+def test_records_and_findings_of_a_dataset_are_shown_so(tmp_path):
+    text = TEXT.replace("\ud83d", "")
+    record = {"mode": "think", "instruction": text, "output": text}
+    finding = {"finding": "differ", "problem": text, "answers": [{"place": "a:1", "says": text, "length": 1}]}
+    (tmp_path / "train.jsonl").write_text(json.dumps(record) + "\n")
+    (tmp_path / "findings.jsonl").write_text(json.dumps(finding) + "\n")
+    for shown in (records_table(tmp_path / "train.jsonl"), findings_table(tmp_path)):
+        assert acts(repr(shown) + shown._repr_html_()) == set() and "العربية" in repr(shown)
+
+
+def test_what_a_template_raises_is_shown_so(tmp_path):
+    own = tmp_path / "own.jinja"
+    own.write_text("{{ raise_exception('\x1b[2J\u202e') }}", encoding="utf-8")
+    demo.make_model(tmp_path / "model", seed=0)
+    patch_tokenizer(tmp_path / "model", tmp_path / "out", {"<|quad_start|>": "<short>"}, template=own)
+    checks = check_contract(tmp_path / "out")
+    assert acts(repr(checks) + checks._repr_html_()) == set() and "␛[2J⟨202E⟩" in repr(checks)
+    with pytest.raises(ValueError, match="template renders: .*␛") as broken:
+        checks.require("folder")
+    assert acts(str(broken.value)) == set()
+
+
+def test_the_reason_of_a_rejected_row_is_told_so(tmp_path):
+    with pytest.raises(ValueError, match="␛") as told, Rejects(tmp_path / "out", 0.0) as rejects:
+        rejects.add([Reject("data.jsonl", 1, TEXT.replace("\ud83d", ""), "row")], 1)
+        rejects.settle(1)
+    assert acts(str(told.value)) == set()
+
+
+def test_a_caption_of_a_picture_is_plain_too():
+    assert acts(caption(TEXT)) == set() and "⟨001B⟩" in caption(TEXT) and r"\$5" in caption(TEXT)
+
+
+def test_what_is_read_from_the_right_and_joined_letters_stay_as_they_are():
+    assert visible(READABLE) == READABLE
+    assert visible("a\n\tb") == "a\n\tb"
