@@ -241,17 +241,18 @@ def _check_order(messages: list[dict], text: str, places: list[Span]) -> None:
     for turn, message in enumerate(messages):
         if message["role"] == "assistant":
             if following.start < at:
-                raise ValueError(_misplaced(turn, message))
+                raise ValueError(misplaced(turn, message))
             at, following = following.end, next(answers)
             continue
         said = (message.get("content") or "").strip()
         found = text.find(said, at, following.start)
         if found < 0:
-            raise ValueError(_misplaced(turn, message))
+            raise ValueError(misplaced(turn, message))
         at = found + len(said)
 
 
-def _misplaced(turn: int, message: dict) -> str:
+def misplaced(turn: int, message: dict) -> str:
+    """The error for a message that is not in the text of its conversation, or not where it was said."""
     return (
         f"message {turn} ({message['role']}): the chat template drops it, changes it or puts it elsewhere: "
         f"{message.get('content')!r:.60} is not found between the messages before and after it"

@@ -15,7 +15,7 @@ from functools import partial
 from itertools import groupby
 from pathlib import Path
 
-from rsft_lib.chat import END_THINK, MODES, SHORT, THINK, encode, prompt_ids
+from rsft_lib.chat import END_THINK, MODES, SHORT, THINK, encode, misplaced, prompt_ids
 from rsft_lib.checks import Check, Checks, Skip
 from rsft_lib.lifeline import die_with_parent
 from rsft_lib.sandbox import SECONDS, end_after, limited
@@ -58,6 +58,7 @@ def _check(tokenizer) -> Checks:
         checks.run("same at any time", _same_at_any_time, tokenizer)
         same_text = [checks.run("prompt begins text", _prompt_begins_text, tokenizer)]
         same_text += [checks.run("thought survives", _thought_survives, tokenizer)]
+        same_text += [checks.run("messages in order", _messages_in_order, tokenizer)]
         checks.run("BOS once", _bos_once, tokenizer)
         if all(same_text):
             _check_mask(checks, tokenizer)
@@ -145,6 +146,24 @@ def _thought_survives(tokenizer) -> str:
     return "answers stay whole, the last one and those before"
 
 
+def _messages_in_order(tokenizer) -> str:
+    """What users and systems say is in the text, in the order in which it was said; `_tool_calls` asks it of tools."""
+    chats = [CHAT, CHAT[1:]]
+    for chat in chats:
+        _look_for_messages(_text(tokenizer, chat), chat)
+    return f"every message of {len(chats)} conversations is found at its place"
+
+
+def _look_for_messages(text: str, chat: list[dict]) -> None:
+    at = 0
+    for turn, message in enumerate(chat):
+        if message["role"] != "assistant":  # whose answers other checks are about
+            found = text.find(message["content"], at)
+            if found < 0:
+                raise ValueError(misplaced(turn, message))
+            at = found + len(message["content"])
+
+
 def _bos_once(tokenizer) -> str:
     served = tokenizer.apply_chat_template(CHAT, tokenize=True, return_dict=False)
     ids, bos = _ids(tokenizer, CHAT), tokenizer.bos_token_id
@@ -176,6 +195,7 @@ def _tool_calls(tokenizer) -> str:
     if not _knows_tools(tokenizer):
         raise Skip("the template knows no tools")
     _renders(tokenizer, TOOLS)
+    _look_for_messages(_text(tokenizer, TOOLS), TOOLS)
     runs = [tokenizer.decode(run) for run in _trained_runs(tokenizer, TOOLS)]
     call, answer = runs[0], TOOLS[3]["content"] + tokenizer.eos_token
     if not ("add" in call and '{"numbers": [2, 2]}' in call and call.endswith(tokenizer.eos_token)):
@@ -242,7 +262,15 @@ MASK_CHECKS = {
     "tool calls": _tool_calls,
     "mask as marked": _mask_as_marked,
 }
-CHECKS = ["template renders", "same at any time", "prompt begins text", "thought survives", "BOS once", *MASK_CHECKS]
+CHECKS = [
+    "template renders",
+    "same at any time",
+    "prompt begins text",
+    "thought survives",
+    "messages in order",
+    "BOS once",
+    *MASK_CHECKS,
+]
 
 
 def main() -> None:

@@ -145,6 +145,7 @@ BREAKS = {
     "thought survives": template(
         "'' + message.content", "message.content if loop.last else message.content.split('</think>')[-1]"
     ),
+    "messages in order": template("{{ns.system_prompt}}", ""),
     "BOS once": template("{{bos_token}}", "{{bos_token}}{{bos_token}}"),
     "end is trained": template(f"{EOS}\n    {{%- endgeneration %}}", f"{{%- endgeneration %}}\n    {EOS}"),
     "header is not trained": template(
