@@ -9,6 +9,7 @@ from rsft_lib.chat import END_THINK, MODES, SHORT, THINK, prompt_ids
 from rsft_lib.data.answers import final_answer, normalized
 from rsft_lib.engines import BATCH, Sampling, open_engine
 from rsft_lib.paths import existing
+from rsft_lib.questions import Question
 from rsft_lib.tokenizer import load_tokenizer
 
 MARKS = re.compile("|".join((THINK, END_THINK, SHORT)))
@@ -24,9 +25,13 @@ class Answer:
 
 
 def generate(
-    model: str | Path, prompts: list[str], mode: str | None, max_new_tokens: int = 256, batch_size: int = BATCH
+    model: str | Path,
+    prompts: Sequence[str | Question],
+    mode: str | None,
+    max_new_tokens: int = 256,
+    batch_size: int = BATCH,
 ) -> list[Answer]:
-    """Greedy answers of the model in folder `model` to one user message each.
+    """Greedy answers of the model in folder `model` to one user message, or conversation, each.
 
     Args:
         mode: 'think' or 'short' puts the control token before the answer; None lets the model choose.
@@ -36,7 +41,7 @@ def generate(
 
 def generate_modes(
     model: str | Path,
-    prompts: list[str],
+    prompts: Sequence[str | Question],
     modes: Sequence[str | None],
     sampling: Sampling,
     engine: str = "auto",
@@ -45,20 +50,25 @@ def generate_modes(
     """The answers in each of several modes, with the model loaded once.
 
     Args:
-        modes: of 'think', 'short' and None, which lets the model choose.
+        modes: of 'think', 'short' and None, which lets the model choose; 'other' for one that knows no modes.
         engine: see `engines.open_engine`.
     """
     folder = existing(model, "exported model")
     tokenizer, write = load_tokenizer(folder), open_engine(folder, engine, batch_size)
     answers = {}
     for mode in modes:
-        ids = [prompt_ids(tokenizer, [{"role": "user", "content": prompt}], mode) for prompt in prompts]
-        forced = 1 if mode else 0  # tokens at the end of every prompt that belong to the answer
+        ids = [_prompt_ids(tokenizer, prompt, mode) for prompt in prompts]
+        forced = int(mode in MODES)  # tokens at the end of every prompt that belong to the answer
         written = write(ids, sampling)
         answers[mode] = [
             _answer(tokenizer, prompt[len(prompt) - forced :] + more) for prompt, more in zip(ids, written, strict=True)
         ]
     return answers
+
+
+def _prompt_ids(tokenizer, prompt: str | Question, mode: str | None) -> list[int]:
+    asked = Question([{"role": "user", "content": prompt}]) if isinstance(prompt, str) else prompt
+    return prompt_ids(tokenizer, asked.messages, mode if mode in MODES else None, asked.tools)
 
 
 def _answer(tokenizer, ids: list[int]) -> Answer:
@@ -75,8 +85,11 @@ def chosen_mode(answer: Answer) -> str:
 def well_formed(answer: Answer, mode: str) -> bool:
     """Whether an answer keeps to its mode and ends.
 
-    think: `<think>` thoughts `</think>` answer; short: `<short>` answer, with no thoughts.
+    think: `<think>` thoughts `</think>` answer; short: `<short>` answer, with no thoughts; other: an answer without
+    control tokens, of a model that knows no modes.
     """
+    if mode == "other":
+        return answer.ended and bool(answer.text.strip()) and not MARKS.search(answer.text)
     expected = [THINK, END_THINK] if mode == "think" else [SHORT]
     *_, rest = answer.text.rpartition(expected[-1])
     begins = answer.text.startswith(expected[0])

@@ -293,10 +293,22 @@ def test_scores_and_choices_are_told_by_mode():
     assert rows["think"][0] == "50.0%" and rows["think"][2:] == (0.5, 0.5, "9.5", 9, 12)
     assert rows["free choice"][0] == "100.0%" and rows["free choice"][2] == 0.5
     assert scores_table(SAID, [None, None]).rows[0][1:3] == ("–", "–")
-    assert [row[:3] for row in choices_table(SAID[None], EXPECTED).rows] == [
+    assert [row[:3] for row in choices_table(SAID, EXPECTED).rows] == [
         ("think", 0, 0.0), ("short", 1, 0.5), ("neither", 1, 0.5),
     ]  # fmt: skip
     assert [chosen_mode(answer) for answer in SAID[None]] == ["short", "neither"]
+
+
+def test_a_model_that_knows_no_modes_is_asked_once_and_its_page_speaks_of_one(model):
+    answers = {"other": [Answer("Answer: two", 3, True), Answer("<short>Answer: two", 4, True)]}
+    assert generate_modes(model, QUESTIONS, ["other"], Sampling(20)) == {
+        "other": generate_modes(model, QUESTIONS, [None], Sampling(20))[None]
+    }
+    (row,) = scores_table(answers, EXPECTED).rows
+    assert row[0] == "answers" and row[3] == 0.5, "a control token is no part of a plain answer"
+    assert choices_table(answers, EXPECTED).rows == [] and "knows no modes" in repr(choices_table(answers, EXPECTED))
+    assert "free choice" not in side_by_side(["q", "q"], answers, 0, EXPECTED)._repr_html_()
+    assert [t.get_text() for t in plot_answers(answers, EXPECTED).axes[0].get_yticklabels()] == ["answers"]
 
 
 def test_the_picture_has_a_row_for_each_mode_with_and_without_references():

@@ -45,7 +45,8 @@ class SideBySide:
     def _column(self, mode: str | None) -> str:
         answer = self.answers[mode]
         edge = STYLE.get(chosen_mode(answer), STYLE["answer"])[2]
-        title = chip(mode) if mode else f"<b>free choice</b>: {chip(chosen_mode(answer))}"
+        titles = {None: f"<b>free choice</b>: {chip(chosen_mode(answer))}", "other": "<b>answer</b>"}
+        title = titles.get(mode) or chip(mode)
         style = f"flex:1 1 20em;min-width:0;margin:2px 10px 2px 0;border-left:4px solid {edge};padding-left:8px"
         return f"<div style='{style}'>{title} &nbsp; {inert(self._remark(mode))}{_text_html(answer.text)}</div>"
 
@@ -61,7 +62,7 @@ class SideBySide:
         return " · ".join(said)
 
 
-def side_by_side(questions: list[str], answers: Answers, number: int, expected: Sequence[str | None]) -> SideBySide:
+def side_by_side(questions: Sequence[str], answers: Answers, number: int, expected: Sequence[str | None]) -> SideBySide:
     """Question `number` and what was answered.
 
     Raises:
@@ -89,9 +90,11 @@ def scores_table(answers: Answers, expected: Sequence[str | None]) -> Table:
     return Table(f"answers to {len(found):,} questions", columns, rows)
 
 
-def choices_table(free: list[Answer], expected: Sequence[str | None]) -> Table:
-    """Which modes the model chose, and how it fared in them."""
-    rows = []
+def choices_table(answers: Answers, expected: Sequence[str | None]) -> Table:
+    """Which modes the model chose, and how it fared in them; a model that knows no modes was not let choose."""
+    free, rows = answers.get(None, []), []
+    if not free:
+        return Table("the model knows no modes, so there is nothing to choose", (), [])
     for mode in (*MODES, "neither"):
         picked = [i for i, answer in enumerate(free) if chosen_mode(answer) == mode]
         right, known = _right([free[i] for i in picked], [expected[i] for i in picked])
@@ -162,7 +165,7 @@ def _right(answers: list[Answer], expected: Sequence[str | None]) -> tuple[int, 
 
 
 def _name(mode: str | None) -> str:
-    return mode or "free choice"
+    return {None: "free choice", "other": "answers"}.get(mode, mode)
 
 
 def _text_html(text: str) -> str:

@@ -116,19 +116,25 @@ def duration(seconds: float) -> str:
 
 
 def plot_live(run: Follower, train_iters: int) -> Figure:
-    """Loss by mode, with the held-out loss, and how sure the model is of the mode, up to now."""
-    figure, (losses, choices) = plt.subplots(1, 2, figsize=(11, 3.4), layout="constrained", width_ratios=(3, 2))
+    """Loss by mode, with the held-out loss, and how sure the model is of the mode, up to now.
+
+    The loss alone where no answer has begun with a control token.
+    """
+    modes = not run.lines["loss"][0] or any(run.lines[name][0] for name in (*LOSSES, *CHOICES) if name != "loss")
+    figure = plt.figure(figsize=(11, 3.4), layout="constrained")
+    losses, *choices = figure.subplots(1, 1 + modes, width_ratios=(3, 2)[: 1 + modes], squeeze=False).flat
     _draw(losses, run, LOSSES, faint=True)
     steps, values = run.lines["eval_loss"]
     if steps:
         losses.plot(*thinned(steps, values), "o", color=BLACK, markersize=4, label="held-out", clip_on=False)
     losses.set_yscale("log")
     plain_numbers(losses)
-    losses.set_title("loss per trained token, by mode", loc="left")
-    _draw(choices, run, CHOICES)
-    choices.set(ylim=(-0.03, 1.03))
-    choices.set_title("probability of <think> against <short>", loc="left")
-    for axes in (losses, choices):
+    losses.set_title("loss per trained token" + ", by mode" * modes, loc="left")
+    for axes in choices:
+        _draw(axes, run, CHOICES)
+        axes.set(ylim=(-0.03, 1.03))
+        axes.set_title("probability of <think> against <short>", loc="left")
+    for axes in (losses, *choices):
         axes.set(xlabel="step", xlim=(0, train_iters))
         tidy(axes)
         if axes.lines:

@@ -17,6 +17,7 @@ KINDS = {
     "loss_span_think": ("chain of thought", SKY, ":"), "loss_span_answer": ("answer", GREEN, ":"),
     "loss_span_eos": ("end", BLACK, ":"),
 }  # fmt: skip
+SPANS = {name: KINDS[name] for name in ("loss_span_answer", "loss_span_eos")}
 CHOICES = {
     "p_think_when_think": ("where the data thinks", BLUE, "-"),
     "p_think_when_short": ("where it answers at once", ORANGE, "--"),
@@ -39,18 +40,24 @@ def plot_curves(run: str | Path, smoothing: float = 0.9) -> Figure:
     folder = existing(run, "run folder")
     opened = open_run(folder, folder.name)
     figure, axes = plt.subplots(3, 2, figsize=(11, 9.5), layout="constrained")
-    _draw_loss(axes[0, 0], opened, smoothing)
-    _draw_lines(axes[0, 1], opened, KINDS, "loss by mode (line) and by span (dots)", smoothing)
-    _draw_lines(axes[1, 0], opened, CHOICES, "probability of <think> against <short>", smoothing)
-    _draw(axes[1, 1], opened, "grad_norm", "gradient norm", smoothing)
-    _draw(axes[2, 0], opened, "lr", "learning rate", 0)
-    _draw(axes[2, 1], opened, "tokens_per_second", f"tokens per second{_mfu(opened)}", smoothing)
+    places = iter(axes.flat)
+    _draw_loss(next(places), opened, smoothing)
+    if opened.of_one_mode:
+        _draw_lines(next(places), opened, SPANS, "loss by span", smoothing)
+    else:
+        _draw_lines(next(places), opened, KINDS, "loss by mode (line) and by span (dots)", smoothing)
+        _draw_lines(next(places), opened, CHOICES, "probability of <think> against <short>", smoothing)
+    _draw(next(places), opened, "grad_norm", "gradient norm", smoothing)
+    _draw(next(places), opened, "lr", "learning rate", 0)
+    _draw(next(places), opened, "tokens_per_second", f"tokens per second{_mfu(opened)}", smoothing)
+    for empty in places:
+        empty.remove()
     for place in axes[0]:
         if place.lines:
             place.set_yscale("log")
             place.set_ylim(bottom=max(place.get_ylim()[0], NOTHING))
             plain_numbers(place)
-    for place in axes.flat:
+    for place in figure.axes:
         place.set_xlabel("step")
         tidy(place)
     plt.close(figure)  # the notebook shows what a cell returns; once is enough

@@ -21,6 +21,7 @@ MODES = {
     "loss_span_control": "loss of the control token",
 }  # fmt: skip
 CHOICES = {"p_think_when_think": 1.0, "p_think_when_short": 0.45}  # and how strong the line is
+ONE_MODE = {"loss_span_answer": "loss of the answers", "loss_span_eos": "loss of the token that ends them"}
 HEALTH = {
     "grad_norm": "gradient norm, before clipping", "lr": "learning rate", "tokens_per_second": "tokens per second",
     "memory_gib": "memory at most, GiB",
@@ -55,12 +56,14 @@ def plot_losses(
 
 
 def plot_modes(runs: list[Run], by: str = "step", smoothing: float = 0.9) -> Figure:
-    """What the loss is made of, and how sure the model is of the mode.
+    """What the loss is made of, and how sure the model is of the mode; without modes, answers and their ends.
 
     Raises:
         ValueError: as `plot_losses`.
     """
     _check(by, smoothing)
+    if all(run.of_one_mode for run in runs):
+        return _plot_each(runs, ONE_MODE, by, smoothing)
     figure, axes = plt.subplots(2, 2, figsize=(11, 7.4), layout="constrained")
     *losses, choice = axes.flat
     for place, metric in zip(losses, MODES, strict=True):
@@ -75,6 +78,18 @@ def plot_modes(runs: list[Run], by: str = "step", smoothing: float = 0.9) -> Fig
     choice.set_ylim(-0.03, 1.03)
     title = "P(<think>): strong where the data thinks, faint where it is short"
     _finish(figure, dict(zip(axes.flat, [*MODES.values(), title], strict=True)), runs, by)
+    return figure
+
+
+def _plot_each(runs: list[Run], metrics: dict[str, str], by: str, smoothing: float) -> Figure:
+    """A picture for each loss, beside each other."""
+    figure, axes = plt.subplots(1, len(metrics), figsize=(11, 3.9), layout="constrained")
+    for place, metric in zip(axes, metrics, strict=True):
+        for number, run in enumerate(runs):
+            _draw(place, run, metric, by, smoothing, number)
+        place.set_yscale("log")
+        plain_numbers(place)
+    _finish(figure, dict(zip(axes, metrics.values(), strict=True)), runs, by)
     return figure
 
 

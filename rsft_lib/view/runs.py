@@ -36,6 +36,12 @@ class Run:
     def __len__(self) -> int:
         return len(self.columns["iteration"])
 
+    @property
+    def of_one_mode(self) -> bool:
+        """Whether it is known that none of its answers begins with a control token."""
+        known = {name for name in self.columns if name.startswith("loss_mode_") and self.last(name) is not None}
+        return known == {"loss_mode_other"}
+
     def x(self, by: str) -> np.ndarray:
         """What each step is drawn at; `by` is one of BY."""
         steps = self.columns["iteration"]
