@@ -10,6 +10,9 @@ import pytest
 from real import REAL, needs_real
 from standin import record
 
+from rsft_lib.view.board import plot_live
+from rsft_lib.view.curves import plot_curves
+from rsft_lib.view.follow import Follower
 from rsft_lib.view.lines import look, smoothed, thinned
 from rsft_lib.view.overlay import plot_health, plot_losses, plot_modes, save_figures
 from rsft_lib.view.published import read_published
@@ -53,6 +56,23 @@ def test_runs_are_found_by_folder_and_pattern_once_and_told_apart_by_name(folder
     runs = find_runs(f"{folder}/b, {folder}/deep/a, {folder}/*")
     assert [run.name for run in runs] == [f"{folder.name}/b", "deep/a", f"{folder.name}/a"]
     assert [len(run) for run in runs] == [40, 10, 100]
+
+
+def test_a_run_on_a_plain_dataset_shows_no_mode_and_no_choice(tmp_path):
+    """Its metrics as `tally.metrics` gives them where no answer begins with a control token."""
+    run = write_run(tmp_path / "plain", 20)
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    gone = ("loss_mode", "loss_span", "p_think", "think_share", "eval_loss_")
+    plain = [{name: value for name, value in r.items() if not name.startswith(gone)} for r in records]
+    plain = [r | {"loss_mode_other": r["loss"], "loss_span_answer": r["loss"], "loss_span_eos": 0.1} for r in plain]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in plain))
+    follower = Follower(run)
+    assert follower.read()
+    pictures = plot_modes(find_runs(str(run))), plot_curves(run), plot_live(follower, 20)
+    titles = [title(axes) for picture in pictures for axes in picture.axes]
+    assert titles[:2] == ["loss of the answers", "loss of the token that ends them"] and len(titles) == 8
+    assert not any("mode" in said or "<think>" in said for said in titles)
+    assert all(axes.lines for picture in pictures for axes in picture.axes)
 
 
 ODD = [
