@@ -151,7 +151,7 @@ def test_a_failing_rank_is_an_error_with_its_traceback_first(pretended, tmp_path
     monkeypatch.setenv("RANKS_SHALL", "fail-recorded")
     with pytest.raises(launch.RunFailed) as error:
         start(tmp_path).wait()
-    assert str(error.value).startswith("rank1: Traceback") and "KeyError: 'broken on rank 1'" in str(error.value)
+    assert str(error.value).startswith("rank 1: Traceback") and "KeyError: 'broken on rank 1'" in str(error.value)
     assert "failed" in str(error.value).splitlines()[-1] and str(tmp_path / "train.log") in str(error.value)
 
 

@@ -27,10 +27,12 @@ def failure(module: str, log: Path, how: str) -> RunFailed:
 
 def cause(log: Path) -> str:
     """What the rank that failed first said: the stacks of a run that hung, its traceback, or the end of the log."""
-    if stacks := read_stacks(log.parent):
-        return f"no progress; where the ranks stood:\n{stacks}"
-    text = read_end(log, END)
-    return _recorded(log.parent / ERRORS) or _reported(text) or _printed(text)
+    stacks, text = read_stacks(log.parent), read_end(log, END)
+    said = _recorded(log.parent / ERRORS) or _reported(text)
+    if stacks and said.partition(":")[0] in ("", *stacks):  # else the others hung because that rank had failed
+        listed = "\n\n".join(f"{rank}: {stack}" for rank, stack in stacks.items())
+        return f"no progress; where the ranks stood:\n{listed}"
+    return said or _printed(text)
 
 
 def torchrun_reports(log: Path) -> bool:
@@ -53,7 +55,7 @@ def _recorded(folder: Path) -> str:
     if not files:
         return ""
     message = json.loads(files[0].read_text(encoding="utf-8"))["message"]
-    return f"{files[0].stem}: {message['extraInfo']['py_callstack'].rstrip()}"
+    return f"{files[0].stem.replace('rank', 'rank ')}: {message['extraInfo']['py_callstack'].rstrip()}"
 
 
 def _reported(text: str) -> str:

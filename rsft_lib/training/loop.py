@@ -39,8 +39,9 @@ def train(config: TrainConfig) -> TrainState:
     `ended.json` in the run folder then says why it ended, and after which step.
     """
     output, checkpoint = resolve(config.output), existing(config.checkpoint, "checkpoint")
-    rank = torch.distributed.get_rank()
-    with watchdog.watched(output, rank, config.hang_timeout), stopping(config.time_limit) as stop:
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    # In this order: the watch writes down where a rank stood, and then has `stopping` hear of a signal.
+    with stopping(config.time_limit) as stop, watchdog.watched(output, rank, ranks, config.hang_timeout):
         (output / ENDED).unlink(missing_ok=True)
         data = open_datasets(config)
         config = config.for_packs(len(data.train))
