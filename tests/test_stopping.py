@@ -20,8 +20,8 @@ from rsft_lib.artifact import newest, write_json
 from rsft_lib.checkpoint.convert import convert
 from rsft_lib.hashed_file import HashedFile
 from rsft_lib.training import loop, saving, stop, watchdog
-from rsft_lib.training.loop import read_ended
 from rsft_lib.training.metrics import read_metrics
+from rsft_lib.training.run_folder import read_ended
 
 STEPS = 40
 
@@ -54,22 +54,33 @@ def wait_for_steps(output: Path, steps: int) -> None:
 def test_a_signal_to_any_rank_saves_the_step_on_all_and_the_run_goes_on_as_if_nothing_was(
     inputs, straight, tmp_path, name, ranks
 ):
-    output, run = tmp_path / "run", config(inputs, tmp_path / "run", keep_last=1)
-    processes = forked.start(forked.train_as_rank, 2, output / "train.log", run)
+    output, run = tmp_path / "run", config(inputs, tmp_path / "run", keep_last=1, hang_timeout=600)
+    processes = forked.start(_wait_in_the_third_step, 2, output / "train.log", run)
     wait_for_steps(output, 3)
     for rank in ranks:
         os.kill(processes[rank].pid, getattr(signal, name))
+    (output / "go on").touch()
     forked.join(processes, output / "train.log")
-    ended = read_ended(output)
-    assert ended["reason"] == name and 3 <= ended["iteration"] < STEPS
-    assert newest(output).name == f"iter_{ended['iteration']:07d}"
-    assert len(read_metrics(output)) == ended["iteration"]
+    assert read_ended(output) == {"reason": name, "iteration": 3}
+    assert newest(output).name == "iter_0000003" and len(read_metrics(output)) == 3
 
     forked.train(run, 2)
     assert read_ended(output) == {"reason": "finished", "iteration": STEPS}
     assert [r["loss"] for r in read_metrics(output)] == [r["loss"] for r in read_metrics(straight)]
     found, expected = all_tensors(newest(output)), all_tensors(newest(straight))
     assert [key for key, tensor in found.items() if not torch.equal(tensor, expected[key])] == []
+
+
+def _wait_in_the_third_step(run) -> None:
+    write = loop.Run._write
+
+    def then_wait(self, record, last):
+        write(self, record, last)
+        while record["iteration"] == 3 and not (Path(run.output) / "go on").exists():
+            time.sleep(0.01)
+
+    loop.Run._write = then_wait
+    forked.train_as_rank(run)
 
 
 def test_who_is_asked_again_goes_on_saving_and_who_is_interrupted_ends_at_once(inputs, tmp_path):

@@ -1,10 +1,11 @@
 """What went wrong in ranks that ended before they should: the words of the one that failed first, before all else."""
 
-import json
-import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
+from rsft_lib.launch.log import read_end
+from rsft_lib.training.run_folder import read_record
 from rsft_lib.training.watchdog import read_stacks
 
 ERRORS = "errors"  # folder beside the log, with what `record` of torch writes for each rank of a batch job
@@ -40,22 +41,13 @@ def torchrun_reports(log: Path) -> bool:
     return REPORT in read_end(log, END)
 
 
-def read_end(path: Path, size: int) -> str:
-    """The last `size` bytes of a file as text; empty where there is none."""
-    if not path.exists():
-        return ""
-    with path.open("rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - size))
-        return file.read(size).decode("utf-8", errors="replace")
-
-
 def _recorded(folder: Path) -> str:
     """The oldest of the tracebacks that ranks left in files."""
-    files = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
-    if not files:
-        return ""
-    message = json.loads(files[0].read_text(encoding="utf-8"))["message"]
-    return f"{files[0].stem.replace('rank', 'rank ')}: {message['extraInfo']['py_callstack'].rstrip()}"
+    for path in sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime_ns):
+        with suppress(ValueError, LookupError):  # a rank that was killed may leave half a file
+            stack = read_record(path)["message"]["extraInfo"]["py_callstack"]
+            return f"{path.stem.replace('rank', 'rank ')}: {stack.rstrip()}"
+    return ""
 
 
 def _reported(text: str) -> str:
