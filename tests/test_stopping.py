@@ -185,7 +185,7 @@ def _let_pass(seconds: float) -> None:
     """Set the watch's clock forward, and let it look."""
     clock = watchdog.clock
     watchdog.clock = lambda: clock() + seconds
-    time.sleep(4 * watchdog.LOOK)
+    time.sleep(3 * watchdog.LOOK)
 
 
 def test_a_checkpoint_that_is_read_for_longer_than_a_start_may_take_is_waited_for(inputs, tmp_path):

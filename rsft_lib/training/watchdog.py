@@ -20,7 +20,7 @@ from pathlib import Path
 
 START = 600  # seconds until the first beat, in which kernels are compiled and ranks find each other
 PATIENCE = 8  # times the longest wait of this step and the one before
-LOOK = 0.5  # seconds between two looks at the clock
+LOOK = 1.0  # seconds between two looks at the clock and at the file, which may lie on a disk that many ranks share
 LATE = 10  # seconds after a deadline at which stacks are written without the interpreter's lock
 GRACE = 30  # seconds that a rank waits for the stacks of the others
 STACKS = "stacks"
@@ -73,7 +73,7 @@ class _Watch:
             (self.folder / FIRED).write_text(f"rank {self.rank} noticed: {why}")
             until = time.monotonic() + GRACE
             while time.monotonic() < until and not all(map(self._written, range(self.ranks))):
-                time.sleep(LOOK / 5)
+                time.sleep(LOOK / 10)
         finally:
             os._exit(1)
 
