@@ -117,6 +117,8 @@ def run(notebook: str | Path, folder: str | Path, parameters: dict) -> tuple[Pat
     from papermill.exceptions import PapermillExecutionError
     from traitlets.config import Config
 
+    from rsft_lib.launch.failure import RunStopped
+
     notebook = existing(notebook, "notebook")
     parameters = checked(parameters, declared_parameters(notebook))
     executed = resolve(folder) / notebook.name
@@ -127,6 +129,8 @@ def run(notebook: str | Path, folder: str | Path, parameters: dict) -> tuple[Pat
             config=Config({"KernelManager": {"transport_encryption": "auto"}}),  # else the kernel warns of its absence
         )  # fmt: skip
     except PapermillExecutionError as error:
+        if error.ename == RunStopped.__name__:
+            return executed, {"status": "stopped", "hint": error.evalue}
         if error.ename != Stopped.__name__:
             raise RuntimeError(
                 f"cell {error.exec_count} of {notebook.name} failed with {error.ename}: {error.evalue}\n"

@@ -15,6 +15,7 @@ from rsft_lib import launch
 from rsft_lib.launch import local
 from rsft_lib.launch.job import JOB, Job
 from rsft_lib.training.config import TrainConfig
+from rsft_lib.training.run_folder import STOPPING
 
 LEAVE = launch.LaunchOptions(on_interrupt="leave")
 
@@ -104,6 +105,30 @@ def test_a_killed_rank_fails_the_job_with_the_reason_first(tmp_path):
         job.wait()
     assert str(error.value).startswith("rank 1: Signal 9 (SIGKILL)") and "too little memory?" in str(error.value)
     assert error.value._render_traceback_() == [str(error.value)]
+
+
+@pytest.mark.parametrize("seconds", [0, 1, 3])
+def test_a_job_may_be_stopped_at_once(tmp_path, monkeypatch, seconds):
+    monkeypatch.setenv("RANKS_SHALL", "sleep")
+    job = launch.start_training(config(tmp_path), 2)
+    time.sleep(seconds)  # torchrun has ranks by then, or has none yet
+    job.stop()
+    with pytest.raises(launch.RunStopped):
+        job.wait()
+    assert not survivors(tmp_path)
+
+
+@pytest.mark.parametrize(("ranks", "kind"), [("sleep", launch.RunStopped), ("fail-recorded", launch.RunFailed)])
+def test_who_stops_a_job_before_its_first_step_is_shown_no_failure_but_a_real_one(tmp_path, monkeypatch, ranks, kind):
+    monkeypatch.setenv("RANKS_SHALL", ranks)
+    job = launch.start_training(config(tmp_path), 2)
+    wait_until(lambda: ranks_are_there(tmp_path), 300, "both ranks start", tmp_path / "train.log")
+    job.stop() if ranks == "sleep" else (tmp_path / STOPPING).touch()
+    with pytest.raises(launch.RunFailed) as error:
+        job.wait()
+    assert type(error.value) is kind
+    begin = "stopped by you before it had anything to save" if ranks == "sleep" else "rank 1: Traceback"
+    assert str(error.value).startswith(begin), str(error.value)
 
 
 def test_two_who_start_at_once_start_one_job(tmp_path):

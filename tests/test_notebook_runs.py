@@ -146,6 +146,13 @@ def test_a_run_that_was_stopped_is_not_done_for_either_command(tmp_path):
         assert last[1].traceback == ["not done: run again"]
 
 
+def test_a_training_that_was_stopped_before_its_first_step_is_not_done_either(tmp_path):
+    stopped = "from rsft_lib.launch import RunStopped\nraise RunStopped('run again to go on')"
+    done = strict(write_notebook(tmp_path, stopped), tmp_path / "executed")
+    assert done.returncode == 75 and done.stderr.endswith("not done: run again to go on\n")
+    assert not (tmp_path / "out" / "status.json").exists()
+
+
 def test_a_killed_kernel_is_not_a_finished_run(tmp_path):
     notebook = write_notebook(tmp_path, "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
     done = strict(notebook, tmp_path / "executed")

@@ -116,7 +116,7 @@ def test_a_job_that_waits_says_for_what_and_is_taken_from_the_queue(pretended, t
         if len(polls) == 2:
             job.stop()
 
-    with pytest.raises(launch.RunFailed, match="cancelled.*asked to stop before it had anything to save"):
+    with pytest.raises(launch.RunStopped, match="stopped by you before it had anything to save.*cancelled"):
         job.wait(poll)
     assert f"Slurm job {job.id}: pending (BeginTime)" in capsys.readouterr().out
     assert launch.attach(tmp_path) is None

@@ -21,9 +21,17 @@ class RunFailed(RuntimeError):
         return [str(self)]
 
 
-def failure(module: str, log: Path, how: str) -> RunFailed:
-    """The error to raise where the ranks of `module` failed, as `how` tells."""
-    return RunFailed(f"{cause(log)}\n\n{module} failed ({how}); the whole log is {log}".lstrip())
+class RunStopped(RunFailed):
+    """Ranks were asked to stop before they had anything to save, and did."""
+
+
+def failure(module: str, log: Path, how: str, stopping: bool = False) -> RunFailed:
+    """The error to raise where the ranks of `module` failed, as `how` tells; they may only have been `stopping`."""
+    said = cause(log)
+    by_itself = "Traceback" in said and "SignalException" not in said  # which is torchrun's
+    if stopping and not by_itself and not read_stacks(log.parent):
+        return RunStopped(f"stopped by you before it had anything to save ({how}); run again to go on")
+    return RunFailed(f"{said}\n\n{module} failed ({how}); the whole log is {log}".lstrip())
 
 
 def cause(log: Path) -> str:

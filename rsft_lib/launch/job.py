@@ -50,6 +50,7 @@ class Job:
 
         Raises:
             RunFailed: it ended without being asked to; the message begins with the traceback of the first that failed.
+            RunStopped: it was asked to stop before it had anything to save.
         """
         try:
             while self.running:
@@ -60,8 +61,7 @@ class Job:
             self._interrupted()
             raise
         if self._failed():
-            asked = ", asked to stop before it had anything to save" if self.stopping else ""
-            raise failure(TRAIN, self.log, self.state + asked)
+            raise failure(TRAIN, self.log, self.state, self.stopping and not self.ended)
 
     def tail(self, lines: int = 15) -> str:
         """The last lines of the log; however long it is, only its end is read."""
