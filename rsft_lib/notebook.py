@@ -5,12 +5,16 @@ cell completed when the kernel was killed. Run headless with either of
 
     python -m rsft_lib.notebook notebooks/05_train.ipynb outputs/executed -p lr 2e-5
     papermill notebooks/05_train.ipynb outputs/executed/05_train.ipynb -p lr 2e-5
+
+The exit code is 0 when all is done, and 75 (sysexits.h: a temporary failure) when it was stopped and can go on;
+papermill exits with 1 then.
 """
 
 import argparse
 import ast
 import difflib
 import json
+import os
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,6 +27,7 @@ from tqdm import tqdm
 
 from rsft_lib.artifact import write_json
 from rsft_lib.paths import ROOT, existing, resolve
+from rsft_lib.view.frontend import somebody_looks
 
 STATUS = "application/vnd.rsft.status+json"
 STATUS_FILE = "status.json"
@@ -34,6 +39,13 @@ class Parameter(NamedTuple):
 
     kind: str
     default: Any
+
+
+class Stopped(RuntimeError):
+    """What a notebook was to do was stopped, and goes on when it is run again; told without a traceback."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [str(self)]
 
 
 class _AboveProgressBar:
@@ -73,45 +85,60 @@ def finish(folder: str | Path, **facts) -> None:
     """Write `status.json` into `folder`: the notebook ran to its end. Call it in the last cell.
 
     Args:
-        facts: what the run found; `summary`, a text, is what the headless runner prints.
+        facts: what the run found; `summary`, a text, is what the headless runner prints. With `status` "stopped" it is
+            not done, and `hint` says how to go on.
+
+    Raises:
+        Stopped: it is not done, and nobody sees this but a program, for which an executed notebook would be a success.
     """
     path = resolve(folder) / STATUS_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     status = {"status": "done", "finished": datetime.now(UTC).isoformat(timespec="seconds"), **facts}
     write_json(path, status)
-    display({STATUS: status, "text/plain": f"{facts.get('summary', '')}\ndone: {path}".strip()}, raw=True)
+    told = [facts.get("summary", ""), facts.get("hint", ""), f"{status['status']}: {path}"]
+    display({STATUS: status, "text/plain": "\n".join(filter(None, told))}, raw=True)
+    if status["status"] == "stopped" and not somebody_looks():
+        raise Stopped(f"not done: {facts.get('hint', '')}")
 
 
 def run(notebook: str | Path, folder: str | Path, parameters: dict) -> tuple[Path, dict]:
     """Execute a notebook with papermill: (the executed notebook in `folder`, what its last cell reported).
+
+    Its `status` is "done", or "stopped" where that is what became of a training.
 
     Raises:
         ValueError: a parameter is unknown or has the wrong type; nothing has run then.
         RuntimeError: a cell failed, or the last one was not reached.
     """
     # Here, since the kernel of every notebook imports this module, and these take longer than all the rest of it.
+    import nbformat
     import papermill
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
     from traitlets.config import Config
+
+    from rsft_lib.launch.failure import RunStopped
 
     notebook = existing(notebook, "notebook")
     parameters = checked(parameters, declared_parameters(notebook))
     executed = resolve(folder) / notebook.name
     executed.parent.mkdir(parents=True, exist_ok=True)
     try:
-        result = papermill.execute_notebook(
+        papermill.execute_notebook(
             notebook, executed, parameters, cwd=str(ROOT), stdout_file=_AboveProgressBar(),
             config=Config({"KernelManager": {"transport_encryption": "auto"}}),  # else the kernel warns of its absence
         )  # fmt: skip
     except PapermillExecutionError as error:
-        raise RuntimeError(
-            f"cell {error.exec_count} of {notebook.name} failed with {error.ename}: {error.evalue}\n"
-            f"The executed notebook shows where: {executed}"
-        ) from None
+        if error.ename == RunStopped.__name__:
+            return executed, {"status": "stopped", "hint": error.evalue}
+        if error.ename != Stopped.__name__:
+            raise RuntimeError(
+                f"cell {error.exec_count} of {notebook.name} failed with {error.ename}: {error.evalue}\n"
+                f"The executed notebook shows where: {executed}"
+            ) from None
     except DeadKernelError:
         raise RuntimeError(f"the kernel of {notebook.name} was killed (out of memory?); see {executed}") from None
-    last = [cell for cell in result.cells if cell.cell_type == "code"][-1]
+    last = [cell for cell in nbformat.read(executed, 4).cells if cell.cell_type == "code"][-1]
     for output in last.outputs:
         if STATUS in output.get("data", {}):
             return executed, output["data"][STATUS]
@@ -212,6 +239,9 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"\n{status.get('summary', '')}\nexecuted notebook  {executed}")
+    if status["status"] == "stopped":
+        print(f"not done: {status.get('hint', '')}", file=sys.stderr)
+        return os.EX_TEMPFAIL
     return 0
 
 

@@ -19,8 +19,8 @@ from support import all_tensors, random_store, settings, tiny_model
 from rsft_lib.artifact import MANIFEST, newest
 from rsft_lib.checkpoint.convert import convert
 from rsft_lib.training.config import TrainConfig
-from rsft_lib.training.loop import read_ended
 from rsft_lib.training.metrics import read_metrics
+from rsft_lib.training.run_folder import read_ended
 
 MEASURED = ("seconds", "tokens_per_second", "memory_gib")  # beginnings of the names of what no two runs have alike
 RANKS = 2

@@ -18,8 +18,10 @@ def survivors(folder: Path) -> list[psutil.Process]:
     return found
 
 
-def wait_until(condition, seconds: float, what: str) -> None:
+def wait_until(condition, seconds: float, what: str, log: Path | None = None) -> None:
+    """Wait for a condition; where it does not come, fail with what was waited for and the end of a log."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
+        said = f"\n{log.read_text()[-5000:]}" if log and log.exists() else ""
+        assert time.monotonic() < deadline, f"{what}: not within {seconds} s{said}"
         time.sleep(0.1)

@@ -22,6 +22,7 @@ class Job:
 
     def stop(self) -> None:
         self.asked += 1
+        (self.folder / ".stopping").touch()
 
     def tail(self, lines: int) -> str:
         with self.log.open("rb") as file:

@@ -15,6 +15,7 @@ from rsft_lib import launch
 from rsft_lib.launch import local
 from rsft_lib.launch.job import JOB, Job
 from rsft_lib.training.config import TrainConfig
+from rsft_lib.training.run_folder import STOPPING
 
 LEAVE = launch.LaunchOptions(on_interrupt="leave")
 
@@ -37,7 +38,7 @@ def ranks_are_there(folder: Path) -> bool:
 def left(tmp_path):
     """A job of two ranks that was started, and outlives whoever started it."""
     job = launch.start_training(config(tmp_path), 2, LEAVE)
-    wait_until(lambda: ranks_are_there(tmp_path), 60, "both ranks start")
+    wait_until(lambda: ranks_are_there(tmp_path), 300, "both ranks start", tmp_path / "train.log")
     yield job
     job.kill()
     assert not survivors(tmp_path)
@@ -52,7 +53,9 @@ def test_a_job_is_found_by_its_folder_stopped_once_and_ends_with_what_it_saved(l
     found.wait()
     assert found.ended == {"reason": "SIGTERM", "iteration": 3}
     left.wait()
-    assert left.state == "exit code 0" and launch.attach(left.folder) is None
+    assert left.state == "ended" and launch.attach(left.folder) is None
+    hint = "stopped by you after step 3 of 5; run again with the same settings to go on from there"
+    assert left.status() == {"status": "stopped", "hint": hint}
 
 
 def test_a_second_start_finds_the_first_and_refuses_other_settings(left, capsys):
@@ -95,7 +98,7 @@ def test_an_interrupt_has_the_job_save_and_end_first_where_that_was_chosen(tmp_p
 
 def test_a_killed_rank_fails_the_job_with_the_reason_first(tmp_path):
     job = launch.start_training(config(tmp_path), 2)
-    wait_until(lambda: ranks_are_there(tmp_path), 60, "both ranks start")
+    wait_until(lambda: ranks_are_there(tmp_path), 300, "both ranks start", tmp_path / "train.log")
     psutil.Process(int((tmp_path / "rank1.pid").read_text())).kill()
     (tmp_path / "rank0.pid").unlink()
     with pytest.raises(launch.RunFailed) as error:
@@ -104,17 +107,41 @@ def test_a_killed_rank_fails_the_job_with_the_reason_first(tmp_path):
     assert error.value._render_traceback_() == [str(error.value)]
 
 
+@pytest.mark.parametrize("seconds", [0, 1, 3])
+def test_a_job_may_be_stopped_at_once(tmp_path, monkeypatch, seconds):
+    monkeypatch.setenv("RANKS_SHALL", "sleep")
+    job = launch.start_training(config(tmp_path), 2)
+    time.sleep(seconds)  # torchrun has ranks by then, or has none yet
+    job.stop()
+    with pytest.raises(launch.RunStopped):
+        job.wait()
+    assert not survivors(tmp_path)
+
+
+@pytest.mark.parametrize(("ranks", "kind"), [("sleep", launch.RunStopped), ("fail-recorded", launch.RunFailed)])
+def test_who_stops_a_job_before_its_first_step_is_shown_no_failure_but_a_real_one(tmp_path, monkeypatch, ranks, kind):
+    monkeypatch.setenv("RANKS_SHALL", ranks)
+    job = launch.start_training(config(tmp_path), 2)
+    wait_until(lambda: ranks_are_there(tmp_path), 300, "both ranks start", tmp_path / "train.log")
+    job.stop() if ranks == "sleep" else (tmp_path / STOPPING).touch()
+    with pytest.raises(launch.RunFailed) as error:
+        job.wait()
+    assert type(error.value) is kind
+    begin = "stopped by you before it had anything to save" if ranks == "sleep" else "rank 1: Traceback"
+    assert str(error.value).startswith(begin), str(error.value)
+
+
 def test_two_who_start_at_once_start_one_job(tmp_path):
     context = multiprocessing.get_context("spawn")
     both = [context.Process(target=_start, args=(tmp_path,)) for _ in range(2)]
     for process in both:
         process.start()
     for process in both:
-        process.join(60)
+        process.join(300)
     job, torchruns = launch.attach(tmp_path), [p for p in survivors(tmp_path) if "torch.distributed.run" in p.cmdline()]
     for process in torchruns:
         process.terminate()
-    wait_until(lambda: not survivors(tmp_path), 30, "all end")
+    wait_until(lambda: not survivors(tmp_path), 300, "all end")
     assert [process.exitcode for process in both] == [0, 0]
     assert [process.pid for process in torchruns] == [job.pid]
 

@@ -34,13 +34,13 @@ def write_notebook(folder, *cells, last="notebook.finish(FOLDER, **vars(p), summ
 def papermill(notebook, *arguments):
     command = [sys.executable, "-m", "papermill", str(notebook), str(notebook.with_name("executed.ipynb"))]
     return subprocess.run(
-        [*command, "--no-progress-bar", *arguments], cwd=notebook.parent, capture_output=True, text=True, timeout=60
+        [*command, "--no-progress-bar", *arguments], cwd=notebook.parent, capture_output=True, text=True, timeout=300
     )
 
 
 def strict(*arguments):
     command = [sys.executable, "-m", "rsft_lib.notebook", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize(
@@ -128,6 +128,29 @@ def test_a_bar_in_a_notebook_is_no_error_output(tmp_path):
     streams = [output for cell in nbformat.read(executed, 4).cells for output in cell.outputs if "name" in output]
     assert any("read: 100%" in output.text for output in streams)
     assert {output.name for output in streams} == {"stdout"}
+
+
+STOPPED = "notebook.finish(FOLDER, status='stopped', hint='run again', summary='half of it')"
+
+
+def test_a_run_that_was_stopped_is_not_done_for_either_command(tmp_path):
+    notebook = write_notebook(tmp_path, last=STOPPED)
+    plain, ours = papermill(notebook), strict(notebook, tmp_path / "executed")
+    assert plain.returncode == 1 and "\nnot done: run again" in plain.stderr
+    assert ours.returncode == 75 and ours.stderr.endswith("not done: run again\n") and "half of it" in ours.stdout
+    assert '"status": "stopped"' in (tmp_path / "out" / "status.json").read_text()
+    for executed in (tmp_path / "executed.ipynb", tmp_path / "executed" / "small.ipynb"):
+        last = nbformat.read(executed, 4).cells[-1].outputs
+        assert [output.output_type for output in last] == ["display_data", "error"]
+        assert last[0].data["text/plain"].startswith("half of it\nrun again\nstopped: ")
+        assert last[1].traceback == ["not done: run again"]
+
+
+def test_a_training_that_was_stopped_before_its_first_step_is_not_done_either(tmp_path):
+    stopped = "from rsft_lib.launch import RunStopped\nraise RunStopped('run again to go on')"
+    done = strict(write_notebook(tmp_path, stopped), tmp_path / "executed")
+    assert done.returncode == 75 and done.stderr.endswith("not done: run again to go on\n")
+    assert not (tmp_path / "out" / "status.json").exists()
 
 
 def test_a_killed_kernel_is_not_a_finished_run(tmp_path):

@@ -11,8 +11,8 @@ from support import all_tensors, random_store, settings, tiny_model
 
 from rsft_lib.artifact import MANIFEST, newest
 from rsft_lib.checkpoint.convert import convert
-from rsft_lib.training.loop import read_ended
 from rsft_lib.training.metrics import MetricsWriter, read_metrics
+from rsft_lib.training.run_folder import read_ended
 from rsft_lib.training.saving import remove_old
 
 STEPS = 4

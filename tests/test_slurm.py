@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -68,26 +69,26 @@ def test_a_job_of_two_nodes_is_stopped_before_its_limit_requeued_and_ends_as_an_
     tiny_model(tmp_path / "hf", hidden_size=32, intermediate_size=32, num_hidden_layers=2)
     convert(tmp_path / "hf", tmp_path / "megatron")
     random_store(tmp_path / "data")
-    place = {"checkpoint": str(tmp_path / "megatron"), "data": str(tmp_path / "data"), "train_iters": 150}
+    place = {"checkpoint": str(tmp_path / "megatron"), "data": str(tmp_path / "data"), "train_iters": 300}
     forked.train(settings(output=str(tmp_path / "straight"), **place), 2)
 
     run = tmp_path / "run"
     given = settings(output=str(run), **place).to_json() | TWO | {"nproc": 1}
     process = start_notebook(tmp_path, given)
-    wait_until(lambda: len(read_metrics(run)) >= 3, 120, "three steps")
+    wait_until(lambda: len(read_metrics(run)) >= 3, 300, "three steps", run / "train.log")
     job = launch.attach(run).id
     cluster.said("scancel", "--batch", "--signal=USR1", job)  # as Slurm does before the time limit
-    wait_until(lambda: "PENDING" in state(job), 60, "the job is back in the queue")
+    wait_until(lambda: "PENDING" in state(job), 300, "the job is back in the queue", run / "train.log")
     stopped = json.loads((run / "ended.json").read_text())
-    assert stopped["reason"] == "SIGTERM" and stopped["iteration"] < 150
+    assert stopped["reason"] == "SIGTERM" and stopped["iteration"] < 300
     cluster.said("scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm waits for two minutes by itself
-    assert process.wait(timeout=120) == 0
+    assert process.wait(timeout=600) == 0
 
     assert f"resumed from {run}/iter_{stopped['iteration']:07d}" in (run / "train.log").read_text()
     losses, expected = ([r["loss"] for r in read_metrics(folder)] for folder in (run, tmp_path / "straight"))
     assert losses == expected
     status = json.loads((run / "status.json").read_text())
-    assert status["ended"] == "finished" and status["checkpoint"] == str(run / "iter_0000150")
+    assert status["ended"] == "finished" and status["checkpoint"] == str(run / "iter_0000300")
     shown = (tmp_path / "out.ipynb").read_text()
     assert f"Slurm job {job}: running on n[0-1]" in shown and "image/png" in shown
     for written in [shown, *(path.read_text() for path in run.glob("*.*") if path.is_file())]:
@@ -115,7 +116,7 @@ def test_a_job_that_waits_says_for_what_and_is_taken_from_the_queue(pretended, t
         if len(polls) == 2:
             job.stop()
 
-    with pytest.raises(launch.RunFailed, match="cancelled.*asked to stop before it had anything to save"):
+    with pytest.raises(launch.RunStopped, match="stopped by you before it had anything to save.*cancelled"):
         job.wait(poll)
     assert f"Slurm job {job.id}: pending (BeginTime)" in capsys.readouterr().out
     assert launch.attach(tmp_path) is None
@@ -123,54 +124,91 @@ def test_a_job_that_waits_says_for_what_and_is_taken_from_the_queue(pretended, t
 
 def test_a_job_is_found_from_elsewhere_stopped_and_ends_with_what_it_saved(pretended, tmp_path):
     start(tmp_path, on_interrupt="leave")
-    wait_until(lambda: ranks_are_there(tmp_path), 30, "both ranks start")
+    wait_until(lambda: ranks_are_there(tmp_path), 300, "both ranks start", tmp_path / "train.log")
     job = launch.attach(tmp_path)
     assert "running on n[0-1]" in job.state
     job.stop()
     job.wait()
-    assert job.ended == {"reason": "SIGTERM", "iteration": 3} and "completed" in job.state
+    assert job.ended == {"reason": "SIGTERM", "iteration": 3}
+    assert job.state == f"Slurm job {job.id}: stopped" and "stopped by you after step 3" in job.status()["hint"]
+    assert job.facts["ExitCode"] == "75:0"  # for `sbatch --dependency=afterok` it is not done
 
 
 @pytest.mark.parametrize("choice", ["stop", "leave"])
 def test_a_job_whose_notebook_is_killed_does_what_was_chosen(pretended, tmp_path, choice):
     arguments = [str(tmp_path / "run"), choice]
     notebook = subprocess.Popen([sys.executable, "-c", NOTEBOOK, *arguments])
-    wait_until(lambda: ranks_are_there(tmp_path / "run"), 60, "both ranks start")
+    wait_until(lambda: ranks_are_there(tmp_path / "run"), 300, "both ranks start")
     notebook.send_signal(signal.SIGKILL)
     notebook.wait()
     if choice == "leave":
         with pytest.raises(AssertionError):
             wait_until(lambda: not launch.attach(tmp_path / "run"), 3, "the job ends, but it shall not")
         launch.attach(tmp_path / "run").stop()
-    wait_until(lambda: not launch.attach(tmp_path / "run"), 30, "the job ends")
+    wait_until(lambda: not launch.attach(tmp_path / "run"), 300, "the job ends")
     assert '"SIGTERM"' in (tmp_path / "run" / "ended.json").read_text()
-    wait_until(lambda: not survivors(tmp_path), 20, "all ranks end")
+    wait_until(lambda: not survivors(tmp_path), 300, "all ranks end")
 
 
 def test_a_failing_rank_is_an_error_with_its_traceback_first(pretended, tmp_path, monkeypatch):
     monkeypatch.setenv("RANKS_SHALL", "fail-recorded")
     with pytest.raises(launch.RunFailed) as error:
         start(tmp_path).wait()
-    assert str(error.value).startswith("rank1: Traceback") and "KeyError: 'broken on rank 1'" in str(error.value)
+    assert str(error.value).startswith("rank 1: Traceback") and "KeyError: 'broken on rank 1'" in str(error.value)
     assert "failed" in str(error.value).splitlines()[-1] and str(tmp_path / "train.log") in str(error.value)
 
 
 def test_a_node_that_fails_fails_a_job_that_may_not_be_queued_again(pretended, tmp_path):
     job = start(tmp_path, slurm_options="--no-requeue")
-    wait_until(lambda: ranks_are_there(tmp_path), 30, "both ranks start")
+    wait_until(lambda: ranks_are_there(tmp_path), 300, "both ranks start", tmp_path / "train.log")
     cluster.said("scontrol", "update", "NodeName=n1", "State=DOWN", "Reason=test")
     try:
         with pytest.raises(launch.RunFailed, match="node_fail"):
             job.wait()
     finally:
         cluster.said("scontrol", "update", "NodeName=n1", "State=RESUME")
-        wait_until(lambda: cluster.said("sinfo", "-h", "-o", "%t").strip() == "idle", 60, "the node is back")
+        wait_until(lambda: cluster.said("sinfo", "-h", "-o", "%t").strip() == "idle", 300, "the node is back")
 
 
 def test_a_submission_that_slurm_refuses_is_an_error_with_its_reason(pretended, tmp_path):
     with pytest.raises(ValueError, match="Slurm refuses .*job.sbatch: .*[Ii]nvalid partition"):
         start(tmp_path, slurm_partition="none")
     assert launch.attach(tmp_path) is None
+
+
+def test_a_run_folder_of_any_name_is_trained_in_and_logged_to(pretended, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANKS_SHALL", "finish")
+    run = tmp_path / 'a run\'s 100 % "$HOME" `id` $(id) & #; JobState=COMPLETED %j 解'
+    job = start(run)
+    wait_until(lambda: not job.running, 120, "the job ends", run / "train.log")
+    log = (run / "train.log").read_text()
+    assert "rank 0 was here" in log and "rank 1 was here" in log
+    assert [path.name for path in tmp_path.iterdir()] == [run.name]
+    assert job.facts["JobName"] == re.sub(r"[^\w]", "_", run.name) and job.facts["JobState"] in slurm.OVER
+
+
+@pytest.mark.parametrize("name", ["a\ntouch pwned\nb", "a\rb", "a\u2028b", "back\\slash", "tab\t", "\udcff"])
+def test_a_run_folder_whose_name_would_break_out_of_its_line_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match="output is .*; Slurm needs a path of printable characters"):
+        slurm.batch_script(tmp_path / name / "run", 1, launch.LaunchOptions(**TWO))
+
+
+@pytest.mark.parametrize("name", ["slurm_partition", "slurm_time", "slurm_options"])
+def test_an_option_that_would_break_out_of_its_line_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name} is .*; it must be one line"):
+        launch.LaunchOptions(**TWO, **{name: "x\ntouch pwned"})
+
+
+def test_of_a_job_that_slurm_has_forgotten_the_accounts_tell_whether_it_was_stopped(tmp_path, monkeypatch):
+    answers = {"scontrol": (1, "", "error: Invalid job id specified"), "sacct": (0, "FAILED|75:0\n", "")}
+    monkeypatch.setattr(slurm, "_slurm", lambda *c: subprocess.CompletedProcess(c, *answers[c[0]]))
+    (tmp_path / "ended.json").write_text('{"reason": "SIGTERM", "iteration": 3}')
+    job = slurm.SlurmJob(tmp_path, "7", train_iters=5, on_interrupt="leave", patience=20)
+    job.wait()
+    assert job.state == "Slurm job 7: stopped"
+    answers["sacct"] = (0, "CANCELLED by 0|0:0\n", "")
+    job.asked = 0.0
+    assert not job.running and job.state == "Slurm job 7: cancelled"
 
 
 def test_without_slurm_the_error_says_where_to_go(tmp_path, monkeypatch):
@@ -191,6 +229,7 @@ def test_the_script_can_be_read_and_names_what_was_asked_for(tmp_path, monkeypat
     script = slurm.batch_script(run, 8, options)
     for line in ("nodes=2", "ntasks-per-node=8", "gpus-per-node=8", "time=04:00:00", "partition=gpu", "account lab"):
         assert f"#SBATCH --{line}\n" in script
+    assert "#SBATCH --job-name=a_run_s_100__\n" in script
     assert "#SBATCH --requeue\n#SBATCH --signal=B:USR1@300\n" in script and "100 %%/train.log" in script
     assert "\nexport THP_MEM_ALLOC_ENABLE=${THP_MEM_ALLOC_ENABLE:-1}\n" in script
     assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0

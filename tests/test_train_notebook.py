@@ -82,10 +82,10 @@ def papermill(folder: Path, notebook: Path, parameters: dict) -> subprocess.Pope
 def test_run_again_after_its_kernel_was_killed_it_finds_the_training_and_becomes_its_record(run, tmp_path):
     output = Path(run["output"])
     first = papermill(tmp_path, NOTEBOOK, run)
-    wait_until(lambda: read_metrics(output), 120, "a step")
+    wait_until(lambda: read_metrics(output), 300, "a step", output / "train.log")
     (kernel,) = psutil.Process(first.pid).children()
     kernel.kill()
-    assert first.wait(timeout=60) != 0 and not (output / "status.json").exists()
+    assert first.wait(timeout=300) != 0 and not (output / "status.json").exists()
     started = launch.attach(output)
 
     second = papermill(tmp_path, NOTEBOOK, run)
@@ -94,17 +94,34 @@ def test_run_again_after_its_kernel_was_killed_it_finds_the_training_and_becomes
         said.append(second.stderr.readline())
         assert said[-1], said
     launch.attach(output).stop()
-    _, errors = second.communicate(timeout=120)
-    assert second.returncode == 0, errors
+    _, errors = second.communicate(timeout=300)
+    assert second.returncode == 1 and "\nnot done: stopped by you after step" in errors, errors
     shown = (tmp_path / "out.ipynb").read_text()
     assert f"process {started.pid}" in shown
     status = json.loads((output / "status.json").read_text())
-    assert status["ended"] == "SIGTERM" and status["iteration"] == len(read_metrics(output)) < 100_000
+    assert status["status"] == "stopped" and status["ended"] == "stopped by you"
+    assert status["iteration"] == len(read_metrics(output)) < 100_000
     assert status["checkpoint"] == str(newest(output)) and status["checkpoint"] in shown
     assert all(fact in shown for fact in provenance.made_with().values())
     assert "image/png" in shown and "(given)" in shown
     for text in [shown, errors, *said, *(path.read_text() for path in output.glob("*.*") if path.is_file())]:
         assert not any(secret in text for secret in SECRETS.values())
+
+
+def test_a_run_that_is_stopped_ends_with_an_exit_code_of_its_own_and_goes_on_when_run_again(run, tmp_path):
+    (tmp_path / "run.yaml").write_text(json.dumps(run | {"time_limit": 0.05}))
+    command = [sys.executable, "-m", "rsft_lib.notebook", NOTEBOOK, tmp_path, "-f", tmp_path / "run.yaml"]
+    steps = [0]
+    for _ in range(2):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 75, done.stderr
+        status = json.loads((Path(run["output"]) / "status.json").read_text())
+        assert status["status"] == "stopped" and status["ended"] == "stopped at the time limit"
+        assert done.stderr.rstrip().endswith(f"not done: {status['hint']}"), done.stderr
+        steps.append(status["iteration"])
+    assert 0 < steps[1] < steps[2] == len(read_metrics(Path(run["output"])))
+    log = (Path(run["output"]) / "train.log").read_text()
+    assert log.count("=== run started") == log.count("stopped at the time limit after step") == 2
 
 
 FAILING = """
@@ -123,7 +140,7 @@ def test_a_failed_rank_is_what_the_executed_notebook_shows_and_papermill_says(tm
     book.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
     nbformat.write(book, tmp_path / "in.ipynb")
     process = papermill(tmp_path, tmp_path / "in.ipynb", {})
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode != 0
     outputs = nbformat.read(tmp_path / "out.ipynb", 4).cells[-1].outputs
     (shown,) = ("\n".join(output.traceback) for output in outputs if output.output_type == "error")

@@ -1,12 +1,12 @@
 """Start ranks outside this process: on this machine under torchrun, or on the machines of a cluster with Slurm."""
 
-from rsft_lib.launch.failure import RunFailed
+from rsft_lib.launch.failure import RunFailed, RunStopped
 from rsft_lib.launch.job import Job
 from rsft_lib.launch.local import launch
 from rsft_lib.launch.options import LaunchOptions, split_parameters
 from rsft_lib.launch.training import attach, launch_scoring, launch_training, start_training
 
 __all__ = [
-    "Job", "LaunchOptions", "RunFailed", "attach", "launch", "launch_scoring", "launch_training", "split_parameters",
-    "start_training",
+    "Job", "LaunchOptions", "RunFailed", "RunStopped", "attach", "launch", "launch_scoring", "launch_training",
+    "split_parameters", "start_training",
 ]  # fmt: skip

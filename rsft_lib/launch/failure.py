@@ -1,10 +1,11 @@
 """What went wrong in ranks that ended before they should: the words of the one that failed first, before all else."""
 
-import json
-import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
+from rsft_lib.launch.log import read_end
+from rsft_lib.training.run_folder import read_record
 from rsft_lib.training.watchdog import read_stacks
 
 ERRORS = "errors"  # folder beside the log, with what `record` of torch writes for each rank of a batch job
@@ -20,17 +21,27 @@ class RunFailed(RuntimeError):
         return [str(self)]
 
 
-def failure(module: str, log: Path, how: str) -> RunFailed:
-    """The error to raise where the ranks of `module` failed, as `how` tells."""
-    return RunFailed(f"{cause(log)}\n\n{module} failed ({how}); the whole log is {log}".lstrip())
+class RunStopped(RunFailed):
+    """Ranks were asked to stop before they had anything to save, and did."""
+
+
+def failure(module: str, log: Path, how: str, stopping: bool = False) -> RunFailed:
+    """The error to raise where the ranks of `module` failed, as `how` tells; they may only have been `stopping`."""
+    said = cause(log)
+    by_itself = "Traceback" in said and "SignalException" not in said  # which is torchrun's
+    if stopping and not by_itself and not read_stacks(log.parent):
+        return RunStopped(f"stopped by you before it had anything to save ({how}); run again to go on")
+    return RunFailed(f"{said}\n\n{module} failed ({how}); the whole log is {log}".lstrip())
 
 
 def cause(log: Path) -> str:
     """What the rank that failed first said: the stacks of a run that hung, its traceback, or the end of the log."""
-    if stacks := read_stacks(log.parent):
-        return f"no progress; where the ranks stood:\n{stacks}"
-    text = read_end(log, END)
-    return _recorded(log.parent / ERRORS) or _reported(text) or _printed(text)
+    stacks, text = read_stacks(log.parent), read_end(log, END)
+    said = _recorded(log.parent / ERRORS) or _reported(text)
+    if stacks and said.partition(":")[0] in ("", *stacks):  # else the others hung because that rank had failed
+        listed = "\n\n".join(f"{rank}: {stack}" for rank, stack in stacks.items())
+        return f"no progress; where the ranks stood:\n{listed}"
+    return said or _printed(text)
 
 
 def torchrun_reports(log: Path) -> bool:
@@ -38,22 +49,13 @@ def torchrun_reports(log: Path) -> bool:
     return REPORT in read_end(log, END)
 
 
-def read_end(path: Path, size: int) -> str:
-    """The last `size` bytes of a file as text; empty where there is none."""
-    if not path.exists():
-        return ""
-    with path.open("rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - size))
-        return file.read(size).decode("utf-8", errors="replace")
-
-
 def _recorded(folder: Path) -> str:
     """The oldest of the tracebacks that ranks left in files."""
-    files = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
-    if not files:
-        return ""
-    message = json.loads(files[0].read_text(encoding="utf-8"))["message"]
-    return f"{files[0].stem}: {message['extraInfo']['py_callstack'].rstrip()}"
+    for path in sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime_ns):
+        with suppress(ValueError, LookupError):  # a rank that was killed may leave half a file
+            stack = read_record(path)["message"]["extraInfo"]["py_callstack"]
+            return f"{path.stem.replace('rank', 'rank ')}: {stack.rstrip()}"
+    return ""
 
 
 def _reported(text: str) -> str:

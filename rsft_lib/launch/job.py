@@ -1,18 +1,18 @@
 """A training that runs on its own: whoever holds its handle can watch it, wait for it and ask it to stop."""
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from rsft_lib.artifact import write_json
-from rsft_lib.launch.failure import failure, read_end
-from rsft_lib.training.metrics import read_metrics
+from rsft_lib.launch.failure import failure
+from rsft_lib.launch.log import read_end
+from rsft_lib.training.metrics import scan_metrics
+from rsft_lib.training.run_folder import JOB, LOG, STOPPING, how_it_ended, read_ended, read_record
 
-JOB = "job.json"
-STOPPING = ".stopping"
-ENDED = "ended.json"  # of training.loop, which imports all that trains
 TRAIN = "rsft_lib.training.train"
+COMMON = {"launcher", "train_iters", "on_interrupt", "patience"}  # what is remembered of every job,
+FACTS = {"local": {"pid", "birth", "host"}, "slurm": {"id"}}  # and what else, by launcher
 MEMORY = {  # how torch takes it, for the environment of ranks
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",  # none is lost between blocks of other sizes
     "THP_MEM_ALLOC_ENABLE": "1",  # in large pages: the first to touch what is saved or loaded waits for few of them
@@ -29,14 +29,13 @@ class Job:
     launcher = ""
 
     def __init__(self, folder: Path, train_iters: int, on_interrupt: str, patience: float):
-        self.folder, self.log = Path(folder), Path(folder) / "train.log"
+        self.folder, self.log = Path(folder), Path(folder) / LOG
         self.train_iters, self.on_interrupt, self.patience = train_iters, on_interrupt, patience
 
     @property
     def ended(self) -> dict:
         """Why it ended (`reason`) and after which step (`iteration`); empty while it runs, or when it failed."""
-        path = self.folder / ENDED
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return read_ended(self.folder)
 
     @property
     def stopping(self) -> bool:
@@ -51,6 +50,7 @@ class Job:
 
         Raises:
             RunFailed: it ended without being asked to; the message begins with the traceback of the first that failed.
+            RunStopped: it was asked to stop before it had anything to save.
         """
         try:
             while self.running:
@@ -61,33 +61,44 @@ class Job:
             self._interrupted()
             raise
         if self._failed():
-            asked = ", asked to stop before it had anything to save" if self.stopping else ""
-            raise failure(TRAIN, self.log, self.state + asked)
+            raise failure(TRAIN, self.log, self.state, self.stopping and not self.ended)
 
     def tail(self, lines: int = 15) -> str:
         """The last lines of the log; however long it is, only its end is read."""
         return "\n".join(read_end(self.log, 400 * lines).splitlines()[-lines:])
 
+    def status(self) -> dict:
+        """Whether it is done, for `notebook.finish`: `status` is "done", or "stopped" with a `hint` how to go on."""
+        ended = self.ended
+        if ended.get("reason") == "finished":
+            return {"status": "done"}
+        when = f"after step {ended['iteration']:,} of {self.train_iters:,}" if "iteration" in ended else ""
+        how = f"{how_it_ended(self.folder)} {when}".rstrip()
+        return {"status": "stopped", "hint": f"{how}; run again with the same settings to go on from there"}
+
     def outcome(self) -> dict:
-        """What came of it, for `notebook.finish`: first and last losses, why it ended, its last checkpoint.
+        """What came of it, for `notebook.finish`: its status, first and last losses, why it ended, its last checkpoint.
 
         Raises:
             ValueError: it has not done a step.
         """
-        records = read_metrics(self.folder)
+        metrics = scan_metrics(self.folder)
+        records = metrics.records
         if not records:
-            raise ValueError(f"{self.folder} has no metrics: the training has not done a step")
+            why = "; ".join(metrics.problems) or "the training has not done a step"
+            raise ValueError(f"{self.folder} has no metrics: {why}")
         held_out = [record["eval_loss"] for record in records if "eval_loss" in record]
         found = {
             "first_loss": records[0]["loss"],
             "last_loss": records[-1]["loss"],
             "held_out_loss": held_out[-1] if held_out else None,
             "iteration": records[-1]["iteration"],
-            "ended": self.ended.get("reason"),
+            "ended": how_it_ended(self.folder),
             "job": self.state,
             "checkpoint": str(max(self.folder.glob("iter_*"), default="none")),
         }
-        return {**found, "summary": "\n".join(f"{name:<15}{value}" for name, value in found.items())}
+        found |= {"damaged": "; ".join(metrics.problems)} if metrics.problems else {}
+        return {**self.status(), **found, "summary": "\n".join(f"{name:<15}{value}" for name, value in found.items())}
 
     def remember(self, **facts) -> None:
         """Write what `attach` needs into the run folder."""
@@ -117,6 +128,19 @@ class Job:
 
 
 def read_job(folder: Path) -> dict:
-    """What `remember` wrote; empty where nothing was started."""
+    """What `remember` wrote; empty where nothing was started.
+
+    Raises:
+        ValueError: it is damaged.
+    """
     path = Path(folder) / JOB
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    try:
+        facts = read_record(path)
+        if facts and facts.keys() - COMMON != FACTS.get(str(facts.get("launcher"))):
+            raise ValueError(f"{path} is damaged: it holds {', '.join(facts)}")
+    except ValueError as error:
+        raise ValueError(
+            f"{error}. It tells which process or job trains in this folder: see with ps or squeue that none does, "
+            "remove the file, and run again"
+        ) from None
+    return facts

@@ -18,7 +18,9 @@ from pathlib import Path
 import psutil
 
 from rsft_lib.launch.failure import failure, torchrun_reports
-from rsft_lib.launch.job import MEMORY, STOPPING, TRAIN, Job
+from rsft_lib.launch.job import MEMORY, TRAIN, Job
+from rsft_lib.launch.log import mark
+from rsft_lib.training.run_folder import CONFIG, LOG, STOPPING
 
 PATIENCE = 30  # seconds that ranks which save nothing have to stop
 
@@ -26,7 +28,7 @@ PATIENCE = 30  # seconds that ranks which save nothing have to stop
 def start_torchrun(
     module: str, arguments: list[str], nproc: int, log: Path, patience: float, alone: bool = False
 ) -> subprocess.Popen:
-    """Start `python -m module arguments` on `nproc` ranks whose output goes to `log`.
+    """Start `python -m module arguments` on `nproc` ranks whose output goes to the end of `log`.
 
     Args:
         patience: seconds that ranks have to stop when torchrun is asked to.
@@ -43,8 +45,9 @@ def start_torchrun(
         **MEMORY,
         **os.environ,
     }
+    mark(log, "started")
     # A file and not a pipe: a pipe that nobody reads any more keeps its writers alive.
-    with log.open("wb") as output:
+    with log.open("ab") as output:
         return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -107,9 +110,9 @@ def ask_to_stop(torchrun: int) -> bool:
 
 def start(folder: Path, nproc: int, **common) -> "LocalJob":
     """Train with the settings in `folder/config.json`."""
-    arguments = ["--config", str(folder / "config.json")]
+    arguments = ["--config", str(folder / CONFIG)]
     process = start_torchrun(
-        TRAIN, arguments, nproc, folder / "train.log", common["patience"],
+        TRAIN, arguments, nproc, folder / LOG, common["patience"],
         alone=common["on_interrupt"] == "leave",
     )  # fmt: skip
     job = LocalJob(folder, process.pid, birth(process.pid), process, **common)
@@ -143,7 +146,7 @@ class LocalJob(Job):
     def state(self) -> str:
         if self.running:
             return f"running, process {self.pid} on {socket.gethostname()}"
-        return f"exit code {self.process.returncode}" if self.process else "ended"
+        return f"exit code {self.process.returncode}" if self.process and self.process.returncode else "ended"
 
     def stop(self) -> None:
         """Ask all ranks to save after the step that runs, and end. It returns at once; only the first call counts."""

@@ -5,6 +5,8 @@ starts every rank itself, so that its signals reach them: before the time limit 
 the job back into the queue, where it goes on as the same job.
 """
 
+import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -13,9 +15,11 @@ import time
 from pathlib import Path
 
 from rsft_lib.launch.failure import ERRORS
-from rsft_lib.launch.job import ENDED, JOB, MEMORY, STOPPING, TRAIN, Job
+from rsft_lib.launch.job import MEMORY, TRAIN, Job
+from rsft_lib.launch.log import MARK, mark
 from rsft_lib.launch.options import LaunchOptions
 from rsft_lib.paths import ROOT
+from rsft_lib.training.run_folder import CONFIG, ENDED, JOB, LOG, STOPPING
 from rsft_lib.training.watchdog import STACKS
 
 ASK_EVERY = 10.0  # seconds; Slurm's controller answers everybody on the cluster
@@ -31,7 +35,8 @@ SCRIPT = """\
 
 run={run}
 # Asked to stop while the machines were being made ready.
-if [ -e "$run/{stopping}" ]; then exit; fi
+if [ -e "$run/{stopping}" ]; then exit {stopped}; fi
+printf '\\n{mark} started %s\\n' "$(date '+%F %T')"
 # What tells how it ended the last time.
 rm -rf "$run/{ended}" "$run/{stacks}" "$run/{errors}"
 mkdir "$run/{errors}"
@@ -49,13 +54,15 @@ cd {root}
 srun --kill-on-bad-exit=1 bash -c '
   export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
   export TORCHELASTIC_ERROR_FILE="$0/{errors}/rank$RANK.json"
-  exec "$1" -m {module} --config "$0/config.json"' "$run" {python} &
+  exec "$1" -m {module} --config "$0/{config}"' "$run" {python} &
 ranks=$!
+wait $ranks; code=$?
 while kill -0 $ranks 2>/dev/null; do wait $ranks; code=$?; done  # a signal interrupts `wait`
 
-# What has been saved goes on when its turn comes again.
-if [ "$again" ] && [ $code = 0 ] && ! grep -q '"finished"' "$run/{ended}"; then
-  scontrol requeue "$SLURM_JOB_ID"
+# What was stopped and saved is not done, for jobs that wait until it is; before the time limit it is queued again.
+if [ $code = 0 ] && ! grep -qs '"finished"' "$run/{ended}"; then
+  code={stopped}
+  if [ "$again" ]; then scontrol requeue "$SLURM_JOB_ID"; fi
 fi
 exit $code
 """
@@ -75,9 +82,9 @@ def submit(folder: Path, nproc: int, options: LaunchOptions, **common) -> "Slurm
         ValueError: there is no Slurm here, or it refuses the job; the message says why.
     """
     job = SlurmJob(folder, "", **common)
-    job.log.write_bytes(b"")
     script = folder / "job.sbatch"
     script.write_text(batch_script(folder, nproc, options), encoding="utf-8")
+    mark(job.log, "submitted")
     done = _slurm("sbatch", "--parsable", str(script))
     if done.returncode:
         raise ValueError(f"Slurm refuses {script}: {done.stderr.strip()}")
@@ -106,15 +113,22 @@ def find(folder: Path, facts: dict) -> "SlurmJob | None":
 
 
 def batch_script(folder: Path, nproc: int, options: LaunchOptions) -> str:
-    """The script that trains in `folder` with `nproc` ranks on each machine."""
+    """The script that trains in `folder` with `nproc` ranks on each machine.
+
+    Raises:
+        ValueError: a path would break out of its line.
+    """
+    for what, text in {"output": str(folder), "the project's folder": str(ROOT), "Python": sys.executable}.items():
+        if not text.isprintable() or "\\" in text:  # within quotes too Slurm takes a backslash for a sign of its own
+            raise ValueError(f"{what} is {text!r}; Slurm needs a path of printable characters, and no backslash")
     lines = {
-        "job-name": folder.name,
+        "job-name": re.sub(r"[^\w.+-]", "_", folder.name),
         "nodes": options.slurm_nodes,
         "ntasks-per-node": nproc,
         "partition": options.slurm_partition,
         "time": options.slurm_time,
         "gpus-per-node": nproc if _has_gpus(options) else "",
-        "output": str(folder / "train.log").replace("%", "%%"),
+        "output": str(folder / LOG).replace("%", "%%"),
         "open-mode": "append",
         "requeue": None,
         "signal": f"B:USR1@{options.slurm_ahead}",
@@ -126,6 +140,7 @@ def batch_script(folder: Path, nproc: int, options: LaunchOptions) -> str:
     return SCRIPT.format(
         options="\n".join(given), memory=memory, run=shlex.quote(str(folder)), root=shlex.quote(str(ROOT)),
         python=shlex.quote(sys.executable), module=TRAIN, stopping=STOPPING, ended=ENDED, stacks=STACKS, errors=ERRORS,
+        config=CONFIG, mark=MARK, stopped=os.EX_TEMPFAIL,
     )  # fmt: skip
 
 
@@ -151,6 +166,8 @@ class SlurmJob(Job):
     def state(self) -> str:
         """In Slurm's words, with what a job that waits is waiting for, and the machines of one that runs."""
         self._ask(ASK_EVERY)
+        if self._stopped():
+            return f"Slurm job {self.id}: stopped"
         facts = {"JobState": "submitted"} | self.facts
         reason, nodes = (facts.get(name, "") for name in ("Reason", "NodeList"))
         text = f"Slurm job {self.id}: {facts['JobState'].lower()}"
@@ -170,7 +187,11 @@ class SlurmJob(Job):
         self.asked = 0.0
 
     def _failed(self) -> bool:
-        return super()._failed() or self.facts.get("JobState") in BROKEN
+        return super()._failed() or (self.facts.get("JobState") in BROKEN and not self._stopped())
+
+    def _stopped(self) -> bool:
+        """Whether it ended as SCRIPT does where ranks were asked to stop: for Slurm it failed."""
+        return self.facts.get("JobState") == "FAILED" and self.facts.get("ExitCode") == f"{os.EX_TEMPFAIL}:0"
 
     def _pause(self) -> None:
         if self.state != self.told:
@@ -184,9 +205,10 @@ class SlurmJob(Job):
         self.asked = time.monotonic()
         done = _slurm("scontrol", "show", "job", "--oneliner", self.id)
         if done.returncode == 0:
-            self.facts = dict(word.split("=", 1) for word in done.stdout.split() if "=" in word)
+            words = [word.split("=", 1) for word in done.stdout.split() if "=" in word]
+            self.facts = dict(reversed(words))  # the first counts: those of a path with spaces come after its state
         elif "Invalid job id" in done.stderr:
-            self.facts = {"JobState": self._remembered()}
+            self.facts = self._remembered()
         else:
             self.facts = {**self.facts, "Reason": done.stderr.strip() or "Slurm does not answer"}
 
@@ -194,11 +216,13 @@ class SlurmJob(Job):
         path = self.folder / ENDED
         return path.exists() and time.time() - path.stat().st_mtime < 30
 
-    def _remembered(self) -> str:
+    def _remembered(self) -> dict[str, str]:
         """The state of a job that ended some minutes ago, where the cluster keeps accounts."""
-        done = _slurm("sacct", "--jobs", self.id, "--allocations", "--noheader", "--parsable2", "--format=State")
-        words = done.stdout.split()
-        return words[0] if done.returncode == 0 and words else GONE
+        asked = ("--allocations", "--noheader", "--parsable2", "--format=State,ExitCode")
+        done = _slurm("sacct", "--jobs", self.id, *asked)
+        state, _, code = done.stdout.partition("\n")[0].partition("|")
+        found = state.split()  # CANCELLED is followed by who did it
+        return {"JobState": found[0], "ExitCode": code} if done.returncode == 0 and found else {"JobState": GONE}
 
 
 def _watch_over(job: SlurmJob) -> None:

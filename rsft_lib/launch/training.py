@@ -1,7 +1,7 @@
 """One training in one run folder: started, found running, or found finished."""
 
+import errno
 import fcntl
-import json
 import shutil
 import socket
 import time
@@ -12,13 +12,15 @@ from pathlib import Path
 from rsft_lib.artifact import write_json
 from rsft_lib.launch import local, slurm
 from rsft_lib.launch.failure import ERRORS
-from rsft_lib.launch.job import ENDED, STOPPING, Job, read_job
+from rsft_lib.launch.job import Job, read_job
 from rsft_lib.launch.local import LocalJob, launch
 from rsft_lib.launch.options import HERE, LaunchOptions
 from rsft_lib.paths import resolve
 from rsft_lib.training.config import TrainConfig
+from rsft_lib.training.run_folder import CONFIG, ENDED, LOG, STOPPING, read_ended, read_record
 from rsft_lib.training.watchdog import STACKS
 
+NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL)  # of a file system
 FRESH = 120  # seconds after which a log that nobody writes no longer speaks for a run on another machine
 
 
@@ -51,7 +53,7 @@ def start_training(config: TrainConfig, nproc: int, options: LaunchOptions = HER
             return LocalJob(output, pid=0, birth="", **common)
         _refuse_elsewhere(output)
         _clear(output)
-        write_json(output / "config.json", config.to_json())
+        write_json(output / CONFIG, config.to_json())
         if options.launcher == "slurm":
             return slurm.submit(output, nproc, options, **common)
         return local.start(output, nproc, **common)
@@ -73,7 +75,7 @@ def attach(run: str | Path) -> Job | None:
 def launch_training(config: TrainConfig, nproc: int, poll: Callable[[], None] = lambda: None) -> None:
     """Train on `nproc` ranks of this machine to the end, or go on where the run folder `config.output` stands.
 
-    Interrupted, it lets the ranks finish their step and save. `training.loop.read_ended` tells why a run ended.
+    Interrupted, it lets the ranks finish their step and save. `training.run_folder.read_ended` tells why a run ended.
 
     Raises:
         ValueError: the ranks do not fit the settings; nothing has started then.
@@ -97,14 +99,29 @@ def launch_scoring(checkpoint: str | Path, data: str | Path, output: str | Path,
 
 @contextmanager
 def _one_at_a_time(output: Path) -> Iterator[None]:
-    """Let no two processes look whether a training runs in a folder, and both start one."""
+    """Let no two processes look whether a training runs in a folder, and both start one.
+
+    Where the file system knows no locks it is said and gone on: a file in place of a lock would stay when its process
+    is killed, and no other machine could tell that from one that is slow.
+    """
     with (output / ".starting").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            print(f"no locks in {output} ({error.strerror}): do not start this run twice within a minute", flush=True)
         yield
 
 
 def _refuse_others(job: Job, config: TrainConfig) -> None:
-    runs, asked = json.loads((job.folder / "config.json").read_text(encoding="utf-8")), config.to_json()
+    try:
+        runs, asked = read_record(job.folder / CONFIG), config.to_json()
+    except ValueError as error:
+        raise ValueError(
+            f"{error}. A training runs in {job.folder} ({job.state}), and with which settings cannot be told: stop it "
+            f"first (launch.attach({str(job.folder)!r}).stop()), or choose another output folder"
+        ) from None
     differences = [f"{name}: runs with {runs.get(name)!r}, asked for {v!r}" for name, v in asked.items()
                    if runs.get(name) != v]  # fmt: skip
     if differences:
@@ -121,12 +138,11 @@ def _finished(config: TrainConfig, output: Path) -> bool:
     Raises:
         ValueError: it is another one; every difference is named.
     """
-    ended = output / ENDED
-    if not ended.exists():
+    told = read_ended(output)
+    if told.get("reason") != "finished":
         return False
-    told = json.loads(ended.read_text(encoding="utf-8"))
     checkpoint = output / f"iter_{told['iteration']:07d}"
-    if told["reason"] != "finished" or not checkpoint.exists():
+    if not checkpoint.exists():
         return False
     from rsft_lib.training.datasets import open_datasets
     from rsft_lib.training.state import refuse_another_run  # imports megatron-core, which takes seconds
@@ -147,7 +163,7 @@ def _train_iters(config: TrainConfig) -> int:
 
 def _refuse_elsewhere(output: Path) -> None:
     """A local run of another machine cannot be seen from here but by what it writes."""
-    facts, log = read_job(output), output / "train.log"
+    facts, log = read_job(output), output / LOG
     elsewhere = facts.get("launcher") == "local" and facts["host"] != socket.gethostname()
     written = max((path.stat().st_mtime for path in (log, output / "metrics.jsonl") if path.exists()), default=0)
     if elsewhere and not (output / ENDED).exists() and time.time() - written < FRESH:

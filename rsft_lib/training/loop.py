@@ -2,7 +2,6 @@
 
 import gc
 import itertools
-import json
 import math
 import resource
 import time
@@ -26,11 +25,10 @@ from rsft_lib.training.datasets import Datasets, open_datasets
 from rsft_lib.training.flops import peak_flops, training_flops
 from rsft_lib.training.metrics import open_writers
 from rsft_lib.training.preflight import describe
+from rsft_lib.training.run_folder import ENDED, how_it_ended
 from rsft_lib.training.saving import Saver
 from rsft_lib.training.state import TrainState, load, refuse_another_run, start
 from rsft_lib.training.stop import REASONS, Stop, stopping
-
-ENDED = "ended.json"
 
 
 def train(config: TrainConfig) -> TrainState:
@@ -39,8 +37,9 @@ def train(config: TrainConfig) -> TrainState:
     `ended.json` in the run folder then says why it ended, and after which step.
     """
     output, checkpoint = resolve(config.output), existing(config.checkpoint, "checkpoint")
-    rank = torch.distributed.get_rank()
-    with watchdog.watched(output, rank, config.hang_timeout), stopping(config.time_limit) as stop:
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    # In this order: the watch writes down where a rank stood, and then has `stopping` hear of a signal.
+    with stopping(config.time_limit) as stop, watchdog.watched(output, rank, ranks, config.hang_timeout):
         (output / ENDED).unlink(missing_ok=True)
         data = open_datasets(config)
         config = config.for_packs(len(data.train))
@@ -116,8 +115,9 @@ class Run:
         if self.first:
             reason = self.stopped or "finished"
             write_json(self.output / ENDED, {"reason": reason, "iteration": self.state.iteration})
+            print(f"{how_it_ended(self.output)} after step {self.state.iteration}", flush=True)
             if self.stopped:
-                print(f"stopped after step {self.state.iteration}: {reason}; run again to go on", flush=True)
+                print("run again to go on from there", flush=True)
 
     def _train(self, began: float) -> dict:
         """Update the model with one global batch; the record of the step."""
@@ -265,9 +265,3 @@ def log_line(record: dict, train_iters: int) -> str:
     )
     line += f"  MFU {record['mfu']:.1%}" if "mfu" in record else ""
     return line + (f"  eval loss {record['eval_loss']:.4f}" if "eval_loss" in record else "")
-
-
-def read_ended(output: Path) -> dict:
-    """Why a run ended and after which step; empty while it runs, or when it was killed."""
-    path = Path(output) / ENDED
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

@@ -1,13 +1,19 @@
-"""`metrics.jsonl`: one JSON object per line, written by one rank and read by notebooks; and who else is told."""
+"""`metrics.jsonl`: one JSON object per line, written by one rank and read by notebooks; and who else is told.
 
+A line may be damaged, by a power loss or a full disk. It is passed over, and everyone who reads the file says so.
+"""
+
+import itertools
 import json
 import math
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 from rsft_lib.training.config import TrainConfig
 
 FILE = "metrics.jsonl"
+DAMAGED = "metrics.damaged.jsonl"  # what it was before a run went on without the lines that cannot be read
 TENSORBOARD = "tensorboard"
 
 
@@ -15,11 +21,21 @@ class MetricsWriter:
     """Appends records; each is on disk before the next step begins."""
 
     def __init__(self, folder: Path, iteration: int):
-        """Open the file to go on after `iteration`: later records, of a run that was lost, are removed."""
-        path = folder / FILE
-        kept = [record for record in read_metrics(folder) if record["iteration"] <= iteration]
+        """Open the file to go on after `iteration`: later records, of a run that was lost, are removed.
+
+        Lines that cannot be read and steps that are missing are printed; a damaged file is kept beside the new one.
+        """
+        path, found = folder / FILE, scan_metrics(folder)
+        kept = [record for record in found.records if record["iteration"] <= iteration]
+        for problem in [*found.damaged, *_gaps([record["iteration"] for record in kept], iteration)]:
+            print(f"{path}: {problem}", flush=True)
         temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(map(_line, kept)), encoding="utf-8")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(map(_line, kept))
+            file.flush()
+            os.fsync(file.fileno())  # else a power loss may leave the new name with nothing under it
+        if found.damaged:
+            path.replace(folder / DAMAGED)
         temporary.replace(path)
         self.file = path.open("a", encoding="utf-8")
 
@@ -79,13 +95,66 @@ def open_writers(folder: Path, iteration: int, config: TrainConfig) -> list:
     return writers
 
 
-def read_metrics(folder: Path) -> list[dict]:
-    """The records of a run folder, in order; none when it has not begun, and no half-written last line."""
+class Metrics(NamedTuple):
+    """What a run folder's file holds."""
+
+    records: list[dict]
+    """In order; those that can be read."""
+    damaged: list[str]
+    """A sentence for each line that cannot be read as it is."""
+    gaps: list[str]
+    """A sentence for each range of steps that no record is of, up to the last one."""
+
+    @property
+    def problems(self) -> list[str]:
+        """All that is wrong with the file, with its name."""
+        return [f"{FILE}: {problem}" for problem in (*self.damaged, *self.gaps)]
+
+
+def scan_metrics(folder: Path) -> Metrics:
+    """The records of a run folder, and what is wrong with them; nothing when it has not begun.
+
+    The last line is not looked at while it is half written.
+    """
     path = Path(folder) / FILE
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    records, damaged = [], []
+    for number, line in enumerate(lines, start=1):
+        record, problem = parse(line)
+        records += [record] if record else []
+        damaged += [f"line {number} is damaged ({problem})"] if problem else []
+    steps = [record["iteration"] for record in records]
+    return Metrics(records, damaged, _gaps(steps, max(steps, default=0)))
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """The records of a run folder that can be read, in order."""
+    return scan_metrics(folder).records
+
+
+def parse(line: bytes) -> tuple[dict | None, str]:
+    """The record in a line, and what is wrong with the line: another one may follow what was damaged."""
+    try:
+        return _record(line), ""
+    except ValueError as error:
+        begin = line.rfind(b'{"iteration"')
+        return (parse(line[begin:])[0] if begin > 0 else None), str(error)
+
+
+def _record(line: bytes) -> dict:
+    if b"\0" in line:
+        raise ValueError("it holds zero bytes, as a power loss leaves them")
+    record = json.loads(line)
+    if not isinstance(record, dict) or type(record.get("iteration")) is not int:
+        raise ValueError("it is not a record of a step")
+    return record
+
+
+def _gaps(steps: list[int], last: int) -> list[str]:
+    """What is missing among steps that should be 1, 2, 3 and so on to `last`."""
+    there = sorted({0, *steps, last + 1})
+    holes = [(low + 1, high - 1) for low, high in itertools.pairwise(there) if high - low > 1]
+    return [f"step {a} is missing" if a == b else f"steps {a} to {b} are missing" for a, b in holes]
 
 
 def _line(record: dict) -> str:

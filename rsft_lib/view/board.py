@@ -40,6 +40,7 @@ class Card:
     alarm_count: int = 0
     log: str = ""
     bar: bool = True
+    problem: str = ""
 
     @property
     def done(self) -> int:
@@ -67,7 +68,7 @@ class Card:
 
     def __repr__(self) -> str:
         lines = [self.head, "   ".join(f"{name} {value}" for name, value in self.facts().items())]
-        return "\n".join(filter(None, [*lines, *(f"ALARM {alarm}" for alarm in self.alarms)]))
+        return "\n".join(filter(None, [*lines, *(f"ALARM {alarm}" for alarm in self.alarms), self.problem]))
 
     def _repr_html_(self) -> str:
         style = "padding:0 18px 4px 0;white-space:nowrap"
@@ -78,7 +79,7 @@ class Card:
         width = "width:100%;height:10px;margin:4px 0"
         bar = f"<progress value='{self.done}' max='{self.train_iters}' style='{width}'></progress>" if self.bar else ""
         more = self.alarm_count - len(self.alarms)
-        alarms = [*([f"{more} earlier alarms"] if more > 0 else []), *self.alarms]
+        alarms = [*([f"{more} earlier alarms"] if more > 0 else []), *self.alarms, *filter(None, [self.problem])]
         return (
             f"<div style='{PANEL}'><b>{inert(self.head)}</b>{bar}"
             f"<div style='display:flex;flex-wrap:wrap;margin-top:4px'>{tiles}</div>"

@@ -1,12 +1,11 @@
 """A run folder that is being written, read as it grows: each line of `metrics.jsonl` once, however long the run."""
 
-import json
 import os
 from array import array
 from collections import deque
 from pathlib import Path
 
-from rsft_lib.training.metrics import FILE
+from rsft_lib.training.metrics import FILE, parse
 
 DRAWN = (
     "loss", "loss_mode_think", "loss_mode_short", "eval_loss", "p_think_when_think", "p_think_when_short",
@@ -26,7 +25,8 @@ class Follower:
         self.last: dict = {}
         self.lines = {name: (array("d"), array("d")) for name in DRAWN}  # steps, values
         self.alarms: deque[str] = deque(maxlen=ALARMS)
-        self.alarm_count, self._offset, self._file = 0, 0, 0
+        self.damaged: list[int] = []  # numbers of lines that cannot be read as they are
+        self.alarm_count, self._offset, self._file, self._number = 0, 0, 0, 0
 
     def read(self) -> bool:
         """Take in what was written since, and say whether there was anything. A line that is half written waits."""
@@ -38,9 +38,23 @@ class Follower:
             return False
         whole = text[: text.rfind(b"\n") + 1]
         self._offset += len(whole)
-        for line in whole.splitlines():
-            self._add(json.loads(line))
+        for line in whole.split(b"\n")[:-1]:
+            self._number += 1
+            record, problem = parse(line)
+            if record:
+                self._add(record)
+            if problem:
+                self.damaged.append(self._number)
         return bool(whole)
+
+    @property
+    def problem(self) -> str:
+        """What is wrong with the file, in one sentence; empty if nothing is."""
+        if not self.damaged:
+            return ""
+        first, *others = self.damaged
+        more = f" and {len(others)} more" if others else ""
+        return f"{FILE}: line {first}{more} damaged; the training is not affected"
 
     def _go_on(self, file) -> None:
         """Seek where reading ended; in a file that was put in its place, as a run that resumes does, the beginning."""

@@ -3,11 +3,11 @@
 Headless, the same leaves one card, one picture and a few printed lines, however long the run.
 """
 
-import json
 import time
 from collections import deque
 from pathlib import Path
 
+from rsft_lib.training.run_folder import how_it_ended
 from rsft_lib.view.board import LOG_LINES, Card, duration, log_end, plot_live
 from rsft_lib.view.controls import Controls
 from rsft_lib.view.follow import Follower
@@ -15,7 +15,6 @@ from rsft_lib.view.frontend import hear_widgets, somebody_looks
 from rsft_lib.view.rewritten import Rewritten, png
 
 STARTS = "training starts"
-ENDED = "ended.json"  # of training.loop, which needs megatron-core
 LINES = 20  # printed at most
 PACE = 120.0  # seconds back over which the pace is measured
 
@@ -118,7 +117,7 @@ class LiveRun:
         waits = f"{self.state} ({self.job.state})" if self.job and self.state == STARTS else self.state
         card = Card(
             self.run.last, self.train_iters, waits, self._left(), list(self.run.alarms), self.run.alarm_count,
-            log=log, bar=self.controls is None,
+            log=log, bar=self.controls is None, problem=self.run.problem,
         )  # fmt: skip
         return {"text/html": card._repr_html_(), "text/plain": repr(card)}
 
@@ -141,11 +140,10 @@ class LiveRun:
     def _ended(self) -> str:
         if self.job and self.job.running:
             return "still running"
-        path = self.folder / ENDED
-        if not path.exists():
-            return "ended without a word; see the log"
-        reason = json.loads(path.read_text(encoding="utf-8"))["reason"]
-        return reason if reason == "finished" else f"stopped ({reason}) and saved; run again to go on"
+        how = how_it_ended(self.folder)
+        if not how:
+            return "failed or was killed; see the log"
+        return how if how == "finished" else f"{how} and saved; run again to go on"
 
 
 def line(record: dict, train_iters: int, left: float | None = None) -> str:

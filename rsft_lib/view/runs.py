@@ -1,6 +1,5 @@
 """Runs to be compared: their metrics as columns, how far they are, and in which settings they differ."""
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,14 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from rsft_lib.paths import ROOT, existing, resolve
-from rsft_lib.training.metrics import FILE, read_metrics
+from rsft_lib.training.metrics import FILE, scan_metrics
+from rsft_lib.training.run_folder import CONFIG, how_it_ended, read_record
 from rsft_lib.view.board import duration
 from rsft_lib.view.markup import Table
 
 BY = {
     "step": "step", "token": "trained tokens", "time": "minutes of training", "share": "share of the run, in per cent",
 }  # fmt: skip
-ENDED = "ended.json"  # of training.loop, which needs megatron-core
 MISSING = "–"
 PATTERN = re.compile(r"[*?[]")
 
@@ -32,6 +31,8 @@ class Run:
     config: dict
     ended: str
     alarms: list[int]
+    problems: list[str]
+    """What cannot be read of it."""
 
     def __len__(self) -> int:
         return len(self.columns["iteration"])
@@ -111,18 +112,23 @@ def _matching(pattern: str) -> list[Path]:
 
 
 def open_run(folder: Path, name: str) -> Run:
-    records = read_metrics(folder)
+    found = scan_metrics(folder)
+    records, problems = found.records, found.problems
     if not records:
-        raise ValueError(f"{folder} has no metrics yet: train first (notebook 05_train)")
+        why = "; ".join(problems) or "train first (notebook 05_train)"
+        raise ValueError(f"{folder} has no metrics yet: {why}")
     metrics = {key for record in records for key, value in record.items() if isinstance(value, int | float)}
     columns = {key: np.array([_number(record.get(key)) for record in records]) for key in metrics}
-    config, ended = (_read(folder / file) for file in ("config.json", ENDED))
     alarms = [record["iteration"] for record in records if record.get("alarms")]
-    return Run(name, folder, columns, config, ended.get("reason", "running, or killed"), alarms)
+    try:
+        config = read_record(folder / CONFIG)
+    except ValueError as error:
+        config, problems = {}, [*problems, str(error)]
+    return Run(name, folder, columns, config, how_it_ended(folder) or "running, or killed", alarms, problems)
 
 
 def runs_table(runs: list[Run]) -> Table:
-    """How far each run is, and what came out."""
+    """How far each run is, what came out, and what of its files cannot be read."""
     rows = []
     for run in runs:
         seconds, tokens = run.columns["seconds"].sum(), run.columns["trained_tokens"].sum()
@@ -130,7 +136,7 @@ def runs_table(runs: list[Run]) -> Table:
         best = int(held_out[1].argmin()) if len(held_out[1]) else None
         lowest = MISSING if best is None else f"{held_out[1][best]:.3f} at {held_out[0][best]:,.0f}"
         rows.append((
-            run.name, f"{len(run):,} of {run.config.get('train_iters', 0):,}", run.ended,
+            run.name, f"{run.columns['iteration'][-1]:,.0f} of {_total(run)}", run.ended,
             f"{run.last('loss'):.3f}", lowest, f"{tokens:,.0f}", duration(seconds),
             f"{np.median(run.columns['tokens_per_second']):,.0f}", str(len(run.alarms)),
         ))  # fmt: skip
@@ -138,7 +144,8 @@ def runs_table(runs: list[Run]) -> Table:
         "run", "steps", "ended", "last loss", "best held-out loss", "trained tokens", "time", "tokens/s, median",
         "alarms",
     )  # fmt: skip
-    return Table("runs", columns, rows)
+    note = "; ".join(f"{run.name}: {problem}" for run in runs for problem in run.problems)
+    return Table("runs", columns, rows, note)
 
 
 def differences_table(runs: list[Run]) -> Table:
@@ -181,5 +188,5 @@ def _number(value) -> float:
     return float(value) if isinstance(value, int | float) else np.nan
 
 
-def _read(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def _total(run: Run) -> str:
+    return f"{run.config['train_iters']:,}" if "train_iters" in run.config else MISSING
