@@ -161,7 +161,7 @@ class Notebook:
 
     def wait(self) -> None:
         """Wait until the last cell has said that it is done. No cell may fail, or write to stderr."""
-        done = self.page.locator(".jp-CodeCell").last.get_by_text(re.compile(r"done: \S+status\.json"))
+        done = self.page.locator(".jp-CodeCell").last.get_by_text(re.compile(r"(done|stopped): \S+status\.json"))
         done.or_(self.output("error")).first.wait_for(state="attached")
         for kind in ("error", "stderr"):
             found = self.output(kind).all_text_contents()
