@@ -16,7 +16,8 @@ demo: .venv/.installed  ## run the whole method on a tiny model, 2 to 4 minutes 
 
 test: lint  ## lint and all tests
 	@# Most tests wait for processes to start, so three files at a time; in their order, since the longest hold few tests.
-	@.venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	@# More threads than cores wait for each other in loops that take all the time there is.
+	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/.installed  ## style of code and notebooks, and form of notebooks: parameters, no outputs, short cells
 	@.venv/bin/ruff check

@@ -10,12 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+from rsft_lib.cores import usable_cores
 from rsft_lib.disk import full_disk_told, require_space
 from rsft_lib.paths import existing
 from rsft_lib.temporary import beside, new_file
 
 MANIFEST = "manifest.json"
-WRITERS = min(4, os.cpu_count() or 1)  # files that are hashed or written at a time
+WRITERS = min(4, usable_cores())  # files that are hashed or written at a time
 PROOF = "verify.json"  # may be laid into a finished folder; no step reads it
 
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 NEEDED = ("sbatch", "slurmctld", "slurmd", "munged")
+PATIENCE = 300  # seconds for each daemon to come, or go; a machine may be busy with something else
 CONF = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -59,7 +60,7 @@ def cluster() -> Iterator[None]:
     try:
         _start(folder)
         os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
-        _until(lambda: said("sinfo", "--noheader", "--format=%t").strip() == "idle", 30)
+        _until(lambda: said("sinfo", "--noheader", "--format=%t").strip() == "idle", "both nodes are idle", folder)
         yield
     finally:
         said("scancel", "--user", getpass.getuser())
@@ -102,12 +103,13 @@ def _stop(folder: Path) -> None:
         if path.exists():
             pid = int(path.read_text())
             os.kill(pid, signal.SIGTERM)
-            _until(lambda pid=pid: not Path(f"/proc/{pid}").exists(), 20)
+            _until(lambda pid=pid: not Path(f"/proc/{pid}").exists(), f"{name} ends", folder)
 
 
-def _until(condition, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
+def _until(condition, what: str, folder: Path) -> None:
+    deadline = time.monotonic() + PATIENCE
     while not condition():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"the cluster did not come up, or go, within {seconds} s")
+            logs = "\n".join(f"{path.name}:\n{path.read_text()[-1000:]}" for path in folder.glob("*.log"))
+            raise TimeoutError(f"{what}: not within {PATIENCE} s; sinfo shows {said('sinfo')!r}\n{logs}")
         time.sleep(0.1)

@@ -43,7 +43,7 @@ def read(data: str, server, folder) -> subprocess.CompletedProcess:
     """In a process of its own, since the libraries read HF_ENDPOINT when they are imported."""
     environment = {**os.environ, "HF_ENDPOINT": server.endpoint, "HF_HOME": str(folder / "home")}
     command = [sys.executable, "-c", READ, data]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
 
 
 def test_a_dataset_is_read_by_name_at_its_revision(server, tmp_path):

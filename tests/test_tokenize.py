@@ -1,8 +1,10 @@
 """Records to a token store, and what becomes of every row: pytest tests/test_tokenize.py"""
 
 import json
+import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -12,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from processes import wait_until
 from support import settings
 
 from rsft_lib import demo
@@ -230,9 +233,7 @@ def test_a_mask_of_nothing_or_of_everything_is_refused(patched):
 
 def test_a_template_that_never_ends_costs_its_row_and_not_the_work(patched):
     endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-    began = time.process_time()
-    found = reason(patched, json.loads(GOOD), endless, row_seconds=0.3)
-    assert "takes more than 0.3 seconds" in found and time.process_time() - began < 5
+    assert "takes more than 0.3 seconds" in reason(patched, json.loads(GOOD), endless, row_seconds=0.3)
 
 
 def test_a_template_that_builds_gigabytes_costs_its_row_and_not_the_machine(patched, tmp_path):
@@ -345,17 +346,90 @@ def test_every_mutated_row_is_written_rejected_or_dropped_and_no_other_is_touche
 # Whoever is killed
 
 
-def test_a_killed_worker_ends_the_work_with_an_error_and_leaves_nothing(patched, problems, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGSEGV"])
+def test_a_killed_worker_ends_the_work_with_an_error_and_leaves_nothing(patched, problems, tmp_path, monkeypatch, name):
     def killing(encoded, data):
         for block in encoded:
             for child in psutil.Process().children():
-                child.kill()
+                child.send_signal(getattr(signal, name))
             yield block
 
     monkeypatch.setattr("rsft_lib.data.tokenize._progress", killing)
-    with pytest.raises(RuntimeError, match="a tokenizing process was killed"):
+    with pytest.raises(RuntimeError, match=f"nothing was written: a tokenizing process was killed by {name}") as error:
         tokenize(problems, patched, tmp_path / "out", workers=2)
+    assert ("out of memory?" in str(error.value)) == (name == "SIGKILL")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("raise ImportError('no such thread')", "ended with exit code 1; the end of its stderr:.*no such thread$"),
+        ("import os, sys; print('x' * 9999, 'last', file=sys.stderr); os._exit(7)", "code 7; .*:\nx{3990,3999} last$"),
+        ("import os; os._exit(7)", "exit code 7 and wrote nothing to stderr$"),
+    ],
+)
+def test_how_a_worker_died_is_told_in_its_own_last_words(patched, tmp_path, monkeypatch, code, message):
+    monkeypatch.setattr("rsft_lib.data.pool.CODE", code)
+    with pytest.raises(RuntimeError, match=f"(?s){message}"):
+        tokenize(lines(tmp_path, GOOD), patched, tmp_path / "out", workers=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
+
+
+ODD_WORKER = """
+import sys
+from rsft_lib.data import worker
+
+class Odd(Exception):
+    def __init__(self, one, two):
+        self.handle = open("/dev/null") if one == "cannot be pickled" else None
+        super().__init__(one)
+
+def block(self, rows, encoder):
+    raise Odd(self.job.source.rpartition("/")[2].removesuffix(".jsonl"), "two")
+
+print("a warning", file=sys.stderr)
+worker.Worker.block = block
+worker.main()
+"""
+
+
+@pytest.mark.parametrize("what", ["cannot be pickled", "cannot be read back"])
+def test_an_error_that_cannot_be_handed_on_is_told_as_text_and_kills_no_worker(
+    patched, tmp_path, monkeypatch, capsys, what
+):
+    monkeypatch.setattr("rsft_lib.data.pool.CODE", ODD_WORKER)
+    data = lines(tmp_path, *[GOOD] * 600).rename(tmp_path / f"{what}.jsonl")
+    with pytest.raises(RuntimeError, match=f"(?s)^Traceback .*Odd: {what}$"):
+        tokenize(data, patched, tmp_path / "out", workers=2)
+    assert capsys.readouterr().err == "a warning\n"  # of all processes that said it
+
+
+def test_no_more_processes_and_threads_are_started_than_there_are_cores(patched, problems, tmp_path, monkeypatch):
+    """As on a machine of 64 cores, where each of 64 processes had tokenizers' 64 threads."""
+    seen, before = [], psutil.Process().num_threads()
+
+    def counting(encoded, source):
+        for block in encoded:
+            children = psutil.Process().children(recursive=True)
+            seen.append([psutil.Process().num_threads() - before, *(child.num_threads() for child in children)])
+            yield block
+
+    monkeypatch.setattr("rsft_lib.data.tokenize._progress", counting)
+    for name in ("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        monkeypatch.setenv(name, "64")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    cores, mine = os.sched_getaffinity(0), sorted(os.sched_getaffinity(0))[:2]
+    os.sched_setaffinity(0, mine)
+    try:
+        tokenize(problems, patched, tmp_path / "many", workers=64)
+        for waiting, *children in seen:  # besides its own thread, a process has an idle one of Arrow's allocator
+            assert waiting <= len(mine) + 1 and len(children) == len(mine) and max(children) <= 2, seen
+        seen.clear()
+        tokenize(lines(tmp_path, *[GOOD] * 256), patched, tmp_path / "one", workers=64)
+        assert [len(children) for _, *children in seen] == [1]  # there is only one block
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
 SCRIPT = """
@@ -364,6 +438,13 @@ if __name__ == "__main__":
     from rsft_lib.data.tokenize import tokenize
     tokenize(*sys.argv[1:4], workers=2)
 """
+
+
+def gone(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def test_a_killed_run_leaves_no_result_and_no_process_and_can_be_run_again(patched, problems, tmp_path):
@@ -378,10 +459,7 @@ def test_a_killed_run_leaves_no_result_and_no_process_and_can_be_run_again(patch
     process.kill()
     process.wait()
     assert not (tmp_path / "out").exists()
-    deadline = time.monotonic() + 10
-    while any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children):
-        assert time.monotonic() < deadline, "workers outlive the run"
-        time.sleep(0.05)
+    wait_until(lambda: all(gone(child) for child in children), 300, f"the workers {children} end")
     tokenize(problems, patched, tmp_path / "out", workers=0)
     assert len(TokenStore(tmp_path / "out")) == 2000
     assert sorted(p.name for p in tmp_path.glob("[!.]*")) == ["big.jsonl", "out", "run.py"]

@@ -4,18 +4,18 @@ A reader cuts the rows into blocks, workers encode them, and the blocks are writ
 not depend on how many workers there are, and of n machines each can take every n-th block (`shard`) for `merge`.
 """
 
-import os
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
 from concurrent.futures import Executor
 from dataclasses import asdict
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 from rsft_lib.artifact import new_folder, verify
 from rsft_lib.chat import END_THINK, MODES, ChatTemplate
 from rsft_lib.contract import require_contract
-from rsft_lib.data.pool import pool_of
+from rsft_lib.cores import usable_cores
+from rsft_lib.data.pool import pool_for
 from rsft_lib.data.records import Row, Source, blocks, source_of
 from rsft_lib.data.rejects import Rejects
 from rsft_lib.data.store import StoreWriter
@@ -25,6 +25,9 @@ from rsft_lib.progress import progress
 from rsft_lib.tokenizer import fingerprint, load_tokenizer
 
 PROOF_ROWS = 256  # of this very dataset, on which encoders are compared
+# Workers that one reading and writing process keeps busy: with gigatoken a block takes one of them 15 times as long as
+# it takes that process, with tokenizers at least 90 times (CPU time, 2026-11, R1's traces and GSM8K).
+HELPFUL, HELPFUL_WHEN_SLOW = 16, 96
 
 
 def tokenize(
@@ -47,7 +50,8 @@ def tokenize(
         max_length: most tokens of a sample.
         options: the other fields of `Options`: overlong, turns, control_tokens, columns.
         reject_limit: largest share of records that may be unusable; they are kept in `<folder>.rejected.jsonl`.
-        workers: processes; None for one per core, 0 for none but this one.
+        workers: most processes, 0 for none but this one. No more are started than there are cores that may be used,
+            blocks of 256 records, or can be kept busy; None for as many as that.
         shard: (i, n) does every n-th block of records from the i-th on, for `merge`.
         contract: whether the tokenizer must pass `require_contract`; without it, what is trained may not be what is
             served.
@@ -62,7 +66,7 @@ def tokenize(
         FileExistsError: `folder` is something else, or was made from other data or another tokenizer.
         ValueError: the tokenizer breaks the contract, too many records cannot be used (the message names file and
             line), there are none, or none fits.
-        RuntimeError: a worker died.
+        RuntimeError: a worker died; the message has how, and the end of its stderr.
     """
     destination, loaded = resolve(folder), load_tokenizer(tokenizer)
     settings = Options(max_length=max_length, **options)
@@ -70,20 +74,26 @@ def tokenize(
     facts = _facts(source, tokenizer, loaded, settings, shard)
     if done := _already(destination, facts):
         return done
-    count = os.cpu_count() if workers is None else workers
-    with pool_of(count) as pool:
+    mine = islice(blocks(source.rows()), shard[0], None, shard[1])
+    first = list(islice(mine, _most(workers)))  # a process for each, so that none starts without a block
+    with pool_for(_job(str(source), loaded, settings), min(len(first), HELPFUL)) as pool:
         if contract:
             require_contract(tokenizer, loaded)
-        pool.begin(_job(str(source), loaded, settings))
         facts["encoder"] = _chosen_encoder(pool, source.rows())
-        mine = islice(blocks(source.rows()), shard[0], None, shard[1])
-        encoded = _encoded(pool, mine, facts["encoder"]["encoder"], ahead=2 * count + 1)
+        count = min(len(first), HELPFUL_WHEN_SLOW if "why_slow" in facts["encoder"] else HELPFUL)
+        pool.grow(count)
+        encoded = _encoded(pool, chain(first, mine), facts["encoder"]["encoder"], ahead=2 * count + 1)
         with (
             new_folder(destination, facts, source=["data", "tokenizer"], overwrite=overwrite) as temporary,
             Rejects(destination, reject_limit) as rejects,
         ):
             _write(_progress(encoded, source), StoreWriter(temporary), rejects, facts)
     return facts
+
+
+def _most(workers: int | None) -> int:
+    cores = usable_cores()
+    return cores if workers is None else min(workers, cores)
 
 
 def _write(encoded: Iterator[Block], writer: StoreWriter, rejects: Rejects, facts: dict) -> None:

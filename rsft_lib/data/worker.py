@@ -6,6 +6,7 @@ import pickle
 import re
 import signal
 import sys
+import traceback
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from itertools import accumulate, groupby
@@ -222,11 +223,21 @@ def main() -> None:
         while True:
             method, arguments = pickle.load(sys.stdin.buffer)
             try:
-                answer = getattr(worker, method)(*arguments)
+                answer = pickle.dumps(getattr(worker, method)(*arguments), pickle.HIGHEST_PROTOCOL)
             except Exception as error:
-                answer = error
-            pickle.dump(answer, answers, protocol=pickle.HIGHEST_PROTOCOL)
+                answer = _pickled(error)
+            answers.write(answer)
             answers.flush()
+
+
+def _pickled(error: Exception) -> bytes:
+    """An error for the parent; where it cannot be pickled, or not read back, its traceback as the text of another."""
+    try:
+        pickled = pickle.dumps(error)
+        pickle.loads(pickled)
+    except Exception:
+        return pickle.dumps(RuntimeError("".join(traceback.format_exception(error))))
+    return pickled
 
 
 def _usable(sample: Tokens | ValueError) -> Tokens | ValueError:

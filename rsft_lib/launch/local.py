@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 
+from rsft_lib.cores import usable_cores
 from rsft_lib.launch.failure import failure, torchrun_reports
 from rsft_lib.launch.job import MEMORY, TRAIN, Job
 from rsft_lib.launch.log import mark
@@ -40,7 +41,7 @@ def start_torchrun(
         sys.executable, "-m", *torchrun, "--standalone", f"--nproc-per-node={nproc}", "-m", module, *arguments,
     ]  # fmt: skip
     environment = {
-        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // nproc)),
+        "OMP_NUM_THREADS": str(max(1, usable_cores() // nproc)),
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(int(patience)),
         **MEMORY,
         **os.environ,
