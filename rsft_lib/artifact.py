@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +22,12 @@ PROOF = "verify.json"  # may be laid into a finished folder; no step reads it
 
 @contextmanager
 def new_folder(
-    final: Path, facts: dict, size: int = 0, source: Collection[str] = (), overwrite: bool = False
+    final: Path,
+    facts: dict,
+    size: int = 0,
+    source: Collection[str] = (),
+    overwrite: bool = False,
+    estimate: Callable[[int], int] | None = None,
 ) -> Iterator[Path]:
     """Yield a temporary folder to fill; when the block ends well it becomes `final`, else it is removed.
 
@@ -36,6 +41,8 @@ def new_folder(
         source: names of the facts that tell what the folder is made from: a name, whose content may have its hash in
             another fact with `_sha256` appended, or names with their hashes, of which some may come or go.
         overwrite: replace what was made from another source, too.
+        estimate: where `size` is not known, bytes that the whole will take, from those that are written; asked for
+            when the disk is full.
 
     Raises:
         FileExistsError: `final` exists and is not the output of the same step, or not made from the same source.
@@ -45,7 +52,7 @@ def new_folder(
     refuse_other(final, facts, source, overwrite)
     require_space(final, size)
     final.parent.mkdir(parents=True, exist_ok=True)
-    with beside(final, folder=True) as temporary, full_disk_told(final, temporary, size):
+    with beside(final, folder=True) as temporary, full_disk_told(final, temporary, estimate or (lambda _: size)):
         yield temporary
         publish(temporary, final, facts, source, overwrite)
 

@@ -3,7 +3,7 @@
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,11 +26,11 @@ def require_space(final: Path, size: int) -> None:
 
 
 @contextmanager
-def full_disk_told(final: Path, temporary: Path, size: int = 0) -> Iterator[None]:
+def full_disk_told(final: Path, temporary: Path, needed: Callable[[int], int]) -> Iterator[None]:
     """Run a block that fills the folder `temporary`, which is to become `final`; remove it if the disk is full.
 
     Args:
-        size: bytes that will be written, if known.
+        needed: bytes that the whole takes, from those that were written until then; 0 where nothing tells.
 
     Raises:
         OSError: the disk, or a quota, is full; it names `final`, what was written, is needed and is free.
@@ -40,12 +40,14 @@ def full_disk_told(final: Path, temporary: Path, size: int = 0) -> Iterator[None
     except Exception as error:
         if not _is_full(error, temporary):
             raise
-        written = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file())
+        found = [path.stat() for path in temporary.rglob("*") if path.is_file()]
+        written = sum(min(file.st_size, 512 * file.st_blocks) for file in found)  # a file may have gaps
         remove(temporary)
-        there, needed = _existing_parent(final), f" of {told(size)}" if size else ""
+        there, whole = _existing_parent(final), needed(written)
+        of_whole = f" of {told(whole)}" if whole else ""
         raise OSError(
             errno.ENOSPC,
-            f"No space left on device, or in a quota: {final} was not made; {told(written)}{needed} were written and "
+            f"No space left on device, or in a quota: {final} was not made; {told(written)}{of_whole} were written and "
             f"are removed again, {told(shutil.disk_usage(there).free)} are free in {there} now. Free some space, "
             "or choose a folder on another disk",
         ) from error

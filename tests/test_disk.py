@@ -6,6 +6,7 @@ The last test fills a small file system of memory, in a mount namespace of its o
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -92,5 +93,7 @@ def test_every_step_says_what_a_full_disk_lacks_and_leaves_nothing(tmp_path):
         final = place / (f"{name}_TP1PP1" if name == "legacy" else name)
         assert number == errno.ENOSPC and f" {final} was not made; " in message, message
         assert f" MB are free in {place} now" in message and " were written and are removed again" in message
-        assert (" of 7." in message) == (name in ("convert", "legacy", "export")), message
+        written, whole = map(float, re.search(r" ([\d.,]+) MB of ([\d.,]+) MB were written", message).groups())
+        # Building has its scratch file beside it, whose space was counted as taken and not as written.
+        assert 2.1 < whole < 9 and written <= 2.1 and (written > 1 or name == "build"), message
         assert left == [] and free == 2 << 20, name

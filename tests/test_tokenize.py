@@ -348,13 +348,13 @@ def test_every_mutated_row_is_written_rejected_or_dropped_and_no_other_is_touche
 
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGSEGV"])
 def test_a_killed_worker_ends_the_work_with_an_error_and_leaves_nothing(patched, problems, tmp_path, monkeypatch, name):
-    def killing(encoded, data):
+    def killing(self, encoded):
         for block in encoded:
             for child in psutil.Process().children():
                 child.send_signal(getattr(signal, name))
             yield block
 
-    monkeypatch.setattr("rsft_lib.data.tokenize._progress", killing)
+    monkeypatch.setattr("rsft_lib.data.tokenize.Reading.progress", killing)
     with pytest.raises(RuntimeError, match=f"nothing was written: a tokenizing process was killed by {name}") as error:
         tokenize(problems, patched, tmp_path / "out", workers=2)
     assert ("out of memory?" in str(error.value)) == (name == "SIGKILL")
@@ -409,13 +409,13 @@ def test_no_more_processes_and_threads_are_started_than_there_are_cores(patched,
     """As on a machine of 64 cores, where each of 64 processes had tokenizers' 64 threads."""
     seen, before = [], psutil.Process().num_threads()
 
-    def counting(encoded, source):
+    def counting(self, encoded):
         for block in encoded:
             children = psutil.Process().children(recursive=True)
             seen.append([psutil.Process().num_threads() - before, *(child.num_threads() for child in children)])
             yield block
 
-    monkeypatch.setattr("rsft_lib.data.tokenize._progress", counting)
+    monkeypatch.setattr("rsft_lib.data.tokenize.Reading.progress", counting)
     for name in ("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         monkeypatch.setenv(name, "64")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")

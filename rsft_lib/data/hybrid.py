@@ -8,6 +8,7 @@ stay from there in their final order. The scratch file takes as much disk as the
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -93,8 +94,9 @@ def build_hybrid(
     destination = resolve(folder)
     if done := _already(destination, facts):
         return done
+    estimate = partial(_estimate, sources)
     with (
-        new_folder(destination, facts, source=["sources"], overwrite=overwrite) as temporary,
+        new_folder(destination, facts, source=["sources"], overwrite=overwrite, estimate=estimate) as temporary,
         TemporaryFile(dir=temporary) as file,
         Rejects(destination, reject_limit) as rejects,
     ):
@@ -114,6 +116,13 @@ def build_hybrid(
         lines = (json.dumps(finding, ensure_ascii=False) + "\n" for finding in findings)
         (temporary / FINDINGS).write_text("".join(lines), encoding="utf-8")
     return facts
+
+
+def _estimate(sources: list[Source], written: int) -> int:
+    """Bytes that the scratch file and the dataset take beside it; 0 where the sources are no plain files."""
+    files = [Path(source.name) for source in sources]
+    plain = all(path.is_file() and path.suffix in (".jsonl", ".json") for path in files)
+    return 2 * sum(path.stat().st_size for path in files) if plain else 0
 
 
 def _already(destination: Path, facts: dict) -> dict | None:

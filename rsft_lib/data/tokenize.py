@@ -83,11 +83,13 @@ def tokenize(
         count = min(len(first), HELPFUL_WHEN_SLOW if "why_slow" in facts["encoder"] else HELPFUL)
         pool.grow(count)
         encoded = _encoded(pool, chain(first, mine), facts["encoder"]["encoder"], ahead=2 * count + 1)
+        reading = Reading(source)
+        made_from = {"source": ["data", "tokenizer"], "overwrite": overwrite, "estimate": reading.estimate}
         with (
-            new_folder(destination, facts, source=["data", "tokenizer"], overwrite=overwrite) as temporary,
+            new_folder(destination, facts, **made_from) as temporary,
             Rejects(destination, reject_limit) as rejects,
         ):
-            _write(_progress(encoded, source), StoreWriter(temporary), rejects, facts)
+            _write(reading.progress(encoded), StoreWriter(temporary), rejects, facts)
     return facts
 
 
@@ -186,9 +188,21 @@ def _encoded(pool: Executor, mine: Iterator[list[Row]], encoder_name: str, ahead
         yield block
 
 
-def _progress(encoded: Iterator[Block], source: Source) -> Iterator[Block]:
-    total = Path(source.name).stat().st_size if source.name.endswith(".jsonl") else None
-    with progress("tokenize", "B", total) as bar:
-        for block in encoded:
-            bar.update(block.size)
-            yield block
+class Reading:
+    """How much of a source has been encoded, in bytes; `total` is 0 where that is not known."""
+
+    def __init__(self, source: Source):
+        plain = not source.split and Path(source.name).suffix in (".jsonl", ".json")
+        self.total, self.done = Path(source.name).stat().st_size if plain else 0, 0
+
+    def progress(self, encoded: Iterator[Block]) -> Iterator[Block]:
+        """Pass blocks on, and show how far they are."""
+        with progress("tokenize", "B", self.total or None) as bar:
+            for block in encoded:
+                self.done += block.size
+                bar.update(block.size)
+                yield block
+
+    def estimate(self, written: int) -> int:
+        """Bytes that all tokens will take, if those of the rest are as many a byte as those that are `written`."""
+        return int(written * self.total / self.done) if self.done else 0
