@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from rsft_lib.artifact import read_manifest
+from rsft_lib.checkpoint import sharded
 from rsft_lib.checkpoint.sharded import SHARDING, load_weights, set_weights, sharded_weights
 from rsft_lib.data.spans import Control
 from rsft_lib.model.gpt import ResponseModel
@@ -64,7 +64,7 @@ def start(state: TrainState, checkpoint: Path) -> None:
 
 def load(state: TrainState, checkpoint: Path) -> None:
     """Continue from a checkpoint of a run, saved at any parallel layout."""
-    loaded = dist_checkpointing.load(content(state, loading=True), str(checkpoint))
+    loaded = sharded.load(content(state, loading=True), checkpoint)
     for number, chunk in enumerate(state.chunks):
         set_weights(chunk.module, loaded["model" if len(state.chunks) == 1 else f"model{number}"])
     state.optimizer.load_state_dict(loaded["optimizer"])
