@@ -49,7 +49,7 @@ def _transformers(folder: Path, batch_size: int) -> Engine:
     tokenizer = load_tokenizer(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with without_bars():
-        model = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).to(device).eval()
 
     @torch.no_grad()
     def write(prompts: list[list[int]], sampling: Sampling) -> list[list[int]]:

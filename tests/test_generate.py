@@ -132,7 +132,9 @@ def test_all_modes_are_answered_with_the_model_loaded_once(model, tmp_path, monk
         model, tmp_path, f"<｜Assistant｜><think> two</think> three{demo.EOS}", f"<short> four{demo.EOS}"
     )
     loads, load = [], Qwen2ForCausalLM.from_pretrained
-    monkeypatch.setattr("rsft_lib.engines.AutoModelForCausalLM.from_pretrained", lambda f: loads.append(f) or load(f))
+    monkeypatch.setattr(
+        "rsft_lib.engines.AutoModelForCausalLM.from_pretrained", lambda f, **given: loads.append(f) or load(f)
+    )
     found = generate_modes(speaker, QUESTIONS, ["think", "short", None], Sampling(20))
     assert found["think"] == found[None] == [Answer("<think> two</think> three", 4, True)] * 3
     assert found["short"] == [Answer("<short> four", 2, True)] * 3
