@@ -160,15 +160,48 @@ def verify_files(folder: Path, names: Collection[str]) -> None:
             raise ValueError(f"{Path(folder) / name} has not the SHA-256 in {MANIFEST}: it is damaged or was edited")
 
 
+def checkpoint_folder(run: Path, iteration: int) -> Path:
+    """Where a run's checkpoint after so many steps lies."""
+    return Path(run) / f"iter_{iteration:07d}"
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoints that a training wrote into its run folder, in the order of their steps; of each, only the
+    manifest is read.
+
+    What has another name, such as `iter_best` or `iter_0000009_backup`, or another manifest, is somebody else's.
+    """
+    return [folder for folder in _named_as_checkpoints(run) if not _why_not(folder)]
+
+
 def newest(run: Path) -> Path | None:
-    """The last checkpoint `iter_*` of a run folder that is whole, or None; damaged ones are named and passed over."""
-    for folder in sorted(Path(run).glob("iter_*"), reverse=True):
+    """The last checkpoint of a run folder that is whole, or None; damaged ones are named and passed over."""
+    for folder in reversed(_named_as_checkpoints(run)):
         try:
+            if why := _why_not(folder):
+                raise ValueError(why)
             verify(folder)
             return folder
         except (OSError, ValueError) as error:
             print(f"stepping back: {error}", flush=True)
     return None
+
+
+def _named_as_checkpoints(run: Path) -> list[Path]:
+    steps = ((int(p.name[5:]), p) for p in Path(run).glob("iter_*") if p.name[5:].isdecimal() and p.is_dir())
+    return [path for step, path in sorted(steps) if path == checkpoint_folder(run, step)]
+
+
+def _why_not(folder: Path) -> str:
+    """Why a folder named as a checkpoint is not the one that the training wrote after this step; "" if it is."""
+    try:
+        manifest = read_manifest(folder)
+    except (OSError, ValueError) as error:
+        return str(error)
+    found = manifest.get("made_by"), manifest.get("iteration")
+    if found == ("train", int(folder.name[5:])):
+        return ""
+    return f"{folder} is no checkpoint of this step: {found[0]} wrote it after step {found[1]}"
 
 
 def file_hash(path: Path) -> str:

@@ -1,6 +1,9 @@
 """A run that was stopped, killed or damaged, against one that was left alone: pytest tests/test_resume.py"""
 
+import errno
+import os
 import shutil
+from collections import namedtuple
 from pathlib import Path
 
 import forked
@@ -9,11 +12,14 @@ import pytest
 import torch
 from support import all_tensors, random_store, settings, tiny_model
 
-from rsft_lib.artifact import MANIFEST, newest
+from rsft_lib import artifact, launch
+from rsft_lib.artifact import MANIFEST, checkpoints, new_folder, newest
 from rsft_lib.checkpoint.convert import convert
+from rsft_lib.hashed_file import HashedFile
+from rsft_lib.launch.local import LocalJob
 from rsft_lib.training.loop import read_ended
 from rsft_lib.training.metrics import MetricsWriter, read_metrics
-from rsft_lib.training.saving import remove_old
+from rsft_lib.training.retention import locked, remove_old
 
 STEPS = 4
 EXACT = ("iteration", "loss", "grad_norm", "eval_loss", "lr", "trained_tokens", "samples_sha256", "epoch")
@@ -137,16 +143,145 @@ def test_a_checkpoint_written_while_training_goes_on_is_that_of_its_step(inputs,
         assert [name for name, tensor in found.items() if not torch.equal(tensor, expected[name])] == []
 
 
+# --- which folders are checkpoints, and which are kept
+
+
+def empty_checkpoint(run: Path, step: int) -> None:
+    with new_folder(run / f"iter_{step:07d}", {"made_by": "train", "iteration": step}):
+        pass
+
+
+def steps(run: Path) -> list[int]:
+    return [int(path.name[5:]) for path in checkpoints(run)]
+
+
 def test_the_last_checkpoints_and_every_tenth_are_kept(tmp_path):
-    for step in (5, 10, 15, 20, 25, 30):
-        (tmp_path / f"iter_{step:07d}").mkdir()
-        (tmp_path / f"iter_{step:07d}" / MANIFEST).touch()
-    (tmp_path / ".iter_0000004.old-0123").mkdir()
-    remove_old(tmp_path, keep_last=0, keep_every=0)
-    assert len(list(tmp_path.glob("*"))) == 6
-    remove_old(tmp_path, keep_last=2, keep_every=10)
-    kept = sorted(int(path.name[5:]) for path in tmp_path.glob("iter_*"))
-    assert kept == [10, 20, 25, 30] and not list(tmp_path.glob(".iter_*"))
+    for step in (5, 10, 15, 20, 25, 30, 12_345_678):
+        empty_checkpoint(tmp_path, step)
+    remove_old(tmp_path, 12_345_678, keep_last=0, keep_every=0)
+    assert steps(tmp_path) == [5, 10, 15, 20, 25, 30, 12_345_678]
+    remove_old(tmp_path, 12_345_678, keep_last=2, keep_every=10)
+    assert steps(tmp_path) == [10, 20, 30, 12_345_678] and not list(tmp_path.glob(".iter_*"))
+
+
+def test_checkpoints_after_the_newest_step_which_are_damaged_push_no_good_one_out(tmp_path):
+    for step in (1, 2, 3, 4):
+        empty_checkpoint(tmp_path, step)
+    remove_old(tmp_path, 2, keep_last=1, keep_every=0)
+    assert steps(tmp_path) == [2, 3, 4]
+
+
+def theirs(run: Path, straight: Path) -> dict[Path, bytes]:
+    """Folders that somebody laid beside a run's checkpoints, and what a file in each of them says."""
+    folders = [run / name for name in ("iter_best", "iter_0000009_backup", "iter_00000001", ".iter_best.old")]
+    for folder in folders:
+        shutil.copytree(newest(straight), folder)
+    folders += [run / "iter_0000001", run / "iter_0000099"]
+    for folder in folders[-2:]:
+        folder.mkdir()
+        (folder / "config.json").write_text("theirs")
+    return {folder: (folder / "config.json").read_bytes() for folder in folders}
+
+
+def test_what_only_looks_like_a_checkpoint_is_not_taken_for_one_and_never_removed(inputs, straight, tmp_path):
+    output = tmp_path / "run"
+    laid = theirs(output, straight[0])
+    same(run(inputs, output, keep_last=1, save_interval=2), straight[1])
+    assert steps(output) == [STEPS] and newest(output) == output / f"iter_{STEPS:07d}"
+    assert {folder: (folder / "config.json").read_bytes() for folder in laid} == laid
+    assert LocalJob(output, 0, "", None, train_iters=STEPS, on_interrupt="stop", patience=1).outcome()[
+        "checkpoint"
+    ] == str(newest(output))
+
+
+NOT_FINISHED = {
+    "no manifest": lambda folder: (folder / MANIFEST).unlink(),
+    "a manifest of zeros": lambda folder: (folder / MANIFEST).write_bytes(bytes(100)),
+    "the manifest of another step": lambda folder: shutil.copyfile(
+        folder.with_name("iter_0000002") / MANIFEST, folder / MANIFEST
+    ),
+    "somebody else's": lambda folder: [path.unlink() for path in folder.iterdir()] and (folder / "notes").touch(),
+}
+
+
+@pytest.mark.parametrize("case", NOT_FINISHED)
+def test_a_run_goes_on_past_a_newest_checkpoint_that_was_not_finished_and_keeps_what_is_in_it(
+    case, inputs, straight, tmp_path
+):
+    output = tmp_path / "run"
+    shutil.copytree(straight[0], output)
+    last = newest(output)
+    NOT_FINISHED[case](last)
+    before = {path.name: path.read_bytes() for path in last.iterdir()}
+    assert not start_training_would_find_it_finished(inputs, output)
+    same(run(inputs, output), straight[1])
+    assert newest(output) == last
+    aside = output / f"{last.name}.set-aside-1"
+    assert {path.name: path.read_bytes() for path in aside.iterdir()} == before
+    log = (output / "train.log").read_text()
+    assert f"stepping back: {last}" in log and f"it is {aside} now" in log
+
+
+def start_training_would_find_it_finished(inputs: dict, output: Path) -> bool:
+    given = {"train_iters": STEPS, "save_interval": STEPS // 2, "eval_interval": 2, **inputs}
+    return launch.training._finished(settings(output=str(output), **given), output)
+
+
+def test_what_killed_saves_left_is_removed_at_the_next_start_unless_somebody_writes_it(inputs, straight, tmp_path):
+    output = stopped_half_way(straight[0], tmp_path / "run")
+    left = [".iter_0000003.tmp", ".iter_0000001.old", ".iter_0000002.old-0123abcd", ".iter_0000001.tmp"]
+    for name in left:
+        shutil.copytree(newest(output), output / name)
+    with locked(output / left[-1]):
+        run(inputs, output)
+    assert [path.name for path in output.glob(".iter_*")] == [".iter_0000001.tmp"]
+    assert f"{output / left[-1]} stays: another process writes" in (output / "train.log").read_text()
+
+
+# --- a disk without room
+
+
+def test_a_disk_with_too_little_room_for_the_next_checkpoint_is_told_before_it_is_written(inputs, tmp_path):
+    output = tmp_path / "run"
+    config = settings(output=str(output), train_iters=STEPS, save_interval=1, **inputs)
+    processes = forked.start(_with_room_for_one, 2, output / "train.log", config)
+    with pytest.raises(RuntimeError, match=r"\.iter_0000002\.tmp needs 0.0 GB, .*run has 0.0 GB left: free some space"):
+        forked.join(processes, output / "train.log", 60)
+    assert steps(output) == [1] and newest(output) and not list(output.glob(".iter_*"))
+
+
+def _with_room_for_one(config) -> None:
+    usage = namedtuple("usage", "total used free")
+    size = lambda: sum(p.stat().st_size for p in Path(config.output).glob("*iter_*/*"))  # noqa: E731
+    artifact.shutil.disk_usage = lambda path: usage(0, 0, 2**22 - size())
+    forked.train_as_rank(config)
+
+
+def test_a_disk_that_fills_up_while_a_checkpoint_is_written_is_told_with_what_it_takes_and_leaves_no_part(
+    inputs, tmp_path
+):
+    output = tmp_path / "run"
+    given = {"train_iters": STEPS, "save_interval": 1, "async_save": True, "pipeline_parallel": 2, **inputs}
+    config = settings(output=str(output), **given)
+    processes = forked.start(_fill_up, 2, output / "train.log", config)
+    message = (
+        r"iter_0000002 was not written; rank 1: .*No space left.*iter_0000002 takes about 0.00[23] GB, .* are left"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        forked.join(processes, output / "train.log", 60)
+    assert steps(output) == [1] and newest(output) and not list(output.glob(".iter_*"))
+
+
+def _fill_up(config) -> None:
+    write = HashedFile.write
+
+    def full(self, data):
+        if "iter_0000002" in str(self.path) and os.environ["RANK"] == "1":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(self, data)
+
+    HashedFile.write = full
+    forked.train_as_rank(config)
 
 
 def test_killed_at_five_random_moments_a_run_ends_bit_for_bit_like_one_left_alone(tmp_path):

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from rsft_lib.artifact import write_json
+from rsft_lib.artifact import checkpoints, write_json
 from rsft_lib.launch.failure import failure, read_end
 from rsft_lib.training.metrics import read_metrics
 
@@ -78,6 +78,7 @@ class Job:
         if not records:
             raise ValueError(f"{self.folder} has no metrics: the training has not done a step")
         held_out = [record["eval_loss"] for record in records if "eval_loss" in record]
+        last = checkpoints(self.folder)
         found = {
             "first_loss": records[0]["loss"],
             "last_loss": records[-1]["loss"],
@@ -85,7 +86,7 @@ class Job:
             "iteration": records[-1]["iteration"],
             "ended": self.ended.get("reason"),
             "job": self.state,
-            "checkpoint": str(max(self.folder.glob("iter_*"), default="none")),
+            "checkpoint": str(last[-1] if last else "none"),
         }
         return {**found, "summary": "\n".join(f"{name:<15}{value}" for name, value in found.items())}
 

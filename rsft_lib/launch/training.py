@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rsft_lib.artifact import write_json
+from rsft_lib.artifact import checkpoint_folder, checkpoints, write_json
 from rsft_lib.launch import local, slurm
 from rsft_lib.launch.failure import ERRORS
 from rsft_lib.launch.job import ENDED, STOPPING, Job, read_job
@@ -125,8 +125,8 @@ def _finished(config: TrainConfig, output: Path) -> bool:
     if not ended.exists():
         return False
     told = json.loads(ended.read_text(encoding="utf-8"))
-    checkpoint = output / f"iter_{told['iteration']:07d}"
-    if told["reason"] != "finished" or not checkpoint.exists():
+    checkpoint = checkpoint_folder(output, told["iteration"])
+    if told["reason"] != "finished" or checkpoint not in checkpoints(output):
         return False
     from rsft_lib.training.datasets import open_datasets
     from rsft_lib.training.state import refuse_another_run  # imports megatron-core, which takes seconds

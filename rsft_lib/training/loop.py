@@ -25,7 +25,7 @@ from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.datasets import Datasets, open_datasets
 from rsft_lib.training.flops import peak_flops, training_flops
 from rsft_lib.training.metrics import open_writers
-from rsft_lib.training.preflight import describe
+from rsft_lib.training.preflight import checkpoint_bytes, describe
 from rsft_lib.training.saving import Saver
 from rsft_lib.training.state import TrainState, load, refuse_another_run, start
 from rsft_lib.training.stop import REASONS, Stop, stopping
@@ -55,7 +55,7 @@ def train(config: TrainConfig) -> TrainState:
         with watchdog.deadline(max(watchdog.START, config.save_timeout)):
             begin(state, output, checkpoint, facts)
         saver = Saver(
-            output, checkpoint / "config.json", facts,
+            output, checkpoint / "config.json", facts, size=checkpoint_bytes(config, hf),
             timeout=config.save_timeout, keep_last=config.keep_last, keep_every=config.keep_every,
         )  # fmt: skip
         run = Run(config, state, data, hf, output, stop, saver)

@@ -126,9 +126,13 @@ def _memory_line(config: TrainConfig, hf: PretrainedConfig, ranks: int) -> str:
     return f"about {_size(need.total)} a rank ({parts}); {what} {_size(there)}{fits}"
 
 
+def checkpoint_bytes(config: TrainConfig, hf: PretrainedConfig) -> int:
+    """Weights as they are, and for the optimizer the float32 of them and of both moments."""
+    return parameters(hf) * (_width(config) + 12)
+
+
 def _checkpoint_line(config: TrainConfig, hf: PretrainedConfig) -> str:
-    # Weights as they are, and for the optimizer the float32 of them and of both moments.
-    size = parameters(hf) * (_width(config) + 12)
+    size = checkpoint_bytes(config, hf)
     kept = -(-config.train_iters // config.save_interval)
     if config.keep_last:
         kept = min(kept, config.keep_last + (config.train_iters // config.keep_every if config.keep_every else 0) + 1)
