@@ -1,6 +1,7 @@
 """A run that was stopped, killed or damaged, against one that was left alone: pytest tests/test_resume.py"""
 
 import errno
+import json
 import os
 import shutil
 from collections import namedtuple
@@ -15,6 +16,7 @@ from support import all_tensors, random_store, settings, tiny_model
 from rsft_lib import artifact, launch
 from rsft_lib.artifact import MANIFEST, checkpoints, new_folder, newest
 from rsft_lib.checkpoint.convert import convert
+from rsft_lib.checkpoint.sources import identity
 from rsft_lib.hashed_file import HashedFile
 from rsft_lib.launch.local import LocalJob
 from rsft_lib.training.loop import read_ended
@@ -133,7 +135,58 @@ def test_a_run_is_not_continued_with_other_settings_or_other_data(inputs, straig
         run(inputs | {"data": str(other), "eval_data": str(other)}, output)
     assert "data: tokenizer_sha256: was None, now '0f'" in str(error.value)
     assert "data: manifest_sha256: was '" in str(error.value)
+    with pytest.raises(RuntimeError, match="train_iters: was 4, now 3; it may grow only"):
+        run(inputs, output, train_iters=STEPS - 1)
+    base = shutil.copytree(inputs["checkpoint"], tmp_path / "other-base")
+    content = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(content | {"rope_theta": 7}))
+    (base / MANIFEST).unlink()
+    with pytest.raises(RuntimeError, match=f"checkpoint: was '.*', now '{base}'; SHA-256 of the weights was"):
+        run(inputs | {"checkpoint": str(base)}, output)
     assert len(read_metrics(output)) == STEPS
+
+
+def test_a_run_goes_on_with_a_moved_base_in_smaller_micro_batches_and_tells_what_changed(inputs, tmp_path):
+    run(inputs, tmp_path / "whole", micro_batch_size=2)
+    output = stopped_half_way(tmp_path / "whole", tmp_path / "run")
+    moved = shutil.copytree(inputs["checkpoint"], tmp_path / "moved")
+    changed = {"checkpoint": str(moved), "data": str(shutil.copytree(inputs["data"], tmp_path / "data"))}
+    same(run(inputs | changed, output), read_metrics(tmp_path / "whole"), tolerance=1e-5)
+    log = (output / "train.log").read_text()
+    assert "resumed from" in log and "  micro_batch_size: was 2, now 1\n" in log
+    assert f"  checkpoint: was '{inputs['checkpoint']}', now '{moved}'\n" in log
+
+
+def test_the_same_weights_are_the_same_base_wherever_they_lie_and_whoever_listed_them(inputs, tmp_path):
+    base = Path(inputs["checkpoint"])
+    convert(base.parent / "hf", tmp_path / "made-again")
+    copy = shutil.copytree(base, tmp_path / "without-manifest")
+    (copy / MANIFEST).unlink()
+    assert identity(base) == identity(tmp_path / "made-again") == identity(copy)
+    assert identity(base.parent / "hf") != identity(base)
+    shard = next(copy.glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"!")
+    assert identity(copy) != identity(base)
+
+
+def test_a_finished_run_goes_on_where_more_steps_are_asked_for_on_the_schedule_of_the_longer_run(
+    inputs, straight, tmp_path
+):
+    longer, output, again = (tmp_path / name for name in ("longer", "run", "again"))
+    at_once = run(inputs, longer, train_iters=2 * STEPS)
+    shutil.copytree(straight[0], output)
+    found = run(inputs, output, train_iters=2 * STEPS)
+    same(found[:STEPS], straight[1])
+    for key in ("iteration", "lr", "samples_sha256", "trained_tokens", "epoch"):
+        assert [r[key] for r in found[STEPS:]] == [r[key] for r in at_once[STEPS:]], key
+    assert found[STEPS]["lr"] > 2 * straight[1][-1]["lr"] and found[-1]["lr"] == at_once[-1]["lr"]
+    assert read_ended(output) == {"reason": "finished", "iteration": 2 * STEPS} and steps(output) == [2, 4, 6, 8]
+    log = (output / "train.log").read_text()
+    assert f"step 5 is next, with a learning rate of {found[STEPS]['lr']:.2e}" in log
+    assert "  train_iters: was 4, now 8; from here on the learning rate is that of a run of this length\n" in log
+    shutil.copytree(output, again)
+    shutil.rmtree(newest(again))
+    same(run(inputs, again, train_iters=2 * STEPS), found)  # and is itself resumed bit for bit
 
 
 def test_a_checkpoint_written_while_training_goes_on_is_that_of_its_step(inputs, straight, tmp_path):
