@@ -120,7 +120,7 @@ def test_a_model_that_cannot_be_split_that_way_is_refused():
     refuse_misfit(config(tensor_parallel=4, pipeline_parallel=7, virtual_pipeline=2), R1)
     with pytest.raises(ValueError, match="28 layers do not divide by pipeline_parallel 4 x virtual_pipeline 2"):
         refuse_misfit(config(pipeline_parallel=4, virtual_pipeline=2), R1)
-    with pytest.raises(ValueError, match="12 heads do not divide by tensor_parallel 8"):
+    with pytest.raises(ValueError, match="num_attention_heads 12 does not divide by tensor_parallel 8"):
         refuse_misfit(config(tensor_parallel=8), R1)
 
 

@@ -1,5 +1,6 @@
 """Into Megatron: the weights of a model folder, or of another checkpoint, as one that megatron-core loads."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import torch
 from transformers import PretrainedConfig
 
 from rsft_lib.artifact import file_hash, new_folder, read_manifest
-from rsft_lib.checkpoint import legacy, sources, torch_dist
+from rsft_lib.checkpoint import hf, legacy, sources, torch_dist
 from rsft_lib.checkpoint.pieces import Weights, resized, with_row_means
 from rsft_lib.model.config import check_layout, read_config
 from rsft_lib.paths import existing, resolve
@@ -15,7 +16,7 @@ from rsft_lib.progress import progress
 
 FORMATS = ("torch_dist", "legacy")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-ALONG = ("config.json", "generation_config.json")  # so that the checkpoint describes itself
+GENERATION = "generation_config.json"
 
 
 def convert(
@@ -55,13 +56,15 @@ def convert(
         FileNotFoundError: no config, no weights, or a missing shard.
         FileExistsError: `destination` is something else.
         OSError: the disk has not enough space.
-        ValueError: the weights are not those that `config.json` describes, or a setting does not fit the model.
+        ValueError: the weights are not those that `config.json` describes, a setting does not fit the model, or a
+            number is too large for `dtype`.
     """
     source, destination = existing(source, "model folder"), resolve(destination)
     describing = existing(original, "original model") if original else source
     config, row_means = read_config(describing), row_means or {}
     _check_settings(config, format, tensor_parallel, pipeline_parallel, vocab_size, dtype, row_means)
     sources.check(source)
+    _tell_what_is_not_read(source)
     weights = sources.whole_vocabulary(sources.open_weights(source, config), config, describing if original else None)
     rows, vocabulary = config.vocab_size, sources.vocabulary(config)
     if format == "legacy":
@@ -79,11 +82,17 @@ def convert(
         "config_sha256": file_hash(describing / "config.json"),
         **_counts(weights),
     }
-    if _already_there(destination, facts, weights, config):
+    if _already_there(destination, facts, weights, config, described(describing, dtype)):
         print(f"{destination} is there already, whole and the same")
     else:
-        _write(destination, {**facts, "source": str(source)}, weights, config, describing)
+        _write(destination, {**facts, "source": str(source)}, weights, config, describing, dtype)
     return {**facts, "source": str(source), "folder": str(destination)}
+
+
+def _tell_what_is_not_read(source: Path) -> None:
+    if sources.kind(source) == "hf" and (others := hf.sources_of(source)[1:]):
+        first = hf.sources_of(source)[0]
+        print(f"{source}: {first} is read, and not {', '.join(others)} beside it, as transformers does")
 
 
 def _check_settings(
@@ -112,11 +121,13 @@ def _counts(weights: Weights) -> dict:
     return {"weights": len(empty), "parameters": sum(t.numel() for t in empty), "dtype": " and ".join(dtypes)}
 
 
-def _already_there(destination: Path, facts: dict, weights: Weights, config: PretrainedConfig) -> bool:
+def _already_there(destination: Path, facts: dict, weights: Weights, config: PretrainedConfig, told: bytes) -> bool:
     """Whether `destination` is whole and holds what would be written, by every bit."""
     try:
         before = read_manifest(destination)
         if any(before.get(name) != fact for name, fact in facts.items()):
+            return False
+        if (destination / "config.json").read_bytes() != told:
             return False
         sources.check(destination)
     except (OSError, ValueError) as error:
@@ -141,7 +152,9 @@ def _same(weights: Weights, others: Weights, name: str) -> bool:
     return all(torch.equal(*(tensor.contiguous().flatten().view(torch.uint8) for tensor in pair)) for pair in pairs)
 
 
-def _write(destination: Path, facts: dict, weights: Weights, config: PretrainedConfig, describing: Path) -> None:
+def _write(
+    destination: Path, facts: dict, weights: Weights, config: PretrainedConfig, describing: Path, dtype: str
+) -> None:
     layout = facts["tensor_parallel"], facts["pipeline_parallel"]
     files = legacy.plan(weights, config, *layout) if facts["format"] == "legacy" else []
     size = legacy.nbytes(weights, files) if files else sum(weights.empty(name).nbytes for name in weights)
@@ -150,11 +163,24 @@ def _write(destination: Path, facts: dict, weights: Weights, config: PretrainedC
             legacy.write(folder, weights, files, bar.update)
         else:
             facts["files"] = torch_dist.write(folder, weights, bar.update)
-        copy_along(describing, folder)
+        copy_along(describing, folder, dtype)
 
 
-def copy_along(describing: Path, folder: Path) -> None:
-    """Copy what describes a model to where its weights are written."""
-    for name in ALONG:
-        if (describing / name).is_file():
-            shutil.copyfile(describing / name, folder / name)
+def copy_along(describing: Path, folder: Path, dtype: str = "") -> None:
+    """Copy what describes a model to where its weights are written; `dtype` is what they became, where it changed."""
+    if (describing / GENERATION).is_file():
+        shutil.copyfile(describing / GENERATION, folder / GENERATION)
+    (folder / "config.json").write_bytes(described(describing, dtype))
+
+
+def described(describing: Path, dtype: str) -> bytes:
+    """The `config.json` of a model whose weights became `dtype`, the very same file where that is empty.
+
+    transformers calls it `dtype` today and called it `torch_dtype`; others read either, so none may say something else.
+    """
+    file = (describing / "config.json").read_bytes()
+    if not dtype:
+        return file
+    content = json.loads(file)
+    names = [name for name in ("dtype", "torch_dtype") if name in content] or ["dtype"]
+    return (json.dumps(content | dict.fromkeys(names, dtype), indent=2, ensure_ascii=False) + "\n").encode()

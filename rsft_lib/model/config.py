@@ -64,6 +64,9 @@ def check_layout(config: PretrainedConfig, tensor_parallel: int, pipeline_parall
             problems.append(f"{name} {getattr(config, name)} does not divide by tensor_parallel {tensor_parallel}")
     if groups % tensor_parallel and tensor_parallel % groups:
         problems.append(f"num_key_value_heads {groups} is no multiple or divisor of tensor_parallel {tensor_parallel}")
+    rows = (config.num_attention_heads + 2 * groups) * head_dim(config)  # megatron-core splits them evenly, as they lie
+    if rows % tensor_parallel:
+        problems.append(f"the {rows} rows of query, key and value do not divide by tensor_parallel {tensor_parallel}")
     if config.num_hidden_layers % pipeline_parallel:
         problems.append(
             f"num_hidden_layers {config.num_hidden_layers} does not divide by pipeline_parallel {pipeline_parallel}"
