@@ -30,12 +30,15 @@ def start(target, nproc: int, log: Path, *arguments) -> list:
     return processes
 
 
-def join(processes: list, log: Path, seconds: float = 300) -> None:
-    """Wait for ranks; a failure of one ends the others, as torchrun does, and is raised with the log's end."""
+def join(processes: list, log: Path, seconds: float = 600) -> None:
+    """Wait for ranks; a failure of one ends the others, as torchrun does, and is raised with the log's end.
+
+    One that has not ended after `seconds` (its exit code is None) has failed.
+    """
     for process in processes:
         process.join(seconds)
     codes = [process.exitcode for process in processes]
-    if any(codes):
+    if any(code != 0 for code in codes):
         for process in processes:
             process.kill()
         raise RuntimeError(f"exit codes {codes}\n{log.read_text()[-5000:]}")

@@ -299,7 +299,7 @@ def test_a_disk_with_too_little_room_for_the_next_checkpoint_is_told_before_it_i
     config = settings(output=str(output), train_iters=STEPS, save_interval=1, **inputs)
     processes = forked.start(_with_room_for_one, 2, output / "train.log", config)
     with pytest.raises(RuntimeError, match=r"\.iter_0000002\.tmp needs 0.0 GB, .*run has 0.0 GB left: free some space"):
-        forked.join(processes, output / "train.log", 60)
+        forked.join(processes, output / "train.log")
     assert steps(output) == [1] and newest(output) and not list(output.glob(".iter_*"))
 
 
@@ -321,7 +321,7 @@ def test_a_disk_that_fills_up_while_a_checkpoint_is_written_is_told_with_what_it
         r"iter_0000002 was not written; rank 1: .*No space left.*iter_0000002 takes about 0.00[23] GB, .* are left"
     )
     with pytest.raises(RuntimeError, match=message):
-        forked.join(processes, output / "train.log", 60)
+        forked.join(processes, output / "train.log")
     assert steps(output) == [1] and newest(output) and not list(output.glob(".iter_*"))
 
 
