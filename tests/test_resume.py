@@ -19,6 +19,7 @@ from rsft_lib.checkpoint.convert import convert
 from rsft_lib.checkpoint.sources import identity
 from rsft_lib.hashed_file import HashedFile
 from rsft_lib.launch.local import LocalJob
+from rsft_lib.training import retention
 from rsft_lib.training.loop import read_ended
 from rsft_lib.training.metrics import MetricsWriter, read_metrics
 from rsft_lib.training.retention import locked, remove_old
@@ -289,6 +290,26 @@ def test_what_killed_saves_left_is_removed_at_the_next_start_unless_somebody_wri
         run(inputs, output)
     assert [path.name for path in output.glob(".iter_*")] == [".iter_0000001.tmp"]
     assert f"{output / left[-1]} stays: another process writes" in (output / "train.log").read_text()
+
+
+def test_where_no_locks_are_known_a_run_goes_on_and_tells_what_is_left(inputs, straight, tmp_path):
+    output = stopped_half_way(straight[0], tmp_path / "run")
+    for step in (3, STEPS):
+        shutil.copytree(newest(output), output / f".iter_{step:07d}.tmp")
+    given = {"train_iters": STEPS, "save_interval": STEPS // 2, "eval_interval": 2, **inputs}
+    config, log = settings(output=str(output), **given), output / "train.log"
+    forked.join(forked.start(_without_locks, 1, log, config), log)
+    same(read_metrics(output), straight[1])
+    assert [path.name for path in output.glob(".iter_*")] == [".iter_0000003.tmp"] and steps(output) == [2, STEPS]
+    assert f"{output / '.iter_0000003.tmp'} stays: nothing tells here whether it is still written" in log.read_text()
+
+
+def _without_locks(config) -> None:
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    retention.fcntl.flock = refuse
+    forked.train_as_rank(config)
 
 
 # --- a disk without room
