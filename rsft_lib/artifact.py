@@ -161,15 +161,14 @@ def verify_files(folder: Path, names: Collection[str]) -> None:
 
 
 def checkpoint_folder(run: Path, iteration: int) -> Path:
-    """Where a run's checkpoint after so many steps lies."""
+    """The path of a run's checkpoint after `iteration` steps."""
     return Path(run) / f"iter_{iteration:07d}"
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The checkpoints that a training wrote into its run folder, in the order of their steps; of each, only the
-    manifest is read.
+    """The checkpoints that a training wrote into its run folder, by step; only their manifests are read.
 
-    What has another name, such as `iter_best` or `iter_0000009_backup`, or another manifest, is somebody else's.
+    Folders with another name, such as `iter_best` or `iter_0000009_backup`, or another manifest, are not checkpoints.
     """
     return [folder for folder in _named_as_checkpoints(run) if not _why_not(folder)]
 
@@ -201,7 +200,7 @@ def _why_not(folder: Path) -> str:
     found = manifest.get("made_by"), manifest.get("iteration")
     if found == ("train", int(folder.name[5:])):
         return ""
-    return f"{folder} is no checkpoint of this step: {found[0]} wrote it after step {found[1]}"
+    return f"{folder} is not the checkpoint of this step: its manifest says {found[0]}, step {found[1]}"
 
 
 def file_hash(path: Path) -> str:

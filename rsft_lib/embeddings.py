@@ -54,7 +54,7 @@ class Audit:
 def audit(model: str | Path, tokenizer, tokens: list[str], nearest: int = 6) -> Audit:
     """Compare the rows of `tokens` with those of all tokens, in the input and the output embedding of a model folder.
 
-    Rows are read in pieces from mapped files, safetensors or `.bin`, so memory stays at a piece, whatever the model.
+    Rows are read in pieces from memory-mapped safetensors or `.bin` files, so memory stays at one piece.
     Tied embeddings are one. Rows beyond the tokenizer's last token are no token's, and left out.
 
     Raises:
@@ -62,7 +62,7 @@ def audit(model: str | Path, tokenizer, tokens: list[str], nearest: int = 6) -> 
         ValueError: a file is damaged, a token is not one id, or the embedding has no row for it.
     """
     folder = existing(model, "model folder")
-    weights, ids = hf.open_some(folder, (INPUT, OUTPUT)), [_id(tokenizer, token) for token in tokens]
+    weights, ids = hf.open_tensors(folder, (INPUT, OUTPUT)), [_id(tokenizer, token) for token in tokens]
     if INPUT not in weights.pieces:
         raise ValueError(f"{folder} has no tensor {INPUT!r}")
     rows, norms = [], {}

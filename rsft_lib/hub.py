@@ -119,7 +119,7 @@ def _told_plainly(name: str, revision: str) -> Iterator[None]:
 def _needed(info: ModelInfo) -> list[str]:
     names = [sibling.rfilename for sibling in info.siblings]
     if CONFIG not in names:
-        raise ValueError(f"{info.id!r} on the Hub has no {CONFIG}: it is no model of transformers")
+        raise ValueError(f"{info.id!r} on the Hub has no {CONFIG}: it is not a transformers model")
     for kind in WEIGHTS:
         weights = [name for name in names if kind.fullmatch(name)]
         if weights:

@@ -159,10 +159,10 @@ def test_a_number_that_float16_has_no_room_for_is_named_and_nothing_is_written(m
             export(tmp_path / "megatron", tokenizer, tmp_path / "fits", dtype="float16")
             assert load_file(tmp_path / "fits" / "model.safetensors")[norm][7] == 65504
             continue
-        message = f"{norm}: its largest number, {abs(number):.5g}, is too large for torch.float16, which ends at 65504"
+        message = f"{norm}: its largest absolute value, {abs(number):.5g}, overflows torch.float16 (maximum 65504)"
         with pytest.raises(ValueError, match=re.escape(message)):
             export(tmp_path / "megatron", tokenizer, tmp_path / "out", dtype="float16")
-        with pytest.raises(ValueError, match="layers.1.*layer_norm_weight: its largest number"):
+        with pytest.raises(ValueError, match="layers.1.*layer_norm_weight: its largest absolute value"):
             convert(model, tmp_path / "half", dtype="float16")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fits", "hf", "megatron"]
 
@@ -232,7 +232,7 @@ def test_of_several_files_of_weights_those_are_read_that_transformers_reads(stal
     found = all_tensors(tmp_path / "megatron")["output_layer.weight"]
     assert torch.equal(found, expected["lm_head.weight"])
     said = capsys.readouterr().out
-    assert f"{model}: model.safetensors is read, and not " in said and "beside it, as transformers does" in said
+    assert f"{model}: reading model.safetensors, ignoring " in said and "(the precedence of transformers)" in said
 
 
 def test_shards_are_read_before_a_bin_file_as_transformers_does(model, tmp_path):

@@ -34,8 +34,7 @@ def test_epochs_of_the_notebook_are_steps_wherever_they_are_read_and_more_of_the
     assert (config["train_iters"], config["epochs"]) == (steps, EPOCHS)
     assert f"{steps} of {steps}" in repr(runs_table(find_runs(str(output))))
     assert (
-        f"{steps} steps, 0.3 epochs; epochs 0.3 takes the place of train_iters 500"
-        in (tmp_path / "05_train.ipynb").read_text()
+        f"{steps} steps, 0.3 epochs; epochs=0.3 overrides train_iters=500" in (tmp_path / "05_train.ipynb").read_text()
     )
 
     asked = settings(**given | {"epochs": EPOCHS})  # whatever train_iters says

@@ -161,10 +161,10 @@ def test_query_key_and_value_that_do_not_divide_over_ranks_are_refused_and_not_c
     shape = {"num_attention_heads": 6, "num_key_value_heads": 2, "hidden_size": 96, "intermediate_size": 96}
     tiny_family(tmp_path / "hf", "qwen2", **shape, head_dim=16)
     layout = {"format": "legacy", "tensor_parallel": 6}
-    with pytest.raises(ValueError, match="the 160 rows of query, key and value do not divide by tensor_parallel 6"):
+    with pytest.raises(ValueError, match="the 160 rows of the fused QKV weight are not divisible by tensor_parallel=6"):
         convert(tmp_path / "hf", tmp_path / "made", **layout)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
-    with pytest.raises(ValueError, match="the 160 rows of query, key and value"):
+    with pytest.raises(ValueError, match="the 160 rows of the fused QKV weight"):
         refuse_misfit(settings(checkpoint="c", data="d", output="o", tensor_parallel=6), read_config(tmp_path / "hf"))
     # Two heads more, and 192 rows divide.
     tiny_family(tmp_path / "hf", "qwen2", **shape | {"num_attention_heads": 12, "num_key_value_heads": 6}, head_dim=8)

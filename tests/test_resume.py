@@ -136,7 +136,7 @@ def test_a_run_is_not_continued_with_other_settings_or_other_data(inputs, straig
         run(inputs | {"data": str(other), "eval_data": str(other)}, output)
     assert "data: tokenizer_sha256: was None, now '0f'" in str(error.value)
     assert "data: manifest_sha256: was '" in str(error.value)
-    with pytest.raises(RuntimeError, match="train_iters: was 4, now 3; it may grow only"):
+    with pytest.raises(RuntimeError, match="train_iters: was 4, now 3; it may only grow"):
         run(inputs, output, train_iters=STEPS - 1)
     base = shutil.copytree(inputs["checkpoint"], tmp_path / "other-base")
     content = json.loads((base / "config.json").read_text())
@@ -183,8 +183,8 @@ def test_a_finished_run_goes_on_where_more_steps_are_asked_for_on_the_schedule_o
     assert found[STEPS]["lr"] > 2 * straight[1][-1]["lr"] and found[-1]["lr"] == at_once[-1]["lr"]
     assert read_ended(output) == {"reason": "finished", "iteration": 2 * STEPS} and steps(output) == [2, 4, 6, 8]
     log = (output / "train.log").read_text()
-    assert f"step 5 is next, with a learning rate of {found[STEPS]['lr']:.2e}" in log
-    assert "  train_iters: was 4, now 8; from here on the learning rate is that of a run of this length\n" in log
+    assert f": next step 5, learning rate {found[STEPS]['lr']:.2e}\n" in log
+    assert "  train_iters: was 4, now 8; the learning-rate schedule is recomputed for the new length\n" in log
     shutil.copytree(output, again)
     shutil.rmtree(newest(again))
     same(run(inputs, again, train_iters=2 * STEPS), found)  # and is itself resumed bit for bit
@@ -273,7 +273,7 @@ def test_a_run_goes_on_past_a_newest_checkpoint_that_was_not_finished_and_keeps_
     aside = output / f"{last.name}.set-aside-1"
     assert {path.name: path.read_bytes() for path in aside.iterdir()} == before
     log = (output / "train.log").read_text()
-    assert f"stepping back: {last}" in log and f"it is {aside} now" in log
+    assert f"stepping back: {last}" in log and f"renamed to {aside}" in log
 
 
 def start_training_would_find_it_finished(inputs: dict, output: Path) -> bool:
@@ -289,7 +289,7 @@ def test_what_killed_saves_left_is_removed_at_the_next_start_unless_somebody_wri
     with locked(output / left[-1]):
         run(inputs, output)
     assert [path.name for path in output.glob(".iter_*")] == [".iter_0000001.tmp"]
-    assert f"{output / left[-1]} stays: another process writes" in (output / "train.log").read_text()
+    assert f"not removed: {output / left[-1]} is being written by another process" in (output / "train.log").read_text()
 
 
 def test_where_no_locks_are_known_a_run_goes_on_and_tells_what_is_left(inputs, straight, tmp_path):
@@ -301,7 +301,10 @@ def test_where_no_locks_are_known_a_run_goes_on_and_tells_what_is_left(inputs, s
     forked.join(forked.start(_without_locks, 1, log, config), log)
     same(read_metrics(output), straight[1])
     assert [path.name for path in output.glob(".iter_*")] == [".iter_0000003.tmp"] and steps(output) == [2, STEPS]
-    assert f"{output / '.iter_0000003.tmp'} stays: nothing tells here whether it is still written" in log.read_text()
+    assert (
+        f"not removed: {output / '.iter_0000003.tmp'} may be in use, and this file system has no locks"
+        in log.read_text()
+    )
 
 
 def _without_locks(config) -> None:
@@ -339,7 +342,7 @@ def test_a_disk_that_fills_up_while_a_checkpoint_is_written_is_told_with_what_it
     config = settings(output=str(output), **given)
     processes = forked.start(_fill_up, 2, output / "train.log", config)
     message = (
-        r"iter_0000002 was not written; rank 1: .*No space left.*iter_0000002 takes about 0.00[23] GB, .* are left"
+        r"iter_0000002 was not written; rank 1: .*No space left.*iter_0000002 needs about 0.00[23] GB, .* GB are free"
     )
     with pytest.raises(RuntimeError, match=message):
         forked.join(processes, output / "train.log")

@@ -306,7 +306,7 @@ def test_preflight_tells_what_a_run_will_take(tmp_path, monkeypatch):
     (saving,) = (line for line in preflight(run, nproc=2).splitlines() if line.startswith("saving"))
     assert f"{weights * 28 / 2**20:.1f} MiB of main memory" in saving and "TOO LITTLE" in saving
     for_epochs = preflight(dataclasses.replace(run, epochs=2.0), nproc=2)
-    assert "13 steps, 2.1 epochs; epochs 2 takes the place of train_iters 30" in for_epochs
+    assert "13 steps, 2.1 epochs; epochs=2 overrides train_iters=30" in for_epochs
     with pytest.raises(ValueError, match="does not divide by micro_batch_size 1 x 3"):
         preflight(run, nproc=3)
     with pytest.raises(ValueError, match="layers do not divide by pipeline_parallel 3"):

@@ -57,14 +57,14 @@ def convert(
         FileExistsError: `destination` is something else.
         OSError: the disk has not enough space.
         ValueError: the weights are not those that `config.json` describes, a setting does not fit the model, or a
-            number is too large for `dtype`.
+            value overflows `dtype`.
     """
     source, destination = existing(source, "model folder"), resolve(destination)
     describing = existing(original, "original model") if original else source
     config, row_means = read_config(describing), row_means or {}
     _check_settings(config, format, tensor_parallel, pipeline_parallel, vocab_size, dtype, row_means)
     sources.check(source)
-    _tell_what_is_not_read(source)
+    _report_ignored_files(source)
     weights = sources.whole_vocabulary(sources.open_weights(source, config), config, describing if original else None)
     rows, vocabulary = config.vocab_size, sources.vocabulary(config)
     if format == "legacy":
@@ -82,17 +82,17 @@ def convert(
         "config_sha256": file_hash(describing / "config.json"),
         **_counts(weights),
     }
-    if _already_there(destination, facts, weights, config, described(describing, dtype)):
+    if _already_there(destination, facts, weights, config, config_bytes(describing, dtype)):
         print(f"{destination} is there already, whole and the same")
     else:
         _write(destination, {**facts, "source": str(source)}, weights, config, describing, dtype)
     return {**facts, "source": str(source), "folder": str(destination)}
 
 
-def _tell_what_is_not_read(source: Path) -> None:
-    if sources.kind(source) == "hf" and (others := hf.sources_of(source)[1:]):
-        first = hf.sources_of(source)[0]
-        print(f"{source}: {first} is read, and not {', '.join(others)} beside it, as transformers does")
+def _report_ignored_files(source: Path) -> None:
+    if sources.kind(source) == "hf" and (others := hf.weight_sources(source)[1:]):
+        first = hf.weight_sources(source)[0]
+        print(f"{source}: reading {first}, ignoring {', '.join(others)} (the precedence of transformers)")
 
 
 def _check_settings(
@@ -167,16 +167,16 @@ def _write(
 
 
 def copy_along(describing: Path, folder: Path, dtype: str = "") -> None:
-    """Copy what describes a model to where its weights are written; `dtype` is what they became, where it changed."""
+    """Copy what describes a model to where its weights are written, cast to `dtype` unless that is empty."""
     if (describing / GENERATION).is_file():
         shutil.copyfile(describing / GENERATION, folder / GENERATION)
-    (folder / "config.json").write_bytes(described(describing, dtype))
+    (folder / "config.json").write_bytes(config_bytes(describing, dtype))
 
 
-def described(describing: Path, dtype: str) -> bytes:
-    """The `config.json` of a model whose weights became `dtype`, the very same file where that is empty.
+def config_bytes(describing: Path, dtype: str) -> bytes:
+    """The `config.json` of a model whose weights were cast to `dtype`; unchanged where that is empty.
 
-    transformers calls it `dtype` today and called it `torch_dtype`; others read either, so none may say something else.
+    transformers 5 calls the field `dtype`, earlier ones `torch_dtype`; both are set where both are present.
     """
     file = (describing / "config.json").read_bytes()
     if not dtype:

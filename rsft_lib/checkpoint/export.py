@@ -9,7 +9,7 @@ from transformers import GenerationConfig, PretrainedConfig
 from rsft_lib.artifact import MANIFEST, file_hash, new_folder, read_manifest, verify
 from rsft_lib.checkpoint import hf, sources
 from rsft_lib.checkpoint.card import model_card
-from rsft_lib.checkpoint.convert import DTYPES, GENERATION, described
+from rsft_lib.checkpoint.convert import DTYPES, GENERATION, config_bytes
 from rsft_lib.checkpoint.pieces import Weights, resized
 from rsft_lib.model.config import read_config
 from rsft_lib.paths import existing, resolve
@@ -52,8 +52,8 @@ def export(
         FileNotFoundError: a folder is missing, or the checkpoint was not finished.
         FileExistsError: `destination` is something else.
         OSError: the disk has not enough space.
-        ValueError: the checkpoint is damaged, its tensors are not those that its config describes, a number is too
-            large for `dtype`, or the tokenizer has more tokens than the model, or is not the one that a run's data was
+        ValueError: the checkpoint is damaged, its tensors are not those that its config describes, a value
+            overflows `dtype`, or the tokenizer has more tokens than the model, or is not the one that a run's data was
             tokenized with.
     """
     checkpoint, tokenizer = existing(checkpoint, "checkpoint"), existing(tokenizer, "tokenizer folder")
@@ -72,7 +72,7 @@ def export(
     weights = _weights(checkpoint, config, dtype, describing if original else None)
     dtypes = sorted({str(weights.empty(name).dtype).removeprefix("torch.") for name in weights})
     facts |= {"tensors": len(weights.pieces), "dtype": " and ".join(dtypes)}
-    if _already_there(destination, facts, described(describing, dtype)):
+    if _already_there(destination, facts, config_bytes(describing, dtype)):
         print(f"{destination} is there already, whole and of the same checkpoint")
         return facts
     size = sum(weights.empty(name).nbytes for name in weights)
@@ -142,7 +142,7 @@ def _of(tokenizer: Path) -> list[str]:
 
 def _describe(folder: Path, describing: Path, dtype: str, tokenizer: Path) -> None:
     """Write what goes with the weights: config, tokenizer, template, how to generate."""
-    (folder / "config.json").write_bytes(described(describing, dtype))
+    (folder / "config.json").write_bytes(config_bytes(describing, dtype))
     for name in _of(tokenizer):
         shutil.copyfile(tokenizer / name, folder / name)
     if (folder / GENERATION).is_file():

@@ -19,13 +19,13 @@ from rsft_lib.hashed_file import HashedFile
 from rsft_lib.model.weights import hf_shapes, row_map
 
 FORMATS = ("model.safetensors", "pytorch_model.bin")
-SOURCES = [file for single in FORMATS for file in (single, f"{single}.index.json")]  # in the order of transformers
+SOURCES = [file for single in FORMATS for file in (single, f"{single}.index.json")]  # the precedence of transformers
 CODES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}  # in a safetensors header
 BUFFERS = re.compile(r"\.rotary_emb\.inv_freq$")  # old exporters wrote these; config.json tells the same
 
 
-def sources_of(folder: Path) -> list[str]:
-    """Which of SOURCES are there; the first is read, however new the others are, as transformers does.
+def weight_sources(folder: Path) -> list[str]:
+    """Which of SOURCES the folder has. The first is read, as by transformers, also where another is newer.
 
     Raises:
         FileNotFoundError: none is.
@@ -43,7 +43,7 @@ def index_of(folder: Path) -> dict[str, str] | str:
         FileNotFoundError: there are no weights.
         ValueError: the index is damaged.
     """
-    first = sources_of(folder)[0]
+    first = weight_sources(folder)[0]
     return first if first in FORMATS else _read_index(Path(folder) / first)
 
 
@@ -68,20 +68,20 @@ def open_weights(folder: Path, config: PretrainedConfig) -> Weights:
     return Weights.of(tensors)
 
 
-def open_some(folder: Path, names: Collection[str]) -> Weights:
-    """Those of some tensors that a folder has, memory-mapped, whatever its config says; other shards are not opened.
+def open_tensors(folder: Path, names: Collection[str]) -> Weights:
+    """Those of `names` that a folder has, memory-mapped; `config.json` and other shards are not read.
 
     Raises:
         FileNotFoundError: no weights, or a missing shard.
-        ValueError: a file is damaged, or has not what the index says.
+        ValueError: a file is damaged, or lacks a tensor that the index places in it.
     """
     tensors, problems = _tensors(folder, names)
-    refuse(problems, f"tensors of {folder} are not where they should be")
+    refuse(problems, f"tensors of {folder} are missing from their shards")
     return Weights.of(tensors)
 
 
 def _tensors(folder: Path, names: Collection[str] | None) -> tuple[dict[str, Tensor], list[str]]:
-    """(the tensors of a folder, or those of `names` that it has, and what of its index is not true)."""
+    """(the tensors of a folder, or those of `names` that it has, and where its index is wrong)."""
     index = index_of(folder)
     if isinstance(index, str):
         found = _open(Path(folder) / index)

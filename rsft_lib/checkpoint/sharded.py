@@ -1,4 +1,4 @@
-"""The tensors of a run, of which every rank has a part: how they are named in checkpoints, and read from any folder."""
+"""Sharded tensors of a built model and its optimizer: their names in checkpoints, and how they are loaded."""
 
 from pathlib import Path
 
@@ -53,43 +53,43 @@ def load_weights(model: torch.nn.Module, folder: Path) -> None:
     config = read_config(folder)
     weights = sources.whole_vocabulary(sources.open_weights(folder, config), config)
     places = _places(sharded_weights(model))
-    weights = _fitted(weights, places, folder)
+    weights = _matched(weights, places, folder)
     for place in places:
         place.data.copy_(weights.read(place.key, place.global_slice()))
 
 
 def load(wanted: dict, folder: Path) -> dict:
-    """What a `torch_dist` checkpoint holds of `wanted`, a state of this rank's part at any layout.
+    """Load a sharded state dict of this rank, at any layout, from a `torch_dist` checkpoint.
 
-    In place of megatron-core's `dist_checkpointing.load`, which has torch run the pickles of a checkpoint. Tensors are
-    views of the files, so that a rank reads nothing but what it copies from them; rows of padding are 0.
+    Replaces megatron-core's `dist_checkpointing.load`, which executes pickles in the checkpoint. Tensors are
+    memory-mapped, so a rank reads only what it copies from them; padding rows are 0.
 
-    The hashes are not checked again: take a checkpoint that `artifact.newest` or `artifact.verify` found whole.
+    Hashes are not verified again: pass a checkpoint that `artifact.newest` or `artifact.verify` accepted.
 
     Raises:
         ValueError: a file is not to be trusted, or the tensors are not those of this run.
     """
     places = _places(wanted)
     weights = torch_dist.open_weights(folder, {place.key for place in places}.__contains__)
-    return _filled(wanted, torch_dist.read_common(folder), _fitted(weights, places, folder))
+    return _loaded(wanted, torch_dist.read_common(folder), _matched(weights, places, folder))
 
 
-def _filled(wanted, common, weights: Weights):
-    """`wanted` with tensors read for their places, and what is at the same place of `common` for all else."""
+def _loaded(wanted, common, weights: Weights):
+    """`wanted` with its sharded tensors read, and every other leaf taken from the same place in `common`."""
     if isinstance(wanted, ShardedTensorFactory):
-        return wanted.merge_fn(_filled(wanted.build(), None, weights))
+        return wanted.merge_fn(_loaded(wanted.build(), None, weights))
     if isinstance(wanted, ShardedTensor):
         return weights.read(wanted.key, wanted.global_slice())
     if isinstance(wanted, dict):
         found = common if isinstance(common, dict) else {}
-        return {key: _filled(value, found.get(key), weights) for key, value in wanted.items()}
+        return {key: _loaded(value, found.get(key), weights) for key, value in wanted.items()}
     if isinstance(wanted, list) and _places(wanted):
-        return [_filled(value, None, weights) for value in wanted]
+        return [_loaded(value, None, weights) for value in wanted]
     return common
 
 
-def _fitted(weights: Weights, places: list[ShardedTensor], folder: Path) -> Weights:
-    """The weights with their vocabulary padded as that of the places is; every other difference is refused."""
+def _matched(weights: Weights, places: list[ShardedTensor], folder: Path) -> Weights:
+    """The weights with the vocabulary padding that `places` expect; any other mismatch is refused."""
     rows = {place.key: place.global_shape[0] for place in places if place.allow_shape_mismatch}
     for name, padded in rows.items():
         if name in weights.pieces:

@@ -49,9 +49,9 @@ def check(folder: Path) -> None:
 
 
 def identity(folder: Path) -> str:
-    """A SHA-256 that is the same for the same `config.json` and files of weights, wherever the folder lies.
+    """SHA-256 over `config.json` and the weight files of a folder, independent of its path.
 
-    Hashes that the folder's manifest lists are not computed again.
+    Hashes are taken from the folder's manifest where it lists them.
     """
     folder, found = Path(folder), kind(folder)
     if found == "hf":

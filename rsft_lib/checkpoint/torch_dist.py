@@ -4,7 +4,7 @@ The format is torch's distributed checkpoint with megatron-core's `metadata.json
 (megatron/core/dist_checkpointing/strategies): `*.distcp` files are `torch.save`d tensors one after the other, and
 `.metadata`, a pickle, tells which part of which weight begins where. torch itself loads that pickle, and every object
 that it says is no tensor, with no restriction. Nothing here or in sharded.py has torch or megatron-core do that: the
-pickle may name and build nothing but the classes that the format consists of, and all else is loaded as tensors only.
+pickle may name only the classes of this format and build only instances of them; all else is loaded as tensors only.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ _OF_THE_FORMAT = {
 
 
 class _Unpickler(pickle._Unpickler):
-    """The one of Python in Python: its BUILD, which sets attributes of whatever lies on the stack, can be guarded."""
+    """The pure-Python unpickler, since its BUILD opcode, which sets attributes of any object, can be overridden."""
 
     dispatch = pickle._Unpickler.dispatch.copy()
 
@@ -64,9 +64,9 @@ class _Unpickler(pickle._Unpickler):
 
     def load_build(self):
         built = self.stack[-2]
-        if not dataclasses.is_dataclass(type(built)):  # a class, a function, a member of an enum: others use them too
+        if not dataclasses.is_dataclass(type(built)):  # a class, function or enum member is shared by the process
             raise pickle.UnpicklingError(
-                f"it sets attributes of {built!r}, which is no instance of a class of the format"
+                f"it sets attributes of {built!r}, which is not an instance of a class of this format"
             )
         super().load_build()
 

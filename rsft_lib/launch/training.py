@@ -137,7 +137,7 @@ def _finished(config: TrainConfig, output: Path) -> bool:
 
 
 def _with_steps(config: TrainConfig) -> TrainConfig:
-    """The settings with the steps of the run, which the data decides where `epochs` are asked for."""
+    """The settings with `epochs`, where set, converted to `train_iters`."""
     if not config.epochs:
         return config
     from rsft_lib.training.datasets import open_datasets

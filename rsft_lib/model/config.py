@@ -29,7 +29,7 @@ def read_config(folder: str | Path) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(path.parent, trust_remote_code=False) if family in FAMILIES else None
     except Exception as error:  # transformers raises many kinds; each means that the file is no model's config
         raise ValueError(f"{path} cannot be read as a model's config: {error}") from error
-    _refuse_others({"model_type": (family, FAMILIES)} if config is None else _expected(config), path)
+    _refuse_unsupported({"model_type": (family, FAMILIES)} if config is None else _expected(config), path)
     return config
 
 
@@ -64,9 +64,9 @@ def check_layout(config: PretrainedConfig, tensor_parallel: int, pipeline_parall
             problems.append(f"{name} {getattr(config, name)} does not divide by tensor_parallel {tensor_parallel}")
     if groups % tensor_parallel and tensor_parallel % groups:
         problems.append(f"num_key_value_heads {groups} is no multiple or divisor of tensor_parallel {tensor_parallel}")
-    rows = (config.num_attention_heads + 2 * groups) * head_dim(config)  # megatron-core splits them evenly, as they lie
+    rows = (config.num_attention_heads + 2 * groups) * head_dim(config)  # megatron-core splits them evenly
     if rows % tensor_parallel:
-        problems.append(f"the {rows} rows of query, key and value do not divide by tensor_parallel {tensor_parallel}")
+        problems.append(f"the {rows} rows of the fused QKV weight are not divisible by {tensor_parallel=}")
     if config.num_hidden_layers % pipeline_parallel:
         problems.append(
             f"num_hidden_layers {config.num_hidden_layers} does not divide by pipeline_parallel {pipeline_parallel}"
@@ -131,7 +131,7 @@ def _expected(config: PretrainedConfig) -> dict[str, tuple]:
     }
 
 
-def _refuse_others(expected: dict[str, tuple], path: Path) -> None:
+def _refuse_unsupported(expected: dict[str, tuple], path: Path) -> None:
     for name, (found, allowed) in expected.items():
         if found not in allowed:
             one_of = " or ".join(repr(value) for value in allowed if value is not None)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-SHAPES_THE_RUN = (  # besides model and data, which are known by their hashes, and train_iters, which may grow
+SHAPES_THE_RUN = (  # besides model and data, which are compared by hash, and train_iters, which may grow
     "seq_length", "global_batch_size", "packing", "normalize_by", "split", "lr", "min_lr", "warmup_fraction",
     "weight_decay", "adam_beta1", "adam_beta2", "clip_grad", "seed", "precision",
 )  # fmt: skip
@@ -50,9 +50,9 @@ class TrainConfig:
     normalize_by: str = "token"
     """'token': every trained token of a step weighs the same; 'sample': every sample does."""
     train_iters: int = 17_000
-    """Optimizer steps. A larger number lets a run go on that is finished, as one of that length from here on."""
+    """Optimizer steps. A larger number continues a finished run; the learning-rate schedule is recomputed for it."""
     epochs: float = 0.0
-    """Passes over the data, in place of `train_iters`, whatever that says; 0 for `train_iters`."""
+    """Passes over the data; overrides `train_iters` unless it is 0."""
 
     lr: float = 1e-5
     """Highest learning rate, reached after warm-up."""
@@ -227,7 +227,7 @@ class TrainConfig:
         return replicas
 
     def for_packs(self, packs: int) -> "TrainConfig":
-        """These settings with the `train_iters` that `epochs` are, if there are any, for data of `packs` packs."""
+        """These settings with `epochs`, where set, converted to `train_iters` for data of `packs` packs."""
         if not self.epochs:
             return self
         return dataclasses.replace(self, train_iters=max(1, math.ceil(self.epochs * packs / self.global_batch_size)))

@@ -21,7 +21,7 @@ def gather_states(
     A parameter's place is that which `param_index_map` of the buffer gives, so padding is kept.
 
     Args:
-        empty_data: give tensors without memory on every rank, for the shapes of what is loaded in their place.
+        empty_data: return meta tensors on every rank, as placeholders for loading.
 
     Returns:
         None on all ranks but the first, unless `empty_data`.

@@ -68,7 +68,7 @@ def train(config: TrainConfig) -> TrainState:
 
 
 def begin(state: TrainState, output: Path, checkpoint: Path, facts: dict) -> None:
-    """Put weights, and where a run is continued everything else, into `state`; the first rank has the `facts`."""
+    """Load weights, and when resuming everything else, into `state`; only rank 0 needs `facts`."""
     found, changed = [None], []
     if torch.distributed.get_rank() == 0:
         found = [newest(output)]
@@ -80,8 +80,8 @@ def begin(state: TrainState, output: Path, checkpoint: Path, facts: dict) -> Non
     load(state, found[0])
     if torch.distributed.get_rank() == 0:
         rate = state.optimizer.param_groups[0]["lr"]
-        told = f"resumed from {found[0]}; step {state.iteration + 1:,} is next, with a learning rate of {rate:.2e}"
-        print(told, *(f"  {line}" for line in changed), sep="\n", flush=True)
+        message = f"resumed from {found[0]}: next step {state.iteration + 1:,}, learning rate {rate:.2e}"
+        print(message, *(f"  {line}" for line in changed), sep="\n", flush=True)
 
 
 class Run:

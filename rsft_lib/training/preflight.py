@@ -50,8 +50,8 @@ def describe(config: TrainConfig, hf: PretrainedConfig, data: Datasets, ranks: i
     """The lines that `preflight` gives, and the log of a run begins with."""
     refuse_misfit(config, hf)
     asked, config = config, config.for_packs(len(data.train))
-    replaced = asked.train_iters != config.train_iters
-    in_place = f"; epochs {config.epochs:g} takes the place of train_iters {asked.train_iters:,}" if replaced else ""
+    overridden = asked.train_iters != config.train_iters
+    overrides = f"; epochs={config.epochs:g} overrides train_iters={asked.train_iters}" if overridden else ""
     per_epoch = len(data.train) / config.global_batch_size
     lines = {
         "model": f"{parameters(hf):,} parameters, {matmul_parameters(hf):,} of them in products",
@@ -59,7 +59,7 @@ def describe(config: TrainConfig, hf: PretrainedConfig, data: Datasets, ranks: i
         "memory": _memory_line(config, hf, ranks),
         "step": f"{config.global_batch_size * config.seq_length:,} tokens in {config.global_batch_size} packs",
         "epoch": f"{per_epoch:,.1f} steps of {len(data.train):,} packs",
-        "run": f"{config.train_iters:,} steps, {config.train_iters / per_epoch:,.1f} epochs{in_place}",
+        "run": f"{config.train_iters:,} steps, {config.train_iters / per_epoch:,.1f} epochs{overrides}",
         "checkpoint": _checkpoint_line(config, hf),
         "saving": _saving_line(config, hf),
         "time": _time_line(config, hf, data, ranks),

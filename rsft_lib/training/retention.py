@@ -1,4 +1,4 @@
-"""Which checkpoints of a run folder stay, and what else is removed there: nothing that this kit did not write."""
+"""Retention of a run's checkpoints, and removal of leftovers: only what this kit wrote is ever deleted."""
 
 import fcntl
 import itertools
@@ -11,16 +11,16 @@ from pathlib import Path
 
 from rsft_lib.artifact import checkpoint_folder, checkpoints
 
-# What is left where a save, a removal or a replacement was cut off.
+# Left behind by an interrupted save, removal or replacement.
 LEFTOVER = re.compile(r"\.iter_\d{7,}\.(tmp|old(-[0-9a-f]{8})?)")
 
 
 def remove_old(output: Path, iteration: int, keep_last: int, keep_every: int) -> None:
-    """Remove all checkpoints up to step `iteration` but the last `keep_last` and those of steps that divide by
-    `keep_every`; 0 keeps all.
+    """Remove all checkpoints up to step `iteration` except the last `keep_last` and those at multiples of `keep_every`;
+    0 keeps all.
 
-    Later ones are damaged, else the run had gone on from them, and none of the last that are kept. A folder is renamed
-    before it is emptied, so what has the name of a checkpoint is whole.
+    Later ones are damaged, or the run would have resumed from them, and do not count. A folder is renamed before it is
+    emptied, so whatever has the name of a checkpoint is complete.
     """
     if not keep_last:
         return
@@ -35,31 +35,31 @@ def remove_old(output: Path, iteration: int, keep_last: int, keep_every: int) ->
 
 
 def remove_leftovers(output: Path) -> None:
-    """Remove what saves and removals left that were cut off. What somebody still writes is locked, and stays."""
+    """Remove what interrupted saves and removals left behind, except folders that another process has locked."""
     for folder in filter(lambda path: LEFTOVER.fullmatch(path.name), output.glob(".iter_*")):
         try:
             with locked(folder) as alone:
                 if alone:
                     shutil.rmtree(folder)
                 else:
-                    print(f"{folder} stays: nothing tells here whether it is still written; remove it by hand")
+                    print(f"not removed: {folder} may be in use, and this file system has no locks; remove it by hand")
         except BlockingIOError as error:
-            print(f"{folder} stays: {error.strerror}", flush=True)
+            print(f"not removed: {error.strerror}", flush=True)
 
 
 def set_aside(final: Path) -> None:
-    """Let a folder that has a checkpoint's name but is none of this kit's keep its content under another name."""
+    """Rename a folder that is in the way of a checkpoint and was not written by this kit; nothing in it is lost."""
     if not final.exists() or final in checkpoints(final.parent):
         return
     names = (final.with_name(f"{final.name}.set-aside-{number}") for number in itertools.count(1))
     aside = next(name for name in names if not name.exists())
     final.rename(aside)
-    print(f"{final} was no checkpoint that this kit finished; it is {aside} now", flush=True)
+    print(f"{final} is not a complete checkpoint of this kit: renamed to {aside}", flush=True)
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[bool]:
-    """Hold the lock of a folder; False where the file system knows no locks.
+    """Hold the lock of a folder; yields False where the file system has no locks.
 
     Raises:
         BlockingIOError: another process holds it.
@@ -71,8 +71,8 @@ def locked(folder: Path) -> Iterator[bool]:
     except OSError as error:
         if isinstance(error, BlockingIOError):
             os.close(descriptor)
-            told = f"another process writes {folder}; does a second training run in this folder?"
-            raise BlockingIOError(error.errno, told) from None
+            message = f"{folder} is being written by another process; is a second training running in this folder?"
+            raise BlockingIOError(error.errno, message) from None
         held = False
     try:
         yield held

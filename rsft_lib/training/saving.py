@@ -38,7 +38,7 @@ class Saver:
         self, output: Path, model_config: Path, facts: dict, *, size: float, timeout: float, keep_last: int,
         keep_every: int,
     ):  # fmt: skip
-        """`size` is the bytes that a checkpoint is expected to take, where the run has none yet."""
+        """`size` is the expected size of a checkpoint in bytes, used until the run has one."""
         self.output, self.model_config, self.facts, self.size = output, model_config, facts, size
         self.timeout, self.keep_last, self.keep_every = timeout, keep_last, keep_every
         self.writing: _Writing | None = None
@@ -53,7 +53,7 @@ class Saver:
         """Write a checkpoint of this moment; without `wait`, go on when the tensors are copied.
 
         Raises:
-            OSError: the disk has no room for it; every checkpoint that was there stays.
+            OSError: the disk is full; earlier checkpoints are kept.
         """
         with deadline(self.timeout):
             self.finish()
@@ -72,7 +72,7 @@ class Saver:
                 self.finish()
 
     def _make_room(self, temporary: Path) -> None:
-        """Begin the folder of a checkpoint, locked for as long as it has its temporary name."""
+        """Create the temporary folder of a checkpoint; it is locked until it gets its final name."""
         if temporary.exists():
             with locked(temporary):
                 shutil.rmtree(temporary)
@@ -97,11 +97,11 @@ class Saver:
         writing, self.writing = self.writing, None
         with deadline(self.timeout):
             try:
-                with told_what_is_full(writing.final, self.size):
+                with disk_full_details(writing.final, self.size):
                     files = writing.complete()
             except Exception:
                 if _rank_0():
-                    shutil.rmtree(writing.temporary, ignore_errors=True)  # nobody writes any more, and room is needed
+                    shutil.rmtree(writing.temporary, ignore_errors=True)  # all ranks have stopped
                 raise
         if _rank_0():
             self.publishing = self.background.submit(self._publish, writing, files)
@@ -116,7 +116,7 @@ class Saver:
             torch.distributed.barrier()
 
     def _publish(self, writing: "_Writing", files: dict) -> None:
-        with told_what_is_full(writing.final, self.size):
+        with disk_full_details(writing.final, self.size):
             shutil.copyfile(self.model_config, writing.temporary / "config.json")
             facts = {"made_by": "train", "iteration": writing.iteration, **self.facts, "files": files}
             set_aside(writing.final)
@@ -162,15 +162,15 @@ class _Writing:
             On the first rank, the manifest's entries of the files that all ranks have written.
 
         Raises:
-            OSError: on all ranks, what went wrong on any.
+            OSError: on every rank, the error of the first rank that failed.
         """
         self.done.wait()
         failed = [self.failed] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(failed, self.failed)
         for rank, (number, text) in enumerate(failed):
             if text:
-                told = f"{self.final} was not written; rank {rank}: {text}"
-                raise OSError(number, told) if number else OSError(told)
+                message = f"{self.final} was not written; rank {rank}: {text}"
+                raise OSError(number, message) if number else OSError(message)
         if self.buckets:
             filesystem_async._results_queue.put(self.result)
         for finalize in self.request.finalize_fns:
@@ -181,8 +181,8 @@ class _Writing:
 
 
 @contextmanager
-def told_what_is_full(final: Path, size: float) -> Iterator[None]:
-    """Have an error of a full disk tell how much the checkpoint `final` takes and how much is left."""
+def disk_full_details(final: Path, size: float) -> Iterator[None]:
+    """Add to a disk-full error how much the checkpoint `final` needs and how much is free."""
     try:
         yield
     except OSError as error:
@@ -191,8 +191,8 @@ def told_what_is_full(final: Path, size: float) -> Iterator[None]:
         free = shutil.disk_usage(final.parent).free
         raise OSError(
             error.errno,
-            f"{error.strerror}: {final} takes about {size / 1e9:,.3f} GB, {free / 1e9:,.3f} GB are left there. Free "
-            "some space, or set keep_last, and start again: the run goes on from the checkpoint before",
+            f"{error.strerror}: {final} needs about {size / 1e9:,.3f} GB, {free / 1e9:,.3f} GB are free. Free some "
+            "space, or set keep_last, and start again: the run resumes from the previous checkpoint",
         ) from None
 
 
