@@ -181,10 +181,25 @@ def verify_files(folder: Path, names: Collection[str]) -> None:
             raise ValueError(f"{Path(folder) / name} has not the SHA-256 in {MANIFEST}: it is damaged or was edited")
 
 
+def checkpoint_folder(run: Path, iteration: int) -> Path:
+    """The path of a run's checkpoint after `iteration` steps."""
+    return Path(run) / f"iter_{iteration:07d}"
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoints that a training wrote into its run folder, by step; only their manifests are read.
+
+    Folders with another name, such as `iter_best` or `iter_0000009_backup`, or another manifest, are not checkpoints.
+    """
+    return [folder for folder in _named_as_checkpoints(run) if not _why_not(folder)]
+
+
 def newest(run: Path) -> Path | None:
-    """The last checkpoint `iter_*` of a run folder that is whole, or None; damaged ones are named and passed over."""
-    for folder in sorted(Path(run).glob("iter_*"), reverse=True):
+    """The last checkpoint of a run folder that is whole, or None; damaged ones are named and passed over."""
+    for folder in reversed(_named_as_checkpoints(run)):
         try:
+            if why := _why_not(folder):
+                raise ValueError(why)
             verify(folder)
             return folder
         except (OSError, ValueError) as error:
@@ -202,6 +217,23 @@ def last_checkpoint(run: str | Path) -> Path:
     if found := newest(folder):
         return found
     raise FileNotFoundError(f"{folder} has no whole checkpoint: run notebook 05_train, until it has saved one")
+
+
+def _named_as_checkpoints(run: Path) -> list[Path]:
+    steps = ((int(p.name[5:]), p) for p in Path(run).glob("iter_*") if p.name[5:].isdecimal() and p.is_dir())
+    return [path for step, path in sorted(steps) if path == checkpoint_folder(run, step)]
+
+
+def _why_not(folder: Path) -> str:
+    """Why a folder named as a checkpoint is not the one that the training wrote after this step; "" if it is."""
+    try:
+        manifest = read_manifest(folder)
+    except (OSError, ValueError) as error:
+        return str(error)
+    found = manifest.get("made_by"), manifest.get("iteration")
+    if found == ("train", int(folder.name[5:])):
+        return ""
+    return f"{folder} is not the checkpoint of this step: its manifest says {found[0]}, step {found[1]}"
 
 
 def file_hash(path: Path) -> str:

@@ -1,15 +1,14 @@
 """An audit of embedding rows: is the row that a control token inherits like the others, and near which words?"""
 
 import html
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
+from rsft_lib.checkpoint import hf
+from rsft_lib.checkpoint.pieces import Weights
 from rsft_lib.paths import existing
 from rsft_lib.visible import visible
 
@@ -56,21 +55,23 @@ class Audit:
 def audit(model: str | Path, tokenizer, tokens: list[str], nearest: int = 6) -> Audit:
     """Compare the rows of `tokens` with those of all tokens, in the input and the output embedding of a model folder.
 
-    Rows are read in pieces from the safetensors files, one or sharded, so memory stays at a piece, whatever the model.
+    Rows are read in pieces from memory-mapped safetensors or `.bin` files, so memory stays at one piece.
     Tied embeddings are one. Rows beyond the tokenizer's last token are no token's, and left out.
 
     Raises:
         FileNotFoundError: there is no model, or a shard of it is missing.
-        ValueError: a token is not one id, or the embedding has no row for it.
+        ValueError: a file is damaged, a token is not one id, or the embedding has no row for it.
     """
     folder = existing(model, "model folder")
-    files, ids = _files(folder), [_id(tokenizer, token) for token in tokens]
+    weights, ids = hf.open_tensors(folder, (INPUT, OUTPUT)), [_id(tokenizer, token) for token in tokens]
+    if INPUT not in weights.pieces:
+        raise ValueError(f"{folder} has no tensor {INPUT!r}")
     rows, norms = [], {}
     for name, title in ((INPUT, "input"), (OUTPUT, "output")):
-        if name not in files:
+        if name not in weights.pieces:
             continue
-        lengths, products = _scan(files[name], name, ids, len(tokenizer))
-        title = "tied" if OUTPUT not in files else title
+        lengths, products = _scan(weights, name, ids, len(tokenizer))
+        title = "tied" if OUTPUT not in weights.pieces else title
         norms[title] = lengths
         for number, token, product in zip(ids, tokens, products, strict=True):
             rows.append(_row(tokenizer, token, number, title, lengths, product, nearest))
@@ -104,36 +105,20 @@ def _id(tokenizer, token: str) -> int:
     return ids[0]
 
 
-def _files(folder: Path) -> dict[str, Path]:
-    """The file of each embedding; the output has none where it is tied to the input."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        placed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return {name: existing(folder / placed[name], "shard") for name in (INPUT, OUTPUT) if name in placed}
-    path = existing(folder / "model.safetensors", "weights")
-    with safe_open(path, framework="pt") as file:
-        found = {name: path for name in (INPUT, OUTPUT) if name in file.keys()}  # noqa: SIM118, no dict
-    if INPUT not in found:
-        raise ValueError(f"{path} has no tensor {INPUT!r}")
-    return found
-
-
-def _scan(path: Path, name: str, ids: list[int], count: int) -> tuple[Tensor, Tensor]:
+def _scan(weights: Weights, name: str, ids: list[int], count: int) -> tuple[Tensor, Tensor]:
     """Norms of the first `count` rows, [count], and their dot products with the rows `ids`, [len(ids), count]."""
-    with safe_open(path, framework="pt") as file:
-        rows = file.get_slice(name)
-        height = rows.get_shape()[0]
-        if max(ids) >= height:
-            raise ValueError(f"{name} of {path} has {height} rows, none for token {max(ids)}")
-        wanted = torch.cat([rows[i : i + 1].float() for i in ids])  # [len(ids), h]
-        count = min(count, height)
-        pieces = [(piece.norm(dim=1), wanted @ piece.T) for piece in _pieces(rows, count)]
-    return torch.cat([norm for norm, _ in pieces]), torch.cat([product for _, product in pieces], dim=1)
+    height = len(weights.empty(name))
+    if max(ids) >= height:
+        raise ValueError(f"{name} has {height} rows, none for token {max(ids)}")
+    wanted = torch.cat([_rows(weights, name, i, i + 1) for i in ids])  # [len(ids), h]
+    count = min(count, height)
+    pieces = (_rows(weights, name, start, min(start + ROWS, count)) for start in range(0, count, ROWS))
+    found = [(piece.norm(dim=1), wanted @ piece.T) for piece in pieces]
+    return torch.cat([norm for norm, _ in found]), torch.cat([product for _, product in found], dim=1)
 
 
-def _pieces(rows, count: int) -> Iterator[Tensor]:
-    for start in range(0, count, ROWS):
-        yield rows[start : min(start + ROWS, count)].float()  # [ROWS, h]; bf16 norms would be three digits
+def _rows(weights: Weights, name: str, start: int, stop: int) -> Tensor:
+    return weights.read(name, (slice(start, stop), slice(None))).float()  # [rows, h]; bf16 norms would be three digits
 
 
 def _row(tokenizer, token: str, number: int, title: str, norms: Tensor, product: Tensor, nearest: int) -> Row:

@@ -16,10 +16,13 @@ from rsft_lib.paths import ROOT, existing, folder_name, resolve
 from rsft_lib.temporary import alone
 
 CHECKPOINTS = ROOT / "assets" / "checkpoints"
+CONFIG = "config.json"
 DESCRIBING = re.compile(r"[^/]+\.(json|jinja|model|txt)")
-WEIGHTS = [  # the first kind that a repository has; no code, and no second copy in another format
-    re.compile(r"model(-\d+-of-\d+)?\.safetensors"),
-    re.compile(r"pytorch_model(-\d+-of-\d+)?\.bin"),
+WEIGHTS = [  # the first kind that a repository has, as transformers takes it; no code, and no second copy
+    re.compile(r"model\.safetensors"),
+    re.compile(r"model-\d+-of-\d+\.safetensors"),
+    re.compile(r"pytorch_model\.bin"),
+    re.compile(r"pytorch_model-\d+-of-\d+\.bin"),
 ]
 
 
@@ -39,7 +42,8 @@ def model_folder(name: str, revision: str = "main", token: str | None = None) ->
         FileExistsError: the model's folder is there, but was not downloaded here.
         FileNotFoundError: there is no such folder, and no such name or revision can be had from the Hub.
         OSError: the disk has not enough space.
-        ValueError: the repository holds no weights that can be read, or a file came over damaged.
+        ValueError: the repository holds no weights that can be read, or a model that this kit cannot train, or a file
+            came over damaged.
     """
     if resolve(name).is_dir():
         return resolve(name)
@@ -75,16 +79,37 @@ def _download(name: str, revision: str, token: str | None, folder: Path) -> None
     with _told_plainly(name, revision):
         info = HfApi(token=token).model_info(name, revision=revision, files_metadata=True)
     files = _needed(info)
+
+    def fetch(names: list[str]) -> None:  # exactly these, of exactly this commit
+        with _told_plainly(name, revision):
+            patterns = [glob.escape(file) for file in names]
+            snapshot_download(name, revision=info.sha, local_dir=temporary, allow_patterns=patterns, token=token)
+
+    fetch([CONFIG])
+    _refuse_what_cannot_be_trained(name, temporary)
     require_space(folder, sum(sibling.size or 0 for sibling in info.siblings if sibling.rfilename in files))
-    with _told_plainly(name, revision):  # exactly these names, of exactly this commit
-        patterns = [glob.escape(file) for file in files]
-        snapshot_download(name, revision=info.sha, local_dir=temporary, allow_patterns=patterns, token=token)
+    fetch(files)
     listing = _checked(temporary, info, files)
     for path in temporary.iterdir():  # the library's own notes, and files of an attempt at another revision
         if path.name not in files:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     facts = {"made_by": "download", "name": name, "revision": revision, "commit": info.sha, "files": listing}
     publish(temporary, folder, facts)
+
+
+def _refuse_what_cannot_be_trained(name: str, folder: Path) -> None:
+    """Read the config that was fetched, before gigabytes of weights are.
+
+    Raises:
+        ValueError: this kit cannot train such a model; the folder is gone then.
+    """
+    from rsft_lib.model.config import read_config  # imports megatron-core, which takes seconds
+
+    try:
+        read_config(folder)
+    except ValueError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise ValueError(f"{name!r} was not downloaded from the Hub: {error}") from None
 
 
 @contextmanager
@@ -103,6 +128,8 @@ def _told_plainly(name: str, revision: str) -> Iterator[None]:
 
 def _needed(info: ModelInfo) -> list[str]:
     names = [sibling.rfilename for sibling in info.siblings]
+    if CONFIG not in names:
+        raise ValueError(f"{info.id!r} on the Hub has no {CONFIG}: it is not a transformers model")
     for kind in WEIGHTS:
         weights = [name for name in names if kind.fullmatch(name)]
         if weights:

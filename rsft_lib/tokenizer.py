@@ -34,7 +34,8 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     Raises:
         FileNotFoundError: the folder has no `tokenizer.json`.
     """
-    return PreTrainedTokenizerFast.from_pretrained(existing(Path(folder) / TOKENIZER, "tokenizer").parent)
+    folder = existing(Path(folder) / TOKENIZER, "tokenizer").parent
+    return PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
 
 
 def patch_tokenizer(

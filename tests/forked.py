@@ -33,7 +33,7 @@ def start(target, nproc: int, log: Path, *arguments) -> list:
 def join(processes: list, log: Path, seconds: float = 600) -> None:
     """Wait for ranks; a failure of one ends the others, as torchrun does, and is raised with the log's end.
 
-    So is that one does not end, whose exit code is None.
+    One that has not ended after `seconds` (its exit code is None) has failed.
     """
     for process in processes:
         process.join(seconds)

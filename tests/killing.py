@@ -108,6 +108,7 @@ def survive(folder: Path, kills: int, seed: int, steps: int = 60) -> dict[str, i
         assert sorted(path.name for path in run.glob("iter_*")) == sorted(
             path.name for path in (folder / "alone").glob("iter_*")
         )
+        assert not list(run.glob(".iter_*"))
         shutil.rmtree(run)
         number += 1
     return counts

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 from collections import namedtuple
 
@@ -19,7 +20,7 @@ from rsft_lib.checkpoint import pieces, torch_dist
 from rsft_lib.checkpoint.convert import convert
 from rsft_lib.checkpoint.export import export
 from rsft_lib.checkpoint.pieces import Weights
-from rsft_lib.checkpoint.verify import logit_difference
+from rsft_lib.checkpoint.verify import differing_tensors, logit_difference
 from rsft_lib.hashed_file import HashedFile
 from rsft_lib.tokenizer import fingerprint
 
@@ -110,15 +111,60 @@ def test_a_dtype_that_is_asked_for_is_that_of_every_tensor_and_of_the_config(mod
     assert same_tensors(after.state_dict(), {name: tensor.bfloat16().half() for name, tensor in before.items()})
 
 
+@pytest.mark.parametrize("names", [["dtype"], ["torch_dtype"], ["dtype", "torch_dtype"], []])
+def test_no_name_of_the_dtype_in_a_written_config_says_another(names, model, tokenizer, tmp_path):
+    edit_config(model, **dict.fromkeys(["dtype", "torch_dtype"], "float32"))
+    content = json.loads((model / "config.json").read_text())
+    kept = {key: value for key, value in content.items() if key in names or key not in ("dtype", "torch_dtype")}
+    (model / "config.json").write_text(json.dumps(kept))
+    convert(model, tmp_path / "megatron", dtype="bfloat16")
+    export(tmp_path / "megatron", tokenizer, tmp_path / "out", dtype="float16")
+    for folder, dtype in (("megatron", "bfloat16"), ("out", "float16")):
+        found = json.loads((tmp_path / folder / "config.json").read_text())
+        assert found == kept | dict.fromkeys(names or ["dtype"], dtype)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.float16
+
+
+def test_a_converted_config_of_another_dtype_is_written_again(model, tmp_path):
+    convert(model, tmp_path / "megatron", dtype="bfloat16")
+    right = (tmp_path / "megatron" / "config.json").read_bytes()
+    assert right != (model / "config.json").read_bytes()
+    shutil.copyfile(model / "config.json", tmp_path / "megatron" / "config.json")
+    facts = {k: v for k, v in read_manifest(tmp_path / "megatron").items() if k != "files"}
+    artifact.write_manifest(tmp_path / "megatron", facts)  # as before it was changed along
+    convert(model, tmp_path / "megatron", dtype="bfloat16")
+    assert (tmp_path / "megatron" / "config.json").read_bytes() == right
+
+
 def test_a_training_in_fp32_is_exported_in_the_dtype_of_the_model(tokenizer, tmp_path):
     tiny_model(tmp_path / "hf", torch.bfloat16)
-    convert(tmp_path / "hf", tmp_path / "megatron", dtype="float32")
-    trained = perturbed(tmp_path / "megatron", tmp_path / "trained")
-    export(trained, tokenizer, tmp_path / "out")
-    export(trained, tokenizer, tmp_path / "long", dtype="float32")
+    convert(tmp_path / "hf", tmp_path / "megatron")
+    with new_folder(tmp_path / "trained", {"made_by": "train"}) as folder:
+        long = {name: tensor.float() + 0.1 for name, tensor in all_tensors(tmp_path / "megatron").items()}
+        torch_dist.write(folder, Weights.of(long))
+        shutil.copyfile(tmp_path / "megatron" / "config.json", folder / "config.json")
+    export(tmp_path / "trained", tokenizer, tmp_path / "out")
+    export(tmp_path / "trained", tokenizer, tmp_path / "long", dtype="float32")
     short, long = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "long"))
     assert same_tensors(short, {name: tensor.bfloat16() for name, tensor in long.items()})
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "long", dtype="auto").dtype == torch.float32
+
+
+def test_a_number_that_float16_has_no_room_for_is_named_and_nothing_is_written(model, tokenizer, tmp_path):
+    norm = "model.layers.1.input_layernorm.weight"
+    for number, fits in ((65504.0, True), (65519.0, True), (65520.0, False), (-1e9, False)):
+        edit_weights(model, lambda t, n=number: t[norm].__setitem__(7, n))
+        convert(model, tmp_path / "megatron")
+        if fits:
+            export(tmp_path / "megatron", tokenizer, tmp_path / "fits", dtype="float16")
+            assert load_file(tmp_path / "fits" / "model.safetensors")[norm][7] == 65504
+            continue
+        message = f"{norm}: its largest absolute value, {abs(number):.5g}, overflows torch.float16 (maximum 65504)"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            export(tmp_path / "megatron", tokenizer, tmp_path / "out", dtype="float16")
+        with pytest.raises(ValueError, match="layers.1.*layer_norm_weight: its largest absolute value"):
+            convert(model, tmp_path / "half", dtype="float16")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fits", "hf", "megatron"]
 
 
 def as_bin(model, sharded):
@@ -133,8 +179,16 @@ def as_bin(model, sharded):
     (model / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": placed}))
 
 
+def as_shards(model):
+    """Beside the one file, which transformers would remove."""
+    AutoModelForCausalLM.from_pretrained(model).save_pretrained(model / "shards", max_shard_size="100KB")
+    for path in (model / "shards").glob("model*"):
+        shutil.copyfile(path, model / path.name)
+    shutil.rmtree(model / "shards")
+
+
 SOURCES = {
-    "sharded": lambda m: AutoModelForCausalLM.from_pretrained(m).save_pretrained(m, max_shard_size="100KB"),
+    "sharded": lambda m: as_shards(m),
     "bin": lambda m: as_bin(m, sharded=False),
     "sharded bin": lambda m: as_bin(m, sharded=True),
     "old bin": lambda m: (
@@ -153,6 +207,42 @@ def test_any_kind_of_model_folder_converts_like_one_safetensors_file(source, mod
     SOURCES[source](model)
     convert(model, tmp_path / "b")
     assert same_tensors(all_tensors(tmp_path / "a"), all_tensors(tmp_path / "b"))
+
+
+STALE = {  # what lies beside newer files: how it is made of a folder with one file of safetensors
+    "an index and its shards": lambda m: SOURCES["sharded"](m),
+    "an index without its shards": lambda m: (
+        SOURCES["sharded"](m), [path.unlink() for path in m.glob("model-*.safetensors")],
+    ),
+    "a .bin": lambda m: torch.save({"old": torch.ones(1)}, m / "pytorch_model.bin"),
+    "an index of .bin files": lambda m: (m / "pytorch_model.bin.index.json").write_text("{}"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stale", STALE)
+def test_of_several_files_of_weights_those_are_read_that_transformers_reads(stale, model, tmp_path, capsys):
+    weights = model / "model.safetensors"
+    before = load_file(weights)
+    STALE[stale](model)
+    save_file({name: tensor + 1 for name, tensor in before.items()}, weights, metadata={"format": "pt"})
+    convert(model, tmp_path / "megatron")
+    expected = AutoModelForCausalLM.from_pretrained(model).state_dict()
+    assert all(torch.equal(expected[name], tensor + 1) for name, tensor in before.items())
+    assert differing_tensors(model, tmp_path / "megatron") == []
+    found = all_tensors(tmp_path / "megatron")["output_layer.weight"]
+    assert torch.equal(found, expected["lm_head.weight"])
+    said = capsys.readouterr().out
+    assert f"{model}: reading model.safetensors, ignoring " in said and "(the precedence of transformers)" in said
+
+
+def test_shards_are_read_before_a_bin_file_as_transformers_does(model, tmp_path):
+    expected = AutoModelForCausalLM.from_pretrained(model).state_dict()
+    SOURCES["sharded"](model)
+    (model / "model.safetensors").unlink()
+    torch.save({"old": torch.ones(1)}, model / "pytorch_model.bin")
+    convert(model, tmp_path / "megatron")
+    assert same_tensors(AutoModelForCausalLM.from_pretrained(model).state_dict(), expected)
+    assert torch.equal(all_tensors(tmp_path / "megatron")["output_layer.weight"], expected["lm_head.weight"])
 
 
 def test_a_second_copy_of_a_tied_head_is_left_out_but_another_tensor_is_refused(tmp_path):
@@ -356,7 +446,8 @@ DAMAGE = {
     "a missing shard": (lose_a_shard, "model-00002-of-.* is named by the index but missing"),
     "a tensor that is not where the index says": (misplace, "model.norm.weight: not in model-00001"),
     "an index that is no JSON": (
-        lambda m: (m / "model.safetensors.index.json").write_text("{"), "is no index of tensors",
+        lambda m: ((m / "model.safetensors.index.json").write_text("{"), (m / "model.safetensors").unlink()),
+        "is no index of tensors",
     ),
     "no weights": (lambda m: (m / "model.safetensors").unlink(), "holds neither model.safetensors nor"),
     "no config": (lambda m: (m / "config.json").unlink(), "model config: .*config.json does not exist"),

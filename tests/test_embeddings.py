@@ -5,10 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from rsft_lib import demo, embeddings
+from rsft_lib.checkpoint.pieces import Weights
 from rsft_lib.embeddings import INPUT, OUTPUT, audit, row_means
 from rsft_lib.tokenizer import load_tokenizer, patch_tokenizer
 from rsft_lib.view.embeddings import plot_audit
@@ -47,13 +48,33 @@ def expected(
     return norms[number], 100 * below, order, [cosine[i] for i in order]
 
 
+def as_bin(folder):
+    """The same weights in the files of older models."""
+    index = folder / "model.safetensors.index.json"
+    for path in folder.glob("*.safetensors"):
+        torch.save(load_file(path), folder / path.name.replace("model", "pytorch_model").replace("safetensors", "bin"))
+        path.unlink()
+    if index.exists():
+        text = index.read_text().replace("model-0", "pytorch_model-0").replace(".safetensors", ".bin")
+        (folder / "pytorch_model.bin.index.json").write_text(text)
+        index.unlink()
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("shard", ["1GB", "50KB"])
-def test_norms_percentiles_and_neighbours_are_those_of_the_whole_matrix(tokenizer, tmp_path, monkeypatch, tied, shard):
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_norms_percentiles_and_neighbours_are_those_of_the_whole_matrix(
+    tokenizer, tmp_path, monkeypatch, tied, shard, kind
+):
     model = make(tmp_path / "model", tied, shard)
     assert (tmp_path / "model" / "model.safetensors.index.json").exists() == (shard == "50KB")
+    if kind == "bin":
+        as_bin(tmp_path / "model")
     monkeypatch.setattr(embeddings, "ROWS", 100)  # so that the last piece is a part of one
+    pieces, read = [], Weights.read
+    monkeypatch.setattr(Weights, "read", lambda *given: pieces.append(len(found := read(*given))) or found)
     found = audit(tmp_path / "model", tokenizer, TOKENS, nearest=5)
+    assert max(pieces) == 100 and sum(pieces) == (1 if tied else 2) * (len(tokenizer) + len(TOKENS))
     weights = {"input": model.model.embed_tokens.weight, "output": model.lm_head.weight}
     weights = {"tied": weights["input"]} if tied else weights
     assert [(row.token, row.embedding) for row in found.rows] == [(t, name) for name in weights for t in TOKENS]
@@ -85,7 +106,7 @@ def test_a_row_of_zeros_is_no_neighbour_and_has_none(tokenizer, tmp_path):
 
 
 def test_a_model_that_cannot_be_audited_is_refused_with_a_reason(tokenizer, tmp_path):
-    with pytest.raises(FileNotFoundError, match="weights: .*model.safetensors does not exist"):
+    with pytest.raises(FileNotFoundError, match="holds neither model.safetensors nor pytorch_model.bin"):
         audit(tmp_path, tokenizer, TOKENS)
     save_file({"lm_head.weight": torch.zeros(4, 2)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="has no tensor 'model.embed_tokens.weight'"):
@@ -95,8 +116,15 @@ def test_a_model_that_cannot_be_audited_is_refused_with_a_reason(tokenizer, tmp_
         audit(tmp_path, tokenizer, TOKENS)
     with pytest.raises(ValueError, match="'<none>' is .* tokens .*expected one"):
         audit(tmp_path, tokenizer, ["<none>"])
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {INPUT: "gone.safetensors"}}))
-    with pytest.raises(FileNotFoundError, match="shard: .*gone.safetensors"):
+    index = {"weight_map": {INPUT: "gone.safetensors", "model.norm.weight": "needless.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"has 4 rows"):  # of the whole file, which transformers would read
+        audit(tmp_path, tokenizer, TOKENS)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="gone.safetensors is named by the index but missing"):
+        audit(tmp_path, tokenizer, TOKENS)
+    save_file({"other": torch.zeros(1)}, tmp_path / "gone.safetensors")
+    with pytest.raises(ValueError, match=f"{INPUT}: not in gone.safetensors, where the index has it"):
         audit(tmp_path, tokenizer, TOKENS)
 
 

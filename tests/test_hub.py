@@ -20,6 +20,7 @@ from rsft_lib.checkpoint.convert import convert
 NAME, COMMIT, TAG = "some-org/Tiny-R1-0.1B", "a" * 40, "b" * 40
 FOLDER = "some_org_Tiny_R1_0.1B"  # as the original names it
 CLUTTER = {  # what repositories also hold, and nobody needs here
+    "model-00001-of-00001.safetensors": b"all of it in shards",
     "pytorch_model.bin": b"pickled", "consolidated.safetensors": b"all of it again", "modeling_tiny.py": b"code",
     "original/params.json": b"{}", "onnx/model.onnx": b"onnx", "README.md": b"# Tiny", ".gitattributes": b"*",
 }  # fmt: skip
@@ -179,7 +180,7 @@ def test_another_revision_or_a_folder_with_a_hole_is_downloaded(server):
 
 
 def test_bin_files_are_taken_where_there_is_nothing_else(server):
-    del server.files["model.safetensors"]
+    del server.files["model.safetensors"], server.files["model-00001-of-00001.safetensors"]
     folder = hub.model_folder(NAME)
     assert (folder / "pytorch_model.bin").read_bytes() == b"pickled"
 
@@ -255,10 +256,23 @@ def test_without_a_network_a_missing_model_is_told_plainly_and_a_present_one_is_
 
 
 def test_a_repository_without_weights_is_refused(server):
-    for name in ("model.safetensors", "pytorch_model.bin"):
+    for name in ("model.safetensors", "model-00001-of-00001.safetensors", "pytorch_model.bin"):
         del server.files[name]
     with pytest.raises(ValueError, match="no model.safetensors and no pytorch_model.bin"):
         hub.model_folder(NAME)
+
+
+def test_a_model_that_cannot_be_trained_is_refused_with_nothing_but_its_config_fetched(server, tmp_path):
+    config = server.files["config.json"]
+    for change, message in (({"model_type": "gpt2"}, "model_type is 'gpt2'"), ({"mlp_bias": True}, "mlp_bias is True")):
+        config.write_text(json.dumps({**json.loads(config.read_text()), "model_type": "llama", **change}))
+        with pytest.raises(ValueError, match=f"'{NAME}' was not downloaded from the Hub: .*config.json: {message}"):
+            hub.model_folder(NAME)
+        assert server.fetched() == {"config.json"} and not list((tmp_path / "checkpoints").iterdir())
+    del server.files["config.json"]
+    with pytest.raises(ValueError, match="on the Hub has no config.json"):
+        hub.model_folder(NAME)
+    assert server.fetched() == {"config.json"}
 
 
 def test_a_folder_that_somebody_else_made_is_not_touched(server, tmp_path):

@@ -14,10 +14,12 @@ import torch
 from families import tiny_family
 from megatron.core.transformer.enums import AttnBackend
 from safetensors.torch import load_file
-from support import all_tensors, tiny_tokenizer
+from support import all_tensors, settings, tiny_tokenizer
 
 from rsft_lib.checkpoint.convert import convert
 from rsft_lib.checkpoint.export import export
+from rsft_lib.model.config import read_config
+from rsft_lib.training.build import refuse_misfit
 
 FILE = "model_optim_rng.pt"
 
@@ -152,3 +154,22 @@ def test_a_damaged_checkpoint_of_megatron_lm_is_refused_by_name(damage, model, t
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         convert(theirs, tmp_path / "ours", original=model)
     assert not (tmp_path / "ours").exists()
+
+
+def test_query_key_and_value_that_do_not_divide_over_ranks_are_refused_and_not_cut_off(tmp_path):
+    """As megatron-core does, which splits their 160 rows evenly; heads alone would divide."""
+    shape = {"num_attention_heads": 6, "num_key_value_heads": 2, "hidden_size": 96, "intermediate_size": 96}
+    tiny_family(tmp_path / "hf", "qwen2", **shape, head_dim=16)
+    layout = {"format": "legacy", "tensor_parallel": 6}
+    with pytest.raises(ValueError, match="the 160 rows of the fused QKV weight are not divisible by tensor_parallel=6"):
+        convert(tmp_path / "hf", tmp_path / "made", **layout)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+    with pytest.raises(ValueError, match="the 160 rows of the fused QKV weight"):
+        refuse_misfit(settings(checkpoint="c", data="d", output="o", tensor_parallel=6), read_config(tmp_path / "hf"))
+    # Two heads more, and 192 rows divide.
+    tiny_family(tmp_path / "hf", "qwen2", **shape | {"num_attention_heads": 12, "num_key_value_heads": 6}, head_dim=8)
+    made = convert(tmp_path / "hf", tmp_path / "made", **layout)["folder"]
+    convert(made, tmp_path / "back", original=tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "straight")
+    back, straight = all_tensors(tmp_path / "back"), all_tensors(tmp_path / "straight")
+    assert all(torch.equal(back[name], straight[name]) for name in straight)

@@ -6,22 +6,23 @@ import pickle
 import random
 import shutil
 import tempfile
+from io import BytesIO
 from pathlib import Path
 
+import forked
 import pytest
 import torch
-from support import all_tensors, tiny_model, tiny_tokenizer
-from torch.distributed.checkpoint.api import CheckpointException
+from support import all_tensors, random_store, settings, tiny_model, tiny_tokenizer
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.serialization import _get_layout
 
-from rsft_lib.artifact import MANIFEST, read_manifest, verify, write_manifest
+from rsft_lib.artifact import MANIFEST, newest, read_manifest, verify, write_manifest
 from rsft_lib.checkpoint import sources, torch_dist
+from rsft_lib.checkpoint import verify as proof
 from rsft_lib.checkpoint.convert import convert
 from rsft_lib.checkpoint.export import export
 from rsft_lib.checkpoint.pieces import Weights
-from rsft_lib.checkpoint.sharded import load, load_weights, sharded_weights
-from rsft_lib.model.config import read_config, transformer_config
-from rsft_lib.model.gpt import build_model
-from rsft_lib.ranks import ranks
+from rsft_lib.launch import launch, launch_scoring, launch_training
 
 DAMAGES = {"torch_dist": (1000, 100), "legacy": (200, 40)}  # flipped bits, truncations
 
@@ -33,22 +34,39 @@ def checkpoint(tmp_path):
     return tmp_path / "megatron"
 
 
-def refuses(folder, tmp_path, monkeypatch, message):
-    """Every way to use a checkpoint refuses it, and no weight has been read by then."""
-    monkeypatch.setattr(Weights, "read", lambda *_: pytest.fail("a weight was used"))
-    config = read_config(tmp_path / "hf")
-    uses = {
-        "convert": lambda: convert(folder, tmp_path / "again"),
-        "export": lambda: export(folder, tiny_tokenizer(tmp_path / "tokenizer"), tmp_path / "out"),
-    }
+def score_as_rank(checkpoint, data, output):
+    from rsft_lib.ranks import ranks
+    from rsft_lib.training.score import score
+
     with ranks():
-        model = build_model(config, transformer_config(config), "torch", 16)
-        uses["load_weights"] = lambda: load_weights(model, folder)
-        uses["load"] = lambda: (verify(folder), load({"model": sharded_weights(model)}, folder))
-        for use in uses.values():
-            with pytest.raises((ValueError, FileNotFoundError, CheckpointException), match=message):
-                use()
-    assert not (tmp_path / "again").exists() and not (tmp_path / "out").exists()
+        score(checkpoint, data, output)
+
+
+def uses(folder: Path, tmp_path: Path) -> dict:
+    """Whatever reads a checkpoint, as notebooks 02, 05, 07 and 08 have it read."""
+    if not (tmp_path / "store").exists():
+        random_store(tmp_path / "store", samples=20)
+        tiny_tokenizer(tmp_path / "tokenizer")
+    begun = settings(checkpoint=str(folder), data=str(tmp_path / "store"), output=str(tmp_path / "begun"))
+    log, scores = tmp_path / "score.log", (str(folder), str(tmp_path / "store"), str(tmp_path / "scores"))
+    return {
+        "convert": lambda: convert(folder, tmp_path / "again"),
+        "export": lambda: export(folder, tmp_path / "tokenizer", tmp_path / "out"),
+        "prove": lambda: proof.prove(tmp_path / "hf", folder, round_trip=False),
+        "prove the outputs": lambda: proof.logit_difference(tmp_path / "hf", folder),
+        "score": lambda: forked.join(forked.start(score_as_rank, 1, log, *scores), log),
+        "begin a training": lambda: forked.train(begun),
+    }
+
+
+def refuses(ways: dict, message: str, tmp_path: Path, monkeypatch) -> None:
+    """Every way to use a checkpoint refuses it, no weight has been read by then, and nothing is left behind."""
+    monkeypatch.setattr(Weights, "read", lambda *_: pytest.fail("a weight was used"))
+    for name, use in ways.items():
+        with pytest.raises((ValueError, FileNotFoundError, RuntimeError), match=message):
+            use()
+            pytest.fail(f"{name} used it")
+    assert not any((tmp_path / name).exists() for name in ("again", "out", "scores"))
 
 
 # --- damage
@@ -105,21 +123,21 @@ def test_shards_of_two_steps_are_refused(checkpoint, tmp_path, monkeypatch):
     (tmp_path / "next").mkdir()
     torch_dist.write(tmp_path / "next", Weights.of(other))
     shutil.copyfile(tmp_path / "next" / "__0_0.distcp", checkpoint / "__0_0.distcp")
-    refuses(checkpoint, tmp_path, monkeypatch, "__0_0.distcp has not the SHA-256")
+    refuses(uses(checkpoint, tmp_path), "__0_0.distcp has not the SHA-256", tmp_path, monkeypatch)
 
 
 def test_a_half_of_a_shard_that_is_zero_is_refused(checkpoint, tmp_path, monkeypatch):
     path = checkpoint / "__0_0.distcp"
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
-    refuses(checkpoint, tmp_path, monkeypatch, "__0_0.distcp has not the SHA-256")
+    refuses(uses(checkpoint, tmp_path), "__0_0.distcp has not the SHA-256", tmp_path, monkeypatch)
 
 
 def test_a_file_that_was_laid_in_is_refused_but_a_proof_is_not(checkpoint, tmp_path, monkeypatch):
     (checkpoint / "verify.json").write_text("{}")
     torch_dist.check(checkpoint)
     (checkpoint / "__1_0.distcp").write_bytes(b"of another run")
-    refuses(checkpoint, tmp_path, monkeypatch, "__1_0.distcp is not listed")
+    refuses(uses(checkpoint, tmp_path), "__1_0.distcp is not listed", tmp_path, monkeypatch)
 
 
 def test_a_manifest_that_was_edited_is_refused(checkpoint):
@@ -165,11 +183,34 @@ class Nested(Payload):
         return torch.storage._load_from_bytes, (hidden.read(),)
 
 
+def named(module: str, name: str) -> bytes:
+    """The opcodes of a pickle that put what a module has by that name on the stack."""
+    text = lambda t: b"\x8c" + bytes([len(t)]) + t.encode()  # noqa: E731
+    return text(module) + text(name) + b"\x93"
+
+
 def through_an_allowed_module(mark: Path) -> bytes:
     """`os.system` as an attribute of an attribute of a module that a checkpoint may name."""
-    name, command = b"torch.distributed.checkpoint.metadata", f"touch '{mark}'".encode()
-    text = lambda b: b"\x8c" + bytes([len(b)]) + b  # noqa: E731
-    return b"\x80\x04" + text(name) + text(b"os.system") + b"\x93" + text(command) + b"\x85R."
+    command = f"touch '{mark}'".encode()
+    return b"\x80\x04" + named(METADATA, "os.system") + b"\x8c" + bytes([len(command)]) + command + b"\x85R."
+
+
+METADATA = "torch.distributed.checkpoint.metadata"
+SHARED = {  # what everybody in the process uses: the pickle that puts it on the stack, and how to look at it
+    "a class": (named(METADATA, "Metadata"), lambda: Metadata),
+    "a function": (named("torch.serialization", "_get_layout"), lambda: _get_layout),
+    "a member of an enum": (
+        named(METADATA, "_MEM_FORMAT_ENCODING") + b"K\x00\x85R",
+        lambda: torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING(0),
+    ),
+}  # fmt: skip
+
+
+def poisoned(checkpoint: Path, shared: str) -> bytes:
+    """The metadata as it is, after a pickle that sets `poisoned` on something that is no part of it."""
+    whole, (stack, _) = (checkpoint / ".metadata").read_bytes(), SHARED[shared]
+    state = b"N}\x8c\x08poisoned\x88s\x86"  # (None, {"poisoned": True}): attributes, even of what has no dictionary
+    return whole[:2] + stack + state + b"b0" + whole[2:]
 
 
 def metadata_with(checkpoint, extra):
@@ -179,27 +220,37 @@ def metadata_with(checkpoint, extra):
 
 
 def with_object(checkpoint, payload):
-    """An object beside the tensors, which torch's own planner unpickles without a restriction."""
+    """An object in place of a tensor, which torch's own planner unpickles without a restriction."""
     from torch.distributed.checkpoint.filesystem import _StorageInfo
     from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
     with (checkpoint / "__0_9.distcp").open("wb") as file:
         torch.save(payload, file)
     metadata = torch_dist.read_metadata(checkpoint)
-    metadata.state_dict_metadata["decoder.rng"] = BytesStorageMetadata()
+    name = "decoder.final_layernorm.weight"
+    (index,) = (index for index in metadata.storage_data if index.fqn == name)
+    del metadata.storage_data[index]
+    metadata.state_dict_metadata[name] = BytesStorageMetadata()
     size = (checkpoint / "__0_9.distcp").stat().st_size
-    metadata.storage_data[MetadataIndex("decoder.rng")] = _StorageInfo("__0_9.distcp", 0, size)
+    metadata.storage_data[MetadataIndex(name)] = _StorageInfo("__0_9.distcp", 0, size)
     (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
 def in_a_tensors_place(checkpoint, payload):
-    with (checkpoint / "__0_0.distcp").open("r+b") as file:
-        torch.save(payload, file)
-
-
-def outside_of_the_folder(checkpoint, mark):
+    file = BytesIO()
+    torch.save(payload, file)
     metadata = torch_dist.read_metadata(checkpoint)
-    next(iter(metadata.storage_data.values())).relative_path = "../hf/model.safetensors"
+    info = next(i for index, i in metadata.storage_data.items() if index.fqn == "embedding.word_embeddings.weight")
+    info.length = len(file.getvalue())
+    with (checkpoint / info.relative_path).open("r+b") as shard:
+        shard.seek(info.offset)
+        shard.write(file.getvalue())
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def outside_of_the_folder(checkpoint, place):
+    metadata = torch_dist.read_metadata(checkpoint)
+    next(iter(metadata.storage_data.values())).relative_path = place
     (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
@@ -219,27 +270,95 @@ ATTACKS = {
     "something else in .metadata": (
         lambda c, m: (c / ".metadata").write_bytes(pickle.dumps({"w": 1})), "refused: it holds a dict",
     ),
+    "attributes of a class in .metadata": (
+        lambda c, m: (c / ".metadata").write_bytes(poisoned(c, "a class")), "refused: it sets attributes of",
+    ),
     "a call in common.pt": (lambda c, m: torch.save(Payload(m), c / "common.pt"), "common.pt is refused"),
     "a call in a tensor's place": (
-        lambda c, m: in_a_tensors_place(c, Payload(m)), "0.distcp at byte 0 is refused|corrupt",
+        lambda c, m: in_a_tensors_place(c, Payload(m)), r"distcp at byte \d+ is refused",
     ),
-    "a call in an object beside the tensors": (
-        lambda c, m: with_object(c, Payload(m)), "9.distcp at byte 0 is refused",
+    "a call in an object where a tensor should be": (
+        lambda c, m: with_object(c, Payload(m)), "is a BytesStorageMetadata, expected tensors only",
     ),
-    "a path out of the folder": (outside_of_the_folder, "points at '../hf/model.safetensors'"),
+    "a path out of the folder": (
+        lambda c, m: outside_of_the_folder(c, "../hf/model.safetensors"), "points at '../hf/model.safetensors'",
+    ),
+    "a path to anywhere": (lambda c, m: outside_of_the_folder(c, "/x/0.distcp"), "points at '/x/0.distcp'"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("attack", ATTACKS)
-def test_an_attack_is_refused_and_nothing_of_it_runs(attack, checkpoint, tmp_path, monkeypatch):
-    harm, message = ATTACKS[attack]
-    mark = tmp_path / "it-ran"
-    harm(checkpoint, mark)
-    facts = {name: fact for name, fact in read_manifest(checkpoint).items() if name != "files"}
+def made_right(checkpoint: Path) -> None:
+    """Have the manifest list the files as they are now."""
+    facts = {name: fact for name, fact in read_manifest(checkpoint).items() if name not in ("files", "manifest_sha256")}
     write_manifest(checkpoint, facts)
     verify(checkpoint)
-    refuses(checkpoint, tmp_path, monkeypatch, message)
-    assert not mark.exists()
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_an_attack_in_a_converted_checkpoint_is_refused_and_nothing_of_it_runs(
+    attack, checkpoint, tmp_path, monkeypatch
+):
+    harm, message = ATTACKS[attack]
+    harm(checkpoint, tmp_path / "it-ran")
+    made_right(checkpoint)
+    refuses(uses(checkpoint, tmp_path), message, tmp_path, monkeypatch)
+    assert not (tmp_path / "it-ran").exists()
+
+
+@pytest.fixture(scope="module")
+def half_way(tmp_path_factory):
+    """A folder with the inputs of a run, and the run as it is after half of its steps."""
+    folder = tmp_path_factory.mktemp("half-way")
+    tiny_model(folder / "hf")
+    convert(folder / "hf", folder / "megatron")
+    random_store(folder / "store", samples=20)
+    forked.train(the_run(folder))
+    shutil.rmtree(newest(folder / "run"))
+    return folder
+
+
+def the_run(folder: Path, **changes):
+    place = {"checkpoint": str(folder / "megatron"), "data": str(folder / "store"), "output": str(folder / "run")}
+    return settings(**place, train_iters=4, save_interval=2, **changes)
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_an_attack_in_a_runs_checkpoint_is_refused_when_it_goes_on_and_nothing_of_it_runs(attack, half_way, tmp_path):
+    run = shutil.copytree(half_way / "run", tmp_path / "run")
+    harm, message = ATTACKS[attack]
+    harm(run / "iter_0000002", tmp_path / "it-ran")
+    made_right(run / "iter_0000002")
+    given = the_run(half_way).to_json() | {"output": str(run)}
+    with pytest.raises(RuntimeError, match=message):
+        forked.train(settings(**given))
+    assert not (tmp_path / "it-ran").exists() and not (run / "iter_0000004").exists()
+
+
+def test_an_attack_is_refused_by_the_processes_that_notebooks_launch(half_way, tmp_path):
+    given, mark = the_run(half_way).to_json() | {"output": str(tmp_path / "05")}, tmp_path / "it-ran"
+    arguments = [f"--model={half_way / 'hf'}", f"--checkpoint={tmp_path / '07' / 'iter_0000002'}", "--no-round-trip"]
+    scores = tmp_path / "08" / "iter_0000002", half_way / "store", tmp_path / "scores", 1
+    launched = {
+        "05": ("a call in an object where a tensor should be", lambda: launch_training(settings(**given), 1)),
+        "07": ("a call in .metadata", lambda: launch("rsft_lib.checkpoint.verify", arguments, 1, tmp_path / "log")),
+        "08": ("a call in common.pt", lambda: launch_scoring(*scores)),
+    }
+    for notebook, (attack, start) in launched.items():
+        harm, message = ATTACKS[attack]
+        checkpoint = shutil.copytree(half_way / "run", tmp_path / notebook) / "iter_0000002"
+        harm(checkpoint, mark)
+        made_right(checkpoint)
+        with pytest.raises(RuntimeError, match=message):
+            start()
+        assert not mark.exists(), notebook
+
+
+@pytest.mark.parametrize("shared", SHARED)
+def test_a_pickle_sets_no_attribute_of_what_others_use_too(shared, checkpoint):
+    (checkpoint / ".metadata").write_bytes(poisoned(checkpoint, shared))
+    with pytest.raises(ValueError, match="refused: it sets attributes of"):
+        torch_dist.read_metadata(checkpoint)
+    assert not hasattr(SHARED[shared][1](), "poisoned")
 
 
 @pytest.mark.parametrize("kind", ["pytorch_model.bin", "model_optim_rng.pt"])
@@ -266,3 +385,9 @@ def test_the_attacks_are_real(checkpoint, tmp_path):
         assert mark.exists()
     pickle.loads(through_an_allowed_module(tmp_path / "mark9"))
     assert (tmp_path / "mark9").exists()
+    for shared, (_, see) in SHARED.items():
+        try:
+            pickle.loads(poisoned(checkpoint, shared))
+            assert see().poisoned
+        finally:
+            delattr(see(), "poisoned")

@@ -1,5 +1,6 @@
 """Into Megatron: the weights of a model folder, or of another checkpoint, as one that megatron-core loads."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import torch
 from transformers import PretrainedConfig
 
 from rsft_lib.artifact import MANIFEST, file_hash, new_folder, read_manifest
-from rsft_lib.checkpoint import legacy, sources, torch_dist
+from rsft_lib.checkpoint import hf, legacy, sources, torch_dist
 from rsft_lib.checkpoint.pieces import Weights, resized, with_row_means
 from rsft_lib.model.config import check_layout, read_config
 from rsft_lib.paths import existing, resolve
@@ -15,7 +16,7 @@ from rsft_lib.progress import progress
 
 FORMATS = ("torch_dist", "legacy")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-ALONG = ("config.json", "generation_config.json")  # so that the checkpoint describes itself
+GENERATION = "generation_config.json"
 
 
 def convert(
@@ -57,13 +58,15 @@ def convert(
         FileNotFoundError: no config, no weights, or a missing shard.
         FileExistsError: `destination` is something else, or was made from another model or run.
         OSError: the disk has not enough space.
-        ValueError: the weights are not those that `config.json` describes, or a setting does not fit the model.
+        ValueError: the weights are not those that `config.json` describes, a setting does not fit the model, or a
+            value overflows `dtype`.
     """
     source, destination = existing(source, "model folder"), resolve(destination)
     describing = existing(original, "original model") if original else source
     config, row_means = read_config(describing), row_means or {}
     _check_settings(config, format, tensor_parallel, pipeline_parallel, vocab_size, dtype, row_means)
     sources.check(source)
+    _report_ignored_files(source)
     weights = sources.whole_vocabulary(sources.open_weights(source, config), config, describing if original else None)
     rows, vocabulary = config.vocab_size, sources.vocabulary(config)
     if format == "legacy":
@@ -81,12 +84,18 @@ def convert(
         "config_sha256": file_hash(describing / "config.json"),
         **_counts(weights),
     }
-    if _already_there(destination, facts, weights, config):
+    if _already_there(destination, facts, weights, config, config_bytes(describing, dtype)):
         print(f"{destination} is there already, whole and the same")
     else:
         facts_and_source = {**facts, "source": str(source), **origin(source)}
-        _write(destination, facts_and_source, weights, config, describing, overwrite)
+        _write(destination, facts_and_source, weights, config, describing, dtype, overwrite)
     return {**facts, "source": str(source), "folder": str(destination)}
+
+
+def _report_ignored_files(source: Path) -> None:
+    if sources.kind(source) == "hf" and (others := hf.weight_sources(source)[1:]):
+        first = hf.weight_sources(source)[0]
+        print(f"{source}: reading {first}, ignoring {', '.join(others)} (the precedence of transformers)")
 
 
 def _check_settings(
@@ -115,11 +124,13 @@ def _counts(weights: Weights) -> dict:
     return {"weights": len(empty), "parameters": sum(t.numel() for t in empty), "dtype": " and ".join(dtypes)}
 
 
-def _already_there(destination: Path, facts: dict, weights: Weights, config: PretrainedConfig) -> bool:
+def _already_there(destination: Path, facts: dict, weights: Weights, config: PretrainedConfig, told: bytes) -> bool:
     """Whether `destination` is whole and holds what would be written, by every bit."""
     try:
         before = read_manifest(destination)
         if any(before.get(name) != fact for name, fact in facts.items()):
+            return False
+        if (destination / "config.json").read_bytes() != told:
             return False
         sources.check(destination)
     except (OSError, ValueError) as error:
@@ -153,7 +164,13 @@ def origin(folder: Path) -> dict[str, str]:
 
 
 def _write(
-    destination: Path, facts: dict, weights: Weights, config: PretrainedConfig, describing: Path, overwrite: bool
+    destination: Path,
+    facts: dict,
+    weights: Weights,
+    config: PretrainedConfig,
+    describing: Path,
+    dtype: str,
+    overwrite: bool,
 ) -> None:
     layout = facts["tensor_parallel"], facts["pipeline_parallel"]
     files = legacy.plan(weights, config, *layout) if facts["format"] == "legacy" else []
@@ -166,11 +183,24 @@ def _write(
             legacy.write(folder, weights, files, bar.update)
         else:
             facts["files"] = torch_dist.write(folder, weights, bar.update)
-        copy_along(describing, folder)
+        copy_along(describing, folder, dtype)
 
 
-def copy_along(describing: Path, folder: Path) -> None:
-    """Copy what describes a model to where its weights are written."""
-    for name in ALONG:
-        if (describing / name).is_file():
-            shutil.copyfile(describing / name, folder / name)
+def copy_along(describing: Path, folder: Path, dtype: str = "") -> None:
+    """Copy what describes a model to where its weights are written, cast to `dtype` unless that is empty."""
+    if (describing / GENERATION).is_file():
+        shutil.copyfile(describing / GENERATION, folder / GENERATION)
+    (folder / "config.json").write_bytes(config_bytes(describing, dtype))
+
+
+def config_bytes(describing: Path, dtype: str) -> bytes:
+    """The `config.json` of a model whose weights were cast to `dtype`; unchanged where that is empty.
+
+    transformers 5 calls the field `dtype`, earlier ones `torch_dtype`; both are set where both are present.
+    """
+    file = (describing / "config.json").read_bytes()
+    if not dtype:
+        return file
+    content = json.loads(file)
+    names = [name for name in ("dtype", "torch_dtype") if name in content] or ["dtype"]
+    return (json.dumps(content | dict.fromkeys(names, dtype), indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,6 +1,5 @@
 """Out of Megatron: a checkpoint of any format and layout, converted or trained, becomes a Hugging Face folder."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from transformers import GenerationConfig, PretrainedConfig
 from rsft_lib.artifact import MANIFEST, file_hash, new_folder, read_manifest, verify
 from rsft_lib.checkpoint import hf, sources
 from rsft_lib.checkpoint.card import model_card
-from rsft_lib.checkpoint.convert import DTYPES, origin
+from rsft_lib.checkpoint.convert import DTYPES, GENERATION, config_bytes, origin
 from rsft_lib.checkpoint.pieces import Weights, resized
 from rsft_lib.model.config import read_config
 from rsft_lib.paths import existing, resolve
@@ -56,8 +55,9 @@ def export(
         FileNotFoundError: a folder is missing, or the checkpoint was not finished.
         FileExistsError: `destination` is something else, or was made from another run or model.
         OSError: the disk has not enough space.
-        ValueError: the checkpoint is damaged, its tensors are not those that its config describes, or the
-            tokenizer has more tokens than the model, or is not the one that a run's data was tokenized with.
+        ValueError: the checkpoint is damaged, its tensors are not those that its config describes, a value
+            overflows `dtype`, or the tokenizer has more tokens than the model, or is not the one that a run's data was
+            tokenized with.
     """
     checkpoint, tokenizer = existing(checkpoint, "checkpoint"), existing(tokenizer, "tokenizer folder")
     describing, destination = existing(original, "original") if original else checkpoint, resolve(destination)
@@ -75,7 +75,7 @@ def export(
     weights = _weights(checkpoint, config, dtype, describing if original else None)
     dtypes = sorted({str(weights.empty(name).dtype).removeprefix("torch.") for name in weights})
     facts |= {"tensors": len(weights.pieces), "dtype": " and ".join(dtypes)}
-    if _already_there(destination, facts):
+    if _already_there(destination, facts, config_bytes(describing, dtype)):
         print(f"{destination} is there already, whole and of the same checkpoint")
         return facts
     size = sum(weights.empty(name).nbytes for name in weights)
@@ -127,7 +127,7 @@ def _identity(checkpoint: Path) -> str:
     return file_hash(checkpoint / MANIFEST) if (checkpoint / MANIFEST).is_file() else ""
 
 
-def _already_there(destination: Path, facts: dict) -> bool:
+def _already_there(destination: Path, facts: dict, config: bytes) -> bool:
     if not facts["checkpoint_sha256"] or not (destination / MANIFEST).is_file():
         return False
     try:
@@ -135,7 +135,8 @@ def _already_there(destination: Path, facts: dict) -> bool:
     except (OSError, ValueError) as error:
         print(f"exporting again: {error}")
         return False
-    return all(before.get(name) == fact for name, fact in facts.items())
+    same = all(before.get(name) == fact for name, fact in facts.items())
+    return same and (destination / "config.json").read_bytes() == config
 
 
 def _of(tokenizer: Path) -> list[str]:
@@ -144,17 +145,13 @@ def _of(tokenizer: Path) -> list[str]:
 
 def _describe(folder: Path, describing: Path, dtype: str, tokenizer: Path) -> None:
     """Write what goes with the weights: config, tokenizer, template, how to generate."""
-    shutil.copyfile(describing / "config.json", folder / "config.json")
-    if dtype:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        content["torch_dtype" if "torch_dtype" in content else "dtype"] = dtype
-        (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    (folder / "config.json").write_bytes(config_bytes(describing, dtype))
     for name in _of(tokenizer):
         shutil.copyfile(tokenizer / name, folder / name)
-    if (folder / "generation_config.json").is_file():
+    if (folder / GENERATION).is_file():
         return
-    if (describing / "generation_config.json").is_file():
-        shutil.copyfile(describing / "generation_config.json", folder / "generation_config.json")
+    if (describing / GENERATION).is_file():
+        shutil.copyfile(describing / GENERATION, folder / GENERATION)
     else:
         ends = load_tokenizer(tokenizer)
         GenerationConfig(

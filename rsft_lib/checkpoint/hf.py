@@ -3,7 +3,7 @@
 import json
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,9 +18,22 @@ from rsft_lib.checkpoint.pieces import Weights, data_of, refuse, return_freed_me
 from rsft_lib.hashed_file import HashedFile
 from rsft_lib.model.weights import hf_shapes, row_map
 
-FORMATS = ("model.safetensors", "pytorch_model.bin")  # the first that is there is read
+FORMATS = ("model.safetensors", "pytorch_model.bin")
+SOURCES = [file for single in FORMATS for file in (single, f"{single}.index.json")]  # the precedence of transformers
 CODES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}  # in a safetensors header
 BUFFERS = re.compile(r"\.rotary_emb\.inv_freq$")  # old exporters wrote these; config.json tells the same
+
+
+def weight_sources(folder: Path) -> list[str]:
+    """Which of SOURCES the folder has. The first is read, as by transformers, also where another is newer.
+
+    Raises:
+        FileNotFoundError: none is.
+    """
+    found = [name for name in SOURCES if (Path(folder) / name).is_file()]
+    if not found:
+        raise FileNotFoundError(f"{folder} holds neither {' nor '.join(FORMATS)}, whole or with an index: download it")
+    return found
 
 
 def index_of(folder: Path) -> dict[str, str] | str:
@@ -30,13 +43,8 @@ def index_of(folder: Path) -> dict[str, str] | str:
         FileNotFoundError: there are no weights.
         ValueError: the index is damaged.
     """
-    for single in FORMATS:
-        index = Path(folder) / f"{single}.index.json"
-        if index.is_file():
-            return _read_index(index)
-        if (Path(folder) / single).is_file():
-            return single
-    raise FileNotFoundError(f"{folder} holds neither {' nor '.join(FORMATS)}, whole or with an index: download it")
+    first = weight_sources(folder)[0]
+    return first if first in FORMATS else _read_index(Path(folder) / first)
 
 
 def weight_files(folder: Path) -> list[str]:
@@ -52,18 +60,36 @@ def open_weights(folder: Path, config: PretrainedConfig) -> Weights:
         FileNotFoundError: no weights, or a missing shard.
         ValueError: a file is damaged, or the tensors are not those of `config`; every difference is listed.
     """
-    opened = {file: _open(Path(folder) / file) for file in weight_files(folder)}
-    index = index_of(folder)
-    placed = dict.fromkeys(opened[index], index) if isinstance(index, str) else index
-    problems = [
-        f"{name}: not in {file}, where the index has it" for name, file in placed.items() if name not in opened[file]
-    ]
-    tensors = {name: opened[file][name] for name, file in placed.items() if name in opened[file]}
+    tensors, problems = _tensors(folder, None)
     tensors = {name: tensor for name, tensor in tensors.items() if not BUFFERS.search(name)}
     if config.tie_word_embeddings and "lm_head.weight" in tensors:
         problems += _untied(tensors)
     refuse(problems + _differences(tensors, hf_shapes(config)), f"tensors of {folder} do not fit config.json")
     return Weights.of(tensors)
+
+
+def open_tensors(folder: Path, names: Collection[str]) -> Weights:
+    """Those of `names` that a folder has, memory-mapped; `config.json` and other shards are not read.
+
+    Raises:
+        FileNotFoundError: no weights, or a missing shard.
+        ValueError: a file is damaged, or lacks a tensor that the index places in it.
+    """
+    tensors, problems = _tensors(folder, names)
+    refuse(problems, f"tensors of {folder} are missing from their shards")
+    return Weights.of(tensors)
+
+
+def _tensors(folder: Path, names: Collection[str] | None) -> tuple[dict[str, Tensor], list[str]]:
+    """(the tensors of a folder, or those of `names` that it has, and where its index is wrong)."""
+    index = index_of(folder)
+    if isinstance(index, str):
+        found = _open(Path(folder) / index)
+        return {name: found[name] for name in found if names is None or name in names}, []
+    placed = {name: file for name, file in index.items() if names is None or name in names}
+    opened = {file: _open(Path(folder) / file) for file in sorted(set(placed.values()))}
+    problems = [f"{n}: not in {file}, where the index has it" for n, file in placed.items() if n not in opened[file]]
+    return {name: opened[file][name] for name, file in placed.items() if name in opened[file]}, problems
 
 
 def as_megatron(weights: Weights, config: PretrainedConfig) -> Weights:

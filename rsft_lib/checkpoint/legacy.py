@@ -112,6 +112,7 @@ def _boxes(weights: Weights, name: str, config: PretrainedConfig, tp_rank: int, 
     if axis is None:
         return [tuple(box)]
     halves = 2 if name.endswith(FUSED) else 1
+    assert shape[axis] % (halves * tensor_parallel) == 0, f"{name} {tuple(shape)}: check_layout lets nothing be cut off"
     part, boxes = shape[axis] // halves // tensor_parallel, []
     for half in range(halves):
         start = half * shape[axis] // halves + tp_rank * part

@@ -51,18 +51,34 @@ class Weights:
         return torch.empty(shape, dtype=self.dtype or pieces[0].tensor.dtype, device="meta")
 
     def read(self, name: str, box: Box = ()) -> Tensor:
-        """The part of a weight that lies in `box`, by default all of it; a view of the file where one piece has it."""
+        """The part of a weight that lies in `box`, by default all of it; a view of the file where one piece has it.
+
+        Raises:
+            ValueError: a value overflows the dtype.
+        """
         empty = self.empty(name)
         box = _within(box, empty)
         parts = [part for piece in self.pieces[name] if (part := _overlap(piece, box))]
         shape = [s.stop - s.start for s in box]
         if len(parts) == 1 and list(parts[0].tensor.shape) == shape:
-            return parts[0].tensor.to(empty.dtype)
+            return self._cast(empty.dtype, parts[0].tensor, name)
         whole = torch.empty(shape, dtype=empty.dtype)
         assert sum(p.tensor.numel() for p in parts) == whole.numel(), f"the pieces of {name} leave gaps or overlap"
         for offset, tensor in parts:
-            whole[tuple(slice(o, o + n) for o, n in zip(offset, tensor.shape, strict=True))] = tensor
+            place = tuple(slice(o, o + n) for o, n in zip(offset, tensor.shape, strict=True))
+            whole[place] = self._cast(empty.dtype, tensor, name)
         return whole
+
+    def _cast(self, dtype: torch.dtype, tensor: Tensor, name: str) -> Tensor:
+        """A part of a weight, cast; an overflow is refused."""
+        found = tensor.to(dtype)
+        if dtype != tensor.dtype and found.isinf().any() and (found.isinf() & tensor.isfinite()).any():
+            largest = max(p.tensor[p.tensor.isfinite()].abs().max().item() for p in self.pieces[name])
+            raise ValueError(
+                f"{name}: its largest absolute value, {largest:.5g}, overflows {dtype} (maximum "
+                f"{torch.finfo(dtype).max:.5g}); choose bfloat16 or float32"
+            )
+        return found
 
     def cuts(self, name: str, box: Box = ()) -> list[Box]:
         """The weight, or the `box` of it, in blocks of whole rows that are handled one at a time.

@@ -1,9 +1,8 @@
-"""The weights of a built model, of which every rank has a part: how they are saved, and loaded from any folder."""
+"""Sharded tensors of a built model and its optimizer: their names in checkpoints, and how they are loaded."""
 
 from pathlib import Path
 
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.models.gpt import GPTModel
 
@@ -54,26 +53,49 @@ def load_weights(model: torch.nn.Module, folder: Path) -> None:
     config = read_config(folder)
     weights = sources.whole_vocabulary(sources.open_weights(folder, config), config)
     places = _places(sharded_weights(model))
-    rows = {place.key: place.global_shape[0] for place in places if place.allow_shape_mismatch}
-    for name, padded in rows.items():
-        weights = resized(weights, [name], padded)
-    refuse([text for place in places if (text := _misfit(place, weights))], f"weights of {folder} are not the model's")
+    weights = _matched(weights, places, folder)
     for place in places:
         place.data.copy_(weights.read(place.key, place.global_slice()))
 
 
 def load(wanted: dict, folder: Path) -> dict:
-    """megatron-core's `dist_checkpointing.load`, after a look into the pickles that it would load as they are.
+    """Load a sharded state dict of this rank, at any layout, from a `torch_dist` checkpoint.
 
-    The hashes are not checked again: take a checkpoint that `artifact.newest` or `artifact.verify` found whole.
+    Replaces megatron-core's `dist_checkpointing.load`, which executes pickles in the checkpoint. Tensors are
+    memory-mapped, so a rank reads only what it copies from them; padding rows are 0.
+
+    Hashes are not verified again: pass a checkpoint that `artifact.newest` or `artifact.verify` accepted.
 
     Raises:
-        ValueError: a pickle is not to be trusted.
+        ValueError: a file is not to be trusted, or the tensors are not those of this run.
     """
-    if torch.distributed.get_rank() == 0:
-        torch_dist.check_pickles(folder)
-    torch.distributed.barrier()
-    return dist_checkpointing.load(wanted, str(folder))
+    places = _places(wanted)
+    weights = torch_dist.open_weights(folder, {place.key for place in places}.__contains__)
+    return _loaded(wanted, torch_dist.read_common(folder), _matched(weights, places, folder))
+
+
+def _loaded(wanted, common, weights: Weights):
+    """`wanted` with its sharded tensors read, and every other leaf taken from the same place in `common`."""
+    if isinstance(wanted, ShardedTensorFactory):
+        return wanted.merge_fn(_loaded(wanted.build(), None, weights))
+    if isinstance(wanted, ShardedTensor):
+        return weights.read(wanted.key, wanted.global_slice())
+    if isinstance(wanted, dict):
+        found = common if isinstance(common, dict) else {}
+        return {key: _loaded(value, found.get(key), weights) for key, value in wanted.items()}
+    if isinstance(wanted, list) and _places(wanted):
+        return [_loaded(value, None, weights) for value in wanted]
+    return common
+
+
+def _matched(weights: Weights, places: list[ShardedTensor], folder: Path) -> Weights:
+    """The weights with the vocabulary padding that `places` expect; any other mismatch is refused."""
+    rows = {place.key: place.global_shape[0] for place in places if place.allow_shape_mismatch}
+    for name, padded in rows.items():
+        if name in weights.pieces:
+            weights = resized(weights, [name], padded)
+    refuse([text for place in places if (text := _misfit(place, weights))], f"weights of {folder} are not the model's")
+    return weights
 
 
 def _misfit(place: ShardedTensor, weights: Weights) -> str:
@@ -83,9 +105,10 @@ def _misfit(place: ShardedTensor, weights: Weights) -> str:
     return "" if found == place.global_shape else f"{place.key}: shape {found}, the model has {place.global_shape}"
 
 
-def _places(entries: dict) -> list[ShardedTensor]:
-    """Where in the whole each part of the model stands; the halves of fc1 stand in two places."""
-    found = []
-    for entry in entries.values():
-        found += entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]
-    return found
+def _places(entry) -> list[ShardedTensor]:
+    """Where in the whole each part of a state stands; the halves of fc1 stand in two places."""
+    if isinstance(entry, ShardedTensorFactory):
+        return _places(entry.build())
+    if isinstance(entry, dict | list):
+        return [place for part in (entry.values() if isinstance(entry, dict) else entry) for place in _places(part)]
+    return [entry] if isinstance(entry, ShardedTensor) else []

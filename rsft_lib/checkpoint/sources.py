@@ -1,10 +1,12 @@
 """Any folder with a model's weights, checked and read by megatron-core's names, whatever its format and layout."""
 
+import hashlib
+import json
 from pathlib import Path
 
 from transformers import PretrainedConfig
 
-from rsft_lib.artifact import MANIFEST, verify, verify_files
+from rsft_lib.artifact import MANIFEST, file_hash, read_manifest, verify, verify_files
 from rsft_lib.checkpoint import hf, legacy, torch_dist
 from rsft_lib.checkpoint.pieces import Piece, Weights, refuse
 from rsft_lib.model.weights import EMBEDDING, HEAD, megatron_shapes, weight_map
@@ -44,6 +46,22 @@ def check(folder: Path) -> None:
         for root in (folder, folder.parent):  # the manifest lies beside the tracker
             if (root / MANIFEST).is_file():
                 verify(root)
+
+
+def identity(folder: Path) -> str:
+    """SHA-256 over `config.json` and the weight files of a folder, independent of its path.
+
+    Hashes are taken from the folder's manifest where it lists them.
+    """
+    folder, found = Path(folder), kind(folder)
+    if found == "hf":
+        files = [folder / name for name in hf.weight_files(folder)]
+    else:
+        files = sorted(folder.rglob(f"*{torch_dist.SUFFIX}" if found == "torch_dist" else legacy.FILE))
+    names = ["config.json", *(path.relative_to(folder).as_posix() for path in files)]
+    listed = read_manifest(folder)["files"] if (folder / MANIFEST).is_file() else {}
+    hashes = {name: listed[name]["sha256"] if name in listed else file_hash(folder / name) for name in names}
+    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
 
 def open_weights(folder: Path, config: PretrainedConfig) -> Weights:

@@ -2,10 +2,12 @@
 
 The format is torch's distributed checkpoint with megatron-core's `metadata.json` and `common.pt` beside it
 (megatron/core/dist_checkpointing/strategies): `*.distcp` files are `torch.save`d tensors one after the other, and
-`.metadata`, a pickle, tells which part of which weight begins where. torch itself loads that pickle with no
-restriction; here it may name nothing but the classes that the format consists of.
+`.metadata`, a pickle, tells which part of which weight begins where. torch itself loads that pickle, and every object
+that it says is no tensor, with no restriction. Nothing here or in sharded.py has torch or megatron-core do that: the
+pickle may name only the classes of this format and build only instances of them; all else is loaded as tensors only.
 """
 
+import dataclasses
 import pickle
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -47,7 +49,11 @@ _OF_THE_FORMAT = {
 }  # fmt: skip
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):
+    """The pure-Python unpickler, since its BUILD opcode, which sets attributes of any object, can be overridden."""
+
+    dispatch = pickle._Unpickler.dispatch.copy()
+
     def find_class(self, module: str, name: str):
         if name not in _OF_THE_FORMAT.get(module, ()):
             raise pickle.UnpicklingError(f"it names {module}.{name}, which is no part of a checkpoint")
@@ -56,24 +62,56 @@ class _Unpickler(pickle.Unpickler):
     def persistent_load(self, pid):
         raise pickle.UnpicklingError("it refers to objects outside of itself")
 
+    def load_build(self):
+        built = self.stack[-2]
+        if not dataclasses.is_dataclass(type(built)):  # a class, function or enum member is shared by the process
+            raise pickle.UnpicklingError(
+                f"it sets attributes of {built!r}, which is not an instance of a class of this format"
+            )
+        super().load_build()
+
+    dispatch[pickle.BUILD[0]] = load_build
+
 
 def read_metadata(folder: Path) -> Metadata:
     """What `.metadata` tells, with nothing in it run.
 
     Raises:
-        ValueError: it names a class or function that is no part of the format, or is no pickle of it at all.
+        ValueError: it names a class or function that is no part of the format, is no pickle of it at all, lists an
+            object that is no tensor, or points out of the folder.
     """
     path = Path(folder) / METADATA
     try:
         with path.open("rb") as file:
             metadata = _Unpickler(file).load()
-        if not isinstance(metadata, Metadata):
-            raise pickle.UnpicklingError(f"it holds a {type(metadata).__name__}")
+        _refuse_all_but_tensors(metadata)
     except FileNotFoundError:
         raise
     except Exception as error:  # a damaged pickle may raise anything
         raise ValueError(f"{path} is refused: {error}; do not load this checkpoint") from error
     return metadata
+
+
+def _refuse_all_but_tensors(metadata: Metadata) -> None:
+    if not isinstance(metadata, Metadata):
+        raise pickle.UnpicklingError(f"it holds a {type(metadata).__name__}")
+    for index, info in metadata.storage_data.items():
+        if Path(info.relative_path).name != info.relative_path or not info.relative_path.endswith(SUFFIX):
+            raise pickle.UnpicklingError(f"it points at {info.relative_path!r}, no {SUFFIX} file of the checkpoint")
+        if not isinstance(found := metadata.state_dict_metadata.get(index.fqn), TensorStorageMetadata):
+            raise pickle.UnpicklingError(f"{index.fqn} is a {type(found).__name__}, expected tensors only")
+
+
+def read_common(folder: Path) -> dict:
+    """What a checkpoint holds besides sharded tensors: numbers, texts and small tensors in dictionaries.
+
+    Raises:
+        ValueError: there is anything else in it.
+    """
+    found = _load(Path(folder) / COMMON)
+    if not isinstance(found, dict):
+        raise ValueError(f"{Path(folder) / COMMON} is refused: it holds a {type(found).__name__}, expected a dict")
+    return found
 
 
 def check(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:
@@ -84,35 +122,17 @@ def check(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> No
         ValueError: a file is damaged, not of this checkpoint, or not to be trusted.
     """
     verify(folder, only=[name for name in read_manifest(folder)["files"] if not name.endswith(SUFFIX)])
-    check_pickles(folder)
+    read_common(folder)
     verify_files(
         folder, {i.relative_path for index, i in read_metadata(folder).storage_data.items() if wanted(index.fqn)}
     )
-
-
-def check_pickles(folder: Path) -> None:
-    """Check that nothing would run if megatron-core loaded a checkpoint, whose hashes were checked before.
-
-    Raises:
-        ValueError: a pickle names what is no part of the format, or `.metadata` points out of the folder.
-    """
-    folder, metadata = Path(folder), read_metadata(folder)
-    _load(folder / COMMON)
-    files = read_manifest(folder)["files"]
-    for index, info in metadata.storage_data.items():
-        if info.relative_path not in files:
-            raise ValueError(
-                f"{folder / METADATA} is refused: it points at {info.relative_path!r}, no file of the checkpoint"
-            )
-        if not isinstance(metadata.state_dict_metadata.get(index.fqn), TensorStorageMetadata):
-            _load(folder / info.relative_path, info)  # torch would load such an object with no restriction
 
 
 def open_weights(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> Weights:
     """The `wanted` tensors of a checkpoint, memory-mapped; check it first."""
     metadata, files, pieces = read_metadata(folder), {}, {}
     for index, info in metadata.storage_data.items():
-        if not wanted(index.fqn) or not isinstance(metadata.state_dict_metadata[index.fqn], TensorStorageMetadata):
+        if not wanted(index.fqn):
             continue
         path = Path(folder) / info.relative_path
         if path not in files:

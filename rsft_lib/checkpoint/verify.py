@@ -191,7 +191,8 @@ def compare_outputs(model: Path, checkpoint: Path, sentence: str, new_tokens: in
 @torch.no_grad()
 def with_transformers(model: Path, use: Callable[[Logits], object], row_means: dict[int, list[int]] | None = None):
     """What `use` makes of the model of a folder, loaded by transformers in fp32 and let go afterwards."""
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).to(device()).eval()
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, trust_remote_code=False)
+    loaded = loaded.to(device()).eval()
     stored = loaded.config.dtype or torch.float32
     for table in {loaded.get_input_embeddings().weight, loaded.get_output_embeddings().weight}:
         means = {row: table[others].mean(dim=0).to(stored).float() for row, others in (row_means or {}).items()}

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from rsft_lib.artifact import write_json
+from rsft_lib.artifact import checkpoints, write_json
 from rsft_lib.launch.failure import failure
 from rsft_lib.launch.log import read_end
 from rsft_lib.training.metrics import scan_metrics
@@ -88,6 +88,7 @@ class Job:
             why = "; ".join(metrics.problems) or "the training has not done a step"
             raise ValueError(f"{self.folder} has no metrics: {why}")
         held_out = [record["eval_loss"] for record in records if "eval_loss" in record]
+        last = checkpoints(self.folder)
         found = {
             "first_loss": records[0]["loss"],
             "last_loss": records[-1]["loss"],
@@ -95,7 +96,7 @@ class Job:
             "iteration": records[-1]["iteration"],
             "ended": how_it_ended(self.folder),
             "job": self.state,
-            "checkpoint": str(max(self.folder.glob("iter_*"), default="none")),
+            "checkpoint": str(last[-1] if last else "none"),
         }
         found |= {"damaged": "; ".join(metrics.problems)} if metrics.problems else {}
         return {**self.status(), **found, "summary": "\n".join(f"{name:<15}{value}" for name, value in found.items())}

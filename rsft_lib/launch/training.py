@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rsft_lib.artifact import write_json
+from rsft_lib.artifact import checkpoint_folder, checkpoints, write_json
 from rsft_lib.launch import local, slurm
 from rsft_lib.launch.failure import ERRORS
 from rsft_lib.launch.job import Job, read_job
 from rsft_lib.launch.local import LocalJob, launch
 from rsft_lib.launch.options import HERE, LaunchOptions
-from rsft_lib.paths import resolve
+from rsft_lib.paths import existing, resolve
 from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.run_folder import CONFIG, ENDED, LOG, STOPPING, read_ended, read_record
 from rsft_lib.training.watchdog import STACKS
@@ -38,7 +38,7 @@ def start_training(config: TrainConfig, nproc: int, options: LaunchOptions = HER
             has started then.
     """
     config.data_parallel(options.ranks(nproc))
-    output = resolve(config.output)
+    config, output = _with_steps(config), resolve(config.output)
     output.mkdir(parents=True, exist_ok=True)
     with _one_at_a_time(output):
         if job := attach(output):
@@ -46,7 +46,7 @@ def start_training(config: TrainConfig, nproc: int, options: LaunchOptions = HER
             print(f"found running, nothing was started: {job.state}", flush=True)
             return job
         common = {
-            "train_iters": _train_iters(config), "on_interrupt": options.on_interrupt, "patience": config.save_timeout,
+            "train_iters": config.train_iters, "on_interrupt": options.on_interrupt, "patience": config.save_timeout,
         }  # fmt: skip
         if _finished(config, output):
             print(f"found finished, nothing was started; another run needs another folder than {output}", flush=True)
@@ -133,7 +133,7 @@ def _refuse_others(job: Job, config: TrainConfig) -> None:
 
 
 def _finished(config: TrainConfig, output: Path) -> bool:
-    """Whether the run in a folder is this one, and has done all of its steps.
+    """Whether the run in a folder is this one, and has done all of the steps that are asked for.
 
     Raises:
         ValueError: it is another one; every difference is named.
@@ -141,24 +141,24 @@ def _finished(config: TrainConfig, output: Path) -> bool:
     told = read_ended(output)
     if told.get("reason") != "finished":
         return False
-    checkpoint = output / f"iter_{told['iteration']:07d}"
-    if not checkpoint.exists():
+    checkpoint = checkpoint_folder(output, told["iteration"])
+    if checkpoint not in checkpoints(output):
         return False
     from rsft_lib.training.datasets import open_datasets
-    from rsft_lib.training.state import refuse_another_run  # imports megatron-core, which takes seconds
+    from rsft_lib.training.same_run import facts_of, refuse_another_run  # imports megatron-core, which takes seconds
 
-    data = open_datasets(config)
-    refuse_another_run(checkpoint, {"config": config.for_packs(len(data.train)).to_json(), "data": data.facts()})
-    return True
+    base = existing(config.checkpoint, "checkpoint")
+    refuse_another_run(checkpoint, facts_of(config, open_datasets(config), base))
+    return told["iteration"] >= config.train_iters
 
 
-def _train_iters(config: TrainConfig) -> int:
-    """Steps of the run, which the data decides where `epochs` are asked for."""
+def _with_steps(config: TrainConfig) -> TrainConfig:
+    """The settings with `epochs`, where set, converted to `train_iters`."""
     if not config.epochs:
-        return config.train_iters
+        return config
     from rsft_lib.training.datasets import open_datasets
 
-    return config.for_packs(len(open_datasets(config).train)).train_iters
+    return config.for_packs(len(open_datasets(config).train))
 
 
 def _refuse_elsewhere(output: Path) -> None:

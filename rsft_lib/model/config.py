@@ -1,5 +1,6 @@
 """A Hugging Face `config.json` as a megatron-core TransformerConfig. Nothing else describes the model."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ ROPE_TYPES = ("default", "linear", "llama3")  # those that change frequencies on
 
 
 def read_config(folder: str | Path) -> PretrainedConfig:
-    """The `config.json` of a model or checkpoint folder.
+    """The `config.json` of a model or checkpoint folder. Code that the folder brings along is never run.
 
     Raises:
         FileNotFoundError: the folder holds none.
@@ -23,10 +24,12 @@ def read_config(folder: str | Path) -> PretrainedConfig:
     """
     path = existing(Path(folder) / "config.json", "model config")
     try:
-        config = AutoConfig.from_pretrained(path.parent)
+        family = json.loads(path.read_text(encoding="utf-8"))["model_type"]
+        # Of another family, transformers would ask whether to run the folder's code.
+        config = AutoConfig.from_pretrained(path.parent, trust_remote_code=False) if family in FAMILIES else None
     except Exception as error:  # transformers raises many kinds; each means that the file is no model's config
         raise ValueError(f"{path} cannot be read as a model's config: {error}") from error
-    _refuse_unsupported(config, path)
+    _refuse_unsupported({"model_type": (family, FAMILIES)} if config is None else _expected(config), path)
     return config
 
 
@@ -61,6 +64,9 @@ def check_layout(config: PretrainedConfig, tensor_parallel: int, pipeline_parall
             problems.append(f"{name} {getattr(config, name)} does not divide by tensor_parallel {tensor_parallel}")
     if groups % tensor_parallel and tensor_parallel % groups:
         problems.append(f"num_key_value_heads {groups} is no multiple or divisor of tensor_parallel {tensor_parallel}")
+    rows = (config.num_attention_heads + 2 * groups) * head_dim(config)  # megatron-core splits them evenly
+    if rows % tensor_parallel:
+        problems.append(f"the {rows} rows of the fused QKV weight are not divisible by {tensor_parallel=}")
     if config.num_hidden_layers % pipeline_parallel:
         problems.append(
             f"num_hidden_layers {config.num_hidden_layers} does not divide by pipeline_parallel {pipeline_parallel}"
@@ -111,11 +117,10 @@ def _leave_empty(weight: torch.Tensor) -> None:
     """
 
 
-def _refuse_unsupported(config: PretrainedConfig, path: Path) -> None:
-    """A setting that a family does not have counts as the value that is expected of it."""
+def _expected(config: PretrainedConfig) -> dict[str, tuple]:
+    """Setting -> (what it is, what it may be); one that a family does not have counts as what is expected of it."""
     rope = getattr(config, "rope_parameters", None) or {}
-    expected = {
-        "model_type": (config.model_type, FAMILIES),
+    return {
         "hidden_act": (getattr(config, "hidden_act", None), ("silu",)),
         "attention_dropout": (getattr(config, "attention_dropout", 0.0), (0.0, None)),
         "attention_bias": (getattr(config, "attention_bias", False), (False,)),  # also biases the output projection
@@ -124,6 +129,9 @@ def _refuse_unsupported(config: PretrainedConfig, path: Path) -> None:
         "partial_rotary_factor": (rope.get("partial_rotary_factor", 1.0), (1.0,)),
         "quantization_config": (getattr(config, "quantization_config", None), (None,)),
     }
+
+
+def _refuse_unsupported(expected: dict[str, tuple], path: Path) -> None:
     for name, (found, allowed) in expected.items():
         if found not in allowed:
             one_of = " or ".join(repr(value) for value in allowed if value is not None)

@@ -13,7 +13,7 @@ from megatron.core.transformer.module import Float16Module
 from transformers import PretrainedConfig
 
 from rsft_lib.host import device
-from rsft_lib.model.config import read_config, transformer_config
+from rsft_lib.model.config import check_layout, read_config, transformer_config
 from rsft_lib.model.gpt import build_model, resolve_backend
 from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.optimizer import build_optimizer, build_schedule
@@ -108,15 +108,8 @@ def refuse_misfit(config: TrainConfig, hf: PretrainedConfig) -> None:
     Raises:
         ValueError: the model cannot be split that way.
     """
-    groups, layers = hf.num_key_value_heads, hf.num_hidden_layers
-    if groups % config.tensor_parallel and config.tensor_parallel % groups:
-        raise ValueError(
-            f"{groups} key-value heads of the model and tensor_parallel {config.tensor_parallel} do not divide"
-        )
-    if hf.num_attention_heads % config.tensor_parallel:
-        raise ValueError(
-            f"the model's {hf.num_attention_heads} heads do not divide by tensor_parallel {config.tensor_parallel}"
-        )
+    check_layout(hf, config.tensor_parallel, pipeline_parallel=1)
+    layers = hf.num_hidden_layers
     parts = config.pipeline_parallel * config.virtual_pipeline
     if layers % parts:
         by_virtual = f" x virtual_pipeline {config.virtual_pipeline}" if config.virtual_pipeline > 1 else ""

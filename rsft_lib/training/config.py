@@ -10,10 +10,9 @@ from pathlib import Path
 
 import yaml
 
-SHAPES_THE_RUN = (
-    "checkpoint", "seq_length", "micro_batch_size", "global_batch_size", "packing", "normalize_by", "split",
-    "train_iters", "lr", "min_lr", "warmup_fraction", "weight_decay", "adam_beta1", "adam_beta2", "clip_grad", "seed",
-    "precision",
+SHAPES_THE_RUN = (  # besides model and data, which are compared by hash, and train_iters, which may grow
+    "seq_length", "global_batch_size", "packing", "normalize_by", "split", "lr", "min_lr", "warmup_fraction",
+    "weight_decay", "adam_beta1", "adam_beta2", "clip_grad", "seed", "precision",
 )  # fmt: skip
 CHOICES = {
     "precision": ("bf16", "fp32", "fp8"),
@@ -51,9 +50,9 @@ class TrainConfig:
     normalize_by: str = "token"
     """'token': every trained token of a step weighs the same; 'sample': every sample does."""
     train_iters: int = 17_000
-    """Optimizer steps."""
+    """Optimizer steps. A larger number continues a finished run; the learning-rate schedule is recomputed for it."""
     epochs: float = 0.0
-    """Passes over the data, in place of `train_iters`; 0 for `train_iters`."""
+    """Passes over the data; overrides `train_iters` unless it is 0."""
 
     lr: float = 1e-5
     """Highest learning rate, reached after warm-up."""
@@ -150,7 +149,6 @@ class TrainConfig:
 
     def _contradictions(self) -> list[tuple[str, bool]]:
         """(what is wrong, whether it is) for settings that do not go together."""
-        default = {field.name: field.default for field in dataclasses.fields(self)}
         row, pieces = self.seq_length * self.micro_batch_size, 2 * self.context_parallel
         importable = lambda name: importlib.util.find_spec(name) is not None  # noqa: E731
         return [
@@ -158,10 +156,6 @@ class TrainConfig:
             (f"warmup_fraction is {self.warmup_fraction}; it is a share, from 0 to 1", self.warmup_fraction > 1),
             (f"adam_beta1 is {self.adam_beta1}; it must be below 1", self.adam_beta1 >= 1),
             (f"adam_beta2 is {self.adam_beta2}; it must be below 1", self.adam_beta2 >= 1),
-            (
-                f"epochs {self.epochs:g} and train_iters {self.train_iters} both say how long to train; leave one out",
-                self.epochs > 0 and self.train_iters != default["train_iters"],
-            ),
             (
                 "precision 'fp8' needs Transformer Engine; backend is 'torch'",
                 self.precision == "fp8" and self.backend == "torch",
@@ -233,11 +227,10 @@ class TrainConfig:
         return replicas
 
     def for_packs(self, packs: int) -> "TrainConfig":
-        """These settings with `train_iters` in place of `epochs`, for data of `packs` packs."""
+        """These settings with `epochs`, where set, converted to `train_iters` for data of `packs` packs."""
         if not self.epochs:
             return self
-        iterations = max(1, math.ceil(self.epochs * packs / self.global_batch_size))
-        return dataclasses.replace(self, train_iters=iterations, epochs=0.0)
+        return dataclasses.replace(self, train_iters=max(1, math.ceil(self.epochs * packs / self.global_batch_size)))
 
     def to_json(self) -> dict:
         return dataclasses.asdict(self)

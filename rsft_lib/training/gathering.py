@@ -21,7 +21,7 @@ def gather_states(
     A parameter's place is that which `param_index_map` of the buffer gives, so padding is kept.
 
     Args:
-        empty_data: give the tensors on every rank, to load into.
+        empty_data: return meta tensors on every rank, as placeholders for loading.
 
     Returns:
         None on all ranks but the first, unless `empty_data`.
@@ -32,7 +32,8 @@ def gather_states(
     for number, (buffer, buckets) in enumerate(zip(optimizer.buffers, optimizer.gbuf_ranges, strict=True)):
         (dtype,) = buckets
         # All threads write zeros: memory that a GPU's copy is the first to touch comes page by page, at 1 GB/s.
-        states = {name: torch.zeros(buffer.numel, device="cpu") if kept else None for name in STATES}
+        place = "meta" if empty_data else "cpu"
+        states = {name: torch.zeros(buffer.numel, device=place) if kept else None for name in STATES}
         if not empty_data:
             for bucket, ranges in zip(buffer.buckets, buckets[dtype], strict=True):
                 for name, whole in states.items():

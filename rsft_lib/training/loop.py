@@ -24,10 +24,11 @@ from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.datasets import Datasets, open_datasets
 from rsft_lib.training.flops import peak_flops, training_flops
 from rsft_lib.training.metrics import open_writers
-from rsft_lib.training.preflight import describe
+from rsft_lib.training.preflight import checkpoint_bytes, describe
 from rsft_lib.training.run_folder import ENDED, how_it_ended
+from rsft_lib.training.same_run import facts_of, refuse_another_run
 from rsft_lib.training.saving import Saver
-from rsft_lib.training.state import TrainState, load, refuse_another_run, start
+from rsft_lib.training.state import TrainState, load, start
 from rsft_lib.training.stop import REASONS, Stop, stopping
 
 
@@ -43,7 +44,6 @@ def train(config: TrainConfig) -> TrainState:
         (output / ENDED).unlink(missing_ok=True)
         data = open_datasets(config)
         config = config.for_packs(len(data.train))
-        facts = {"config": config.to_json(), "data": data.facts()}
         hf = read_config(checkpoint)
         if rank == 0:
             print(describe(config, hf, data, torch.distributed.get_world_size()), flush=True)
@@ -52,9 +52,10 @@ def train(config: TrainConfig) -> TrainState:
         state = build_state(config, checkpoint)
         state.watch(data.train.control)
         with watchdog.deadline(max(watchdog.START, config.save_timeout)):
+            facts = facts_of(config, data, checkpoint) if rank == 0 else {}
             begin(state, output, checkpoint, facts)
         saver = Saver(
-            output, checkpoint / "config.json", facts,
+            output, checkpoint / "config.json", facts, size=checkpoint_bytes(config, hf),
             timeout=config.save_timeout, keep_last=config.keep_last, keep_every=config.keep_every,
         )  # fmt: skip
         run = Run(config, state, data, hf, output, stop, saver)
@@ -66,16 +67,20 @@ def train(config: TrainConfig) -> TrainState:
 
 
 def begin(state: TrainState, output: Path, checkpoint: Path, facts: dict) -> None:
-    """Put weights, and where a run is continued everything else, into `state`."""
-    found = [newest(output) if torch.distributed.get_rank() == 0 else None]
+    """Load weights, and when resuming everything else, into `state`; only rank 0 needs `facts`."""
+    found, changed = [None], []
+    if torch.distributed.get_rank() == 0:
+        found = [newest(output)]
+        changed = refuse_another_run(found[0], facts) if found[0] else []
     torch.distributed.broadcast_object_list(found)
     if found[0] is None:
         start(state, checkpoint)
         return
-    refuse_another_run(found[0], facts)
     load(state, found[0])
     if torch.distributed.get_rank() == 0:
-        print(f"resumed from {found[0]}", flush=True)
+        rate = state.optimizer.param_groups[0]["lr"]
+        message = f"resumed from {found[0]}: next step {state.iteration + 1:,}, learning rate {rate:.2e}"
+        print(message, *(f"  {line}" for line in changed), sep="\n", flush=True)
 
 
 class Run:

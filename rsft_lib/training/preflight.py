@@ -49,7 +49,9 @@ def preflight(config: TrainConfig, nproc: int) -> str:
 def describe(config: TrainConfig, hf: PretrainedConfig, data: Datasets, ranks: int) -> str:
     """The lines that `preflight` gives, and the log of a run begins with."""
     refuse_misfit(config, hf)
-    config = config.for_packs(len(data.train))
+    asked, config = config, config.for_packs(len(data.train))
+    overridden = asked.train_iters != config.train_iters
+    overrides = f"; epochs={config.epochs:g} overrides train_iters={asked.train_iters}" if overridden else ""
     per_epoch = len(data.train) / config.global_batch_size
     lines = {
         "model": f"{parameters(hf):,} parameters, {matmul_parameters(hf):,} of them in products",
@@ -57,7 +59,7 @@ def describe(config: TrainConfig, hf: PretrainedConfig, data: Datasets, ranks: i
         "memory": _memory_line(config, hf, ranks),
         "step": f"{config.global_batch_size * config.seq_length:,} tokens in {config.global_batch_size} packs",
         "epoch": f"{per_epoch:,.1f} steps of {len(data.train):,} packs",
-        "run": f"{config.train_iters:,} steps, {config.train_iters / per_epoch:,.1f} epochs",
+        "run": f"{config.train_iters:,} steps, {config.train_iters / per_epoch:,.1f} epochs{overrides}",
         "checkpoint": _checkpoint_line(config, hf),
         "saving": _saving_line(config, hf),
         "time": _time_line(config, hf, data, ranks),
@@ -126,9 +128,13 @@ def _memory_line(config: TrainConfig, hf: PretrainedConfig, ranks: int) -> str:
     return f"about {_size(need.total)} a rank ({parts}); {what} {_size(there)}{fits}"
 
 
+def checkpoint_bytes(config: TrainConfig, hf: PretrainedConfig) -> int:
+    """Weights as they are, and for the optimizer the float32 of them and of both moments."""
+    return parameters(hf) * (_width(config) + 12)
+
+
 def _checkpoint_line(config: TrainConfig, hf: PretrainedConfig) -> str:
-    # Weights as they are, and for the optimizer the float32 of them and of both moments.
-    size = parameters(hf) * (_width(config) + 12)
+    size = checkpoint_bytes(config, hf)
     kept = -(-config.train_iters // config.save_interval)
     if config.keep_last:
         kept = min(kept, config.keep_last + (config.train_iters // config.keep_every if config.keep_every else 0) + 1)

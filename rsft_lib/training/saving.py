@@ -4,11 +4,14 @@ megatron-core plans which rank writes what; the writing itself is done here by t
 writers are forked processes, which are waited for for ever when one is killed, and fork while CUDA runs.
 """
 
+import errno
 import queue
 import shutil
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -18,8 +21,9 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint.storage import WriteResult
 
-from rsft_lib.artifact import WRITERS, publish
+from rsft_lib.artifact import WRITERS, checkpoint_folder, checkpoints, publish, read_manifest, require_space
 from rsft_lib.checkpoint.torch_dist import write_files
+from rsft_lib.training.retention import locked, remove_leftovers, remove_old, set_aside
 from rsft_lib.training.state import LAYOUT, TrainState, content
 from rsft_lib.training.watchdog import deadline
 
@@ -31,23 +35,32 @@ class Saver:
     """Writes the checkpoints of a run, one at a time; all ranks call it together."""
 
     def __init__(
-        self, output: Path, model_config: Path, facts: dict, *, timeout: float, keep_last: int, keep_every: int
-    ):
-        self.output, self.model_config, self.facts = output, model_config, facts
+        self, output: Path, model_config: Path, facts: dict, *, size: float, timeout: float, keep_last: int,
+        keep_every: int,
+    ):  # fmt: skip
+        """`size` is the expected size of a checkpoint in bytes, used until the run has one."""
+        self.output, self.model_config, self.facts, self.size = output, model_config, facts, size
         self.timeout, self.keep_last, self.keep_every = timeout, keep_last, keep_every
         self.writing: _Writing | None = None
         self.publishing: Future | None = None
         self.background = ThreadPoolExecutor(1)
+        self.lock = ExitStack()
+        if _rank_0():
+            remove_leftovers(output)
+            self.size = next(map(_bytes, reversed(checkpoints(output))), size)
 
     def save(self, state: TrainState, wait: bool) -> None:
-        """Write a checkpoint of this moment; without `wait`, go on when the tensors are copied."""
+        """Write a checkpoint of this moment; without `wait`, go on when the tensors are copied.
+
+        Raises:
+            OSError: the disk is full; earlier checkpoints are kept.
+        """
         with deadline(self.timeout):
             self.finish()
-            final = self.output / f"iter_{state.iteration:07d}"
+            final = checkpoint_folder(self.output, state.iteration)
             temporary = final.with_name(f".{final.name}.tmp")
             if _rank_0():
-                shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir(parents=True)
+                self._make_room(temporary)
             torch.distributed.barrier()
             strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=WRITERS)  # as many files a rank
             request = dist_checkpointing.save(
@@ -57,6 +70,15 @@ class Saver:
             self.writing = _Writing(request, temporary, final, state.iteration)
             if wait:
                 self.finish()
+
+    def _make_room(self, temporary: Path) -> None:
+        """Create the temporary folder of a checkpoint; it is locked until it gets its final name."""
+        if temporary.exists():
+            with locked(temporary):
+                shutil.rmtree(temporary)
+        require_space(temporary, self.size)
+        temporary.mkdir(parents=True)
+        self.lock.enter_context(locked(temporary))
 
     def written(self) -> bool:
         """Whether this rank has nothing left to write.
@@ -74,7 +96,13 @@ class Saver:
             return
         writing, self.writing = self.writing, None
         with deadline(self.timeout):
-            files = writing.complete()
+            try:
+                with disk_full_details(writing.final, self.size):
+                    files = writing.complete()
+            except Exception:
+                if _rank_0():
+                    shutil.rmtree(writing.temporary, ignore_errors=True)  # all ranks have stopped
+                raise
         if _rank_0():
             self.publishing = self.background.submit(self._publish, writing, files)
 
@@ -88,10 +116,14 @@ class Saver:
             torch.distributed.barrier()
 
     def _publish(self, writing: "_Writing", files: dict) -> None:
-        shutil.copyfile(self.model_config, writing.temporary / "config.json")
-        facts = {"made_by": "train", "iteration": writing.iteration, **self.facts, "files": files}
-        publish(writing.temporary, writing.final, facts)
-        remove_old(self.output, self.keep_last, self.keep_every)
+        with disk_full_details(writing.final, self.size):
+            shutil.copyfile(self.model_config, writing.temporary / "config.json")
+            facts = {"made_by": "train", "iteration": writing.iteration, **self.facts, "files": files}
+            set_aside(writing.final)
+            publish(writing.temporary, writing.final, facts)
+        self.lock.close()
+        self.size = _bytes(writing.final)
+        remove_old(self.output, writing.iteration, self.keep_last, self.keep_every)
 
 
 class _Writing:
@@ -100,6 +132,7 @@ class _Writing:
     def __init__(self, request: AsyncRequest, temporary: Path, final: Path, iteration: int):
         self.request, self.temporary, self.final, self.iteration = request, temporary, final, iteration
         self.began, self.done, self.files, self.result = time.monotonic(), threading.Event(), {}, None
+        self.failed: tuple[int, str] = (0, "")
         self.buckets = request.preload_fn() if request.preload_fn else []
         if not torch.cuda.is_available():  # nothing was copied from anywhere, and training would write on
             self.buckets = [
@@ -108,8 +141,8 @@ class _Writing:
         threading.Thread(target=self._write, daemon=True).start()
 
     def _write(self) -> None:
-        items = {Path(path): [*raw, *tensors] for path, _, (raw, tensors) in self.buckets}
         try:
+            items = {Path(path): [*raw, *tensors] for path, _, (raw, tensors) in self.buckets}
             places, self.files = write_files({path: [data for _, data in found] for path, found in items.items()})
             self.result = {
                 number: [
@@ -119,19 +152,27 @@ class _Writing:
                 for number, (path, found) in enumerate(items.items())
             }
         except Exception as error:
-            self.result = error
+            self.failed = (getattr(error, "errno", None) or 0, f"{type(error).__name__}: {error}")
         self.done.set()
 
     def complete(self) -> dict[str, dict]:
-        """Wait for the threads, let megatron-core write what describes the files, and raise what went wrong anywhere.
+        """Wait for the threads, and let megatron-core write what describes the files.
 
         Returns:
             On the first rank, the manifest's entries of the files that all ranks have written.
+
+        Raises:
+            OSError: on every rank, the error of the first rank that failed.
         """
         self.done.wait()
+        failed = [self.failed] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(failed, self.failed)
+        for rank, (number, text) in enumerate(failed):
+            if text:
+                message = f"{self.final} was not written; rank {rank}: {text}"
+                raise OSError(number, message) if number else OSError(message)
         if self.buckets:
             filesystem_async._results_queue.put(self.result)
-        torch.distributed.barrier()
         for finalize in self.request.finalize_fns:
             finalize()
         files = [{}] * torch.distributed.get_world_size() if _rank_0() else None
@@ -139,21 +180,24 @@ class _Writing:
         return {name: entry for written in files or [] for name, entry in written.items()}
 
 
-def remove_old(output: Path, keep_last: int, keep_every: int) -> None:
-    """Remove all checkpoints but the last `keep_last` and those of steps that divide by `keep_every`; 0 keeps all.
+@contextmanager
+def disk_full_details(final: Path, size: float) -> Iterator[None]:
+    """Add to a disk-full error how much the checkpoint `final` needs and how much is free."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        free = shutil.disk_usage(final.parent).free
+        raise OSError(
+            error.errno,
+            f"{error.strerror}: {final} needs about {size / 1e9:,.3f} GB, {free / 1e9:,.3f} GB are free. Free some "
+            "space, or set keep_last, and start again: the run resumes from the previous checkpoint",
+        ) from None
 
-    A folder is renamed before it is emptied, so what has the name of a checkpoint is whole.
-    """
-    for leftover in output.glob(".iter_*.old*"):
-        shutil.rmtree(leftover)
-    if not keep_last:
-        return
-    for folder in sorted(output.glob("iter_*"))[:-keep_last]:
-        if keep_every and int(folder.name.removeprefix("iter_")) % keep_every == 0:
-            continue
-        old = folder.with_name(f".{folder.name}.old")
-        folder.rename(old)
-        shutil.rmtree(old)
+
+def _bytes(checkpoint: Path) -> int:
+    return sum(entry["bytes"] for entry in read_manifest(checkpoint)["files"].values())
 
 
 def _comparable(common: dict) -> dict:

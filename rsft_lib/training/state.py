@@ -4,16 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from rsft_lib.artifact import read_manifest
+from rsft_lib.checkpoint import sharded
 from rsft_lib.checkpoint.sharded import SHARDING, load_weights, set_weights, sharded_weights
 from rsft_lib.data.spans import Control
 from rsft_lib.model.gpt import ResponseModel
-from rsft_lib.training.config import SHAPES_THE_RUN
 
 # Optimizer states are gathered through the CPU: through the GPU it would need as much memory again as they have.
 LAYOUT = {**SHARDING, "distrib_optim_fully_reshardable_mem_efficient": True}
@@ -64,34 +62,10 @@ def start(state: TrainState, checkpoint: Path) -> None:
 
 def load(state: TrainState, checkpoint: Path) -> None:
     """Continue from a checkpoint of a run, saved at any parallel layout."""
-    loaded = dist_checkpointing.load(content(state, loading=True), str(checkpoint))
+    loaded = sharded.load(content(state, loading=True), checkpoint)
     for number, chunk in enumerate(state.chunks):
         set_weights(chunk.module, loaded["model" if len(state.chunks) == 1 else f"model{number}"])
     state.optimizer.load_state_dict(loaded["optimizer"])
     torch.set_rng_state(loaded["rng"])
     state.iteration = loaded["iteration"]
     state.scheduler.step(increment=state.iteration)
-
-
-def refuse_another_run(checkpoint: Path, facts: dict) -> None:
-    """A run may be continued only with the settings and the data it began with.
-
-    Args:
-        facts: as in the checkpoint's manifest: `config`, and `data`, what is known of the tokenized data.
-
-    Raises:
-        ValueError: with every difference.
-    """
-    before = read_manifest(checkpoint)
-    old, new = ({f"data: {key}": value for key, value in f["data"].items()} for f in (before, facts))
-    old |= {name: before["config"].get(name) for name in SHAPES_THE_RUN}
-    new |= {name: facts["config"][name] for name in SHAPES_THE_RUN}
-    differences = [
-        f"{name}: was {old.get(name)!r}, now {value!r}" for name, value in new.items() if old.get(name) != value
-    ]
-    if differences:
-        listed = "\n  ".join(differences)
-        raise ValueError(
-            f"{checkpoint} belongs to another run:\n  {listed}\n"
-            "Set these back to continue it, or choose another output folder for a new run."
-        )

@@ -1,0 +1,53 @@
+"""Whether a run may resume from a checkpoint: same model, data and settings, wherever they are stored."""
+
+from pathlib import Path
+
+from rsft_lib.artifact import read_manifest
+from rsft_lib.checkpoint.sources import identity
+from rsft_lib.training.config import SHAPES_THE_RUN, TrainConfig
+from rsft_lib.training.datasets import Datasets
+
+
+def facts_of(config: TrainConfig, data: Datasets, base: Path) -> dict:
+    """What a checkpoint's manifest records of its run: settings, and hashes of data and base model."""
+    return {"config": config.to_json(), "data": data.facts(), "base_sha256": identity(base)}
+
+
+def refuse_another_run(checkpoint: Path, facts: dict) -> list[str]:
+    """A run resumes only with the model, settings and data it began with; `train_iters` may grow.
+
+    Args:
+        facts: as `facts_of` returns them.
+
+    Returns:
+        For the log, a line for each setting that changed without making it another run.
+
+    Raises:
+        ValueError: with every difference that makes it another run.
+    """
+    before = read_manifest(checkpoint)
+    old, new = before["config"], facts["config"]
+    changed = {name: f"was {old[name]!r}, now {new[name]!r}" for name in new if name in old and old[name] != new[name]}
+    differences = [f"{name}: {changed.pop(name)}" for name in SHAPES_THE_RUN if name in changed]
+    if new["train_iters"] < old["train_iters"]:
+        differences.append(f"train_iters: {changed.pop('train_iters')}; it may only grow")
+    base = before.get("base_sha256", "")
+    if base != facts["base_sha256"] and (base or "checkpoint" in changed):
+        paths = changed.pop("checkpoint", f"{new['checkpoint']!r} has changed")
+        differences.append(
+            f"checkpoint: {paths}; SHA-256 of the weights was {base[:12]}, now {facts['base_sha256'][:12]}"
+        )
+    differences += [
+        f"data: {name}: was {before['data'].get(name)!r}, now {value!r}"
+        for name, value in facts["data"].items()
+        if before["data"].get(name) != value
+    ]
+    if differences:
+        listed = "\n  ".join(differences)
+        raise ValueError(
+            f"{checkpoint} belongs to another run:\n  {listed}\n"
+            "Set these back to continue it, or choose another output folder for a new run."
+        )
+    if "train_iters" in changed:
+        changed["train_iters"] += "; the learning-rate schedule is recomputed for the new length"
+    return [f"{name}: {values}" for name, values in changed.items()]
