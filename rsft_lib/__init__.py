@@ -1,6 +1,9 @@
 """Supervised fine-tuning of reasoning models into hybrid ones, on megatron-core."""
 
+import os
+import sys
 import warnings
+from types import ModuleType
 
 # What megatron-core is told, or tells, several times a rank, and no reader of a log can act upon: what it goes on
 # without, older names of torch's functions, the gradients of its optimizer's shards, which are views, barriers that
@@ -14,3 +17,10 @@ for _message in (
     "Attempting to run cuBLAS, but there was no current CUDA context",
 ):
     warnings.filterwarnings("ignore", message=_message)
+
+# When megatron-core is imported it hands functions to torch.compile, and torch imports its compilers: a quarter of the
+# time that a rank or a notebook takes to start. Without a GPU none of these functions is called.
+if not os.path.exists("/proc/driver/nvidia"):
+    _jit = sys.modules.setdefault("megatron.core.jit", ModuleType("megatron.core.jit"))
+    _jit.jit_fuser = _jit.noop_decorator = lambda function: function
+    _jit.enable_jit_fuser = _jit.disable_jit_fuser = lambda: None

@@ -12,6 +12,7 @@ from contextlib import contextmanager, nullcontext
 from unittest import mock
 
 import torch
+import torch._dynamo  # by the first optimizer otherwise, and within the mode below that fails
 from megatron.core.tensor_parallel import random as megatron_random
 from torch.overrides import TorchFunctionMode
 

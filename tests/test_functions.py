@@ -1,5 +1,9 @@
 """Hand-written gradients against those of autograd: pytest tests/test_functions.py"""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, embedding, linear, rms_norm, silu
@@ -154,3 +158,9 @@ def test_a_bf16_gradient_is_that_of_float32_rounded_once():
     expected = torch.autograd.grad((silu(gate) * up), wide, grad.float())[0]
     assert torch.equal(found, expected.bfloat16()) or torch.allclose(found.float(), expected, rtol=2**-8)
     assert torch.equal(output, elementwise.swiglu(x))
+
+
+@pytest.mark.skipif(os.path.exists("/proc/driver/nvidia"), reason="with a GPU megatron-core compiles")
+def test_without_a_gpu_a_rank_starts_without_torchs_compiler():
+    code = "import sys, rsft_lib.training.train; sys.exit('torch._inductor.compile_fx' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0, "every rank takes a second longer to start"

@@ -167,8 +167,7 @@ def assert_nothing_hostile_ran(page) -> None:
 @pytest.mark.parametrize(
     ("name", "hostile"),
     [
-        ("00_quickstart", False), ("03_build_dataset", False), ("06_loss_curves", False),
-        ("07_export_and_generate", True), ("08_loss_lab", True),
+        ("00_quickstart", False), ("06_loss_curves", False), ("07_export_and_generate", True), ("08_loss_lab", True),
     ],
 )  # fmt: skip
 def test_an_executed_notebook_is_shown_with_its_pictures_and_no_script_of_the_data_runs(
