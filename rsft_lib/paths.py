@@ -43,8 +43,3 @@ def folder_name(model: str) -> str:
     'deepseek_ai_DeepSeek_R1_Distill_Qwen_1.5B'
     """
     return re.sub(r"[/-]", "_", model)
-
-
-def tokenized(data: str | Path, split: str, tokenizer: str | Path, max_length: int) -> Path:
-    """The folder of a dataset's tokens, named by split, tokenizer and length as the original names its files."""
-    return resolve(data) / f"Tokenized-{split}-{Path(tokenizer).name}-{max_length}"

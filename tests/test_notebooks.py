@@ -11,14 +11,18 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import nbformat
+import pyarrow
+import pyarrow.parquet
 import pytest
 from browser import CHROMIUM, PATIENCE, Browser, copy_project, jupyterlab, lay_open, missing, set_defaults
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rsft_lib import demo
 from rsft_lib.artifact import newest
+from rsft_lib.data.store import TokenStore
 from rsft_lib.notebook import run
-from rsft_lib.paths import ROOT, tokenized
+from rsft_lib.paths import ROOT
+from rsft_lib.tokenizer import load_tokenizer
 
 NOTEBOOKS = ROOT / "notebooks"
 STEPS = 6
@@ -41,7 +45,7 @@ def write_hostile_sources(folder: Path) -> None:
 def chained(folder: Path) -> dict[str, dict]:
     """Parameters of notebooks 01 to 08, each with what the ones before it made in `folder`."""
     place = {name: str(folder / name) for name in ("model", "tokenizer", "megatron", "hybrid", "run", "out", "lab")}
-    tokens = {s: str(tokenized(place["hybrid"], s, place["tokenizer"], 513)) for s in ("train", "heldout")}
+    tokens = {split: f"{place['hybrid']}/Tokenized-{split}-tokenizer-513" for split in ("train", "heldout")}
     sources = {name: str(folder / "sources" / f"{name}.jsonl") for name in ("long", "short")}
     return {
         "01_patch_tokenizer": {"model": place["model"], "output": place["tokenizer"]},
@@ -132,6 +136,57 @@ def test_a_run_that_fails_does_not_keep_the_status_of_the_one_before(steps):
     with pytest.raises(RuntimeError, match="nowhere does not exist"):
         run(NOTEBOOKS / "05_train.ipynb", folder / "failed", given)
     assert not (folder / "run" / "status.json").exists()
+
+
+def test_a_plain_dataset_goes_from_03_to_08_and_its_pages_speak_of_one_mode(steps):
+    """As one JSON list without a control token, which is what standard supervised fine-tuning has."""
+    folder = steps.folder / "plain"
+    folder.mkdir()
+    found = demo.problems(60, seed=1)
+    rows = [{"instruction": p["problem"], "output": p["short"], "system": "Be brief.", "topic": "sums"} for p in found]
+    (folder / "plain.json").write_text(json.dumps(rows))
+    given = chained(folder)
+    for name in ("tokenizer", "megatron"):
+        (folder / name).symlink_to(steps.folder / name)
+    given["03_build_dataset"] = {
+        "hybrid": str(folder / "plain.json"), "output": str(folder / "hybrid"), "tokenizer": str(folder / "tokenizer"),
+    }  # fmt: skip
+    done = {name: run(NOTEBOOKS / f"{name}.ipynb", folder / "executed", given[name]) for name in list(given)[2:]}
+    status = {name: result[1] for name, result in done.items()}
+    assert status["03_build_dataset"]["counts"] == {"train": {"other": 54}, "heldout": {"other": 6}}
+    assert status["03_build_dataset"]["unused_fields"] == {"topic": 60}
+    assert status["05_train"]["iteration"] == STEPS and status["07_export_and_generate"]["scores"].keys() == {"other"}
+    assert status["07_export_and_generate"]["choices"] == {}
+    titles = {"04_tokenize_and_inspect": "other", "06_loss_curves": "every setting"}
+    for name, (executed, _) in done.items():
+        said = "".join(str(output.get("text", "")) + str(output.get("data", {})) for output in outputs(executed))
+        assert "think 0" not in said and "<b>think" not in said and "free choice" not in said, name
+        assert titles.get(name, "") == "" or pictures(executed), name
+    store, card = TokenStore(Path(status["04_tokenize_and_inspect"]["folders"]["train"])), folder / "out" / "README.md"
+    text = load_tokenizer(folder / "tokenizer").decode(store[0][0])
+    assert text.startswith(f"{demo.BOS}Be brief.<｜User｜>") and "<short>" not in text
+    assert "two modes" not in card.read_text() and "<short>" not in card.read_text()
+
+
+def test_a_ready_dataset_goes_through_03_and_straight_into_04(steps):
+    folder = steps.folder / "ready"
+    folder.mkdir()
+    rows = [
+        {"instruction": p["problem"], "output": answer}
+        for p in demo.problems(40, seed=2) for answer in (p["think"], f"<short>{p['short']}")
+    ]  # fmt: skip
+    table = {name: [row[name] for row in rows] for name in ("instruction", "output")}
+    pyarrow.parquet.write_table(pyarrow.table(table), folder / "ready.parquet")
+    tokenizer = str(steps.folder / "tokenizer")
+    given = {"hybrid": str(folder / "ready.parquet"), "output": str(folder / "out"), "tokenizer": tokenizer}
+    _, built = run(NOTEBOOKS / "03_build_dataset.ipynb", folder, given)
+    assert built["counts"] == {"train": {"think": 36, "short": 36}, "heldout": {"think": 4, "short": 4}}
+    given = {"data": str(folder / "ready.parquet"), "output": str(folder / "tokens"), "tokenizer": tokenizer}
+    _, direct = run(NOTEBOOKS / "04_tokenize_and_inspect.ipynb", folder, given)
+    assert direct["folders"] == {"train": str(folder / "tokens" / "Tokenized-ready-tokenizer-513")}
+    assert len(TokenStore(Path(direct["folders"]["train"]))) == 80
+    with pytest.raises(RuntimeError, match="none does not exist.*run notebook 03_build_dataset"):
+        run(NOTEBOOKS / "04_tokenize_and_inspect.ipynb", folder, {"data": str(folder / "none"), "tokenizer": tokenizer})
 
 
 # In JupyterLab

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rsft_lib.artifact import MANIFEST
 from rsft_lib.chat import MODES
+from rsft_lib.paths import resolve
 
 CARD = """---
 library_name: transformers
@@ -14,8 +15,7 @@ base_model: {base}
 
 # {name}
 
-A reasoning model that answers in two modes, fine-tuned from `{base}` on responses only. The first token of an answer
-is its mode: {modes}. Left to itself the model chooses; put after the prompt, the token decides.
+{what}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 model = AutoModelForCausalLM.from_pretrained("{name}", device_map="auto")
 question = [{{"role": "user", "content": "What is 17 times 23?"}}]
-prompt = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True) + "{short}"
+prompt = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True){mode}
 ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(model.device)
 print(tokenizer.decode(model.generate(**ids, max_new_tokens=512)[0]))
 ```
@@ -34,8 +34,11 @@ print(tokenizer.decode(model.generate(**ids, max_new_tokens=512)[0]))
 
 ## To be written
 
-The data, its licence and what was left out of it; evaluation in both modes; limits; the licence of this model.
+The data, its licence and what was left out of it; evaluation{in_modes}; limits; the licence of this model.
 """
+HYBRID = """A reasoning model that answers in two modes, fine-tuned from `{base}` on responses only. The first token of
+an answer is its mode: {modes}. Left to itself the model chooses; put after the prompt, the token decides."""
+PLAIN = "A model fine-tuned from `{base}` on responses only."
 LEFT_OUT = ("checkpoint", "data", "eval_data", "output")  # folders of the machine it was trained on
 
 
@@ -52,8 +55,18 @@ def model_card(name: str, checkpoint: Path, weights: dict) -> str:
     lines = [f"| {key} | {value} |" for key, value in told.items() if value not in (None, "")]
     training = "\n".join(["| | |", "|---|---|", *lines])
     modes = " or ".join(f"`{token}`" for token in MODES.values())
-    base = base_model(checkpoint) or "not recorded"
-    return CARD.format(name=name, base=base, training=training, modes=modes, short=MODES["short"])
+    hybrid, base = _knows_modes(manifest), base_model(checkpoint) or "not recorded"
+    return CARD.format(
+        name=name, base=base, training=training, what=(HYBRID if hybrid else PLAIN).format(base=base, modes=modes),
+        mode=f' + "{MODES["short"]}"' if hybrid else "", in_modes=" in both modes" if hybrid else "",
+    )  # fmt: skip
+
+
+def _knows_modes(manifest: dict) -> bool:
+    """Whether the model was trained on answers that begin with a control token, as far as it can be told."""
+    data = manifest.get("config", {}).get("data")
+    modes = _manifest(resolve(data)).get("modes") if data else None
+    return modes is None or any(mode in modes for mode in MODES)
 
 
 def base_model(folder: Path) -> str:
