@@ -2,8 +2,8 @@
 
     RSFT_REAL_DATA=FOLDER python benchmarks/build_data.py [--rows 10000 1000000] [--kinds json jsonl parquet]
 
-FOLDER holds `tokenizers/r1-distill-qwen` and `data/long_planbench_r1.jsonl.gz`, whose traces, cut to some 8 KB, are the
-long answers; each problem has a short one too. All figures come from one run.
+FOLDER holds `tokenizers/r1-distill-qwen` and `data/long_planbench_r1.jsonl.gz`, whose traces, cut to 20,000 characters, are
+the long answers; each problem has a short one too. All figures come from one run.
 
 copy      `shutil.copyfile` of the file with fsync, twice: what building writes, first in the order of reading
 build     `build_hybrid`: reading, checking, measuring in tokens, comparing, splitting, writing
@@ -31,7 +31,7 @@ from rsft_lib.data.tokenize import tokenize
 from rsft_lib.tokenizer import patch_tokenizer
 
 REAL = Path(os.environ["RSFT_REAL_DATA"])
-LONG = 15_400  # characters of a long answer, so that a million rows, half of them short, are 8 GB
+LONG = 20_000  # characters of a long answer at most, so that a million rows, half of them short, are 8 GB
 
 
 def main() -> None:

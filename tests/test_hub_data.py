@@ -54,4 +54,4 @@ def test_a_dataset_is_read_by_name_at_its_revision(server, tmp_path):
 
 def test_a_revision_that_does_not_exist_is_told(server, tmp_path):
     done = read(f"{NAME}@none", server, tmp_path)
-    assert done.returncode and "no dataset with split 'train' at revision 'none' could be had" in done.stderr
+    assert done.returncode and "no dataset with split 'train' at revision 'none' could be loaded" in done.stderr
