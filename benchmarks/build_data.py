@@ -2,8 +2,8 @@
 
     RSFT_REAL_DATA=FOLDER python benchmarks/build_data.py [--rows 10000 1000000] [--kinds json jsonl parquet]
 
-FOLDER holds `tokenizers/r1-distill-qwen` and `data/long_planbench_r1.jsonl.gz`, whose traces, cut to 20,000 characters, are
-the long answers; each problem has a short one too. All figures come from one run.
+FOLDER holds `tokenizers/r1-distill-qwen` and `data/long_planbench_r1.jsonl.gz`, whose traces, cut to 20,000 characters,
+are the long answers; each problem has a short one too. All figures come from one run.
 
 copy      `shutil.copyfile` of the file with fsync, twice: what building writes, first in the order of reading
 build     `build_hybrid`: reading, checking, measuring in tokens, comparing, splitting, writing

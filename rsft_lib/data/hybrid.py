@@ -16,6 +16,7 @@ import numpy as np
 
 from rsft_lib.artifact import file_hash, new_folder, read_manifest, verify_files
 from rsft_lib.chat import END_THINK, SHORT, THINK
+from rsft_lib.data.encoder import best_encoder
 from rsft_lib.data.pairs import OTHER, balance, coverage, disagreeing, held_back, not_shorter
 from rsft_lib.data.records import Source, source_of
 from rsft_lib.data.rejects import Reject, Rejects, reject
@@ -146,10 +147,14 @@ def _measure(tokenizer: str | Path) -> Callable[[list[str]], list[int]]:
     split = [tag for tag in (THINK, END_THINK, SHORT) if len(loaded.encode(tag, add_special_tokens=False)) != 1]
     if split:
         raise ValueError(f"{tokenizer}: {', '.join(split)} is not one token; patch it (notebook 01_patch_tokenizer)")
-    backend = loaded.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    return lambda texts: [len(encoding) for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    tokenizer_json, chosen = loaded.backend_tokenizer.to_str(), []
+
+    def lengths(texts: list[str]) -> list[int]:
+        if not chosen:
+            chosen.append(best_encoder(tokenizer_json, texts)[0])
+        return [len(tokens.ids) for tokens in chosen[0].encode(texts, [[]] * len(texts))]
+
+    return lengths
 
 
 class Reader:
