@@ -5,6 +5,7 @@ And the rows beside it do not notice: what is written of them has the same bytes
 """
 
 import argparse
+import copy
 import json
 import random
 import tempfile
@@ -16,11 +17,14 @@ import numpy as np
 
 from rsft_lib import demo
 from rsft_lib.data.hybrid import build_hybrid
+from rsft_lib.data.merge import merge
 from rsft_lib.data.store import ROWS, TokenStore
 from rsft_lib.data.tokenize import tokenize
 from rsft_lib.tokenizer import patch_tokenizer
 
-WORDS = ["two ", "eggs\n", "数学", "🙂", "e\u0301", "<b>", "x<", "{{ 1 }}", "\t", "12,345", "\\boxed{4}", "'ll", "\r\n"]
+BLOCK = 256  # rows that one shard takes at a time
+WORDS = ["two ", "eggs\n", "数学", "🙂", "e\u0301", "<b>", "x<", "{{ 1 }}", "\t", "12,345", "\\boxed{4}", "'ll", "\r\n",
+         "\u2028", "a\u0085b"]  # fmt: skip
 
 
 # Rows as they should be
@@ -89,7 +93,7 @@ HOSTILE = [
 def hostile(rng: random.Random):
     """A value that does not belong where it is put."""
     if rng.random() < 0.95:
-        return rng.choice(HOSTILE)
+        return copy.deepcopy(rng.choice(HOSTILE))  # which the next mutation may change
     nested = []
     for _ in range(rng.choice([3, 300, 900])):
         nested = [nested]
@@ -157,6 +161,11 @@ def tokenized(place: Path, tokenizer: Path, good: list[int], filled: list[int], 
     assert counts["records"] == len(filled) == counts["written"] + counts["rejected"] + counts["dropped"], counts
     assert len(rejected) == counts["rejected"] and len(written) == counts["written"]
     assert set(filled) >= rejected | set(written) and not rejected & set(written)
+    shards = [place / f"shard{i}" for i in range(2 if len(filled) > BLOCK else 1)]
+    for i, shard in enumerate(shards):
+        tokenize(place / "mixed.jsonl", tokenizer, shard, shard=(i, len(shards)), **options)
+    assert merge(shards, place / "merged", reject_limit=1.0)["counts"] == counts
+    assert samples(place / "merged") == samples(place / "mixed") and rejects(place / "merged") == rejected
     tokenize(place / "good.json", tokenizer, place / "list", **options)
     assert samples(place / "list") == samples(place / "good")
     ours, expected = (samples(place / name) for name in ("mixed", "good"))
@@ -185,7 +194,7 @@ def refuse_constant(name: str):
 def rejects(folder: Path) -> set[int]:
     """Lines of the rejected rows; each has a reason, and its file."""
     path = folder.with_name(f"{folder.name}.rejected.jsonl")
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    rows = [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
     assert all(row["reason"].strip() and row["file"].endswith(".jsonl") for row in rows)
     assert len({row["line"] for row in rows}) == len(rows)
     return {row["line"] for row in rows}

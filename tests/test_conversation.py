@@ -11,8 +11,9 @@ import pytest
 from real import REAL, needs_real
 
 from rsft_lib import demo
-from rsft_lib.data.conversation import conversation
+from rsft_lib.data.conversation import RULES, conversation
 from rsft_lib.data.hybrid import build_hybrid
+from rsft_lib.data.merge import merge
 from rsft_lib.data.records import read_hub
 from rsft_lib.data.store import TokenStore
 from rsft_lib.data.tokenize import tokenize
@@ -102,8 +103,71 @@ def test_what_is_not_used_is_counted_and_named(patched, tmp_path):
         {"messages": [{**ASKED[0], "context": "a page"}, {**ASKED[1], "name": "bot"}]},
     ]
     found = Tokenized(write(tmp_path, rows), patched)
-    expected = {"id": 1, "source": 2, "instruction": 1, "messages[].context": 1}
+    expected = {"id": 1, "source": 2, "instruction": 1, "messages[].context": 1, "messages[].name": 1}
     assert len(found.texts) == 3 and found.facts["unused_fields"] == expected
+
+
+def test_a_field_of_a_message_that_the_chat_template_leaves_out_is_named(patched, tmp_path):
+    asked, answered = calling({"a": 2})["messages"][:2], ASKED[1]
+    tool = {"role": "tool", "content": "4", "name": "adder", "tool_call_id": "call_17"}
+    rows = [
+        {"messages": [{**ASKED[0], "name": "Alice"}, {**answered, "name": "short"}]},  # the word is in the text
+        {"messages": [*asked, tool, answered]},
+        {"messages": [{**ASKED[0], "reasoning_content": "hm", "tool_calls": [call({"a": 2})]}, answered]},
+    ]
+    found = Tokenized(write(tmp_path, rows), patched)
+    expected = {"name": 2, "tool_call_id": 1, "reasoning_content": 1, "tool_calls": 1}
+    assert len(found.texts) == 3
+    assert found.facts["unused_fields"] == {f"messages[].{name}": count for name, count in expected.items()}
+    built = build_hybrid("", "", tmp_path / "built", 0, 0, hybrid=tmp_path / "rows.jsonl", reject_limit=0.99)
+    assert built["counts"] == {"train": {"think": 0, "short": 2}}
+    expected = {"messages[].name": 1, "messages[].reasoning_content": 1, "messages[].tool_calls": 1}
+    assert built["unused_fields"] == expected
+
+
+def test_of_two_spellings_of_a_key_the_empty_one_goes_and_two_texts_are_refused(patched, tmp_path):
+    answered = {"from": "gpt", "value": "<short>4", "content": ""}
+    rows = [{"conversations": [ask, answered]} for ask in (
+        {"from": "human", "value": "2 + 2 ?", "content": "2 + 2 ?", "role": None},
+        {"from": "human", "content": "", "value": "2 + 2 ?"},
+        {"from": "human", "value": "2 + 2 ?", "content": "never read"},
+        {"from": "human", "role": "system", "value": "2 + 2 ?"},
+    )]  # fmt: skip
+    found = Tokenized(write(tmp_path, rows), patched)
+    assert found.texts == [f"{BOS}{USER}2 + 2 ?{ASSISTANT}<short>4{EOS}"] * 2
+    assert sorted(found.rejects) == [3, 4] and "has content and value, and they differ" in found.rejects[3]
+
+
+def test_a_second_chain_of_thought_is_named_or_refused(patched, tmp_path):
+    both = {"role": "assistant", "content": "4", "reasoning_content": "two and two", "thinking": "a second"}
+    rows = [{"messages": [ASKED[0], both]}, {"messages": [ASKED[0], {**both, "thinking": "two and two"}]},
+            {"messages": [ASKED[0], {**both, "thinking": None, "content": "<think>\nhm\n</think>\n\n4"}]}]  # fmt: skip
+    found = Tokenized(write(tmp_path, rows), patched)
+    assert found.trained == [f"<think>\ntwo and two\n</think>\n\n4{EOS}"] and sorted(found.rejects) == [1, 3]
+    assert "has a chain of thought in its content and one beside it; keep one" in found.rejects[3]
+    built = build_hybrid("", "", tmp_path / "built", 0, 0, hybrid=tmp_path / "rows.jsonl", reject_limit=0.99)
+    assert built["unused_fields"] == {"messages[].thinking": 1} and built["records"]["rejected"] == 1
+
+
+def test_a_rejected_row_with_a_line_separator_is_merged_from_shards(patched, tmp_path):
+    rows = [GOOD] * 600 + [{"messages": [{"role": "user", "content": f"a{mark}b"}]} for mark in "\u2028\u2029\u0085"]
+    data, shards = write(tmp_path, rows), [tmp_path / "s0", tmp_path / "s1"]
+    for i, shard in enumerate(shards):
+        tokenize(data, patched, shard, workers=0, reject_limit=0.1, shard=(i, 2))
+    merged = merge(shards, tmp_path / "merged", reject_limit=0.1)
+    assert merged["counts"]["written"] == 600 and merged["counts"]["rejected"] == 3
+
+
+def test_what_was_made_by_other_rules_is_made_again(patched, tmp_path, monkeypatch):
+    """As after an update that mended what a row becomes: tokens of before would be kept, wrong as they are."""
+    data = write(tmp_path, [GOOD])
+    with monkeypatch.context() as before:
+        for module in ("tokenize", "hybrid"):
+            before.setattr(f"rsft_lib.data.{module}.RULES", 1)
+        tokenize(data, patched, tmp_path / "tokens", workers=0)
+        build_hybrid("", "", tmp_path / "built", 0, 0, hybrid=data)
+    assert tokenize(data, patched, tmp_path / "tokens", workers=0)["rules"] == RULES
+    assert build_hybrid("", "", tmp_path / "built", 0, 0, hybrid=data)["rules"] == RULES
 
 
 def test_columns_rename_fields_and_leave_the_others_what_they_are(patched, tmp_path):

@@ -214,6 +214,12 @@ def test_a_final_answer_becomes_the_field_that_evaluation_reads_and_ids_are_kept
     assert {r["id"]: r.get("answer") for r in read(tmp_path)} == {"a": None, "b": "3"}
 
 
+def test_a_field_answer_that_no_answer_is_compared_with_is_named_where_another_takes_its_place(tmp_path):
+    longs = [record("2 ?", think("hm", r"\boxed{4}"), answer=["4"]), record("3 ?", think("hm", "6"), answer="6")]
+    assert build(tmp_path, longs)["unused_fields"] == {"answer": 1}
+    assert {r["answer"] for r in read(tmp_path)} == {"4", "6"}
+
+
 def test_a_short_answer_that_is_no_shorter_is_named(tmp_path):
     built = build(tmp_path, [record("2 ?", think("hm", "2"))], [record("2 ?", "2" * 100), record("2 ?", "2")])
     assert built["findings"] == {"the short answer is no shorter": 1}
@@ -469,7 +475,7 @@ def test_problems_that_differ_in_their_input_alone_are_two(tmp_path):
 
 
 def test_nothing_left_is_an_error_and_leaves_nothing(tmp_path):
-    with pytest.raises(ValueError, match="of 2 samples none is left"):
+    with pytest.raises(ValueError, match="no sample is left: 2 of 2 are dropped"):
         build(tmp_path, [record("2 ?", think("hm", "Answer: 2"))], [record("2 ?", "Answer: 3")])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["long.jsonl", "short.jsonl"]
 

@@ -12,6 +12,7 @@ from rsft_lib.artifact import MANIFEST, file_hash, new_folder
 from rsft_lib.data.exclude import exclude, source_lines
 from rsft_lib.data.records import read_records
 from rsft_lib.data.spans import KINDS, MODE_NAMES, control_tokens, kinds
+from rsft_lib.data.splits import splits_of
 from rsft_lib.data.store import ROWS, TokenStore
 from rsft_lib.data.tokenize import tokenize
 from rsft_lib.lab import Suspect, chosen, compare, hardest_spans, suspects, typical
@@ -202,6 +203,17 @@ def test_a_dataset_without_some_samples_has_all_other_records_byte_for_byte(fold
     )
     assert filtered["counts"]["written"] == len(store) - 3
     assert exclude(store, [], tmp_path / "filtered")["counts"]["left_out"] == 0
+
+
+def test_a_held_out_split_of_another_kind_of_file_goes_along(folder, tmp_path):
+    (tmp_path / "data").mkdir()
+    lines = (folder / "data" / "train.jsonl").read_bytes().splitlines()[:40]
+    (tmp_path / "data" / "train.json").write_bytes(b"[" + b",".join(lines) + b"]")
+    (tmp_path / "data" / "heldout.jsonl.gz").write_bytes(b"as it is")
+    tokenize(tmp_path / "data" / "train.json", folder / "tokenizer", tmp_path / "tokens", reject_limit=0.5, workers=0)
+    exclude(TokenStore(tmp_path / "tokens"), [1], tmp_path / "filtered")
+    assert (tmp_path / "filtered" / "heldout.jsonl.gz").read_bytes() == b"as it is"
+    assert set(splits_of(tmp_path / "filtered")) == {"train", "heldout"}
 
 
 def test_a_dataset_that_changed_since_is_not_filtered(folder, tmp_path):

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from rsft_lib.artifact import MANIFEST
+from rsft_lib.artifact import MANIFEST, file_hash
 from rsft_lib.chat import MODES
 from rsft_lib.paths import resolve
 
@@ -64,8 +64,10 @@ def model_card(name: str, checkpoint: Path, weights: dict) -> str:
 
 def _knows_modes(manifest: dict) -> bool:
     """Whether the model was trained on answers that begin with a control token, as far as it can be told."""
-    data = manifest.get("config", {}).get("data")
-    modes = _manifest(resolve(data)).get("modes") if data else None
+    path = resolve(manifest.get("config", {}).get("data", "")) / MANIFEST
+    if not path.is_file() or file_hash(path) != manifest.get("data", {}).get("manifest_sha256"):
+        return True  # these are not the tokens that it was trained on
+    modes = json.loads(path.read_text(encoding="utf-8")).get("modes")
     return modes is None or any(mode in modes for mode in MODES)
 
 

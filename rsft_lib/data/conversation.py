@@ -13,6 +13,7 @@ from rsft_lib.chat import REASONING
 PAIRS = (("instruction", "output"), ("prompt", "response"), ("problem", "solution"))
 CHATS = ("messages", "conversations")
 LAYOUTS = (*((name,) for name in CHATS), *PAIRS)
+RULES = 2  # raise it whenever a record becomes another conversation than before: what was made from it is made again
 SYSTEM = ("system", "system_prompt")  # becomes the first message
 
 # What ShareGPT's `conversations` call what OpenAI's `messages` call role and content.
@@ -150,7 +151,7 @@ def _message(message, place: str, unused: list[str]) -> dict:
     """A message without its nulls, its fields checked; the names of unknown ones are added to `unused`."""
     if not isinstance(message, dict):
         raise ValueError(f"{place} is {message!r:.60}, expected an object with role and content")
-    message = {SHAREGPT_KEYS.get(key, key): value for key, value in message.items() if value is not None}
+    message = _in_our_words(message, place)
     unused += [f"messages[].{key}" for key in message if key not in MESSAGE_FIELDS and not is_empty(message[key])]
     role = message.get("role")
     role = message["role"] = SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
@@ -167,6 +168,20 @@ def _message(message, place: str, unused: list[str]) -> dict:
         must_speak = role in ("user", "assistant") and not message.get("tool_calls")
         message["content"] = _text(message.get("content"), f"{place}.content", empty=not must_speak)
     return message
+
+
+def _in_our_words(message: dict, place: str) -> dict:
+    """A message without its nulls, ShareGPT's keys renamed; of two spellings of one key the empty one goes."""
+    found = {}
+    for key, value in message.items():
+        name = SHAREGPT_KEYS.get(key, key)
+        if value is None or (name in found and is_empty(value)):
+            continue
+        if name in found and not is_empty(found[name]) and found[name] != value:
+            theirs = next(key for key, ours in SHAREGPT_KEYS.items() if ours == name)
+            raise ValueError(f"{place} has {name} and {theirs}, and they differ: {found[name]!r:.40} and {value!r:.40}")
+        found[name] = value
+    return found
 
 
 def _check_calls(calls, place: str) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from rsft_lib.artifact import new_folder
 from rsft_lib.data.records import Source, source_of
-from rsft_lib.data.splits import SPLITS
+from rsft_lib.data.splits import SPLITS, split_files
 from rsft_lib.data.store import ROWS, TokenStore
 from rsft_lib.paths import resolve
 
@@ -47,9 +47,7 @@ def exclude(store: TokenStore, samples: Collection[int], folder: str | Path, ove
     out = set(source_lines(store)[sorted(samples)].tolist())
     source = _source(store)
     split = Path(source.name).name.partition(".")[0]
-    others = [
-        other for other in Path(source.name).parent.glob("*.jsonl") if other.stem in SPLITS and other.stem != split
-    ]
+    others = [path for name, paths in split_files(Path(source.name).parent).items() if name != split for path in paths]
     if source.split or split not in SPLITS:
         split, others = "train", []
     facts = {"made_by": "exclude", **source.facts(), "counts": {"kept": 0, "left_out": len(out)}}

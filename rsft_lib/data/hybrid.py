@@ -16,6 +16,7 @@ import numpy as np
 
 from rsft_lib.artifact import file_hash, new_folder, read_manifest, verify_files
 from rsft_lib.chat import END_THINK, SHORT, THINK
+from rsft_lib.data.conversation import RULES
 from rsft_lib.data.encoder import best_encoder
 from rsft_lib.data.pairs import OTHER, balance, coverage, disagreeing, held_back, not_shorter
 from rsft_lib.data.records import Source, source_of
@@ -86,7 +87,8 @@ def build_hybrid(
     inputs = [(long, long_sample), *([(short, short_sample)] if short else [])]
     inputs = [(source_of(data, WHAT[make]), make) for data, make in ([(hybrid, declared_sample)] if hybrid else inputs)]
     sources = [source for source, _ in inputs]
-    facts = {"made_by": "build_hybrid", "sources": {str(source): source.facts()["data_sha256"] for source in sources}}
+    facts = {"made_by": "build_hybrid", "rules": RULES}
+    facts["sources"] = {str(source): source.facts()["data_sha256"] for source in sources}
     facts |= {
         "held_out": held_out, "seed": seed, "cut_short": cut_short, "columns": columns or {},
         "empty_think": empty_think, "on_disagreement": on_disagreement, "unit": "tokens" if tokenizer else "characters",
@@ -234,7 +236,10 @@ def _kept(scratch: Scratch, on_disagreement: str) -> tuple[np.ndarray, list[dict
         raise ValueError(f"{len(findings):,} answers disagree; the first: {findings[0]['finding']}, {said}")
     kept = np.delete(np.arange(len(rows)), dropped)
     if not len(kept):
-        raise ValueError(f"of {len(rows):,} samples none is left: {len(dropped):,} disagree with another or themselves")
+        raise ValueError(
+            f"no sample is left: {len(dropped):,} of {len(rows):,} are dropped because their final answers disagree "
+            "with each other or with the field `answer`"
+        )
     for short, long in zip(*not_shorter(rows[kept]), strict=True):
         findings.append(scratch.finding("the short answer is no shorter", kept[long], kept[short]))
     return kept, findings

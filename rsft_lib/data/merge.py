@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from rsft_lib.artifact import new_folder, verify
+from rsft_lib.data.conversation import RULES
 from rsft_lib.data.rejects import Reject, Rejects
 from rsft_lib.data.store import BLOCKS, LENGTHS, ROWS, StoreWriter, TokenStore
 from rsft_lib.paths import existing, resolve
@@ -53,11 +54,16 @@ def merge(shards: list[str | Path], folder: str | Path, reject_limit: float = 0.
 
 def _check(manifests: dict[Path, dict], folders: list[Path]) -> None:
     first = manifests[folders[0]]
+    if first.get("rules") != RULES:
+        raise ValueError(f"{folders[0]} was tokenized by another version of this kit: tokenize its shard again")
     for number, path in enumerate(folders):
         found = manifests[path]
         different = [name for name in first if name not in OF_THE_SHARD and found.get(name) != first[name]]
         if different:
-            raise ValueError(f"{path} and {folders[0]} differ in {', '.join(different)}: no parts of one whole")
+            raise ValueError(
+                f"{path} and {folders[0]} differ in {', '.join(different)}, so they are not shards of the same data: "
+                "tokenize both with the same data, tokenizer and options"
+            )
         if found["shard"] != [number, len(folders)]:
             raise ValueError(
                 f"{path} is shard {found['shard'][0]} of {found['shard'][1]}, expected {number} of {len(folders)}"
@@ -96,5 +102,8 @@ def _dealt_back(shards: list[list]) -> Iterator:
 
 def _rejected(folders: list[Path]) -> list[Reject]:
     files = [path.with_name(f"{path.name}.rejected.jsonl") for path in folders]
-    lines = (line for file in files if file.is_file() for line in file.read_text(encoding="utf-8").splitlines())
-    return sorted(Reject(**json.loads(line)) for line in lines)
+    found = []
+    for file in filter(Path.is_file, files):
+        with file.open(encoding="utf-8") as lines:  # not splitlines, which breaks lines at U+2028 too
+            found += [Reject(**json.loads(line)) for line in lines]
+    return sorted(found)

@@ -103,6 +103,7 @@ def _read(row: Row, columns: dict[str, str], mode_of) -> Sample:
     messages, tools, unused = conversation(record, columns)
     system, turns = _in_turns(messages)
     *history, (question, answer) = turns
+    unused = [name for name in (*unused, *_left_out(messages)) if name not in COPIED]
     mode, answer = mode_of(answer)
     made = {"instruction": question, "output": answer, "mode": mode}
     made |= {"system": system} if system else {}
@@ -111,6 +112,7 @@ def _read(row: Row, columns: dict[str, str], mode_of) -> Sample:
     made |= {name: record[name] for name in COPIED if not is_empty(record.get(name))}
     stated, said = _stated(record), final_answer(answer)
     if said and stated is None:
+        unused += ["answer"] * ("answer" in made)
         made["answer"] = said
     context = "\n\n".join([*([system] if system else []), *(text for turn in history for text in turn), question])
     problem, claim = " ".join(context.split()), normalized(said or stated or "")
@@ -123,9 +125,19 @@ def _read(row: Row, columns: dict[str, str], mode_of) -> Sample:
         "claim": _hash(problem, claim) if claim else 0,
         "wrong": bool(said and stated) and normalized(said) != normalized(stated),
     }
-    unused = [name for name in unused if name not in COPIED]
-    unused += [f"messages[].{name}" for name in ("train", "weight") if any(name in message for message in messages)]
     return Sample(made, _line(made), context, facts, tuple(unused))
+
+
+def _left_out(messages: list[dict]) -> list[str]:
+    """What a sample, which has texts only, lacks of the messages."""
+    found = []
+    for message in messages:
+        used = {"role", "content"}
+        if message["role"] == "assistant":
+            thoughts = next((message[name] for name in REASONING if message.get(name)), None)
+            used |= {name for name in REASONING if message.get(name) == thoughts}
+        found += [f"messages[].{name}" for name, value in message.items() if name not in used and not is_empty(value)]
+    return list(dict.fromkeys(found))
 
 
 def _in_turns(messages: list[dict]) -> tuple[str, list[list[str]]]:

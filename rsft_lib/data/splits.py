@@ -20,8 +20,7 @@ def splits_of(data: str | Path) -> dict[str, str | Path]:
     if not folder.is_dir():
         source_of(data, "training data")
         return {"train": data}
-    files = [path for path in sorted(folder.iterdir()) if any(suffix in SUFFIXES for suffix in path.suffixes)]
-    found = {split: [path for path in files if path.name.split(".")[0] == split] for split in SPLITS}
+    found = split_files(folder)
     for split, named in found.items():
         if len(named) > 1:
             raise ValueError(
@@ -34,6 +33,12 @@ def splits_of(data: str | Path) -> dict[str, str | Path]:
             f"{folder} holds no train.jsonl: run notebook 03_build_dataset, which writes it, or name a data file"
         )
     return {"train": data}
+
+
+def split_files(folder: Path) -> dict[str, list[Path]]:
+    """The data files of each split in a folder, whatever their kind."""
+    files = [path for path in sorted(folder.iterdir()) if any(suffix in SUFFIXES for suffix in path.suffixes)]
+    return {split: [path for path in files if path.name.split(".")[0] == split] for split in SPLITS}
 
 
 def token_folder(data: str | Path, split: str, tokenizer: str | Path, max_length: int, folder: str | Path = "") -> Path:

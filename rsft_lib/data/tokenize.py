@@ -15,6 +15,7 @@ from rsft_lib.artifact import new_folder, verify
 from rsft_lib.chat import END_THINK, MODES, ChatTemplate
 from rsft_lib.contract import require_contract
 from rsft_lib.cores import usable_cores
+from rsft_lib.data.conversation import RULES
 from rsft_lib.data.pool import pool_for
 from rsft_lib.data.records import Row, Source, blocks, source_of
 from rsft_lib.data.rejects import Rejects
@@ -83,7 +84,7 @@ def tokenize(
         count = min(len(first), HELPFUL_WHEN_SLOW if "why_slow" in facts["encoder"] else HELPFUL)
         pool.grow(count)
         encoded = _encoded(pool, chain(first, mine), facts["encoder"]["encoder"], ahead=2 * count + 1)
-        reading = Reading(source)
+        reading = Reading(source, shards=shard[1])
         made_from = {"source": ["data", "tokenizer"], "overwrite": overwrite, "estimate": reading.estimate}
         with (
             new_folder(destination, facts, **made_from) as temporary,
@@ -94,6 +95,8 @@ def tokenize(
 
 
 def _most(workers: int | None) -> int:
+    if workers is not None and workers < 0:
+        raise ValueError(f"workers is {workers}; it is a number of processes, or None for as many as help")
     cores = usable_cores()
     return cores if workers is None else min(workers, cores)
 
@@ -154,6 +157,7 @@ def _facts(source: Source, tokenizer, loaded, options: Options, shard: tuple[int
     vocab = loaded.get_vocab()
     return {
         "made_by": "tokenize",
+        "rules": RULES,
         **source.facts(),
         "tokenizer": str(resolve(tokenizer)),
         **fingerprint(resolve(tokenizer), loaded),
@@ -189,11 +193,11 @@ def _encoded(pool: Executor, mine: Iterator[list[Row]], encoder_name: str, ahead
 
 
 class Reading:
-    """How much of a source has been encoded, in bytes; `total` is 0 where that is not known."""
+    """How much of a source's shard has been encoded, in bytes; `total` is 0 where that is not known."""
 
-    def __init__(self, source: Source):
+    def __init__(self, source: Source, shards: int):
         plain = not source.split and Path(source.name).suffix in (".jsonl", ".json")
-        self.total, self.done = Path(source.name).stat().st_size if plain else 0, 0
+        self.total, self.done = Path(source.name).stat().st_size // shards if plain else 0, 0
 
     def progress(self, encoded: Iterator[Block]) -> Iterator[Block]:
         """Pass blocks on, and show how far they are."""

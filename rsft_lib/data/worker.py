@@ -15,9 +15,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from rsft_lib.chat import MODES, ChatTemplate, Span, trained_texts
+from rsft_lib.chat import MODES, REASONING, ChatTemplate, Span, trained_texts
 from rsft_lib.data.control_tokens import ControlTokens, well_formed
-from rsft_lib.data.conversation import conversation
+from rsft_lib.data.conversation import conversation, is_empty, strings
 from rsft_lib.data.encoder import Tokens, best_encoder, encoder
 from rsft_lib.data.records import Row, parse, size_of
 from rsft_lib.data.rejects import Reject, reject
@@ -26,6 +26,7 @@ from rsft_lib.sandbox import limit_memory, time_limit
 # A chat template is somebody's code: one that loops for ever or builds a gigabyte costs its row, not the machine.
 ROW_SECONDS, EXTRA_MEMORY = 10, 3 << 30
 
+MAY_BE_LEFT_OUT = ("name", "tool_call_id")  # fields of a message that few chat templates show
 PROOF_CHARACTERS = 1 << 20  # of this very dataset, on which encoders are compared
 
 
@@ -152,10 +153,12 @@ class Worker:
                 fates.rejects.append(reject(self.job.source, row, error))
         for tools, group in groupby(chats, key=lambda chat: chat[2]):
             group = list(group)
-            for (row, _, _), result in zip(group, self.rendered([chat[1] for chat in group], tools), strict=True):
+            found = self.rendered([messages for _, messages, _ in group], tools)
+            for (row, messages, _), result in zip(group, found, strict=True):
                 if isinstance(result, Exception):
                     fates.rejects.append(reject(self.job.source, row, result))
                 else:
+                    fates.unused.update(_not_shown(messages, result[0]))
                     done.append(Text(row, *result))
         return done
 
@@ -238,6 +241,16 @@ def _pickled(error: Exception) -> bytes:
     except Exception:
         return pickle.dumps(RuntimeError("".join(traceback.format_exception(error))))
     return pickled
+
+
+def _not_shown(messages: list[dict], text: str) -> set[str]:
+    """Fields of messages whose content the chat template may leave out, and did. All else has been checked."""
+    found = set()
+    for message in messages:
+        names = MAY_BE_LEFT_OUT + (message["role"] != "assistant") * ("tool_calls", *REASONING)
+        values = ((name, message[name]) for name in names if not is_empty(message.get(name)))
+        found |= {f"messages[].{name}" for name, value in values if any(part not in text for part in strings(value))}
+    return found
 
 
 def _usable(sample: Tokens | ValueError) -> Tokens | ValueError:
