@@ -6,7 +6,6 @@ a lock that nobody holds.
 
 import errno
 import fcntl
-import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import IO
 
 NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL)  # of a file system
+TOLD: set[int] = set()  # numbers of file systems of which it was said that they have none
 
 
 def lock_file(path: Path) -> Path:
@@ -55,15 +55,12 @@ def _take(file: IO, path: Path, wait: bool) -> bool:
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
-        _tell(str(path.parent), error.strerror)
+        if (device := os.fstat(file.fileno()).st_dev) not in TOLD:
+            TOLD.add(device)
+            print(f"no locks in {path.parent} ({error.strerror}): do not start the same step twice at a time, and "
+                  "remove yourself what killed ones leave (.NAME.tmp-...)", flush=True)  # fmt: skip
         return False
     return True
-
-
-@functools.cache  # once for a folder, not for each of its files
-def _tell(folder: str, reason: str) -> None:
-    print(f"no locks in {folder} ({reason}): do not start the same step twice at a time, and remove yourself what "
-          "killed ones leave (.NAME.tmp-...)", flush=True)  # fmt: skip
 
 
 def _same(file: IO, lock: Path) -> bool:

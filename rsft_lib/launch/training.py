@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from rsft_lib.artifact import checkpoint_folder, checkpoints, write_json
+from rsft_lib.artifact import checkpoint_folder, checkpoints, read_manifest, write_json
 from rsft_lib.launch import local, slurm
 from rsft_lib.launch.failure import ERRORS
 from rsft_lib.launch.job import Job, read_job
@@ -115,7 +115,10 @@ def _refuse_others(job: Job, config: TrainConfig) -> None:
 def _finished(config: TrainConfig, output: Path) -> bool:
     """Whether the run in a folder is this one, and has done all of the steps that are asked for.
 
+    Its base checkpoint may have been removed since, if it still has the same name in the settings.
+
     Raises:
+        FileNotFoundError: data are gone, or a base that was asked for, or from which more steps are to be trained.
         ValueError: it is another one; every difference is named.
     """
     told = read_ended(output)
@@ -127,9 +130,16 @@ def _finished(config: TrainConfig, output: Path) -> bool:
     from rsft_lib.training.datasets import open_datasets
     from rsft_lib.training.same_run import facts_of, refuse_another_run  # imports megatron-core, which takes seconds
 
-    base = existing(config.checkpoint, "checkpoint")
-    refuse_another_run(checkpoint, facts_of(config, open_datasets(config), base))
-    return told["iteration"] >= config.train_iters
+    enough, data, recorded = told["iteration"] >= config.train_iters, open_datasets(config), read_manifest(checkpoint)
+    try:
+        facts = facts_of(config, data, existing(config.checkpoint, "checkpoint"))
+    except FileNotFoundError:
+        if not enough or resolve(config.checkpoint) != resolve(recorded["config"]["checkpoint"]):
+            raise
+        base = recorded.get("base_sha256", "")
+        facts = {"config": config.to_json(), "data": data.facts(), "base_sha256": base}
+    refuse_another_run(checkpoint, facts)
+    return enough
 
 
 def _with_steps(config: TrainConfig) -> TrainConfig:
