@@ -49,22 +49,22 @@ def alone(folder: Path) -> Iterator[None]:
     Whoever waited finds what the one before has done, which may be to rename the folder. At the end it is removed if
     it is empty, and so is a parent that was made for it.
     """
-    first = not folder.parent.exists()
     with ExitStack() as stack:
+        if not folder.parent.exists():
+            stack.callback(_remove_empty, folder.parent)
         held = None
         while held is None:
             with suppress(FileNotFoundError):  # another process has removed the parent that it had made
                 folder.parent.mkdir(parents=True, exist_ok=True)
                 held = stack.enter_context(locked(folder))
         folder.mkdir(exist_ok=True)
-        try:
-            yield
-        finally:
-            with suppress(OSError):
-                folder.rmdir()
-    if first:
-        with suppress(OSError):
-            folder.parent.rmdir()
+        stack.callback(_remove_empty, folder)
+        yield
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def _remove_abandoned(final: Path) -> None:
