@@ -1,5 +1,8 @@
 """A folder that is either whole or not there: written beside its final name, listed in a manifest, renamed."""
 
+import ctypes
+import errno
+import glob
 import hashlib
 import json
 import os
@@ -7,7 +10,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rsft_lib.cores import usable_cores
@@ -33,8 +36,8 @@ def new_folder(
 
     `facts` is what the manifest tells besides the files: at least `made_by`, the step that wrote it. It is
     read when the block ends, so the block may still add to it; `files` in it are taken as they are listed, those
-    missing there are hashed. What the same step made before of the same source is replaced in one move; any other
-    existing folder is refused.
+    missing there are hashed. What the same step made before of the same source is replaced when the new one is whole;
+    any other existing folder is refused.
 
     Args:
         size: bytes that will be written, if known.
@@ -49,6 +52,7 @@ def new_folder(
         OSError: the disk has not `size` bytes left, or is full before the block ends.
     """
     final = Path(final)
+    _put_back(final)
     refuse_other(final, facts, source, overwrite)
     require_space(final, size)
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -70,7 +74,9 @@ def refuse_other(final: Path, facts: dict, source: Collection[str] = (), overwri
     Raises:
         FileExistsError: it may not.
     """
-    if not final.exists():
+    try:
+        there = final.stat()
+    except (FileNotFoundError, NotADirectoryError):
         return
     try:
         before = json.loads((final / MANIFEST).read_text(encoding="utf-8"))
@@ -78,6 +84,8 @@ def refuse_other(final: Path, facts: dict, source: Collection[str] = (), overwri
     except (OSError, ValueError, LookupError, TypeError):
         same_step = False  # no manifest, or one that tells nothing
     if not same_step:
+        if not (final.exists() and os.path.samestat(there, final.stat())):
+            return refuse_other(final, facts, source, overwrite)  # another writer has just replaced it
         raise FileExistsError(
             f"{final} exists and was not written by {facts['made_by']}: choose another folder or remove it"
         )
@@ -269,12 +277,54 @@ def _hashes(folder: Path, names: list[str]) -> dict[str, str]:
 
 
 def _replace(temporary: Path, final: Path) -> None:
-    old = final.with_name(f".{final.name}.old-{uuid.uuid4().hex[:8]}")
-    if final.exists():
-        final.rename(old)
-    temporary.rename(final)
+    """Give a folder its final name in one move, or, where a file system cannot swap names (NFS), in two.
+
+    Whoever is killed between the two leaves `.NAME.old-XXXXXXXX`, which the next writer of this name puts back.
+    """
+    if not (final.exists() and _swapped(temporary, final)):
+        _take_name(temporary, final)
     _fsync(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    _delete(temporary)  # has what had the name before, if they were swapped
+    _put_back(final)
+
+
+def _swapped(one: Path, other: Path) -> bool:
+    """Whether two names could be exchanged; False where Linux, or the file system, cannot."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(rename) and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+
+
+def _take_name(temporary: Path, final: Path) -> None:
+    while True:
+        with suppress(FileNotFoundError):  # there is none, or another writer has just moved it
+            final.rename(final.with_name(f".{final.name}.old-{uuid.uuid4().hex[:8]}"))
+        try:
+            temporary.rename(final)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # else another writer was faster
+                _put_back(final)
+                raise
+
+
+def _put_back(final: Path) -> None:
+    """Give what a writer moved away, and could not replace, its name again; what was replaced is removed."""
+    for old in final.parent.glob(f".{glob.escape(final.name)}.old-????????"):
+        with suppress(OSError):  # another writer was faster
+            if final.exists() or not (old / MANIFEST).is_file():
+                _delete(old)
+            else:
+                old.rename(final)
+
+
+def _delete(folder: Path) -> None:
+    """Remove a folder, its manifest first: without one it is never put back. Of a link, remove the link alone."""
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
+        (folder / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _fsync(path: Path) -> None:

@@ -3,14 +3,18 @@
 import errno
 import fcntl
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
+import nfs
 import pytest
 
-from rsft_lib import temporary
+from rsft_lib import artifact, locks, temporary
 from rsft_lib.artifact import new_folder, read_manifest, verify
 from rsft_lib.data.rejects import Reject, Rejects
 from rsft_lib.temporary import alone, new_file
@@ -31,9 +35,14 @@ def test_a_step_that_fails_leaves_the_folder_of_before_and_foreign_ones_are_kept
         verify(final)
 
 
-def test_what_a_killed_process_left_is_removed_by_the_next_and_what_another_writes_is_not(tmp_path):
+@pytest.mark.parametrize("flock", ["fcntl.flock", "nfs.flock"])
+def test_what_a_killed_process_left_is_removed_by_the_next_and_what_another_writes_is_not(tmp_path, monkeypatch, flock):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=":")
+    monkeypatch.setattr(fcntl, "flock", {"fcntl.flock": fcntl.flock, "nfs.flock": nfs.flock}[flock])
     script = f"""
-import os, signal, sys
+import fcntl, os, signal, sys
+import nfs
+fcntl.flock = {flock}
 from pathlib import Path
 from rsft_lib.artifact import new_folder
 with new_folder(Path({str(tmp_path / "out")!r}), {{"made_by": "step"}}) as folder:
@@ -57,7 +66,7 @@ with new_folder(Path({str(tmp_path / "out")!r}), {{"made_by": "step"}}) as folde
 
 
 def test_another_process_that_cleans_up_between_making_a_folder_and_its_lock_takes_nothing(tmp_path, monkeypatch):
-    """Its lock on the new folder is had, since nobody else has one yet: the folder goes, and another is made."""
+    """It gets the new lock, since nobody else has it yet, and removes its file: another file is made and locked."""
     final, flock, seen = tmp_path / "out", fcntl.flock, []
 
     def late(descriptor, how):
@@ -69,26 +78,32 @@ def test_another_process_that_cleans_up_between_making_a_folder_and_its_lock_tak
     monkeypatch.setattr(fcntl, "flock", late)
     with new_folder(final, {"made_by": "step"}) as folder:
         (folder / "file").touch()
-    assert (final / "file").exists() and len(seen[0]) == 1 and seen[-1] != seen[0]
+    assert (final / "file").exists() and len(seen[0]) == 1 and seen[2] == seen[0]  # the lock file is made again
     assert os.listdir(tmp_path) == ["out"]
 
 
-@pytest.mark.parametrize("number", [errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS, errno.EBADF])
-def test_on_a_file_system_without_locks_all_works_and_nothing_of_others_is_removed(tmp_path, monkeypatch, number):
-    """As NFS, or Lustre without `flock`, say it."""
+@pytest.mark.parametrize("number", [errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL])
+def test_on_a_file_system_without_locks_all_works_and_nothing_of_others_is_removed(
+    tmp_path, monkeypatch, capsys, number
+):
+    """As Lustre without `flock` says it."""
 
     def none(descriptor, how):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", none)
-    (tmp_path / ".out.tmp-0123abcd").mkdir()
+    locks.TOLD.clear()
+    others = [".out.tmp-0123abcd", ".out.tmp-0123abcd.lock"]
+    (tmp_path / others[0]).mkdir()
+    (tmp_path / others[1]).touch()
     for content in ("old", "new"):
         with new_folder(tmp_path / "out", {"made_by": "step"}) as folder:
             (folder / "file").write_text(content)
     with new_file(tmp_path / "text") as file, alone(tmp_path / "shared"):
         file.write("text")
     assert (tmp_path / "out" / "file").read_text() == "new" and (tmp_path / "text").read_text() == "text"
-    assert sorted(os.listdir(tmp_path)) == [".out.tmp-0123abcd", "out", "text"]
+    assert sorted(os.listdir(tmp_path)) == [*others, "out", "text"]
+    assert capsys.readouterr().out.count(f"no locks in {tmp_path}") == 1
 
 
 def test_two_that_write_one_file_share_no_temporary_name_and_the_last_stays(tmp_path):
@@ -135,6 +150,124 @@ def test_who_needs_a_shared_folder_alone_waits_and_finds_what_was_done(tmp_path,
         assert (tmp_path / "final" / "file").exists() and os.listdir(shared) == []
     thread.join()
     assert order == ["first", "second"] and os.listdir(tmp_path) == ["final"]
+
+
+def test_a_parent_that_another_process_removes_meanwhile_is_made_again(tmp_path, monkeypatch):
+    mkdir, seen = Path.mkdir, []
+
+    def undone(path, *args, **kwargs):
+        mkdir(path, *args, **kwargs)
+        seen.append(path)
+        if len(seen) == 1:
+            path.rmdir()
+
+    monkeypatch.setattr(Path, "mkdir", undone)
+    with alone(tmp_path / "models" / ".download"):
+        assert os.listdir(tmp_path / "models" / ".download") == []
+    assert os.listdir(tmp_path) == [] and len(seen) > 1
+
+
+def test_shared_folders_are_locked_on_nfs(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(fcntl, "flock", nfs.flock)
+    test_who_needs_a_shared_folder_alone_waits_and_finds_what_was_done(tmp_path, capfd)
+
+
+def filled(final, text, made_by="step"):
+    with new_folder(final, {"made_by": made_by}) as folder:
+        (folder / "file").write_text(text)
+
+
+def test_a_folder_that_a_killed_process_moved_away_has_its_name_again_at_the_next_start(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=":")
+    final = tmp_path / "out"
+    filled(final, "old")
+    script = f"""
+import os, signal
+from pathlib import Path
+from rsft_lib import artifact
+import test_artifact
+artifact._swapped = lambda one, other: False
+rename = Path.rename
+def killed(path, target):
+    rename(path, target)
+    os.kill(os.getpid(), signal.SIGKILL)
+Path.rename = killed
+test_artifact.filled(Path({str(final)!r}), "new")
+"""
+    for again in range(2):
+        assert subprocess.run([sys.executable, "-c", script]).returncode == -signal.SIGKILL
+        assert not final.exists() and len(list(tmp_path.glob(".out.old-*"))) == 1
+        if again:
+            filled(final, "newer")
+            assert (final / "file").read_text() == "newer"
+        else:
+            with pytest.raises(FileExistsError, match="was not written by another"):
+                filled(final, "new", made_by="another")
+            assert (final / "file").read_text() == "old" and verify(final)
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("manifest", [True, False])
+def test_what_was_left_half_removed_is_not_put_back(tmp_path, manifest):
+    """Where the folder itself is there, it is not needed; without a manifest it is not whole."""
+    final, old = tmp_path / "out", tmp_path / ".out.old-0123abcd"
+    if manifest:
+        filled(final, "out")
+    shutil.copytree(final, old) if manifest else old.mkdir()
+    (old / "file").write_text("older")
+    filled(final, "new")
+    assert (final / "file").read_text() == "new" and os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("swap", [True, False])
+def test_a_folder_that_cannot_get_its_name_leaves_the_one_of_before(tmp_path, monkeypatch, swap):
+    final, rename = tmp_path / "out", Path.rename
+    filled(final, "old")
+
+    def broken(path, target):
+        if ".tmp-" in path.name:
+            raise OSError(errno.EIO, "broken")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", broken)
+    if swap:
+        filled(final, "new")
+        assert (final / "file").read_text() == "new"  # in one move, and so without this one
+    else:
+        monkeypatch.setattr(artifact, "_swapped", lambda one, other: False, raising=False)
+        with pytest.raises(OSError, match="broken"):
+            filled(final, "new")
+        assert (final / "file").read_text() == "old"
+    assert verify(final) and os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("moment", [1, 2, 3])
+def test_two_that_replace_a_folder_at_once_both_end_well(tmp_path, monkeypatch, moment):
+    final, rename, count = tmp_path / "out", Path.rename, []
+    filled(final, "old")
+    monkeypatch.setattr(artifact, "_swapped", lambda one, other: False, raising=False)
+
+    def meanwhile(path, target):
+        rename(path, target)
+        count.append(path)
+        if len(count) == moment:
+            filled(final, "other")
+
+    monkeypatch.setattr(Path, "rename", meanwhile)
+    filled(final, "new")
+    assert (final / "file").read_text() == ("other" if moment == 2 else "new")
+    assert verify(final) and os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("swap", [True, False])
+def test_where_a_link_is_replaced_what_it_leads_to_is_left_alone(tmp_path, monkeypatch, swap):
+    if not swap:
+        monkeypatch.setattr(artifact, "_swapped", lambda one, other: False, raising=False)
+    filled(tmp_path / "there", "old")
+    (tmp_path / "out").symlink_to("there")
+    filled(tmp_path / "out", "new")
+    assert (tmp_path / "there" / "file").read_text() == "old" and verify(tmp_path / "there")
+    assert (tmp_path / "out" / "file").read_text() == "new" and sorted(os.listdir(tmp_path)) == ["out", "there"]
 
 
 def replaced(final, source, overwrite=False, **facts):

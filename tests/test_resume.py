@@ -1,6 +1,7 @@
 """A run that was stopped, killed or damaged, against one that was left alone: pytest tests/test_resume.py"""
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import forked
 import killing
+import nfs
 import pytest
 import torch
 from support import all_tensors, random_store, settings, tiny_model
@@ -19,9 +21,9 @@ from rsft_lib.checkpoint.convert import convert
 from rsft_lib.checkpoint.sources import identity
 from rsft_lib.hashed_file import HashedFile
 from rsft_lib.launch.local import LocalJob
-from rsft_lib.training import retention
+from rsft_lib.locks import locked
 from rsft_lib.training.metrics import MetricsWriter, read_metrics
-from rsft_lib.training.retention import locked, remove_old
+from rsft_lib.training.retention import remove_leftovers, remove_old
 from rsft_lib.training.run_folder import read_ended
 
 STEPS = 4
@@ -292,6 +294,20 @@ def test_what_killed_saves_left_is_removed_at_the_next_start_unless_somebody_wri
     assert f"not removed: {output / left[-1]} is being written by another process" in (output / "train.log").read_text()
 
 
+def test_on_nfs_what_a_killed_save_left_is_removed_with_and_without_its_lock(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fcntl, "flock", nfs.flock)
+    for name in (".iter_0000001.old", ".iter_0000002.tmp", ".iter_0000003.tmp", "iter_0000004", ".iter_best.tmp"):
+        (tmp_path / name).mkdir()
+    for name in (".iter_0000002.tmp.lock", ".iter_0000004.tmp.lock"):  # the last had got its name
+        (tmp_path / name).touch()
+    with locked(tmp_path / ".iter_0000003.tmp"):
+        remove_leftovers(tmp_path)
+        kept = {".iter_0000003.tmp", ".iter_0000003.tmp.lock", ".iter_best.tmp", "iter_0000004"}
+        assert set(os.listdir(tmp_path)) == kept and capsys.readouterr().out.count("not removed") == 1
+    remove_leftovers(tmp_path)
+    assert set(os.listdir(tmp_path)) == {".iter_best.tmp", "iter_0000004"}
+
+
 def test_where_no_locks_are_known_a_run_goes_on_and_tells_what_is_left(inputs, straight, tmp_path):
     output = stopped_half_way(straight[0], tmp_path / "run")
     for step in (3, STEPS):
@@ -311,7 +327,7 @@ def _without_locks(config) -> None:
     def refuse(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    retention.fcntl.flock = refuse
+    fcntl.flock = refuse
     forked.train_as_rank(config)
 
 

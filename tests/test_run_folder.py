@@ -1,6 +1,8 @@
 """Run folders with something damaged, as a power loss or a full disk leaves it: pytest tests/test_run_folder.py"""
 
+import dataclasses
 import errno
+import fcntl
 import json
 import shutil
 import types
@@ -11,7 +13,7 @@ import pytest
 from standin import record
 from support import random_store, settings, tiny_model
 
-from rsft_lib import launch
+from rsft_lib import launch, locks
 from rsft_lib.checkpoint.convert import convert
 from rsft_lib.launch import failure, local, training
 from rsft_lib.launch.job import Job
@@ -85,6 +87,29 @@ def test_what_is_missing_at_a_resume_is_told_and_the_damaged_file_is_kept(tmp_pa
     assert scan_metrics(run).problems == ["metrics.jsonl: steps 3 to 5 are missing"]  # also from now on
 
 
+def test_a_process_killed_while_it_mends_the_metrics_loses_none_and_each_damaged_file_is_kept(tmp_path, monkeypatch):
+    run = write(tmp_path / "run", *lines(range(1, 3)), CUT)
+    before, replace = (run / FILE).read_bytes(), Path.replace
+
+    def killed(path, target):
+        if target == run / FILE:
+            raise KeyboardInterrupt
+        return replace(path, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", killed)
+        MetricsWriter(run, 9)
+    assert (run / FILE).read_bytes() == before == (run / DAMAGED).read_bytes()
+    MetricsWriter(run, 9).close()
+    with (run / FILE).open("ab") as file:
+        file.write(CUT + b"\n")
+    again = (run / FILE).read_bytes()
+    MetricsWriter(run, 9).close()
+    kept = {path.name: path.read_bytes() for path in run.iterdir()}
+    assert kept.pop(FILE) == b"".join(line + b"\n" for line in lines(range(1, 3)))
+    assert kept == {DAMAGED: before, "metrics.damaged-2.jsonl": before, "metrics.damaged-3.jsonl": again}
+
+
 def test_a_run_with_whole_metrics_tells_of_nothing(tmp_path, capsys):
     run = write(tmp_path / "run", *lines(range(1, 11)))
     with (run / FILE).open("ab") as file:
@@ -114,7 +139,26 @@ def test_a_run_whose_metrics_are_damaged_goes_on(tmp_path):
     assert read_ended(run) == {"reason": "finished", "iteration": 6}
 
 
-@pytest.mark.parametrize("text", ["", "{", "\0" * 20, '{"iteration": 3}', "[]"])
+def test_a_finished_run_is_found_finished_though_its_base_was_removed(tmp_path, capsys):
+    tiny_model(tmp_path / "hf", hidden_size=32, intermediate_size=32, num_hidden_layers=2)
+    convert(tmp_path / "hf", tmp_path / "megatron")
+    random_store(tmp_path / "data")
+    place = {"checkpoint": str(tmp_path / "megatron"), "data": str(tmp_path / "data"), "output": str(tmp_path / "run")}
+    config = settings(**place, train_iters=2, save_interval=2)
+    forked.train(config)
+    (tmp_path / "megatron").rename(tmp_path / "moved")
+    launch.start_training(config, 1)
+    assert "found finished, nothing was started" in capsys.readouterr().out
+    launch.start_training(dataclasses.replace(config, checkpoint=str(tmp_path / "moved")), 1)
+    assert "found finished, nothing was started" in capsys.readouterr().out
+    for asked in ({"train_iters": 3}, {"checkpoint": str(tmp_path / "another")}):
+        with pytest.raises(FileNotFoundError, match="checkpoint: .* does not exist"):
+            launch.start_training(dataclasses.replace(config, **asked), 1)
+    with pytest.raises(ValueError, match="belongs to another run:\n  lr: "):
+        launch.start_training(dataclasses.replace(config, lr=1.0), 1)
+
+
+@pytest.mark.parametrize("text", ["", "{", "\0" * 20, '{"iteration": 3}', '{"reason": "finished"}', "[]"])
 def test_how_a_run_ended_is_unknown_where_its_file_is_damaged(tmp_path, text):
     run = write(tmp_path / "run", *lines(range(1, 11)))
     (run / "ended.json").write_text(text)
@@ -182,7 +226,8 @@ def test_a_file_system_without_locks_does_not_keep_a_training_from_starting(tmp_
     def refuse(*_):
         raise OSError(number, "no locks")
 
-    monkeypatch.setattr(training.fcntl, "flock", refuse)
+    locks.TOLD.clear()
+    monkeypatch.setattr(fcntl, "flock", refuse)
     monkeypatch.setattr(local, "start", lambda folder, nproc, **common: "started")
     config = settings(checkpoint="none", data="none", output=str(tmp_path / "run"))
     assert launch.start_training(config, 1) == "started"

@@ -1,26 +1,23 @@
 """One training in one run folder: started, found running, or found finished."""
 
-import errno
-import fcntl
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
-from rsft_lib.artifact import checkpoint_folder, checkpoints, write_json
+from rsft_lib.artifact import checkpoint_folder, checkpoints, read_manifest, write_json
 from rsft_lib.launch import local, slurm
 from rsft_lib.launch.failure import ERRORS
 from rsft_lib.launch.job import Job, read_job
 from rsft_lib.launch.local import LocalJob, launch
 from rsft_lib.launch.options import HERE, LaunchOptions
+from rsft_lib.locks import locked
 from rsft_lib.paths import existing, resolve
 from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.run_folder import CONFIG, ENDED, LOG, STOPPING, read_ended, read_record
 from rsft_lib.training.watchdog import STACKS
 
-NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL)  # of a file system
 FRESH = 120  # seconds after which a log that nobody writes no longer speaks for a run on another machine
 
 
@@ -40,7 +37,7 @@ def start_training(config: TrainConfig, nproc: int, options: LaunchOptions = HER
     config.data_parallel(options.ranks(nproc))
     config, output = _with_steps(config), resolve(config.output)
     output.mkdir(parents=True, exist_ok=True)
-    with _one_at_a_time(output):
+    with locked(output / ".starting"):  # let no two look whether a training runs here, and both start one
         if job := attach(output):
             _refuse_others(job, config)
             print(f"found running, nothing was started: {job.state}", flush=True)
@@ -97,23 +94,6 @@ def launch_scoring(checkpoint: str | Path, data: str | Path, output: str | Path,
     launch("rsft_lib.training.score", arguments, nproc, folder.with_name(f"{folder.name}.log"))
 
 
-@contextmanager
-def _one_at_a_time(output: Path) -> Iterator[None]:
-    """Let no two processes look whether a training runs in a folder, and both start one.
-
-    Where the file system knows no locks it is said and gone on: a file in place of a lock would stay when its process
-    is killed, and no other machine could tell that from one that is slow.
-    """
-    with (output / ".starting").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            print(f"no locks in {output} ({error.strerror}): do not start this run twice within a minute", flush=True)
-        yield
-
-
 def _refuse_others(job: Job, config: TrainConfig) -> None:
     try:
         runs, asked = read_record(job.folder / CONFIG), config.to_json()
@@ -135,7 +115,10 @@ def _refuse_others(job: Job, config: TrainConfig) -> None:
 def _finished(config: TrainConfig, output: Path) -> bool:
     """Whether the run in a folder is this one, and has done all of the steps that are asked for.
 
+    Its base checkpoint may have been removed since, if it still has the same name in the settings.
+
     Raises:
+        FileNotFoundError: data are gone, or a base that was asked for, or from which more steps are to be trained.
         ValueError: it is another one; every difference is named.
     """
     told = read_ended(output)
@@ -147,9 +130,16 @@ def _finished(config: TrainConfig, output: Path) -> bool:
     from rsft_lib.training.datasets import open_datasets
     from rsft_lib.training.same_run import facts_of, refuse_another_run  # imports megatron-core, which takes seconds
 
-    base = existing(config.checkpoint, "checkpoint")
-    refuse_another_run(checkpoint, facts_of(config, open_datasets(config), base))
-    return told["iteration"] >= config.train_iters
+    enough, data, recorded = told["iteration"] >= config.train_iters, open_datasets(config), read_manifest(checkpoint)
+    try:
+        facts = facts_of(config, data, existing(config.checkpoint, "checkpoint"))
+    except FileNotFoundError:
+        if not enough or resolve(config.checkpoint) != resolve(recorded["config"]["checkpoint"]):
+            raise
+        base = recorded.get("base_sha256", "")
+        facts = {"config": config.to_json(), "data": data.facts(), "base_sha256": base}
+    refuse_another_run(checkpoint, facts)
+    return enough
 
 
 def _with_steps(config: TrainConfig) -> TrainConfig:

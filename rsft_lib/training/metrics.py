@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+from rsft_lib.temporary import new_file
 from rsft_lib.training.config import TrainConfig
 
 FILE = "metrics.jsonl"
@@ -29,14 +30,10 @@ class MetricsWriter:
         kept = [record for record in found.records if record["iteration"] <= iteration]
         for problem in [*found.damaged, *_gaps([record["iteration"] for record in kept], iteration)]:
             print(f"{path}: {problem}", flush=True)
-        temporary = path.with_suffix(".tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(map(_line, kept))
-            file.flush()
-            os.fsync(file.fileno())  # else a power loss may leave the new name with nothing under it
         if found.damaged:
-            path.replace(folder / DAMAGED)
-        temporary.replace(path)
+            _keep(path)
+        with new_file(path) as file:
+            file.writelines(map(_line, kept))
         self.file = path.open("a", encoding="utf-8")
 
     def write(self, **record) -> None:
@@ -139,6 +136,14 @@ def parse(line: bytes) -> tuple[dict | None, str]:
     except ValueError as error:
         begin = line.rfind(b'{"iteration"')
         return (parse(line[begin:])[0] if begin > 0 else None), str(error)
+
+
+def _keep(path: Path) -> None:
+    """Copy a damaged file to a name that is free: whenever the process is killed, the file itself is still there."""
+    others = (f"metrics.damaged-{number}.jsonl" for number in itertools.count(2))
+    names = map(path.with_name, itertools.chain([DAMAGED], others))
+    with new_file(next(name for name in names if not name.exists()), "wb") as file:
+        file.write(path.read_bytes())
 
 
 def _record(line: bytes) -> dict:

@@ -1,18 +1,15 @@
 """Retention of a run's checkpoints, and removal of leftovers: only what this kit wrote is ever deleted."""
 
-import fcntl
 import itertools
-import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from rsft_lib.artifact import checkpoint_folder, checkpoints
+from rsft_lib.locks import locked
 
-# Left behind by an interrupted save, removal or replacement.
-LEFTOVER = re.compile(r"\.iter_\d{7,}\.(tmp|old(-[0-9a-f]{8})?)")
+# Left behind by an interrupted save, removal or replacement, with or without its lock.
+LEFTOVER = re.compile(r"(\.iter_\d{7,}\.(?:tmp|old(?:-[0-9a-f]{8})?))(?:\.lock)?")
 
 
 def remove_old(output: Path, iteration: int, keep_last: int, keep_every: int) -> None:
@@ -36,9 +33,12 @@ def remove_old(output: Path, iteration: int, keep_last: int, keep_every: int) ->
 
 def remove_leftovers(output: Path) -> None:
     """Remove what interrupted saves and removals left behind, except folders that another process has locked."""
-    for folder in filter(lambda path: LEFTOVER.fullmatch(path.name), output.glob(".iter_*")):
+    found = sorted({match[1] for path in output.glob(".iter_*") if (match := LEFTOVER.fullmatch(path.name))})
+    for folder in (output / name for name in found):
         try:
-            with locked(folder) as alone:
+            with locked(folder, wait=False) as alone:
+                if not folder.exists():
+                    continue
                 if alone:
                     shutil.rmtree(folder)
                 else:
@@ -55,29 +55,6 @@ def set_aside(final: Path) -> None:
     aside = next(name for name in names if not name.exists())
     final.rename(aside)
     print(f"{final} is not a complete checkpoint of this kit: renamed to {aside}", flush=True)
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[bool]:
-    """Hold the lock of a folder; yields False where the file system has no locks.
-
-    Raises:
-        BlockingIOError: another process holds it.
-    """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        held = True
-    except OSError as error:
-        if isinstance(error, BlockingIOError):
-            os.close(descriptor)
-            message = f"{folder} is being written by another process; is a second training running in this folder?"
-            raise BlockingIOError(error.errno, message) from None
-        held = False
-    try:
-        yield held
-    finally:
-        os.close(descriptor)  # and the lock is gone
 
 
 def _step(checkpoint: Path) -> int:

@@ -41,7 +41,8 @@ def read_ended(folder: Path) -> dict:
         found = read_record(Path(folder) / ENDED)
     except ValueError as error:
         return {"reason": f"unknown, since {error}"}
-    return found if not found or "reason" in found else {"reason": f"unknown: {ENDED} does not tell"}
+    whole = "reason" in found and type(found.get("iteration")) is int
+    return found if not found or whole else {"reason": f"unknown: {ENDED} does not tell"}
 
 
 def how_it_ended(folder: Path) -> str:

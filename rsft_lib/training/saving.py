@@ -23,7 +23,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from rsft_lib.artifact import WRITERS, checkpoint_folder, checkpoints, publish, read_manifest, require_space
 from rsft_lib.checkpoint.torch_dist import write_files
-from rsft_lib.training.retention import locked, remove_leftovers, remove_old, set_aside
+from rsft_lib.locks import locked
+from rsft_lib.training.retention import remove_leftovers, remove_old, set_aside
 from rsft_lib.training.state import LAYOUT, TrainState, content
 from rsft_lib.training.watchdog import deadline
 
@@ -73,12 +74,14 @@ class Saver:
 
     def _make_room(self, temporary: Path) -> None:
         """Create the temporary folder of a checkpoint; it is locked until it gets its final name."""
-        if temporary.exists():
-            with locked(temporary):
+        self.output.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as lock:
+            lock.enter_context(locked(temporary, wait=False))
+            if temporary.exists():
                 shutil.rmtree(temporary)
-        require_space(temporary, self.size)
-        temporary.mkdir(parents=True)
-        self.lock.enter_context(locked(temporary))
+            require_space(temporary, self.size)
+            temporary.mkdir()
+            self.lock = lock.pop_all()
 
     def written(self) -> bool:
         """Whether this rank has nothing left to write.
@@ -102,6 +105,7 @@ class Saver:
             except Exception:
                 if _rank_0():
                     shutil.rmtree(writing.temporary, ignore_errors=True)  # all ranks have stopped
+                    self.lock.close()
                 raise
         if _rank_0():
             self.publishing = self.background.submit(self._publish, writing, files)
