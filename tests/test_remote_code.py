@@ -55,7 +55,8 @@ def test_code_of_a_model_folder_is_never_run_where_the_model_is_known(with_code,
 
 
 def test_code_of_a_model_folder_is_never_run_nor_asked_about_where_the_model_is_not_known(with_code, tmp_path):
-    convert(with_code, tmp_path / "megatron")
+    megatron = tmp_path / "megatron"
+    convert(with_code, megatron)
     of_another_family(with_code)
     tokenizer, store = load_tokenizer(with_code), random_store(tmp_path / "store")
     run = settings(checkpoint=str(with_code), data=str(store), output=str(tmp_path / "run"))
@@ -64,13 +65,9 @@ def test_code_of_a_model_folder_is_never_run_nor_asked_about_where_the_model_is_
     for use, error, reason in (
         (lambda: read_config(with_code), ValueError, f"^{not_ours}"),
         (lambda: convert(with_code, tmp_path / "again"), ValueError, f"^{not_ours}"),
-        (lambda: proof.prove(with_code, tmp_path / "megatron"), ValueError, f"^{not_ours}"),
+        (lambda: proof.prove(with_code, megatron), ValueError, f"^{not_ours}"),
         (lambda: proof.with_transformers(with_code, lambda logits: logits), ValueError, not_asked),
-        (
-            lambda: export(tmp_path / "megatron", with_code, tmp_path / "out", original=with_code),
-            ValueError,
-            f"^{not_ours}",
-        ),
+        (lambda: export(megatron, with_code, tmp_path / "out", original=with_code), ValueError, f"^{not_ours}"),
         (lambda: generate(with_code, ["two"], "think"), ValueError, not_asked),
         (lambda: forked.train(run), RuntimeError, not_ours),
     ):

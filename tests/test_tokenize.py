@@ -225,9 +225,8 @@ def job_for(tokenizer: Path, template: str = "") -> Job:
 
 def reason(tokenizer: Path, record: dict, template: str = "", row_seconds: float = 0) -> str:
     """Why a worker rejects a record."""
-    (reject,) = (
-        Worker(job_for(tokenizer, template), row_seconds).block([Row(1, record)], ReferenceEncoder.name).fates.rejects
-    )
+    worker = Worker(job_for(tokenizer, template), row_seconds)
+    (reject,) = worker.block([Row(1, record)], ReferenceEncoder.name).fates.rejects
     return reject.reason
 
 
@@ -448,12 +447,8 @@ def test_what_cannot_be_handed_on_raises_where_it_is_waited_for_and_the_process_
     monkeypatch.setattr("rsft_lib.data.pool.CODE", UNREADABLE_ANSWER)
     with pool_for(job_for(patched), 1) as pool:
         good = [Row(1, GOOD.encode())]
-        calls = [
-            ("block", good, ReferenceEncoder.name),
-            ("block", rows, encoder),
-            ("block", good, ReferenceEncoder.name),
-        ]
-        before, odd, after = [pool.submit(*call) for call in calls]
+        calls = [(good, ReferenceEncoder.name), (rows, encoder), (good, ReferenceEncoder.name)]
+        before, odd, after = [pool.submit("block", *call) for call in calls]
         with pytest.raises(kind, match=message):
             odd.result(300)
         assert before.result(300).tokens.tolist() == after.result(300).tokens.tolist() != []
@@ -483,13 +478,10 @@ def test_no_more_workers_are_started_than_one_reading_process_keeps_busy(
         return {"encoder": ReferenceEncoder.name} | why_slow
 
     monkeypatch.setattr("rsft_lib.data.pool.Process", Counted)
-    for name, value in [
-        ("usable_cores", lambda: 64),
-        ("HELPFUL", 2),
-        ("HELPFUL_WHEN_SLOW", 3),
-        ("_chosen_encoder", chosen),
-    ]:
-        monkeypatch.setattr(f"rsft_lib.data.tokenize.{name}", value)
+    monkeypatch.setattr("rsft_lib.data.tokenize.usable_cores", lambda: 64)
+    monkeypatch.setattr("rsft_lib.data.tokenize.HELPFUL", 2)
+    monkeypatch.setattr("rsft_lib.data.tokenize.HELPFUL_WHEN_SLOW", 3)
+    monkeypatch.setattr("rsft_lib.data.tokenize._chosen_encoder", chosen)
     tokenize(problems, patched, tmp_path / "out", workers=workers)
     assert len(started) == helpful
 
