@@ -28,8 +28,10 @@ def held_out_questions(path: str | Path, count: int) -> list[Question]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a record cannot be read, or there is no question.
+        ValueError: a record cannot be read, there is no question, or none is asked for.
     """
+    if count < 1:
+        raise ValueError(f"questions is {count}; ask at least 1")
     found: dict[str, Question] = {}
     for place, record in read_records(existing(path, "held-out records")):
         try:
@@ -54,5 +56,5 @@ def modes_asked(path: str | Path) -> list[str | None]:
 
     In each mode and, as None, in the one that it chooses; or in 'other' alone, where no record has a control token.
     """
-    modes = {record.get("mode") for _, record in read_records(existing(path, "held-out records"))}
+    modes = {str(record.get("mode")) for _, record in read_records(existing(path, "held-out records"))}
     return ["other"] if modes == {"other"} else [*MODES, None]

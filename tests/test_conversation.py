@@ -254,7 +254,6 @@ REFUSED = {
     "half a character in a call's id": (calling({}, id="\ud800"), "half of a surrogate pair"),
     "a history that is none": ({"instruction": "x", "output": "y", "history": [["a"]]}, "history[0] is ['a'], ex"),
     "an input that is none": ({"instruction": "x", "output": "y", "input": 4}, "input is 4, expected text"),
-    "an endless nest": ({**GOOD, "tools": [json.loads('{"a":' * 400 + "1" + "}" * 400)] * 1}, ""),
     "a number": (4, "found int, expected an object"),
     "nothing": (None, "found NoneType, expected an object"),
 }  # fmt: skip
@@ -265,9 +264,23 @@ def test_a_row_that_cannot_be_trained_as_it_says_is_refused_and_the_rows_beside_
     row, reason = REFUSED[name]
     for file in ("rows.jsonl", "rows.json"):
         found = Tokenized(write(tmp_path, [GOOD, row, GOOD], file), patched)
-        if reason:
-            assert found.rejects.keys() == {2} and reason in found.rejects[2], found.rejects
+        assert found.rejects.keys() == {2} and reason in found.rejects[2], found.rejects
         assert found.texts[0] == found.texts[-1] == f"{BOS}{USER}2 + 2 ?{ASSISTANT}<short>4{EOS}"
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+@pytest.mark.parametrize("depth", [100, 900, 100_000])
+def test_a_nest_is_trained_whole_or_costs_its_row_and_no_other(patched, tmp_path, name, depth):
+    """A hundred deep is trained; how much deeper Python's recursion goes depends on its version."""
+    good, nest = json.dumps(GOOD), '{"a": ' * depth + "1" + "}" * depth
+    rows = [good, f'{good[:-1]}, "tools": [{nest}]}}', good]
+    (tmp_path / name).write_text(f"[{','.join(rows)}]" if name == "rows.json" else "\n".join(rows))
+    found = Tokenized(tmp_path / name, patched)
+    if depth == 100 or not found.rejects:
+        assert found.rejects == {} and nest in found.texts[1] and len(found.texts) == 3
+    else:
+        assert found.rejects.keys() == {2} and "maximum recursion depth exceeded" in found.rejects[2]
+    assert found.texts[0] == found.texts[-1] == f"{BOS}{USER}2 + 2 ?{ASSISTANT}<short>4{EOS}"
 
 
 def test_a_message_is_looked_for_at_its_place_and_not_in_another_message(patched, tmp_path):

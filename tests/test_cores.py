@@ -14,20 +14,24 @@ from rsft_lib.cores import cpu_quota, usable_cores
 TWO, ONE = ("cgroup2", "cgroup", "rw"), ("cgroup", "cgroup", "rw,cpu,cpuacct")
 
 
-def system(folder: Path, mount: tuple[str, ...], root: str, group: str, files: dict[str, str]) -> Path:
-    """A /proc/self whose process is in `group` of control groups that are mounted in `folder` from `root` on."""
-    line = f"30 23 0:26 {root} {folder / 'cgroup'} rw,nosuid shared:4 - {' '.join(mount)}\n"
-    (folder / "mountinfo").write_text(f"22 1 8:1 / / rw - ext4 /dev/root rw\n{line}")
-    (folder / "cgroup").mkdir()
-    for name, content in files.items():
-        path = folder / "cgroup" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content)
+def system(folder: Path, *hierarchies: tuple) -> Path:
+    """A /proc/self whose process is in a group of each of some hierarchies: (mount, root, group, files).
+
+    A hierarchy is mounted in `folder` from `root` on, and has `files`.
+    """
+    mounts, groups = "22 1 8:1 / / rw - ext4 /dev/root rw\n", "9:cpuset:/elsewhere\n"
+    for number, (mount, root, group, files) in enumerate(hierarchies):
+        top = folder / f"cgroup{number}"
+        mounts += f"30 23 0:26 {root} {top} rw,nosuid shared:4 - {' '.join(mount)}\n"
+        groups += f"{number}:{'' if mount == TWO else 'cpu,cpuacct'}:{group}\n"
+        for name, content in files.items():
+            path = top / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content)
     proc = folder / "self"
     proc.mkdir()
-    (folder / "mountinfo").rename(proc / "mountinfo")
-    controllers = "" if mount == TWO else "cpu,cpuacct"
-    (proc / "cgroup").write_text(f"9:cpuset:/elsewhere\n0:{controllers}:{group}\n")
+    (proc / "mountinfo").write_text(mounts)
+    (proc / "cgroup").write_text(groups)
     return proc
 
 
@@ -49,7 +53,18 @@ def system(folder: Path, mount: tuple[str, ...], root: str, group: str, files: d
     ],
 )
 def test_the_quota_is_the_least_of_the_groups_that_a_process_is_in(tmp_path, mount, root, group, files, quota):
-    assert cpu_quota(system(tmp_path, mount, root, group, files)) == quota
+    assert cpu_quota(system(tmp_path, (mount, root, group, files))) == quota
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "quota"), [(3, 2, 2), (2, 3, 2), (3, "max", 3), (-1, 3, 3), (-1, "max", math.inf)]
+)
+def test_of_two_versions_side_by_side_each_has_its_own_group_and_the_least_counts(tmp_path, one, two, quota):
+    """The process is in /a of version 1 and in /b of version 2; a group of the other's name is not its own."""
+    first = {"a/cpu.cfs_quota_us": str(one), "b/cpu.cfs_quota_us": "1"}
+    first |= {"a/cpu.cfs_period_us": "1", "b/cpu.cfs_period_us": "1"}
+    second = {"a/cpu.max": "1 1", "b/cpu.max": f"{two} 1"}
+    assert cpu_quota(system(tmp_path, (ONE, "/", "/a", first), (TWO, "/", "/b", second))) == quota
 
 
 def test_where_there_are_no_control_groups_there_is_no_quota(tmp_path):
@@ -64,6 +79,13 @@ def test_cores_that_the_process_may_not_run_on_are_not_counted():
     finally:
         os.sched_setaffinity(0, mine)
     assert 1 <= usable_cores() <= len(mine)
+
+
+@pytest.mark.parametrize(("quota", "cores"), [(0.1, 1), (1, 1), (1.5, 2), (2, 2), (3.01, 4), (9, 4), (math.inf, 4)])
+def test_part_of_a_core_is_a_core_and_no_quota_adds_to_the_cores_that_there_are(monkeypatch, quota, cores):
+    monkeypatch.setattr("rsft_lib.cores.cpu_quota", lambda: quota)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 7})
+    assert usable_cores() == cores
 
 
 def make_group() -> tuple[Path, dict[str, str]]:

@@ -42,6 +42,19 @@ def test_every_kind_of_file_gives_the_same_records_with_their_places(name, tmp_p
     assert list(read_records(path)) == [(f"{path}:1", PAIR), (f"{path}:2", PAIR)]
 
 
+def test_maps_and_json_of_arrow_are_objects_and_only_nulls_that_arrow_added_go(tmp_path):
+    part = pyarrow.struct({"x": pyarrow.int64(), "y": pyarrow.int64()})
+    maps = pyarrow.array([[("a", {"x": 1}), ("b", {"y": 2})], [], None], pyarrow.map_(pyarrow.string(), part))
+    texts = pyarrow.array(['{"a": null, "b": [{"c": null}]}', "{cut off", None])
+    table = pyarrow.table({"map": maps, "json": pyarrow.ExtensionArray.from_storage(pyarrow.json_(), texts)})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert [record for _, record in read_records(tmp_path / "a.parquet")] == [
+        {"map": {"a": {"x": 1}, "b": {"y": 2}}, "json": {"a": None, "b": [{"c": None}]}},
+        {"map": {}, "json": "{cut off"},
+        {"map": None, "json": None},
+    ]
+
+
 def test_a_json_file_that_holds_lines_is_read_as_lines(tmp_path):
     path = tmp_path / "lines.json"
     path.write_text(f"{LINE}\n{LINE}\n")

@@ -55,22 +55,23 @@ def test_code_of_a_model_folder_is_never_run_where_the_model_is_known(with_code,
 
 
 def test_code_of_a_model_folder_is_never_run_nor_asked_about_where_the_model_is_not_known(with_code, tmp_path):
-    convert(with_code, tmp_path / "megatron")
+    megatron = tmp_path / "megatron"
+    convert(with_code, megatron)
     of_another_family(with_code)
     tokenizer, store = load_tokenizer(with_code), random_store(tmp_path / "store")
     run = settings(checkpoint=str(with_code), data=str(store), output=str(tmp_path / "run"))
-    for use in (
-        lambda: read_config(with_code),
-        lambda: convert(with_code, tmp_path / "again"),
-        lambda: proof.prove(with_code, tmp_path / "megatron"),
-        lambda: proof.with_transformers(with_code, lambda logits: logits),
-        lambda: export(tmp_path / "megatron", with_code, tmp_path / "out", original=with_code),
-        lambda: generate(with_code, ["two"], "think"),
-        lambda: forked.train(run),
+    not_ours = f"{with_code}/config.json: model_type is 'evil'; this kit trains models with 'qwen2'"
+    not_asked = f"^The repository {with_code} contains custom code"
+    for use, error, reason in (
+        (lambda: read_config(with_code), ValueError, f"^{not_ours}"),
+        (lambda: convert(with_code, tmp_path / "again"), ValueError, f"^{not_ours}"),
+        (lambda: proof.prove(with_code, megatron), ValueError, f"^{not_ours}"),
+        (lambda: proof.with_transformers(with_code, lambda logits: logits), ValueError, not_asked),
+        (lambda: export(megatron, with_code, tmp_path / "out", original=with_code), ValueError, f"^{not_ours}"),
+        (lambda: generate(with_code, ["two"], "think"), ValueError, not_asked),
+        (lambda: forked.train(run), RuntimeError, not_ours),
     ):
-        with pytest.raises((ValueError, RuntimeError, FileNotFoundError)):
+        with pytest.raises(error, match=reason):
             use()
-    with pytest.raises(ValueError, match="config.json: model_type is 'evil'; this kit trains models with 'qwen2'"):
-        read_config(with_code)
     assert len(tokenizer) == len(load_tokenizer(with_code))
     check_contract(with_code)

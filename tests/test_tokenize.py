@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from rsft_lib.chat import LOSS_WEIGHTS, ChatTemplate, encode
 from rsft_lib.data.conversation import to_messages
 from rsft_lib.data.encoder import ReferenceEncoder
 from rsft_lib.data.merge import merge
+from rsft_lib.data.pool import Process, pool_for
 from rsft_lib.data.records import Row, read_records
 from rsft_lib.data.store import LENGTHS, MASK, ROWS, TokenStore
 from rsft_lib.data.tokenize import tokenize
@@ -210,17 +212,21 @@ def test_text_does_not_become_a_control_token_unless_allowed(patched, tmp_path):
         assert "would become a control token" in reason(patched, record)
 
 
-def reason(tokenizer: Path, record: dict, template: str = "", row_seconds: float = 0) -> str:
-    """Why a worker rejects a record."""
+def job_for(tokenizer: Path, template: str = "") -> Job:
     loaded = load_tokenizer(tokenizer)
-    job = Job(
+    return Job(
         source="data.jsonl",
         tokenizer_json=loaded.backend_tokenizer.to_str(),
         template=ChatTemplate(template or loaded.chat_template, loaded.special_tokens_map),
         added_tokens=loaded.get_added_vocab(),
         options=Options(),
     )
-    (reject,) = Worker(job, row_seconds).block([Row(1, record)], ReferenceEncoder.name).fates.rejects
+
+
+def reason(tokenizer: Path, record: dict, template: str = "", row_seconds: float = 0) -> str:
+    """Why a worker rejects a record."""
+    worker = Worker(job_for(tokenizer, template), row_seconds)
+    (reject,) = worker.block([Row(1, record)], ReferenceEncoder.name).fates.rejects
     return reject.reason
 
 
@@ -403,6 +409,81 @@ def test_an_error_that_cannot_be_handed_on_is_told_as_text_and_kills_no_worker(
     with pytest.raises(RuntimeError, match=f"(?s)^Traceback .*Odd: {what}$"):
         tokenize(data, patched, tmp_path / "out", workers=2)
     assert capsys.readouterr().err == "a warning\n"  # of all processes that said it
+
+
+class Unreadable:
+    """Can be pickled and not read back."""
+
+    def __reduce__(self):
+        return int, ("no number", 10)
+
+
+UNREADABLE_ANSWER = """
+from rsft_lib.data import worker
+
+class Unreadable:
+    def __reduce__(self):
+        return int, ("no number", 10)
+
+block = worker.Worker.block
+worker.Worker.block = lambda self, rows, encoder: block(self, rows, encoder) if encoder != "odd" else Unreadable()
+worker.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("rows", "encoder", "error"),
+    [
+        ([Row(1, {"handle": threading.Lock()})], ReferenceEncoder.name, (TypeError, "cannot pickle")),
+        ([Row(1, {"x": "x" * 10**6, "odd": Unreadable()})], ReferenceEncoder.name, (ValueError, "'no number'")),
+        ([], "odd", (ValueError, "'no number'")),
+    ],
+    ids=["a call that cannot be pickled", "a call that cannot be read", "an answer that cannot be read"],
+)
+def test_what_cannot_be_handed_on_raises_where_it_is_waited_for_and_the_process_goes_on(
+    patched, monkeypatch, rows, encoder, error
+):
+    kind, message = error
+    monkeypatch.setattr("rsft_lib.data.pool.CODE", UNREADABLE_ANSWER)
+    with pool_for(job_for(patched), 1) as pool:
+        good = [Row(1, GOOD.encode())]
+        calls = [(good, ReferenceEncoder.name), (rows, encoder), (good, ReferenceEncoder.name)]
+        before, odd, after = [pool.submit("block", *call) for call in calls]
+        with pytest.raises(kind, match=message):
+            odd.result(300)
+        assert before.result(300).tokens.tolist() == after.result(300).tokens.tolist() != []
+        assert len(pool.processes) == 1 and pool.processes[0].poll() is None
+
+
+def test_a_job_that_cannot_be_pickled_starts_no_process(patched):
+    job = replace(job_for(patched), options=threading.Lock())
+    with pytest.raises(TypeError, match="cannot pickle"), pool_for(job, 1):
+        raise AssertionError("it goes on")
+
+
+@pytest.mark.parametrize(("why_slow", "helpful"), [({}, 2), ({"why_slow": "it is slow"}, 3)])
+@pytest.mark.parametrize("workers", [None, 64])
+def test_no_more_workers_are_started_than_one_reading_process_keeps_busy(
+    patched, problems, tmp_path, monkeypatch, workers, why_slow, helpful
+):
+    """As on a machine of 64 cores, where the reader is the bottleneck."""
+    started = []
+
+    class Counted(Process):
+        def __init__(self):
+            super().__init__()
+            started.append(self)
+
+    def chosen(pool, rows):
+        return {"encoder": ReferenceEncoder.name} | why_slow
+
+    monkeypatch.setattr("rsft_lib.data.pool.Process", Counted)
+    monkeypatch.setattr("rsft_lib.data.tokenize.usable_cores", lambda: 64)
+    monkeypatch.setattr("rsft_lib.data.tokenize.HELPFUL", 2)
+    monkeypatch.setattr("rsft_lib.data.tokenize.HELPFUL_WHEN_SLOW", 3)
+    monkeypatch.setattr("rsft_lib.data.tokenize._chosen_encoder", chosen)
+    tokenize(problems, patched, tmp_path / "out", workers=workers)
+    assert len(started) == helpful
 
 
 def test_no_more_processes_and_threads_are_started_than_there_are_cores(patched, problems, tmp_path, monkeypatch):

@@ -1,6 +1,8 @@
 """Text of data and models, wherever it is shown, neither acts nor hides: pytest tests/test_visible.py"""
 
 import json
+import re
+import sys
 import unicodedata
 
 import pytest
@@ -19,10 +21,10 @@ from rsft_lib.view.facts import facts_table
 from rsft_lib.view.markup import Table, caption
 from rsft_lib.view.proof import outputs_table
 from rsft_lib.view.template import Difference, edits_table
-from rsft_lib.visible import visible
+from rsft_lib.visible import HIDDEN, visible
 
 ACTING = "\x1b]0;title\x07\x1b[31m \x9b1m \u202egnp.exe\u2066 \x00\x08\x85\u2028 \u200b\ud83d \U000e0041"
-READABLE = "العربية שלום ग़\u200cल 👩\u200d👩\u200d👧 e\u0301 – ✓ $5"
+READABLE = "العربية שלום ग़\u200cल 👩\u200d👩\u200d👧 1\ufe0f⃣ ☎\ufe0e ᠠ\u180b 👁\ufe0f\u200d🗨\ufe0f e\u0301 – ✓ $5"
 TEXT = f"{READABLE} {ACTING}"
 
 
@@ -30,6 +32,20 @@ def acts(text: str) -> set[str]:
     """Characters of a text that are no sign, space or line break: of Unicode's categories of others."""
     found = {c for c in text if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp")} - {"\n", "\t"}
     return found - {"\u200c", "\u200d"}  # of emoji and other scripts
+
+
+# Default_Ignorable_Code_Point of Unicode 16, DerivedCoreProperties.txt; and the blank of Braille.
+IGNORABLE = (
+    "AD 34F 61C 115F-1160 17B4-17B5 180B-180F 200B-200F 202A-202E 2060-206F 3164 FE00-FE0F FEFF FFA0 FFF0-FFF8 "
+    "1BCA0-1BCA3 1D173-1D17A E0000-E0FFF 2800"
+)
+# Tab and line feed; signs of Arabic, Syriac and Kaithi, which are seen; what puts hieroglyphs together.
+LEFT = "9-A 600-605 6DD 70F 890-891 8E2 110BD 110CD 13430-13455"
+
+
+def code_points(ranges: str) -> set[str]:
+    ends = [[int(end, 16) for end in each.split("-")] for each in ranges.split()]
+    return {chr(code) for first, *last in ends for code in range(first, (last or [first])[0] + 1)}
 
 
 def failing(check) -> str:
@@ -104,6 +120,29 @@ def test_the_reason_of_a_rejected_row_is_told_so(tmp_path):
 
 def test_a_caption_of_a_picture_is_plain_too():
     assert acts(caption(TEXT)) == set() and "⟨001B⟩" in caption(TEXT) and r"\$5" in caption(TEXT)
+
+
+def test_every_character_of_unicode_that_is_not_seen_is_shown_as_a_sign_and_no_other():
+    everything = list(map(chr, range(sys.maxunicode + 1)))
+    others = {c for c in everything if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp")}
+    expected = (others | code_points(IGNORABLE)) - code_points(LEFT)
+    assert set(HIDDEN.findall("a".join(everything))) == expected
+    assert all(re.fullmatch(r"[\u2400-\u241f␡]|⟨[0-9A-F]{4,6}⟩", visible(c)) for c in expected)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        *("\u200c", "\u200d", "\ufe0e", "\ufe0f", "\u180b"),  # behind a Latin letter there is nothing to join or vary
+        *("ल\u200c\u200c", "ल\u200d\u200d", "ल\u200c\u200d", "ल\u200c\ufe0f"),
+        *("❤\ufe0f\ufe0e\ufe0f", "👩\u200d\ufe0f\u200d", "ᠠ\u180b\u180d", "❤\ufe0f\u180b"),
+        "❤" + "".join(chr(0xE0100 + byte) for byte in b"hidden"),
+    ],
+    ids=ascii,
+)
+def test_a_run_of_joiners_and_selectors_in_which_a_text_can_be_hidden_is_seen(run):
+    shown = visible(f"a{run}")
+    assert "⟨" in shown and not re.search("[\u180b-\u180d\u200c\u200d\ufe0e\ufe0f]{2}|[\U000e0000-\U000e0fff]", shown)
 
 
 def test_what_is_read_from_the_right_and_joined_letters_stay_as_they_are():

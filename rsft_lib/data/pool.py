@@ -2,7 +2,8 @@
 
 `multiprocessing` would import the caller's main module into each of them, and with it torch and megatron-core: seconds
 and half a gigabyte a process. These run `rsft_lib.data.worker.main`; one thread each sends it a call and waits for the
-answer, both pickled.
+answer. Both are pickled, and the bytes pickled again: the bytes can always be read to their end, so what is in them may
+be unreadable and the next message is still found.
 """
 
 import contextlib
@@ -35,28 +36,29 @@ class Process(subprocess.Popen):
         command, pipe = [sys.executable, "-c", CODE], subprocess.PIPE
         super().__init__(command, stdin=pipe, stdout=pipe, stderr=self.log, env=os.environ | ONE_THREAD)
 
-    def send(self, message) -> None:
+    def send(self, pickled: bytes) -> None:
         """Write a job or a call.
 
         Raises:
             RuntimeError: the process died.
         """
         try:
-            pickle.dump(message, self.stdin, protocol=pickle.HIGHEST_PROTOCOL)
+            pickle.dump(pickled, self.stdin, pickle.HIGHEST_PROTOCOL)
             self.stdin.flush()
         except OSError:
             raise self.death() from None
 
     def receive(self):
-        """Read the answer to a call.
+        """Read the answer to a call; one that cannot be unpickled raises whatever pickle does.
 
         Raises:
             RuntimeError: the process died.
         """
         try:
-            return pickle.load(self.stdout)
+            pickled = pickle.load(self.stdout)
         except (EOFError, OSError, pickle.UnpicklingError):
             raise self.death() from None
+        return pickle.loads(pickled)
 
     def death(self) -> RuntimeError:
         """How the process ended, and what it wrote last."""
@@ -87,7 +89,8 @@ class Pool(Executor):
     """Calls methods of a `Worker` by name, each in whichever process is free."""
 
     def __init__(self, job: Job):
-        self.job, self.calls, self.processes, self.threads = job, SimpleQueue(), [], []
+        self.job, self.calls = pickle.dumps(job, pickle.HIGHEST_PROTOCOL), SimpleQueue()
+        self.processes, self.threads = [], []
 
     def grow(self, count: int) -> None:
         """Have at least `count` processes; each imports and takes the job while the caller goes on.
@@ -111,14 +114,14 @@ class Pool(Executor):
         return future
 
     def _serve(self, process: Process) -> None:
-        """Hand calls to a process until there is None."""
-        with contextlib.suppress(RuntimeError):  # its first call raises that again
+        """Hand calls to a process until there is None; what goes wrong is raised to whoever waits for the answer."""
+        with contextlib.suppress(Exception):  # its first call raises that again
             process.send(self.job)
         for future, call in iter(self.calls.get, None):
             try:
-                process.send(call)
+                process.send(pickle.dumps(call, pickle.HIGHEST_PROTOCOL))
                 answer = process.receive()
-            except RuntimeError as error:
+            except Exception as error:
                 answer = error
             (future.set_exception if isinstance(answer, Exception) else future.set_result)(answer)
 

@@ -221,15 +221,16 @@ def main() -> None:
     os.dup2(2, 1)  # whoever prints does not write among the answers
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for the notebook
     with contextlib.suppress(EOFError, BrokenPipeError, pickle.UnpicklingError):
-        worker = Worker(pickle.load(sys.stdin.buffer), ROW_SECONDS)
+        worker = Worker(pickle.loads(pickle.load(sys.stdin.buffer)), ROW_SECONDS)
         limit_memory(EXTRA_MEMORY)
         while True:
-            method, arguments = pickle.load(sys.stdin.buffer)
+            call = pickle.load(sys.stdin.buffer)  # to its end, so that the next is found whatever is in this one
             try:
+                method, arguments = pickle.loads(call)
                 answer = pickle.dumps(getattr(worker, method)(*arguments), pickle.HIGHEST_PROTOCOL)
             except Exception as error:
                 answer = _pickled(error)
-            answers.write(answer)
+            pickle.dump(answer, answers, pickle.HIGHEST_PROTOCOL)
             answers.flush()
 
 
