@@ -114,15 +114,19 @@ def test_a_field_of_a_message_that_the_chat_template_leaves_out_is_named(patched
         {"messages": [{**ASKED[0], "name": "Alice"}, {**answered, "name": "short"}]},  # the word is in the text
         {"messages": [*asked, tool, answered]},
         {"messages": [{**ASKED[0], "reasoning_content": "hm", "tool_calls": [call({"a": 2})]}, answered]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "2 ?", "citations": [1]}]}, answered]},
     ]
+    asked[1]["tool_calls"][0] |= {"id": "call_17"}
+    asked[1]["tool_calls"][0]["function"] |= {"strict": True}
     found = Tokenized(write(tmp_path, rows), patched)
     expected = {"name": 2, "tool_call_id": 1, "reasoning_content": 1, "tool_calls": 1}
-    assert len(found.texts) == 3
+    expected |= {"tool_calls[].id": 1, "tool_calls[].function.strict": 1, "content[].citations": 1}
+    assert len(found.texts) == 4
     assert found.facts["unused_fields"] == {f"messages[].{name}": count for name, count in expected.items()}
     built = build_hybrid("", "", tmp_path / "built", 0, 0, hybrid=tmp_path / "rows.jsonl", reject_limit=0.99)
-    assert built["counts"] == {"train": {"think": 0, "short": 2}}
-    expected = {"messages[].name": 1, "messages[].reasoning_content": 1, "messages[].tool_calls": 1}
-    assert built["unused_fields"] == expected
+    assert built["counts"] == {"train": {"think": 0, "short": 3}}
+    expected = {"name": 1, "reasoning_content": 1, "tool_calls": 1, "content[].citations": 1}
+    assert built["unused_fields"] == {f"messages[].{name}": count for name, count in expected.items()}
 
 
 def test_of_two_spellings_of_a_key_the_empty_one_goes_and_two_texts_are_refused(patched, tmp_path):
@@ -144,9 +148,17 @@ def test_a_second_chain_of_thought_is_named_or_refused(patched, tmp_path):
             {"messages": [ASKED[0], {**both, "thinking": None, "content": "<think>\nhm\n</think>\n\n4"}]}]  # fmt: skip
     found = Tokenized(write(tmp_path, rows), patched)
     assert found.trained == [f"<think>\ntwo and two\n</think>\n\n4{EOS}"] and sorted(found.rejects) == [1, 3]
-    assert "has a chain of thought in its content and one beside it; keep one" in found.rejects[3]
+    assert "<think> </think> in its content and a chain of thought beside it; keep one" in found.rejects[3]
     built = build_hybrid("", "", tmp_path / "built", 0, 0, hybrid=tmp_path / "rows.jsonl", reject_limit=0.99)
     assert built["unused_fields"] == {"messages[].thinking": 1} and built["records"]["rejected"] == 1
+
+
+def test_no_control_token_is_trained_behind_a_chain_of_thought_of_its_own_field(patched, tmp_path):
+    rows = [{"messages": [ASKED[0], {"role": "assistant", "content": said, "reasoning_content": thoughts}]}
+            for said, thoughts in (("<short>4", "two and two"), ("<short>4", " \n"))]  # fmt: skip
+    found = Tokenized(write(tmp_path, rows), patched)
+    assert found.trained == [f"<short>4{EOS}"] and list(found.rejects) == [1]
+    assert "messages[1] has <short> in its content and a chain of thought beside it" in found.rejects[1]
 
 
 def test_a_rejected_row_with_a_line_separator_is_merged_from_shards(patched, tmp_path):

@@ -214,6 +214,32 @@ def test_a_final_answer_becomes_the_field_that_evaluation_reads_and_ids_are_kept
     assert {r["id"]: r.get("answer") for r in read(tmp_path)} == {"a": None, "b": "3"}
 
 
+def test_columns_may_name_a_field_answer_which_then_states_nothing(tmp_path):
+    rows = [
+        {"question": f"{i} ?", "answer": said, "id": i} for i in range(3) for said in (think("hm", "4"), "<short>4")
+    ]
+    columns = {"prompt": "question", "response": "answer"}
+    built = build_hybrid("", "", tmp_path / "out", 0, 0, hybrid=write(tmp_path / "all.jsonl", rows), columns=columns)
+    assert built["counts"] == {"train": {"think": 3, "short": 3}}
+    assert all("answer" not in r and "id" in r for r in read(tmp_path))
+
+
+def test_questions_that_differ_in_tools_or_in_where_their_text_stands_are_several(tmp_path):
+    def asked(said, **fields):
+        return record("Colour?", f"<short>#### {said}", **fields)
+
+    tools = [[{"type": "function", "function": {"name": name}}] for name in ("red", "blue")]
+    rows = [asked("1", tools=tools[0]), asked("2", tools=tools[1]), asked("3", system="Be red."),
+            record("Be red.\n\nColour?", "<short>#### 4")]  # fmt: skip
+    built = build_hybrid("", "", tmp_path / "out", 0, 0, hybrid=write(tmp_path / "all.jsonl", rows))
+    assert built["records"]["disagreeing"] == 0 and len(read(tmp_path)) == 4
+
+
+def test_where_there_is_one_question_it_is_said_that_none_is_held_out(tmp_path, capsys):
+    build(tmp_path, [record("2 ?", think("hm", "2"))], held_out=0.5)
+    assert "nothing is held out: heldout.jsonl is not written" in capsys.readouterr().out
+
+
 def test_a_field_answer_that_no_answer_is_compared_with_is_named_where_another_takes_its_place(tmp_path):
     longs = [record("2 ?", think("hm", r"\boxed{4}"), answer=["4"]), record("3 ?", think("hm", "6"), answer="6")]
     assert build(tmp_path, longs)["unused_fields"] == {"answer": 1}

@@ -1,12 +1,14 @@
 """Which text of a record may spell a control token: the content of an answer those of thinking, and no other text any.
 
+An answer whose chain of thought stands in a field of its own has no such token in its content either.
+
 <think> thoughts </think> answer     <short> answer     answer     the forms of an answer
 """
 
 import re
 from collections.abc import Collection
 
-from rsft_lib.chat import END_THINK, SHORT, THINK
+from rsft_lib.chat import END_THINK, REASONING, SHORT, THINK
 from rsft_lib.data.conversation import strings
 
 TAGS = (THINK, END_THINK, SHORT)
@@ -37,12 +39,19 @@ class ControlTokens:
         for i, message in enumerate(messages):
             for name, value in message.items():
                 declared = name == "content" and message["role"] == "assistant"
+                if declared and any(message.get(field) for field in REASONING):
+                    _refuse_second(f"messages[{i}]", value)
                 _refuse(f"messages[{i}].{name}", value, self.answer if declared else self.text)
         _refuse("tools", tools, self.text)
 
 
 def _any_of(tokens: set[str]) -> re.Pattern:
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
+
+
+def _refuse_second(place: str, content: str | None) -> None:
+    if tags := TAGS_PATTERN.findall(content or ""):
+        raise ValueError(f"{place} has {' '.join(tags)} in its content and a chain of thought beside it; keep one")
 
 
 def _refuse(place: str, value, forbidden: re.Pattern) -> None:

@@ -153,6 +153,9 @@ def _message(message, place: str, unused: list[str]) -> dict:
         raise ValueError(f"{place} is {message!r:.60}, expected an object with role and content")
     message = _in_our_words(message, place)
     unused += [f"messages[].{key}" for key in message if key not in MESSAGE_FIELDS and not is_empty(message[key])]
+    parts = message["content"] if isinstance(message.get("content"), list) else ()
+    extra = {key for part in parts if isinstance(part, dict) for key in part if not is_empty(part[key])}
+    unused += [f"messages[].content[].{key}" for key in sorted(extra - {"type", "text"})]
     role = message.get("role")
     role = message["role"] = SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
     if role not in ROLES:
@@ -162,6 +165,8 @@ def _message(message, place: str, unused: list[str]) -> dict:
     for name in REASONING:
         if name in message:
             message[name] = _text(message[name], f"{place}.{name}", empty=True)
+            if is_empty(message[name]):
+                del message[name]
     if message.get("tool_calls"):
         _check_calls(message["tool_calls"], place)
     if "content" in message or not message.get("tool_calls"):

@@ -259,6 +259,8 @@ def _counts(rows: np.ndarray, kept: np.ndarray, rejected: int) -> dict[str, int]
 def _write_splits(scratch: Scratch, kept: np.ndarray, held_out: float, seed: int, folder: Path) -> dict:
     """Write the samples `kept`, shuffled, and return their balance by split and mode."""
     held = held_back(scratch.rows[kept], held_out, seed)
+    if held_out and not held.any():
+        print("there is only one question, so nothing is held out: heldout.jsonl is not written")
     order = np.random.default_rng(seed).permutation(len(kept))
     kept, held, found = kept[order], held[order], {}
     for split, numbers in (("train", kept[~held]), ("heldout", kept[held])):

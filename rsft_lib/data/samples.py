@@ -13,7 +13,7 @@ from rsft_lib.data.conversation import conversation, is_empty
 from rsft_lib.data.records import Row, parse
 
 MODE_NAMES = (*MODES, "other")  # an answer of the last begins with no control token
-COPIED = ("id", "answer")  # fields that a sample keeps of its record
+COPIED = ("id", "answer")  # fields that a sample keeps of its record, unless they are its question or its answer
 
 
 class Sample(NamedTuple):
@@ -103,19 +103,22 @@ def _read(row: Row, columns: dict[str, str], mode_of) -> Sample:
     messages, tools, unused = conversation(record, columns)
     system, turns = _in_turns(messages)
     *history, (question, answer) = turns
+    kept = {name: record[name] for name in COPIED if name in unused}
     unused = [name for name in (*unused, *_left_out(messages)) if name not in COPIED]
     mode, answer = mode_of(answer)
     made = {"instruction": question, "output": answer, "mode": mode}
     made |= {"system": system} if system else {}
     made |= {"history": history} if history else {}
     made |= {"tools": tools} if tools else {}
-    made |= {name: record[name] for name in COPIED if not is_empty(record.get(name))}
-    stated, said = _stated(record), final_answer(answer)
+    made |= kept
+    stated, said = _stated(kept), final_answer(answer)
     if said and stated is None:
         unused += ["answer"] * ("answer" in made)
         made["answer"] = said
     context = "\n\n".join([*([system] if system else []), *(text for turn in history for text in turn), question])
-    problem, claim = " ".join(context.split()), normalized(said or stated or "")
+    asked = [" ".join(text.split()) for text in (system, *(text for turn in history for text in turn), question)]
+    problem = json.dumps([*asked, tools], default=str)  # whatever its white space
+    claim = normalized(said or stated or "")
     facts = {
         "mode": MODE_NAMES.index(mode),
         "cut": False,

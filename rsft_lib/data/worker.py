@@ -8,6 +8,7 @@ import signal
 import sys
 import traceback
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate, groupby
 from typing import NamedTuple
@@ -158,7 +159,7 @@ class Worker:
                 if isinstance(result, Exception):
                     fates.rejects.append(reject(self.job.source, row, result))
                 else:
-                    fates.unused.update(_not_shown(messages, result[0]))
+                    fates.unused.update(set(_not_shown(messages, result[0])))
                     done.append(Text(row, *result))
         return done
 
@@ -244,14 +245,22 @@ def _pickled(error: Exception) -> bytes:
     return pickled
 
 
-def _not_shown(messages: list[dict], text: str) -> set[str]:
+def _not_shown(messages: list[dict], text: str) -> Iterator[str]:
     """Fields of messages whose content the chat template may leave out, and did. All else has been checked."""
-    found = set()
     for message in messages:
-        names = MAY_BE_LEFT_OUT + (message["role"] != "assistant") * ("tool_calls", *REASONING)
-        values = ((name, message[name]) for name in names if not is_empty(message.get(name)))
-        found |= {f"messages[].{name}" for name, value in values if any(part not in text for part in strings(value))}
-    return found
+        found = [(f"messages[].{name}", message.get(name)) for name in MAY_BE_LEFT_OUT]
+        if message["role"] != "assistant":
+            found += [(f"messages[].{name}", message.get(name)) for name in ("tool_calls", *REASONING)]
+        for call in message.get("tool_calls") or ():
+            place, rest = "messages[].tool_calls[]", {"type": None, "function": None}
+            found += [(f"{place}.{key}", value) for key, value in (call | rest).items()]
+            rest = {"name": None, "arguments": None}
+            found += [(f"{place}.function.{key}", value) for key, value in (call["function"] | rest).items()]
+        yield from (name for name, value in found if not is_empty(value) and not _stands_in(value, text))
+
+
+def _stands_in(value, text: str) -> bool:
+    return all(part in text for part in ([*strings(value)] or [str(value)]))
 
 
 def _usable(sample: Tokens | ValueError) -> Tokens | ValueError:
