@@ -223,7 +223,11 @@ def _check_patched(folder: Path, expected: dict[str, int], size: int) -> dict[st
     if differing := disagreements(folder, after):
         raise ValueError(f"{differing[0]}; add the one to the replacements, as `old -> new`, to settle it")
     if len(after) != size:
-        raise ValueError(f"{folder}: {len(after)} tokens, the source has {size}; a file names a token elsewhere too")
+        new = sorted(token for token, number in after.get_vocab().items() if number >= size)
+        raise ValueError(
+            f"{CONFIG} or another file names {', '.join(map(repr, new))}, which {TOKENIZER} does not have: remove it "
+            "there, or put a token of the vocabulary in its place"
+        )
     found = {t: after(t, add_special_tokens=False)["input_ids"] for t in [*MODES.values(), END_THINK, *expected]}
     for token, ids in found.items():
         if len(ids) != 1:

@@ -235,6 +235,12 @@ def test_tokens_that_cannot_be_replaced_are_refused_with_a_reason(model, tmp_pat
     refuse(model, tmp_path, "'<short>' should be one token but is", {"<|quad_start|>": "<long>"})
 
 
+def test_a_token_that_only_the_config_names_is_named(model, tmp_path):
+    config = model / "tokenizer_config.json"
+    write(config, read(config) | {"pad_token": "<pad>"})
+    refuse(model, tmp_path, "names '<pad>', which tokenizer.json does not have: remove it there")
+
+
 def test_a_vocabulary_of_sentencepiece_that_names_the_token_is_refused_and_another_is_copied(model, tmp_path):
     (model / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15")
     patch_tokenizer(model, tmp_path / "fine", SHORT)
