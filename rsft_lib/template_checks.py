@@ -12,14 +12,14 @@ import subprocess
 import sys
 from dataclasses import asdict
 from functools import partial
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 
 from rsft_lib.chat import END_THINK, MODES, SHORT, THINK, encode, misplaced, prompt_ids
 from rsft_lib.checks import Check, Checks, Skip
 from rsft_lib.lifeline import die_with_parent
 from rsft_lib.sandbox import SECONDS, end_after, limited
-from rsft_lib.template_clock import MOMENTS, difference
+from rsft_lib.template_clock import difference
 from rsft_lib.templates import is_ours
 from rsft_lib.tokenizer import load_tokenizer
 from rsft_lib.visible import visible
@@ -28,7 +28,8 @@ ANSWERS = {"think": f"{THINK}\nTwo and two.\n{END_THINK}\n\nFour.", "short": f"{
 USER = {"role": "user", "content": "How many are 2 + 2?"}
 THOUGHT, AT_ONCE = ({"role": "assistant", "content": answer} for answer in ANSWERS.values())
 DEADLINE = 300  # seconds for all checks by the clock, in a process that has to start first, maybe on a busy machine
-CHAT = [{"role": "system", "content": "Be brief."}, USER, THOUGHT, USER, AT_ONCE]
+SYSTEM = {"role": "system", "content": "Be brief."}
+CHAT = [SYSTEM, USER, THOUGHT, USER, AT_ONCE]
 
 
 def calling(arguments) -> list[dict]:
@@ -39,6 +40,8 @@ def calling(arguments) -> list[dict]:
 
 
 TOOLS = calling('{"numbers": [2, 2]}') * 2
+REASONED = {"role": "assistant", "content": "Four.", "reasoning_content": "Two and two."}
+LONG = [USER, REASONED, *TOOLS, USER, AT_ONCE, USER, THOUGHT, USER, REASONED]  # every kind of turn, many of users
 TOOL = {"type": "function", "function": {"name": "add", "description": "Add numbers.", "parameters": {}}}
 
 
@@ -112,13 +115,17 @@ def _renders(tokenizer, chat: list[dict] = CHAT) -> str:
 
 
 def _same_at_any_time(tokenizer) -> str:
-    """What is served tomorrow is what was trained today: nothing in the text comes from the clock, or from chance."""
-    chats = [(CHAT, None), (CHAT[1:], None), ([USER], [TOOL]), (TOOLS, [TOOL])]
-    for chat, tools in chats:
-        for prompt in (False, True):
-            if found := difference(partial(_text, tokenizer, chat, prompt, tools)):
-                raise ValueError(found)
-    return f"{len(chats)} conversations are the same text at {len(MOMENTS)} dates and times"
+    """What is served tomorrow is what was trained today: nothing in the text comes from the clock, or from chance.
+
+    A conversation is looked at up to each turn: what ends with an answer is training text, anything else a prompt.
+    """
+    parts = [[*system, *LONG[:end]] for system in ([], [SYSTEM]) for end in range(1, len(LONG) + 1)]
+    cases = list(product(parts, (None, [TOOL])))
+    for chat, tools in cases:
+        prompt = chat[-1]["role"] != "assistant"
+        if found := difference(partial(_text, tokenizer, chat, prompt, tools)):
+            raise ValueError(found)
+    return f"{len(cases)} conversations are the same text at any time: nothing in them comes from the clock"
 
 
 def _prompt_begins_text(tokenizer) -> str:

@@ -16,6 +16,7 @@ from rsft_lib.artifact import read_manifest, write_manifest
 from rsft_lib.chat import Encoded
 from rsft_lib.contract import check_contract, require_contract
 from rsft_lib.sandbox import limited
+from rsft_lib.template_clock import MOMENTS
 from rsft_lib.templates import R1_CHAT_TEMPLATE, patch_template
 from rsft_lib.tokenizer import load_tokenizer, patch_tokenizer
 
@@ -313,15 +314,69 @@ CHANGING = [  # each part of a date alone, where only some conversations have it
     "{% if add_generation_prompt %}{{ strftime_now('%H') }}{% endif %}",
     "{{ range(9) | random }}",
     "{{ lipsum() }}",
+    "{% if tools and messages[0].role == 'system' %}{{ strftime_now('%d %b %Y') }}{% endif %}",
+    "{% if messages | selectattr('role', 'equalto', 'user') | list | length > 2 %}{{ strftime_now('%d') }}{% endif %}",
+    "{% if messages[-1].reasoning_content %}{{ strftime_now('%d %b %Y') }}{% endif %}",
+    "{% if messages[-1].tool_calls and messages[0].role == 'system' %}{{ strftime_now('%A') }}{% endif %}",
+    "{% if messages[-1].role == 'tool' and add_generation_prompt and tools %}{{ strftime_now('%H') }}{% endif %}",
+    "{% if messages | length > 12 and not add_generation_prompt %}{{ strftime_now('%S') }}{% endif %}",
+    "{% if strftime_now('%Y') | int > 2028 %}X{% endif %}",
+    "{% if strftime_now('%M') | int < 20 %}X{% endif %}",
+]
+SELDOM = [  # on one day or in one case of very many, however it is asked
+    "{% if strftime_now('%d.%m.%Y') == '31.07.2031' %}X{% endif %}",
+    "{% if strftime_now('%Y') > '9000' and strftime_now('%M%S') == '4711' %}X{% endif %}",
+    "{% if strftime_now('%M%S') | int == 4711 %}X{% endif %}",
+    "{% if strftime_now('%f') | float == 4711 %}X{% endif %}",
+    "{% if strftime_now('%M%S') in ['4711'] %}X{% endif %}",
+    "{% if strftime_now('%M%S') in '4711' %}X{% endif %}",
+    "{% if '4711' in strftime_now('%M%S') %}X{% endif %}",
+    "{% if strftime_now('%M%S').startswith('471') %}X{% endif %}",
+    "{% if strftime_now('%M%S')[:3] == '471' %}X{% endif %}",
+    "{% if 'x' ~ strftime_now('%M%S') == 'x4711' %}X{% endif %}",
+    "{% if 'x' + strftime_now('%M%S') == 'x4711' %}X{% endif %}",
+    "{% if '%s' % strftime_now('%M%S') == '4711' %}X{% endif %}",
+    "{% if '{}'.format(strftime_now('%M%S')) == '4711' %}X{% endif %}",
+    "{% if {'4711': 1}[strftime_now('%M%S')] %}X{% endif %}",
+    "{% set ns = namespace(now=strftime_now('%M%S')) %}{% if ns.now | trim == '4711' %}X{% endif %}",
+    "{% if [strftime_now('%M%S')] | select('equalto', '4711') | list %}X{% endif %}",
+    "{% if [strftime_now('%M%S'), '4711'] | unique | list | length == 1 %}X{% endif %}",
+    "{% if strftime_now('%M%S') == '4711' %}{{ raise_exception('no') }}{% endif %}",
+    "{% if range(99999) | random == 4711 %}X{% endif %}",
+]
+KEPT = [  # what the clock says is not looked at
+    "{% set now = strftime_now('%d') %}",
+    "{% set ns = namespace(now=strftime_now('%d')) %}{% set ns.now = '1 May' %}{{ ns.now }}",
+    "{% set now = '1 May' if strftime_now is defined else strftime_now('%d') %}{{ now }}",
+    "{% if not now is defined %}{% set now = strftime_now('%d') %}{% endif %}{{ '' if now is defined }}",
+    "{% macro told(now) %}It is May.{% endmacro %}{{ told(strftime_now('%d')) }}",
 ]
 
 
-@pytest.mark.parametrize("text", CHANGING)
-def test_a_template_whose_text_depends_on_when_it_is_rendered_is_refused(patched, text):
-    tokenizer = load_tokenizer(patched)
+def same_at_any_time(folder: Path, text: str) -> contract.Checks:
+    """The check alone, of R1's template with `text` at its beginning."""
+    tokenizer = load_tokenizer(folder)
     tokenizer.chat_template = NEW.replace("{{bos_token}}", "{{bos_token}}" + text)
-    failed = {check.name: check.detail for check in template_checks._check(tokenizer).failed}
-    assert "the text depends on when it is rendered" in failed["same at any time"]
+    return contract.Checks(check for check in template_checks._check(tokenizer) if check.name == "same at any time")
+
+
+@pytest.mark.parametrize("text", CHANGING + SELDOM)
+def test_a_template_whose_text_depends_on_when_it_is_rendered_is_refused(patched, text):
+    (check,) = same_at_any_time(patched, text).failed
+    assert "the text depends on when it is rendered" in check.detail
+    if text in SELDOM:
+        assert "strftime_now" in check.detail
+
+
+@pytest.mark.parametrize("text", KEPT)
+def test_a_template_may_ask_the_clock_as_long_as_nothing_comes_of_it(patched, text):
+    (check,) = same_at_any_time(patched, text)
+    assert check.passed, check.detail
+
+
+def test_the_clocks_whose_texts_are_compared_differ_in_every_part_of_a_date():
+    parts = "%Y %y %C %m %b %d %j %a %H %I %M %S %f %p".split()
+    assert [part for part in parts if f"{MOMENTS[0]:{part}}" == f"{MOMENTS[-1]:{part}}"] == []
 
 
 def test_both_texts_and_dates_are_shown_and_a_clock_that_nothing_is_written_from_is_no_fault(patched, tmp_path):
