@@ -1,5 +1,7 @@
 """What is read as a record, and what is refused: pytest tests/test_records.py"""
 
+import datetime
+import decimal
 import gzip
 import json
 import subprocess
@@ -10,7 +12,8 @@ import pyarrow.parquet
 import pytest
 
 from rsft_lib.data.conversation import conversation, to_messages
-from rsft_lib.data.records import LINE_LIMIT, blocks, parse, read_hub, read_records, read_rows
+from rsft_lib.data.records import LINE_LIMIT, Row, blocks, parse, read_hub, read_records, read_rows
+from rsft_lib.data.rejects import reject
 
 PAIR = {"instruction": "2 + 2 ?", "output": "<think>\nhm\n</think>\n\n4"}
 MESSAGES = [{"role": "user", "content": PAIR["instruction"]}, {"role": "assistant", "content": PAIR["output"]}]
@@ -53,6 +56,57 @@ def test_maps_and_json_of_arrow_are_objects_and_only_nulls_that_arrow_added_go(t
         {"map": {}, "json": "{cut off"},
         {"map": None, "json": None},
     ]
+
+
+def columns(folder, **values):
+    pyarrow.parquet.write_table(pyarrow.table(values), folder / "a.parquet")
+    return folder / "a.parquet"
+
+
+def test_numbers_and_dates_that_json_lacks_are_their_text_wherever_they_stand(tmp_path):
+    day, moment = datetime.date(2020, 1, 31), datetime.datetime(2020, 1, 31, 12, 30)
+    path = columns(
+        tmp_path,
+        price=[decimal.Decimal("1.50")],
+        part=[{"days": [day], "moment": moment}],
+        clock=[datetime.time(12, 30)],
+        span=[datetime.timedelta(days=1, seconds=2)],
+        map=pyarrow.array([[(day, 1)]], pyarrow.map_(pyarrow.date32(), pyarrow.int64())),
+        numbers=pyarrow.array([[(7, True)]], pyarrow.map_(pyarrow.int64(), pyarrow.bool_())),
+    )
+    [(_, record)] = read_records(path)
+    assert record == {
+        "price": "1.50",
+        "part": {"days": ["2020-01-31"], "moment": "2020-01-31 12:30:00"},
+        "clock": "12:30:00",
+        "span": "1 day, 0:00:02",
+        "map": {"2020-01-31": 1},
+        "numbers": {"7": True},
+    }
+
+
+TEXTS = pyarrow.map_(pyarrow.string(), pyarrow.string())
+NO_JSON = [
+    (pyarrow.array([1.5, float("nan")]), "column x: found nan, which JSON cannot hold"),
+    (pyarrow.array([{"y": [1.5]}, {"y": [float("-inf")]}]), "column x: found -inf, which"),
+    (pyarrow.array([[], [{"y": b"ab"}]]), "column x: found b'ab', which"),
+    (pyarrow.array([[("k", "1")], [("k", "1"), ("k", "2")]], TEXTS), "column x: 'k' stands twice in one object"),
+]
+
+
+@pytest.mark.parametrize(("values", "reason"), NO_JSON, ids=["nan", "inf", "bytes", "map"])
+def test_a_row_of_parquet_with_what_json_lacks_is_refused_alone(values, reason, tmp_path):
+    first, second = read_rows(columns(tmp_path, x=values))
+    assert parse(first.content)
+    with pytest.raises(ValueError, match=reason):
+        parse(second.content)
+
+
+@pytest.mark.parametrize(
+    "row", [{datetime.date(2020, 1, 1): 1}, {b"a": 1}, {"a": {(1, 2): b""}}, ValueError("x"), b"\xff"]
+)
+def test_a_row_is_told_whatever_it_holds(row):
+    assert reject("a.parquet", Row(1, row), ValueError("x")).record
 
 
 def test_a_json_file_that_holds_lines_is_read_as_lines(tmp_path):
@@ -131,6 +185,7 @@ BAD = {
     "[1, 2]": "found list, expected an object",
     f"{LINE}{LINE}": "not JSON .Extra data",
     '{"a": NaN}': "NaN is not a JSON number",
+    '{"a": [1e400]}': "the number 1e400 is too large",
     '{"a": 1, "a": 2}': "'a' stands twice",
     '{"a": "\x01"}': "not JSON",
     '{"a": ' + "1" * 5000 + "}": "not JSON",

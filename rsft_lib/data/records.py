@@ -2,11 +2,16 @@
 
 import io
 import json
+import math
 import re
+import reprlib
 from collections.abc import Iterable, Iterator
+from datetime import date, time, timedelta
+from decimal import Decimal
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
+from uuid import UUID
 
 import pyarrow
 import pyarrow.parquet
@@ -138,7 +143,8 @@ def parse(content: bytes | dict | Exception) -> dict:
     """The object that a row holds; strict where Python's JSON parser is lenient.
 
     Raises:
-        ValueError: not UTF-8, not JSON (NaN is not), not an object, a name twice in one object, or unreadable.
+        ValueError: not UTF-8, not JSON (NaN is not), not an object, a name twice in one object, a number that is
+            too large, or unreadable.
     """
     if isinstance(content, Exception):
         raise ValueError(f"the row cannot be read ({content})")
@@ -157,10 +163,13 @@ def parse(content: bytes | dict | Exception) -> dict:
 
 
 def as_text(content: bytes | dict | Exception) -> str:
-    """What stood in a row, for a person to read."""
+    """What stood in a row, for a person to read; it never raises."""
     if isinstance(content, bytes):
         return content.rstrip(b"\r\n").decode("utf-8", "backslashreplace")
-    return json.dumps(content, ensure_ascii=False, default=str)
+    try:
+        return json.dumps(content, ensure_ascii=False, default=str)
+    except Exception:  # keys that are no text, or nested too deep
+        return reprlib.repr(content)
 
 
 def _lines(file: io.BufferedReader) -> Iterator[Row]:
@@ -224,27 +233,52 @@ def _records(table: pyarrow.RecordBatch | pyarrow.Table) -> list[dict | Exceptio
         if len(table) == 1:
             return [error]
         return [record for i in range(len(table)) for record in _records(table.slice(i, 1))]
-    return [{name: _as_json(value, types[name]) for name, value in row.items()} for row in rows]
+    return [_json_row(row, types) for row in rows]
+
+
+def _json_row(row: dict, types: dict[str, pyarrow.DataType]) -> dict | ValueError:
+    record = {}
+    for name, value in row.items():
+        try:
+            record[name] = _as_json(value, types[name])
+        except ValueError as error:
+            return ValueError(f"column {name}: {error}")
+    return record
 
 
 def _as_json(value, kind: pyarrow.DataType):
-    """A value without what Arrow added: a struct has every field that any row has, null where a row has it not."""
+    """A value without what Arrow added: a struct has every field that any row has, null where a row has it not.
+
+    Numbers and dates that JSON lacks become their text.
+
+    Raises:
+        ValueError: JSON has nothing for it (bytes, NaN), or two keys of a map are the same.
+    """
     types = pyarrow.types
     if value is None:
         return None
+    if isinstance(kind, pyarrow.JsonType):  # in which nulls are the row's own
+        try:
+            return DECODER.decode(value)
+        except (ValueError, RecursionError):
+            return value
+    if isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value)):
+        return value
     if types.is_struct(kind):
         fields = {field.name: field.type for field in kind}
         return {name: _as_json(part, fields[name]) for name, part in value.items() if part is not None}
     if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
         return [_as_json(part, kind.value_type) for part in value]
     if types.is_map(kind):
-        return {key: _as_json(part, kind.item_type) for key, part in value}
-    if isinstance(kind, pyarrow.JsonType):  # in which nulls are the row's own
-        try:
-            return DECODER.decode(value)
-        except ValueError:
-            return value
-    return value
+        return _unique([(_key(key, kind.key_type), _as_json(part, kind.item_type)) for key, part in value])
+    if isinstance(value, Decimal | date | time | timedelta | UUID):
+        return str(value)
+    raise ValueError(f"found {value!r:.60}, which JSON cannot hold")
+
+
+def _key(key, kind: pyarrow.DataType) -> str:
+    key = _as_json(key, kind)
+    return key if isinstance(key, str) else json.dumps(key)
 
 
 def _unique(pairs: list[tuple]) -> dict:
@@ -259,7 +293,13 @@ def _no_json(name: str):
     raise ValueError(f"{name} is not a JSON number")
 
 
-DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_json)
+def _finite(text: str) -> float:
+    if math.isinf(number := float(text)):
+        raise ValueError(f"the number {text:.60} is too large")
+    return number
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_json, parse_float=_finite)
 
 
 def blocks(rows: Iterator[Row], records: int = 256, size: int = 4 << 20) -> Iterator[list[Row]]:
