@@ -12,8 +12,8 @@ import pyarrow.parquet
 import pytest
 
 from rsft_lib.data.conversation import conversation, to_messages
-from rsft_lib.data.records import LINE_LIMIT, Row, blocks, parse, read_hub, read_records, read_rows
-from rsft_lib.data.rejects import reject
+from rsft_lib.data.records import LINE_LIMIT, Row, blocks, parse, read_hub, read_records, read_rows, source_of
+from rsft_lib.data.rejects import Rejects, reject
 
 PAIR = {"instruction": "2 + 2 ?", "output": "<think>\nhm\n</think>\n\n4"}
 MESSAGES = [{"role": "user", "content": PAIR["instruction"]}, {"role": "assistant", "content": PAIR["output"]}]
@@ -107,6 +107,66 @@ def test_a_row_of_parquet_with_what_json_lacks_is_refused_alone(values, reason, 
 )
 def test_a_row_is_told_whatever_it_holds(row):
     assert reject("a.parquet", Row(1, row), ValueError("x")).record
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["prompt", "prompt"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a.parquet has two columns 'prompt'"):
+        list(read_rows(tmp_path / "a.parquet"))
+
+
+@pytest.mark.parametrize("blanks", [65, 3 << 20])
+@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"], ids=["plain", "bom"])
+def test_any_number_of_blanks_may_stand_before_the_records(start, blanks, tmp_path):
+    (tmp_path / "list").write_bytes(start + b"\n" * blanks + f"[{LINE},\n{LINE}]".encode())
+    (tmp_path / "lines").write_bytes(start + b"\n" * blanks + f"  {LINE}\n{LINE}".encode())
+    assert [(row.number, parse(row.content)) for row in read_rows(tmp_path / "list")] == [(1, PAIR), (2, PAIR)]
+    numbers = [(row.number, parse(row.content)) for row in read_rows(tmp_path / "lines")]
+    assert numbers == [(blanks + 1, PAIR), (blanks + 2, PAIR)]
+
+
+def test_a_brace_too_many_in_a_list_spoils_its_row_alone(tmp_path):
+    (tmp_path / "a.json").write_text(f"[{LINE}, {LINE}}}, {LINE}]")
+    first, second, third = read_rows(tmp_path / "a.json")
+    assert parse(first.content) == parse(third.content) == PAIR
+    with pytest.raises(ValueError, match="not JSON .Extra data"):
+        parse(second.content)
+
+
+def test_the_last_suffix_says_what_a_file_holds(tmp_path):
+    (tmp_path / "a.parquet.jsonl").write_text(f"{LINE}\n")
+    assert [record for _, record in read_records(tmp_path / "a.parquet.jsonl")] == [PAIR]
+    packed = tmp_path / "a.parquet.gz"
+    packed.write_bytes(gzip.compress(write(tmp_path, "a.parquet").read_bytes()))
+    with pytest.raises(ValueError, match=r"a.parquet.gz: Parquet is compressed within, .* unpack it first"):
+        list(read_rows(packed))
+
+
+@pytest.mark.parametrize("name", ["set@2", "set:x", "set:x@2", "set.parquet"])
+def test_a_folder_is_found_whatever_is_in_its_name(name, tmp_path):
+    (tmp_path / "set").mkdir()
+    folder = tmp_path / name
+    folder.mkdir()
+    assert source_of(folder) == source_of(f"{folder}:train@main") == (str(folder), "train", "main")
+    assert (
+        source_of(f"{folder}:test@v1") == source_of(str(source_of(f"{folder}:test@v1"))) == (str(folder), "test", "v1")
+    )
+
+
+def test_names_on_the_hub_are_cut_at_split_and_revision():
+    assert source_of("org/name") == ("org/name", "train", "main")
+    assert source_of("org/name@v1") == ("org/name", "train", "v1")
+    assert source_of("org/name:test[:10]@v1") == ("org/name", "test[:10]", "v1")
+
+
+def test_nothing_of_a_path_acts_on_the_terminal(tmp_path):
+    file = "a\x1b[31m\u202e.jsonl"
+    with pytest.raises(ValueError, match="are rejected") as raised, Rejects(tmp_path / file, 0) as rejects:
+        rejects.add([reject(file, Row(1, b"{"), ValueError("x"))], 1)
+        rejects.settle(1)
+    assert not {"\x1b", "\u202e"} & set(str(raised.value))
+    assert str(raised.value).startswith("a␛[31m⟨202E⟩.jsonl:1: x")
 
 
 def test_a_json_file_that_holds_lines_is_read_as_lines(tmp_path):

@@ -41,6 +41,14 @@ def test_a_file_or_a_name_on_the_hub_is_all_for_training(tmp_path):
     assert splits_of(others) == {"train": others}
 
 
+@pytest.mark.parametrize("name", ["set@2", "set:x"])
+def test_a_folder_whose_name_looks_like_a_revision_keeps_its_tokens_to_itself(name, tmp_path):
+    write(tmp_path / "set", "rows.jsonl")
+    folder = write(tmp_path / name, "rows.jsonl")
+    assert splits_of(folder) == {"train": folder}
+    assert token_folder(folder, "train", "tok", 9) == folder / "Tokenized-train-tok-9"
+
+
 def test_a_folder_without_training_data_names_the_notebook_that_makes_it(tmp_path):
     for folder in (
         write(tmp_path / "a", "heldout.jsonl"),

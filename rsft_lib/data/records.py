@@ -63,17 +63,27 @@ class Source(NamedTuple):
 def source_of(data: str | Path, what: str = "data file") -> Source:
     """The source that `data` names: a file, a folder with a dataset, or `org/name`, `org/name:split@revision`.
 
+    A folder may have ':' and '@' in its name: as much of `data` as is a folder names it.
+
     Raises:
         FileNotFoundError: it is not a name on the Hub, and no file or folder is there.
     """
-    if any(suffix in Path(data).suffixes for suffix in SUFFIXES) or resolve(data).is_file():
+    is_folder = resolve(data).is_dir()
+    if not is_folder and (_kind(Path(data)) or resolve(data).is_file()):
         return Source(str(existing(data, what)))
-    name, _, revision = str(data).partition("@")
-    name, _, split = name.partition(":")
+    text = str(data)
+    cuts = [found.start() for found in re.finditer(r"[:@]|\Z", text)]
+    cut = next((cut for cut in reversed(cuts) if resolve(text[:cut]).is_dir()), cuts[0])
+    name, (split, _, revision) = text[:cut], text[cut:].removeprefix(":").partition("@")
     folder = resolve(name)
     if folder.is_dir() or not HUB_NAME.fullmatch(name):
         name = str(existing(folder, what))
     return Source(name, split or "train", revision or "main")
+
+
+def _kind(path: Path) -> str | None:
+    """The last of its suffixes that says what the file holds."""
+    return next((suffix for suffix in reversed(path.suffixes) if suffix in SUFFIXES), None)
 
 
 def read_rows(path: Path) -> Iterator[Row]:
@@ -83,18 +93,26 @@ def read_rows(path: Path) -> Iterator[Row]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is truncated or damaged, so that its rows cannot be told apart.
+        ValueError: the file is truncated or damaged, so that its rows cannot be told apart; or it is Parquet that is
+            compressed once more, or has two columns of one name.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"data file {path} does not exist")
+    compression = COMPRESSION.get(path.suffix)
+    if (parquet := _kind(path) == ".parquet") and compression:
+        raise ValueError(f"{path}: Parquet is compressed within, so it is not read from {path.suffix}; unpack it first")
     try:
-        if ".parquet" in path.suffixes:
-            yield from _arrow_rows(pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256))
+        if parquet:
+            file = pyarrow.parquet.ParquetFile(path)
+            if len(set(names := file.schema_arrow.names)) < len(names):
+                twice = next(name for name in names if names.count(name) > 1)
+                raise ValueError(f"{path} has two columns {twice!r}, and only one could be read; rename one of them")
+            yield from _arrow_rows(file.iter_batches(batch_size=256))
             return
-        compression = COMPRESSION.get(path.suffix)
         with io.BufferedReader(pyarrow.input_stream(str(path), compression=compression), READ) as file:
-            yield from _elements(file, path) if _holds_list(file) else _lines(file)
+            first = _pass_blanks(file)
+            yield from _elements(file, path) if file.peek(1).startswith(b"[") else _lines(file, first)
     except (OSError, EOFError, pyarrow.ArrowException) as error:
         raise ValueError(f"{path} cannot be read to its end ({error}): it is damaged; fetch it again") from error
 
@@ -172,19 +190,28 @@ def as_text(content: bytes | dict | Exception) -> str:
         return reprlib.repr(content)
 
 
-def _lines(file: io.BufferedReader) -> Iterator[Row]:
-    for number, line in enumerate(iter(lambda: file.readline(LINE_LIMIT + 1), b""), start=1):
+def _pass_blanks(file: io.BufferedReader) -> int:
+    """Go to the first character that is not blank; returns the number of its line."""
+    number = 1
+    if file.peek(len(BOM)).startswith(BOM):
+        file.read(len(BOM))
+    while more := file.peek(1):
+        blanks = file.read(len(more) - len(more.lstrip()))
+        number += blanks.count(b"\n")
+        if len(blanks) < len(more):
+            break
+    return number
+
+
+def _lines(file: io.BufferedReader, first: int) -> Iterator[Row]:
+    """The lines that are not blank; `first` is the number of the line that the file stands at."""
+    for number, line in enumerate(iter(lambda: file.readline(LINE_LIMIT + 1), b""), start=first):
         while len(line) > LINE_LIMIT and not line.endswith(b"\n"):  # pass over the rest of a line that is refused
             rest = file.readline(LINE_LIMIT)
             if not rest or rest.endswith(b"\n"):
                 break
-        line = line.removeprefix(BOM) if number == 1 else line
         if line.strip():
             yield Row(number, line)
-
-
-def _holds_list(file: io.BufferedReader) -> bool:
-    return file.peek(64)[:64].removeprefix(BOM).lstrip().startswith(b"[")
 
 
 def _elements(file: io.BufferedReader, path: Path) -> Iterator[Row]:
@@ -200,6 +227,8 @@ def _elements(file: io.BufferedReader, path: Path) -> Iterator[Row]:
                 break
             at = end
             depth += (mark in (b"[", b"{")) - (mark in (b"]", b"}"))
+            if mark == b"}":
+                depth = max(depth, 1)  # it cannot end the list; one too many spoils the row that it stands in
             if depth == 1 and mark == b"[":
                 begin = end
             elif (depth == 1 and mark == b",") or depth == 0:
