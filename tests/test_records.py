@@ -85,6 +85,12 @@ def test_numbers_and_dates_that_json_lacks_are_their_text_wherever_they_stand(tm
     }
 
 
+def test_lists_of_arrow_types_of_their_own_stay_lists(tmp_path):
+    tensor = pyarrow.fixed_shape_tensor(pyarrow.float64(), [2])
+    values = pyarrow.ExtensionArray.from_storage(tensor, pyarrow.array([[1.0, 2.0]], tensor.storage_type))
+    assert [record for _, record in read_records(columns(tmp_path, x=values))] == [{"x": [1.0, 2.0]}]
+
+
 TEXTS = pyarrow.map_(pyarrow.string(), pyarrow.string())
 NO_JSON = [
     (pyarrow.array([1.5, float("nan")]), "column x: found nan, which JSON cannot hold"),

@@ -293,6 +293,8 @@ def _as_json(value, kind: pyarrow.DataType):
             return value
     if isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value)):
         return value
+    if isinstance(kind, pyarrow.BaseExtensionType):
+        kind = kind.storage_type
     if types.is_struct(kind):
         fields = {field.name: field.type for field in kind}
         return {name: _as_json(part, fields[name]) for name, part in value.items() if part is not None}
