@@ -1,5 +1,7 @@
 """What is read as a record, and what is refused: pytest tests/test_records.py"""
 
+import datetime
+import decimal
 import gzip
 import json
 import subprocess
@@ -10,7 +12,8 @@ import pyarrow.parquet
 import pytest
 
 from rsft_lib.data.conversation import conversation, to_messages
-from rsft_lib.data.records import LINE_LIMIT, blocks, parse, read_hub, read_records, read_rows
+from rsft_lib.data.records import LINE_LIMIT, Row, blocks, parse, read_hub, read_records, read_rows, source_of
+from rsft_lib.data.rejects import Rejects, reject
 
 PAIR = {"instruction": "2 + 2 ?", "output": "<think>\nhm\n</think>\n\n4"}
 MESSAGES = [{"role": "user", "content": PAIR["instruction"]}, {"role": "assistant", "content": PAIR["output"]}]
@@ -53,6 +56,123 @@ def test_maps_and_json_of_arrow_are_objects_and_only_nulls_that_arrow_added_go(t
         {"map": {}, "json": "{cut off"},
         {"map": None, "json": None},
     ]
+
+
+def columns(folder, **values):
+    pyarrow.parquet.write_table(pyarrow.table(values), folder / "a.parquet")
+    return folder / "a.parquet"
+
+
+def test_numbers_and_dates_that_json_lacks_are_their_text_wherever_they_stand(tmp_path):
+    day, moment = datetime.date(2020, 1, 31), datetime.datetime(2020, 1, 31, 12, 30)
+    path = columns(
+        tmp_path,
+        price=[decimal.Decimal("1.50")],
+        part=[{"days": [day], "moment": moment}],
+        clock=[datetime.time(12, 30)],
+        span=[datetime.timedelta(days=1, seconds=2)],
+        map=pyarrow.array([[(day, 1)]], pyarrow.map_(pyarrow.date32(), pyarrow.int64())),
+        numbers=pyarrow.array([[(7, True)]], pyarrow.map_(pyarrow.int64(), pyarrow.bool_())),
+    )
+    [(_, record)] = read_records(path)
+    assert record == {
+        "price": "1.50",
+        "part": {"days": ["2020-01-31"], "moment": "2020-01-31 12:30:00"},
+        "clock": "12:30:00",
+        "span": "1 day, 0:00:02",
+        "map": {"2020-01-31": 1},
+        "numbers": {"7": True},
+    }
+
+
+def test_lists_of_arrow_types_of_their_own_stay_lists(tmp_path):
+    tensor = pyarrow.fixed_shape_tensor(pyarrow.float64(), [2])
+    values = pyarrow.ExtensionArray.from_storage(tensor, pyarrow.array([[1.0, 2.0]], tensor.storage_type))
+    assert [record for _, record in read_records(columns(tmp_path, x=values))] == [{"x": [1.0, 2.0]}]
+
+
+TEXTS = pyarrow.map_(pyarrow.string(), pyarrow.string())
+NO_JSON = [
+    (pyarrow.array([1.5, float("nan")]), "column x: found nan, which JSON cannot hold"),
+    (pyarrow.array([{"y": [1.5]}, {"y": [float("-inf")]}]), "column x: found -inf, which"),
+    (pyarrow.array([[], [{"y": b"ab"}]]), "column x: found b'ab', which"),
+    (pyarrow.array([[("k", "1")], [("k", "1"), ("k", "2")]], TEXTS), "column x: 'k' stands twice in one object"),
+]
+
+
+@pytest.mark.parametrize(("values", "reason"), NO_JSON, ids=["nan", "inf", "bytes", "map"])
+def test_a_row_of_parquet_with_what_json_lacks_is_refused_alone(values, reason, tmp_path):
+    first, second = read_rows(columns(tmp_path, x=values))
+    assert parse(first.content)
+    with pytest.raises(ValueError, match=reason):
+        parse(second.content)
+
+
+@pytest.mark.parametrize(
+    "row", [{datetime.date(2020, 1, 1): 1}, {b"a": 1}, {"a": {(1, 2): b""}}, ValueError("x"), b"\xff"]
+)
+def test_a_row_is_told_whatever_it_holds(row):
+    assert reject("a.parquet", Row(1, row), ValueError("x")).record
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["prompt", "prompt"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a.parquet has two columns 'prompt'"):
+        list(read_rows(tmp_path / "a.parquet"))
+
+
+@pytest.mark.parametrize("blanks", [65, 3 << 20])
+@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"], ids=["plain", "bom"])
+def test_any_number_of_blanks_may_stand_before_the_records(start, blanks, tmp_path):
+    (tmp_path / "list").write_bytes(start + b"\n" * blanks + f"[{LINE},\n{LINE}]".encode())
+    (tmp_path / "lines").write_bytes(start + b"\n" * blanks + f"  {LINE}\n{LINE}".encode())
+    assert [(row.number, parse(row.content)) for row in read_rows(tmp_path / "list")] == [(1, PAIR), (2, PAIR)]
+    numbers = [(row.number, parse(row.content)) for row in read_rows(tmp_path / "lines")]
+    assert numbers == [(blanks + 1, PAIR), (blanks + 2, PAIR)]
+
+
+def test_a_brace_too_many_in_a_list_spoils_its_row_alone(tmp_path):
+    (tmp_path / "a.json").write_text(f"[{LINE}, {LINE}}}, {LINE}]")
+    first, second, third = read_rows(tmp_path / "a.json")
+    assert parse(first.content) == parse(third.content) == PAIR
+    with pytest.raises(ValueError, match="not JSON .Extra data"):
+        parse(second.content)
+
+
+def test_the_last_suffix_says_what_a_file_holds(tmp_path):
+    (tmp_path / "a.parquet.jsonl").write_text(f"{LINE}\n")
+    assert [record for _, record in read_records(tmp_path / "a.parquet.jsonl")] == [PAIR]
+    packed = tmp_path / "a.parquet.gz"
+    packed.write_bytes(gzip.compress(write(tmp_path, "a.parquet").read_bytes()))
+    with pytest.raises(ValueError, match=r"a.parquet.gz: Parquet is compressed within, .* unpack it first"):
+        list(read_rows(packed))
+
+
+@pytest.mark.parametrize("name", ["set@2", "set:x", "set:x@2", "set.parquet"])
+def test_a_folder_is_found_whatever_is_in_its_name(name, tmp_path):
+    (tmp_path / "set").mkdir()
+    folder = tmp_path / name
+    folder.mkdir()
+    assert source_of(folder) == source_of(f"{folder}:train@main") == (str(folder), "train", "main")
+    assert (
+        source_of(f"{folder}:test@v1") == source_of(str(source_of(f"{folder}:test@v1"))) == (str(folder), "test", "v1")
+    )
+
+
+def test_names_on_the_hub_are_cut_at_split_and_revision():
+    assert source_of("org/name") == ("org/name", "train", "main")
+    assert source_of("org/name@v1") == ("org/name", "train", "v1")
+    assert source_of("org/name:test[:10]@v1") == ("org/name", "test[:10]", "v1")
+
+
+def test_nothing_of_a_path_acts_on_the_terminal(tmp_path):
+    file = "a\x1b[31m\u202e.jsonl"
+    with pytest.raises(ValueError, match="are rejected") as raised, Rejects(tmp_path / file, 0) as rejects:
+        rejects.add([reject(file, Row(1, b"{"), ValueError("x"))], 1)
+        rejects.settle(1)
+    assert not {"\x1b", "\u202e"} & set(str(raised.value))
+    assert str(raised.value).startswith("a␛[31m⟨202E⟩.jsonl:1: x")
 
 
 def test_a_json_file_that_holds_lines_is_read_as_lines(tmp_path):
@@ -131,6 +251,7 @@ BAD = {
     "[1, 2]": "found list, expected an object",
     f"{LINE}{LINE}": "not JSON .Extra data",
     '{"a": NaN}': "NaN is not a JSON number",
+    '{"a": [1e400]}': "the number 1e400 is too large",
     '{"a": 1, "a": 2}': "'a' stands twice",
     '{"a": "\x01"}': "not JSON",
     '{"a": ' + "1" * 5000 + "}": "not JSON",

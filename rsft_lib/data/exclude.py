@@ -47,9 +47,11 @@ def exclude(store: TokenStore, samples: Collection[int], folder: str | Path, ove
     out = set(source_lines(store)[sorted(samples)].tolist())
     source = _source(store)
     split = Path(source.name).name.partition(".")[0]
-    others = [path for name, paths in split_files(Path(source.name).parent).items() if name != split for path in paths]
     if source.split or split not in SPLITS:
         split, others = "train", []
+    else:
+        named = split_files(Path(source.name).parent)
+        others = [path for name, paths in named.items() if name != split for path in paths]
     facts = {"made_by": "exclude", **source.facts(), "counts": {"kept": 0, "left_out": len(out)}}
     with new_folder(resolve(folder), facts, source=["data"], overwrite=overwrite) as temporary:
         with (temporary / f"{split}.jsonl").open("wb") as file:
@@ -63,11 +65,7 @@ def exclude(store: TokenStore, samples: Collection[int], folder: str | Path, ove
 
 
 def _source(store: TokenStore) -> Source:
-    name, split = store.manifest["data"], ""
-    if not Path(name).is_file() and "@" in name:  # as Source writes a dataset on the Hub
-        name, _, rest = name.partition(":")
-        split, _, revision = rest.partition("@")
-        return Source(name, split, revision)
+    name = store.manifest["data"]
     source = source_of(name, "dataset of the tokens")
     if source.facts()["data_sha256"] != store.manifest["data_sha256"]:
         raise ValueError(f"{name} has changed since {store.folder} was made: tokenize again")
@@ -78,4 +76,4 @@ def _line(content: bytes | dict) -> bytes:
     """A row on one line; outside of strings, where JSON allows them, line breaks mean as much as spaces."""
     if isinstance(content, bytes):
         return re.sub(rb"[\r\n]+", b" ", content.strip()) + b"\n"
-    return json.dumps(content, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace") + b"\n"
+    return json.dumps(content, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"

@@ -2,11 +2,16 @@
 
 import io
 import json
+import math
 import re
+import reprlib
 from collections.abc import Iterable, Iterator
+from datetime import date, time, timedelta
+from decimal import Decimal
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
+from uuid import UUID
 
 import pyarrow
 import pyarrow.parquet
@@ -58,17 +63,27 @@ class Source(NamedTuple):
 def source_of(data: str | Path, what: str = "data file") -> Source:
     """The source that `data` names: a file, a folder with a dataset, or `org/name`, `org/name:split@revision`.
 
+    A folder may have ':' and '@' in its name: as much of `data` as is a folder names it.
+
     Raises:
         FileNotFoundError: it is not a name on the Hub, and no file or folder is there.
     """
-    if any(suffix in Path(data).suffixes for suffix in SUFFIXES) or resolve(data).is_file():
+    is_folder = resolve(data).is_dir()
+    if not is_folder and (_kind(Path(data)) or resolve(data).is_file()):
         return Source(str(existing(data, what)))
-    name, _, revision = str(data).partition("@")
-    name, _, split = name.partition(":")
+    text = str(data)
+    cuts = [found.start() for found in re.finditer(r"[:@]|\Z", text)]
+    cut = next((cut for cut in reversed(cuts) if resolve(text[:cut]).is_dir()), cuts[0])
+    name, (split, _, revision) = text[:cut], text[cut:].removeprefix(":").partition("@")
     folder = resolve(name)
     if folder.is_dir() or not HUB_NAME.fullmatch(name):
         name = str(existing(folder, what))
     return Source(name, split or "train", revision or "main")
+
+
+def _kind(path: Path) -> str | None:
+    """The last of its suffixes that says what the file holds."""
+    return next((suffix for suffix in reversed(path.suffixes) if suffix in SUFFIXES), None)
 
 
 def read_rows(path: Path) -> Iterator[Row]:
@@ -78,18 +93,26 @@ def read_rows(path: Path) -> Iterator[Row]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is truncated or damaged, so that its rows cannot be told apart.
+        ValueError: the file is truncated or damaged, so that its rows cannot be told apart; or it is Parquet that is
+            compressed once more, or has two columns of one name.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"data file {path} does not exist")
+    compression = COMPRESSION.get(path.suffix)
+    if (parquet := _kind(path) == ".parquet") and compression:
+        raise ValueError(f"{path}: Parquet is compressed within, so it is not read from {path.suffix}; unpack it first")
     try:
-        if ".parquet" in path.suffixes:
-            yield from _arrow_rows(pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256))
+        if parquet:
+            file = pyarrow.parquet.ParquetFile(path)
+            if len(set(names := file.schema_arrow.names)) < len(names):
+                twice = next(name for name in names if names.count(name) > 1)
+                raise ValueError(f"{path} has two columns {twice!r}, and only one could be read; rename one of them")
+            yield from _arrow_rows(file.iter_batches(batch_size=256))
             return
-        compression = COMPRESSION.get(path.suffix)
         with io.BufferedReader(pyarrow.input_stream(str(path), compression=compression), READ) as file:
-            yield from _elements(file, path) if _holds_list(file) else _lines(file)
+            first = _pass_blanks(file)
+            yield from _elements(file, path) if file.peek(1).startswith(b"[") else _lines(file, first)
     except (OSError, EOFError, pyarrow.ArrowException) as error:
         raise ValueError(f"{path} cannot be read to its end ({error}): it is damaged; fetch it again") from error
 
@@ -138,7 +161,8 @@ def parse(content: bytes | dict | Exception) -> dict:
     """The object that a row holds; strict where Python's JSON parser is lenient.
 
     Raises:
-        ValueError: not UTF-8, not JSON (NaN is not), not an object, a name twice in one object, or unreadable.
+        ValueError: not UTF-8, not JSON (NaN is not), not an object, a name twice in one object, a number that is
+            too large, or unreadable.
     """
     if isinstance(content, Exception):
         raise ValueError(f"the row cannot be read ({content})")
@@ -157,25 +181,37 @@ def parse(content: bytes | dict | Exception) -> dict:
 
 
 def as_text(content: bytes | dict | Exception) -> str:
-    """What stood in a row, for a person to read."""
+    """What stood in a row, for a person to read; it never raises."""
     if isinstance(content, bytes):
         return content.rstrip(b"\r\n").decode("utf-8", "backslashreplace")
-    return json.dumps(content, ensure_ascii=False, default=str)
+    try:
+        return json.dumps(content, ensure_ascii=False, default=str)
+    except Exception:  # keys that are no text, or nested too deep
+        return reprlib.repr(content)
 
 
-def _lines(file: io.BufferedReader) -> Iterator[Row]:
-    for number, line in enumerate(iter(lambda: file.readline(LINE_LIMIT + 1), b""), start=1):
+def _pass_blanks(file: io.BufferedReader) -> int:
+    """Go to the first character that is not blank; returns the number of its line."""
+    number = 1
+    if file.peek(len(BOM)).startswith(BOM):
+        file.read(len(BOM))
+    while more := file.peek(1):
+        blanks = file.read(len(more) - len(more.lstrip()))
+        number += blanks.count(b"\n")
+        if len(blanks) < len(more):
+            break
+    return number
+
+
+def _lines(file: io.BufferedReader, first: int) -> Iterator[Row]:
+    """The lines that are not blank; `first` is the number of the line that the file stands at."""
+    for number, line in enumerate(iter(lambda: file.readline(LINE_LIMIT + 1), b""), start=first):
         while len(line) > LINE_LIMIT and not line.endswith(b"\n"):  # pass over the rest of a line that is refused
             rest = file.readline(LINE_LIMIT)
             if not rest or rest.endswith(b"\n"):
                 break
-        line = line.removeprefix(BOM) if number == 1 else line
         if line.strip():
             yield Row(number, line)
-
-
-def _holds_list(file: io.BufferedReader) -> bool:
-    return file.peek(64)[:64].removeprefix(BOM).lstrip().startswith(b"[")
 
 
 def _elements(file: io.BufferedReader, path: Path) -> Iterator[Row]:
@@ -191,6 +227,8 @@ def _elements(file: io.BufferedReader, path: Path) -> Iterator[Row]:
                 break
             at = end
             depth += (mark in (b"[", b"{")) - (mark in (b"]", b"}"))
+            if mark == b"}":
+                depth = max(depth, 1)  # it cannot end the list; one too many spoils the row that it stands in
             if depth == 1 and mark == b"[":
                 begin = end
             elif (depth == 1 and mark == b",") or depth == 0:
@@ -224,27 +262,54 @@ def _records(table: pyarrow.RecordBatch | pyarrow.Table) -> list[dict | Exceptio
         if len(table) == 1:
             return [error]
         return [record for i in range(len(table)) for record in _records(table.slice(i, 1))]
-    return [{name: _as_json(value, types[name]) for name, value in row.items()} for row in rows]
+    return [_json_row(row, types) for row in rows]
+
+
+def _json_row(row: dict, types: dict[str, pyarrow.DataType]) -> dict | ValueError:
+    record = {}
+    for name, value in row.items():
+        try:
+            record[name] = _as_json(value, types[name])
+        except ValueError as error:
+            return ValueError(f"column {name}: {error}")
+    return record
 
 
 def _as_json(value, kind: pyarrow.DataType):
-    """A value without what Arrow added: a struct has every field that any row has, null where a row has it not."""
+    """A value without what Arrow added: a struct has every field that any row has, null where a row has it not.
+
+    Numbers and dates that JSON lacks become their text.
+
+    Raises:
+        ValueError: JSON has nothing for it (bytes, NaN), or two keys of a map are the same.
+    """
     types = pyarrow.types
     if value is None:
         return None
+    if isinstance(kind, pyarrow.JsonType):  # in which nulls are the row's own
+        try:
+            return DECODER.decode(value)
+        except (ValueError, RecursionError):
+            return value
+    if isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    if isinstance(kind, pyarrow.BaseExtensionType):
+        kind = kind.storage_type
     if types.is_struct(kind):
         fields = {field.name: field.type for field in kind}
         return {name: _as_json(part, fields[name]) for name, part in value.items() if part is not None}
     if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
         return [_as_json(part, kind.value_type) for part in value]
     if types.is_map(kind):
-        return {key: _as_json(part, kind.item_type) for key, part in value}
-    if isinstance(kind, pyarrow.JsonType):  # in which nulls are the row's own
-        try:
-            return DECODER.decode(value)
-        except ValueError:
-            return value
-    return value
+        return _unique([(_key(key, kind.key_type), _as_json(part, kind.item_type)) for key, part in value])
+    if isinstance(value, Decimal | date | time | timedelta | UUID):
+        return str(value)
+    raise ValueError(f"found {value!r:.60}, which JSON cannot hold")
+
+
+def _key(key, kind: pyarrow.DataType) -> str:
+    key = _as_json(key, kind)
+    return key if isinstance(key, str) else json.dumps(key)
 
 
 def _unique(pairs: list[tuple]) -> dict:
@@ -259,7 +324,13 @@ def _no_json(name: str):
     raise ValueError(f"{name} is not a JSON number")
 
 
-DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_json)
+def _finite(text: str) -> float:
+    if math.isinf(number := float(text)):
+        raise ValueError(f"the number {text:.60} is too large")
+    return number
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_json, parse_float=_finite)
 
 
 def blocks(rows: Iterator[Row], records: int = 256, size: int = 4 << 20) -> Iterator[list[Row]]:

@@ -74,9 +74,9 @@ class Rejects:
         self.temporary.replace(self.path)
         if self.count > self.limit * seen:
             raise ValueError(
-                f"{self.first.file}:{self.first.line}: {visible(self.first.reason)}\n"
+                f"{visible(f'{self.first.file}:{self.first.line}: {self.first.reason}')}\n"
                 f"{self.count} of {seen} records are rejected, more than the limit of {self.limit:.2%}; each is in "
-                f"{self.path} with its reason. Mend them, or raise reject_limit to go on without them."
+                f"{visible(str(self.path))} with its reason. Mend them, or raise reject_limit to go on without them."
             )
 
     def __exit__(self, *error) -> None:
