@@ -93,19 +93,21 @@ def test_lists_of_arrow_types_of_their_own_stay_lists(tmp_path):
 
 TEXTS = pyarrow.map_(pyarrow.string(), pyarrow.string())
 NO_JSON = [
-    (pyarrow.array([1.5, float("nan")]), "column x: found nan, which JSON cannot hold"),
-    (pyarrow.array([{"y": [1.5]}, {"y": [float("-inf")]}]), "column x: found -inf, which"),
-    (pyarrow.array([[], [{"y": b"ab"}]]), "column x: found b'ab', which"),
-    (pyarrow.array([[("k", "1")], [("k", "1"), ("k", "2")]], TEXTS), "column x: 'k' stands twice in one object"),
+    (pyarrow.array([1.5, float("nan")]), "found nan, which JSON cannot hold"),
+    (pyarrow.array([{"y": [1.5]}, {"y": [float("-inf")]}]), "found -inf, which"),
+    (pyarrow.array([[], [{"y": b"ab"}]]), "found b'ab', which"),
+    (pyarrow.array([[("k", "1")], [("k", "1"), ("k", "2")]], TEXTS), "'k' stands twice in one object"),
 ]
 
 
 @pytest.mark.parametrize(("values", "reason"), NO_JSON, ids=["nan", "inf", "bytes", "map"])
-def test_a_row_of_parquet_with_what_json_lacks_is_refused_alone(values, reason, tmp_path):
-    first, second = read_rows(columns(tmp_path, x=values))
-    assert parse(first.content)
-    with pytest.raises(ValueError, match=reason):
-        parse(second.content)
+def test_what_json_lacks_in_a_column_is_refused_where_the_column_is_used(values, reason, tmp_path):
+    path = columns(tmp_path, x=values, instruction=["2 ?"] * 2, output=["<short>4"] * 2)
+    rows = [record for _, record in read_records(path)]
+    assert conversation(rows[1]).unused == ("x",)
+    for field in ("instruction", "tools"):
+        with pytest.raises(ValueError, match=f"{field}: {reason}"):
+            conversation({**rows[1], field: rows[1]["x"]})
 
 
 @pytest.mark.parametrize(

@@ -205,7 +205,14 @@ def _shown(name: str) -> str:
     return name[:60].encode("utf-8", "backslashreplace").decode()
 
 
+def _refuse_error(value, name: str) -> None:
+    """A column that holds what JSON cannot has an error in its place (`records`)."""
+    if isinstance(value, Exception):
+        raise ValueError(f"{name}: {value}")
+
+
 def _list(value, name: str) -> list:
+    _refuse_error(value, name)
     if not isinstance(value, list):
         raise ValueError(f"{name} is {type(value).__name__}, expected a list")
     return value
@@ -215,6 +222,7 @@ def _text(value, name: str, empty: bool = False) -> str:
     """A text, or the texts of a list of content parts, one after the other."""
     if isinstance(value, list) and all(_is_text_part(part) for part in value):
         value = "".join(part["text"] for part in value)
+    _refuse_error(value, name)
     if not isinstance(value, str):
         raise ValueError(f"{name} is {value!r:.60}, expected text")
     if not (empty or value.strip()):

@@ -73,7 +73,11 @@ def _source(store: TokenStore) -> Source:
 
 
 def _line(content: bytes | dict) -> bytes:
-    """A row on one line; outside of strings, where JSON allows them, line breaks mean as much as spaces."""
+    """A row on one line, without the columns that JSON cannot hold.
+
+    Outside of strings, where JSON allows them, line breaks mean as much as spaces.
+    """
     if isinstance(content, bytes):
         return re.sub(rb"[\r\n]+", b" ", content.strip()) + b"\n"
+    content = {name: value for name, value in content.items() if not isinstance(value, Exception)}
     return json.dumps(content, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"

@@ -262,17 +262,15 @@ def _records(table: pyarrow.RecordBatch | pyarrow.Table) -> list[dict | Exceptio
         if len(table) == 1:
             return [error]
         return [record for i in range(len(table)) for record in _records(table.slice(i, 1))]
-    return [_json_row(row, types) for row in rows]
+    return [{name: _value(value, types[name]) for name, value in row.items()} for row in rows]
 
 
-def _json_row(row: dict, types: dict[str, pyarrow.DataType]) -> dict | ValueError:
-    record = {}
-    for name, value in row.items():
-        try:
-            record[name] = _as_json(value, types[name])
-        except ValueError as error:
-            return ValueError(f"column {name}: {error}")
-    return record
+def _value(value, kind: pyarrow.DataType):
+    """`_as_json`, or its error in place of the value: only a row that uses the column is refused for it."""
+    try:
+        return _as_json(value, kind)
+    except ValueError as error:
+        return error
 
 
 def _as_json(value, kind: pyarrow.DataType):

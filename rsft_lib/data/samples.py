@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-from datetime import date, time
-from decimal import Decimal
 from typing import NamedTuple
 
 from rsft_lib.chat import END_THINK, MODES, REASONING, SHORT, THINK
@@ -103,8 +101,8 @@ def _read(row: Row, columns: dict[str, str], mode_of) -> Sample:
     messages, tools, unused = conversation(record, columns)
     system, turns = _in_turns(messages)
     *history, (question, answer) = turns
-    kept = {name: record[name] for name in COPIED if name in unused}
-    unused = [name for name in (*unused, *_left_out(messages)) if name not in COPIED]
+    kept = {name: record[name] for name in COPIED if name in unused and not isinstance(record[name], Exception)}
+    unused = [name for name in (*unused, *_left_out(messages)) if name not in kept]
     mode, answer = mode_of(answer)
     made = {"instruction": question, "output": answer, "mode": mode}
     made |= {"system": system} if system else {}
@@ -171,23 +169,16 @@ def _answer(message: dict) -> str:
 def _stated(record: dict) -> str | None:
     """What the field `answer` of a record says; it may be a whole solution, as GSM8K's is."""
     stated = record.get("answer")
-    if not isinstance(stated, str | int | float | Decimal) or not str(stated).strip():
+    if not isinstance(stated, str | int | float) or not str(stated).strip():
         return None
     return final_answer(str(stated)) or str(stated)
 
 
 def _line(record: dict) -> bytes:
     try:
-        return json.dumps(record, ensure_ascii=False, allow_nan=False, default=_as_text).encode() + b"\n"
-    except ValueError as error:
+        return json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    except (TypeError, ValueError) as error:
         raise ValueError(f"the sample cannot be written as JSON ({error})") from None
-
-
-def _as_text(value) -> str:
-    """What Parquet has and JSON has not."""
-    if isinstance(value, date | time | Decimal):
-        return str(value)
-    raise ValueError(f"it holds {value!r:.60}")
 
 
 def _hash(*texts: str) -> int:
