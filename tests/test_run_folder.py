@@ -14,10 +14,12 @@ from standin import record
 from support import random_store, settings, tiny_model
 
 from rsft_lib import launch, locks
+from rsft_lib.artifact import checkpoint_folder, checkpoints, publish, write_manifest
 from rsft_lib.checkpoint.convert import convert
 from rsft_lib.launch import failure, local, training
 from rsft_lib.launch.job import Job
 from rsft_lib.training.metrics import DAMAGED, FILE, MetricsWriter, read_metrics, scan_metrics
+from rsft_lib.training.retention import remove_leftovers, remove_old, set_aside
 from rsft_lib.training.run_folder import how_it_ended, read_ended
 from rsft_lib.view.curves import plot_curves
 from rsft_lib.view.follow import Follower
@@ -232,3 +234,61 @@ def test_a_file_system_without_locks_does_not_keep_a_training_from_starting(tmp_
     config = settings(checkpoint="none", data="none", output=str(tmp_path / "run"))
     assert launch.start_training(config, 1) == "started"
     assert f"no locks in {tmp_path / 'run'} (no locks): do not start" in capsys.readouterr().out
+
+
+def saved(run: Path, *steps: int) -> Path:
+    for step in steps:
+        folder = checkpoint_folder(run, step)
+        folder.mkdir(parents=True)
+        (folder / "weights").write_text("w")
+        write_manifest(folder, {"made_by": "train", "iteration": step})
+    return run
+
+
+def names(run: Path) -> list[str]:
+    return sorted(path.name for path in run.iterdir())
+
+
+def test_a_checkpoint_that_was_moved_and_is_linked_to_stays_and_the_run_goes_on(tmp_path, capsys):
+    run, elsewhere = saved(tmp_path / "run", 5, 10, 15), tmp_path / "bigger disk"
+    shutil.move(checkpoint_folder(run, 5), elsewhere)
+    checkpoint_folder(run, 5).symlink_to(elsewhere)
+    for _ in range(2):
+        remove_old(run, 15, keep_last=1, keep_every=0)
+    assert names(run) == ["iter_0000005", "iter_0000015"] and (elsewhere / "weights").exists()
+    assert capsys.readouterr().out == f"not removed: {run / 'iter_0000005'}, since it is a link\n"
+
+    (run / "iter_0000005").rename(run / ".iter_0000005.old")  # as it was left before
+    remove_leftovers(run)
+    assert names(run) == [".iter_0000005.old.set-aside-1", "iter_0000015"] and (elsewhere / "weights").exists()
+
+
+def test_a_checkpoint_into_which_somebody_put_files_stays(tmp_path, capsys):
+    run = saved(tmp_path / "run", 5, 10)
+    (run / "iter_0000005" / "my_results.json").touch()
+    for _ in range(2):
+        remove_old(run, 10, keep_last=1, keep_every=0)
+    assert names(run) == ["iter_0000005", "iter_0000010"]
+    assert capsys.readouterr().out.count("iter_0000005, since my_results.json in it is not of this kit") == 1
+
+
+def test_a_checkpoint_with_files_of_somebody_is_set_aside_where_its_step_is_saved_again(tmp_path, capsys):
+    run = saved(tmp_path / "run", 5)
+    (run / "iter_0000005" / "my_results.json").touch()
+    (run / "new").mkdir()
+    set_aside(run / "iter_0000005")
+    publish(run / "new", run / "iter_0000005", {"made_by": "train", "iteration": 5})
+    assert (run / "iter_0000005.set-aside-1" / "my_results.json").exists() and "renamed to" in capsys.readouterr().out
+    assert checkpoints(run) == [run / "iter_0000005"]
+
+
+def test_files_with_the_names_of_leftovers_stop_nothing_and_are_kept(tmp_path):
+    run = saved(tmp_path / "run", 5, 10)
+    (run / ".iter_0000005.old").mkdir()
+    (run / ".iter_0000005.old" / "file").touch()
+    remove_old(run, 10, keep_last=1, keep_every=0)
+    assert names(run) == [".iter_0000005.old", "iter_0000010"]
+    (run / ".iter_0000005.tmp").write_text("mine")
+    (run / ".iter_0000006.tmp").symlink_to("nowhere")
+    remove_leftovers(run)
+    assert names(run) == [".iter_0000005.tmp.set-aside-1", ".iter_0000006.tmp.set-aside-1", "iter_0000010"]
