@@ -99,7 +99,7 @@ def refuse_other(final: Path, facts: dict, source: Collection[str] = (), overwri
         if old != new and not (content and old_content == content):
             raise FileExistsError(
                 f"{final} was made from {' and '.join(old) or 'something else'} and is not replaced by what is made "
-                f"from {' and '.join(new)}: choose another `output`, or set `overwrite` to replace it"
+                f"from {' and '.join(new) or f'no {name}'}: choose another `output`, or set `overwrite` to replace it"
             )
     if overwrite or not (others := foreign(final)):
         return

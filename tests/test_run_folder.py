@@ -21,6 +21,7 @@ from rsft_lib.launch.job import Job
 from rsft_lib.training.metrics import DAMAGED, FILE, MetricsWriter, read_metrics, scan_metrics
 from rsft_lib.training.retention import remove_leftovers, remove_old, set_aside
 from rsft_lib.training.run_folder import how_it_ended, read_ended
+from rsft_lib.training.same_run import refuse_another_run
 from rsft_lib.view.curves import plot_curves
 from rsft_lib.view.follow import Follower
 from rsft_lib.view.live import LiveRun
@@ -37,6 +38,13 @@ WRONG = {
     "not UTF-8": b'{"iteration": 4, "note": "\xff"}',
     "no step": b'{"loss": 1.0}',
     "a step that is none": b'{"iteration": "4"}',
+    "no loss": b'{"iteration": 4}',
+    "a loss that is null": b'{"iteration": 4, "loss": null}',
+    "a loss that is a text": b'{"iteration": 4, "loss": "x"}',
+    "a loss that no float can hold": b'{"iteration": 4, "loss": 1' + b"0" * 400 + b"}",
+    "a step that no float can hold": b'{"iteration": 1' + b"0" * 400 + b', "loss": 1.0}',
+    "another metric that is a text": b'{"iteration": 4, "loss": 1.0, "eval_loss": "x"}',
+    "brackets without end": b"[" * 100_000,
     "no object": b"4",
     "nothing": b"",
 }
@@ -160,7 +168,8 @@ def test_a_finished_run_is_found_finished_though_its_base_was_removed(tmp_path, 
         launch.start_training(dataclasses.replace(config, lr=1.0), 1)
 
 
-@pytest.mark.parametrize("text", ["", "{", "\0" * 20, '{"iteration": 3}', '{"reason": "finished"}', "[]"])
+@pytest.mark.parametrize("text", ["", "{", "\0" * 20, '{"iteration": 3}', '{"reason": "finished"}', "[]", "[" * 100_000,
+                                  '{"reason": ["finished"], "iteration": 3}'])  # fmt: skip
 def test_how_a_run_ended_is_unknown_where_its_file_is_damaged(tmp_path, text):
     run = write(tmp_path / "run", *lines(range(1, 11)))
     (run / "ended.json").write_text(text)
@@ -190,6 +199,28 @@ def test_how_a_run_ended_is_told_in_words(tmp_path, reason, asked, words):
     assert Ended(run, **COMMON).outcome()["status"] == ("done" if reason == "finished" else "stopped")
 
 
+@pytest.mark.parametrize("config", ['{"train_iters": "x"}', "[" * 100_000, '{"train_iters": null}'])
+def test_runs_are_compared_though_little_is_known_of_one(tmp_path, config, capsys):
+    run = write(tmp_path / "run", b'{"iteration": 1, "loss": 2.0}', b'{"iteration": 2, "loss": 1.0, "seconds": null}')
+    (run / "config.json").write_text(config)
+    found = open_run(run, "mine")
+    assert "2 of –" in repr(runs_table([found])) and "1.000" in repr(runs_table([found]))
+    for by in ("step", "token", "time", "share"):
+        found.line("loss", by)
+    assert Ended(run, **COMMON).outcome()["last_loss"] == 1.0
+
+
+@pytest.mark.parametrize("wrong", [{"config": None}, {"data": None}, {"config": {}}, {"base_sha256": 5}])
+def test_a_checkpoint_that_does_not_tell_of_its_run_is_damaged(tmp_path, wrong):
+    config, data = settings(checkpoint="a", data="b", output="c").to_json(), {"packs": 5}
+    facts = {"config": config, "data": data, "base_sha256": "abc"}
+    write_manifest(tmp_path, {"made_by": "train", "iteration": 5} | facts)
+    assert refuse_another_run(tmp_path, facts) == []
+    write_manifest(tmp_path, {"made_by": "train", "iteration": 5} | facts | wrong)
+    with pytest.raises(ValueError, match=f"{tmp_path}/manifest.json is damaged: it does not tell .* Move this"):
+        refuse_another_run(tmp_path, facts)
+
+
 def test_runs_are_compared_though_the_settings_of_one_are_damaged(tmp_path):
     run = write(tmp_path / "run", *lines(range(1, 11)))
     (run / "config.json").write_text('{"lr": 1')
@@ -197,7 +228,17 @@ def test_runs_are_compared_though_the_settings_of_one_are_damaged(tmp_path):
     assert "10 of –" in table and f"{run / 'config.json'} is damaged" in table
 
 
-@pytest.mark.parametrize("text", ["{", "\0" * 20, "[]", '{"launcher": "local", "pid": 1}', '{"launcher": "other"}'])
+JOB = {"launcher": "local", "pid": 1, "birth": "x", "host": "elsewhere", **COMMON}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{", "\0" * 20, "[]", "[" * 100_000, '{"launcher": "local", "pid": 1}', '{"launcher": "other"}',
+        '{"launcher": "local", "pid": 1, "birth": "x", "host": "here"}', '{"launcher": "slurm", "id": "7"}',
+        *(json.dumps(JOB | wrong) for wrong in ({"host": None}, {"pid": "x"}, {"patience": "x"}, {"launcher": ["x"]})),
+    ],
+)  # fmt: skip
 def test_where_it_is_unknown_what_trains_in_a_folder_nothing_is_started(tmp_path, text):
     (tmp_path / "job.json").write_text(text)
     config = settings(checkpoint="none", data="none", output=str(tmp_path))

@@ -301,6 +301,8 @@ def test_a_tokenizer_with_another_template_of_your_own_is_another_one(model, tmp
     with pytest.raises(FileExistsError, match="is not replaced by what is made from .*mine.jinja: .*set `overwrite`"):
         patch_tokenizer(model, tmp_path / "out", SHORT, template=mine)
     patch_tokenizer(model, tmp_path / "out", SHORT, template=mine, overwrite=True)
+    with pytest.raises(FileExistsError, match="out was made from .*mine.jinja and is not .* made from no template: "):
+        patch_tokenizer(model, tmp_path / "out", SHORT)
     mine.write_text(NEW + "{# edited #}")
     patch_tokenizer(model, tmp_path / "out", SHORT, template=mine)
     with pytest.raises(FileExistsError, match="out was made from .*mine.jinja and is not replaced by .*other.jinja"):
