@@ -189,6 +189,8 @@ def read_manifest(folder: Path) -> dict:
         own_hash = content.pop("manifest_sha256")
         if own_hash != _own_hash(content) or text != _json(content | {"manifest_sha256": own_hash}):
             raise ValueError("its text does not have the hash that it names")
+        if not isinstance(content["files"], dict):
+            raise TypeError("it lists no files")
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{path} is damaged or was edited ({error}); run the step that makes {folder} again"

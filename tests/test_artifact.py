@@ -373,3 +373,10 @@ def test_a_damaged_manifest_is_named_as_such_and_nothing_is_replaced(tmp_path, t
     with pytest.raises(ValueError, match="manifest.json is damaged or was edited"):
         verify(final)
     assert (final / "file").read_text() == "old"
+
+
+def test_a_manifest_without_files_is_damaged(tmp_path):
+    content = {"made_by": "step"}
+    artifact.write_json(tmp_path / "manifest.json", content | {"manifest_sha256": artifact._own_hash(content)})
+    with pytest.raises(ValueError, match="manifest.json is damaged or was edited"):
+        verify(tmp_path)
