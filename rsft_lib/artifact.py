@@ -6,6 +6,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Collection, Iterator
@@ -21,6 +22,9 @@ from rsft_lib.temporary import beside, new_file
 MANIFEST = "manifest.json"
 WRITERS = min(4, usable_cores())  # files that are hashed or written at a time
 PROOF = "verify.json"  # may be laid into a finished folder; no step reads it
+# What the steps leave beside a folder, and so within one that holds others, such as tokens in that of their dataset.
+BESIDE = re.compile(r".*\.rejected\.jsonl|\..*\.(tmp|old)-[0-9a-f]{8}(\.lock)?")
+OF_TOOLS = {".ipynb_checkpoints", "__pycache__"}
 
 
 @contextmanager
@@ -37,18 +41,19 @@ def new_folder(
     `facts` is what the manifest tells besides the files: at least `made_by`, the step that wrote it. It is
     read when the block ends, so the block may still add to it; `files` in it are taken as they are listed, those
     missing there are hashed. What the same step made before of the same source is replaced when the new one is whole;
-    any other existing folder is refused.
+    any other existing folder is refused, and so is one into which somebody else has put files.
 
     Args:
         size: bytes that will be written, if known.
         source: names of the facts that tell what the folder is made from: a name, whose content may have its hash in
-            another fact with `_sha256` appended, or names with their hashes, of which some may come or go.
-        overwrite: replace what was made from another source, too.
+            another fact with `_sha256` appended, or names with their hashes.
+        overwrite: replace what was made from another source or holds files of somebody else, too.
         estimate: where `size` is not known, bytes that the whole will take, from those that are written; asked for
             when the disk is full.
 
     Raises:
-        FileExistsError: `final` exists and is not the output of the same step, or not made from the same source.
+        FileExistsError: `final` exists and is not the output of the same step, was not made from the same source, or
+            holds files that no step wrote.
         OSError: the disk has not `size` bytes left, or is full before the block ends.
     """
     final = Path(final)
@@ -81,32 +86,73 @@ def refuse_other(final: Path, facts: dict, source: Collection[str] = (), overwri
     try:
         before = json.loads((final / MANIFEST).read_text(encoding="utf-8"))
         same_step = before["made_by"] == facts["made_by"]
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         same_step = False  # no manifest, or one that tells nothing
     if not same_step:
-        if not (final.exists() and os.path.samestat(there, final.stat())):
-            return refuse_other(final, facts, source, overwrite)  # another writer has just replaced it
+        if _is_another(final, there):
+            return refuse_other(final, facts, source, overwrite)
         raise FileExistsError(
             f"{final} exists and was not written by {facts['made_by']}: choose another folder or remove it"
         )
     for name in () if overwrite else source:
         (old, old_content), (new, content) = _named(before, name), _named(facts, name)
-        if not _alike(old, new) and not (content and _alike(old_content, content)):
+        if old != new and not (content and old_content == content):
             raise FileExistsError(
                 f"{final} was made from {' and '.join(old) or 'something else'} and is not replaced by what is made "
-                f"from {' and '.join(new)}: choose another `output`, or set `overwrite` to replace it"
+                f"from {' and '.join(new) or f'no {name}'}: choose another `output`, or set `overwrite` to replace it"
             )
+    if overwrite or not (others := foreign(final)):
+        return
+    if _is_another(final, there):
+        return refuse_other(final, facts, source, overwrite)
+    listed = ", ".join(others[:3]) + (f" and {len(others) - 3:,} more" if len(others) > 3 else "")
+    raise FileExistsError(
+        f"{final} is not replaced, since it holds what {facts['made_by']} did not write: {listed}. Move that away, "
+        "choose another `output`, or set `overwrite` to lose it"
+    )
 
 
-def _alike(old: list[str], new: list[str]) -> bool:
-    return bool(old) == bool(new) and (set(old) <= set(new) or set(new) <= set(old))
+def _is_another(final: Path, before: os.stat_result) -> bool:
+    """Whether another writer has replaced a folder meanwhile."""
+    return not (final.exists() and os.path.samestat(before, final.stat()))
 
 
 def _named(facts: dict, name: str) -> tuple[list[str], list[str]]:
-    """(names of a source, hashes of its content where all are known) as facts have them."""
-    found = facts.get(name)
-    known = found if isinstance(found, dict) else {found: facts.get(f"{name}_sha256")} if found else {}
+    """(names of a source, hashes of its content where all are known) as facts have them; nothing of a damaged one."""
+    found, content = facts.get(name), facts.get(f"{name}_sha256")
+    known = found if isinstance(found, dict) else {found: content} if isinstance(found, str) and found else {}
+    if not all(isinstance(text, str | None) for text in known.values()):
+        return [], []
     return sorted(known), sorted(known.values()) if all(known.values()) else []
+
+
+def foreign(folder: Path) -> list[str]:
+    """Names of the files in a folder that no step of this kit wrote; whole folders of this kit may lie in it.
+
+    Files that are listed may have been edited since: nothing is hashed.
+    """
+    return sorted(_foreign(Path(folder), Path(folder), _listed(folder)))
+
+
+def _foreign(place: Path, root: Path, listed: set[str]) -> Iterator[str]:
+    with suppress(FileNotFoundError, NotADirectoryError):  # removed by another writer
+        for path in place.iterdir():
+            name = path.relative_to(root).as_posix()
+            if name in listed or path.name in OF_TOOLS or BESIDE.fullmatch(path.name):
+                continue
+            if path.is_dir() and not path.is_symlink():
+                yield from _foreign(path, root, {f"{name}/{within}" for within in _listed(path)} or listed)
+            else:
+                yield name
+
+
+def _listed(folder: Path) -> set[str]:
+    """What may lie in a folder that a step of this kit wrote; nothing where none did."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return {*manifest["files"], MANIFEST, PROOF} if "made_by" in manifest else set()
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return set()
 
 
 def write_manifest(folder: Path, facts: dict) -> None:
@@ -143,7 +189,9 @@ def read_manifest(folder: Path) -> dict:
         own_hash = content.pop("manifest_sha256")
         if own_hash != _own_hash(content) or text != _json(content | {"manifest_sha256": own_hash}):
             raise ValueError("its text does not have the hash that it names")
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        if not isinstance(content["files"], dict):
+            raise TypeError("it lists no files")
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{path} is damaged or was edited ({error}); run the step that makes {folder} again"
         ) from error

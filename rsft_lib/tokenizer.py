@@ -55,7 +55,7 @@ def patch_tokenizer(
             the new tokens are no special ones, so they survive `skip_special_tokens`.
         trailing_newline: see `templates.patch_template`.
         template: a file with a chat template of your own, taken as it is in place of the edited one.
-        overwrite: replace `destination` where it was made from another tokenizer, too.
+        overwrite: replace `destination` where it was made from another tokenizer or template, too.
 
     Returns:
         The manifest's facts: `ids` of every control token, `vocab_size`, `edits` of the template with the reason
@@ -63,7 +63,7 @@ def patch_tokenizer(
 
     Raises:
         FileNotFoundError: there is no tokenizer.
-        FileExistsError: `destination` is something else, or was made from another tokenizer.
+        FileExistsError: `destination` is something else, or was made from another tokenizer or template.
         ValueError: a token to replace is not there or in use, a new one is another token already, the template
             cannot be edited, or a file of another kind names a token.
     """
@@ -81,21 +81,28 @@ def patch_tokenizer(
     facts = {
         "made_by": "patch_tokenizer",
         "source": str(source),
-        "source_sha256": file_hash(source / TOKENIZER),
+        "source_sha256": _source_hash(source, stock),
         "source_template_sha256": text_hash(stock),
+        "template": str(resolve(template)) if own else "",
         "template_sha256": text_hash(patched),
         "replacements": replacements,
         "edits": {edit.name: edit.why for edit in edits},
         "template_diff": template_diff(stock, patched),
         "vocab_size": raw.get_vocab_size(),
     }
-    with new_folder(resolve(destination), facts, source=["source"], overwrite=overwrite) as folder:
+    with new_folder(resolve(destination), facts, source=["source", "template"], overwrite=overwrite) as folder:
         for name in FILES:
             if (source / name).is_file():
                 _copy(source / name, folder / name, replacements)
         _write_template(folder, patched)
         facts["ids"] = _check_patched(folder, expected, facts["vocab_size"])
     return facts
+
+
+def _source_hash(source: Path, template: str) -> str:
+    """SHA-256 that tells a model's tokenizer from that of another one, which may share `tokenizer.json` with it."""
+    files = (source / name for name in (TOKENIZER, "config.json"))
+    return text_hash("".join([*(file_hash(file) for file in files if file.is_file()), text_hash(template)]))
 
 
 def fingerprint(folder: Path, tokenizer=None) -> dict[str, str]:

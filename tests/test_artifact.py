@@ -299,9 +299,9 @@ def test_each_of_several_sources_counts_and_a_folder_that_names_none_is_not_repl
     final = tmp_path / "out"
     replaced(final, ["sources", "tokenizer"], sources={"/long": "1", "/short": "2"}, tokenizer="/t")
     replaced(final, ["sources", "tokenizer"], sources={"/l": "1", "/s": "2"}, tokenizer="/t")
-    replaced(final, ["sources", "tokenizer"], sources={"/l": "1"}, tokenizer="/t")  # one is left out, and comes back
-    replaced(final, ["sources", "tokenizer"], sources={"/l": "1", "/s": "2"}, tokenizer="/t")
     for other in (
+        {"sources": {"/l": "1"}, "tokenizer": "/t"},  # by way of which it would be any other
+        {"sources": {"/l": "1", "/s": "2", "/x": "3"}, "tokenizer": "/t"},
         {"sources": {"/l": "1", "/x": "3"}, "tokenizer": "/t"},
         {"sources": {"/l": "1", "/s": "2"}, "tokenizer": "/u"},
     ):
@@ -319,3 +319,64 @@ def test_of_two_that_make_one_folder_from_different_sources_the_second_to_end_is
     ):
         replaced(tmp_path / "out", ["model"], model="/b")
     assert read_manifest(tmp_path / "out")["model"] == "/b" and os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize(
+    "name", ["my_notes.txt", "within/results.json", "tokens/mine.npy", "a link", "manifest.old.json"]
+)
+def test_files_that_somebody_put_into_a_folder_are_lost_only_if_that_is_asked_for(tmp_path, name):
+    final = tmp_path / "out"
+    filled(final, "old")
+    filled(final / "tokens", "tokens")
+    (final / "within").mkdir()
+    (final / name).symlink_to(tmp_path) if name == "a link" else (final / name).write_text("mine")
+    with pytest.raises(FileExistsError, match=f"holds what step did not write: {name}. Move .* or set `overwrite`"):
+        filled(final, "new")
+    assert (final / name).exists() and (final / "file").read_text() == "old" and os.listdir(tmp_path) == ["out"]
+    with new_folder(final, {"made_by": "step"}, overwrite=True) as folder:
+        (folder / "file").write_text("new")
+    assert sorted(os.listdir(final)) == ["file", "manifest.json"]
+
+
+def test_of_many_files_that_somebody_put_into_a_folder_three_are_named(tmp_path):
+    filled(tmp_path / "out", "old")
+    for number in range(5):
+        (tmp_path / "out" / f"{number}.txt").touch()
+    with pytest.raises(FileExistsError, match="write: 0.txt, 1.txt, 2.txt and 2 more. Move"):
+        filled(tmp_path / "out", "new")
+
+
+def test_what_steps_and_tools_leave_in_a_folder_goes_with_it(tmp_path):
+    final = tmp_path / "out"
+    filled(final, "old")
+    filled(final / "tokens", "tokens")
+    for name in ("verify.json", "other.rejected.jsonl", ".ipynb_checkpoints/a.ipynb", "__pycache__/a.pyc",
+                 "tokens/verify.json", ".other.tmp-0123abcd/half", ".other.tmp-0123abcd.lock"):  # fmt: skip
+        (final / name).parent.mkdir(exist_ok=True)
+        (final / name).touch()
+    (final / "file").write_text("edited")
+    filled(final, "new")
+    assert sorted(os.listdir(final)) == ["file", "manifest.json"]
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, "null", '{"made_by": ["step"]}', '{"made_by": "step", "model": ["a"]}',
+             '{"made_by": "step", "model": 5}', '{"made_by": "step", "model": {"a": [1]}}',
+             '{"made_by": "step", "model": "/a", "model_sha256": 7}'],
+)  # fmt: skip
+def test_a_damaged_manifest_is_named_as_such_and_nothing_is_replaced(tmp_path, text):
+    final = tmp_path / "out"
+    filled(final, "old")
+    (final / "manifest.json").write_text(text)
+    with pytest.raises(FileExistsError, match=f"{final} (exists and was not written by|was made from something else)"):
+        replaced(final, ["model"], model="/a", model_sha256="1")
+    with pytest.raises(ValueError, match="manifest.json is damaged or was edited"):
+        verify(final)
+    assert (final / "file").read_text() == "old"
+
+
+def test_a_manifest_without_files_is_damaged(tmp_path):
+    content = {"made_by": "step"}
+    artifact.write_json(tmp_path / "manifest.json", content | {"manifest_sha256": artifact._own_hash(content)})
+    with pytest.raises(ValueError, match="manifest.json is damaged or was edited"):
+        verify(tmp_path)

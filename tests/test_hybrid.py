@@ -13,7 +13,7 @@ import pytest
 from real import REAL, needs_real
 
 from rsft_lib import demo
-from rsft_lib.artifact import verify
+from rsft_lib.artifact import verify, write_manifest
 from rsft_lib.chat import MODES
 from rsft_lib.data.answers import final_answer, normalized
 from rsft_lib.data.hybrid import FINDINGS, build_hybrid
@@ -129,7 +129,7 @@ def test_short_answers_are_cut_from_long_ones_where_none_are_given(tmp_path):
     cut = {r["instruction"]: r["output"] for r in read(tmp_path) if r["mode"] == "short"}
     assert cut == {"1 + 1 ?": "<short>It is 2.\n\nAnswer: 2", "2 + 2 ?": "<short>4"}
 
-    build(tmp_path, longs, [record(" 1 + 1 ?", "two"), record("9 ?", "9")], cut_short=True)
+    build(tmp_path, longs, [record(" 1 + 1 ?", "two"), record("9 ?", "9")], cut_short=True, overwrite=True)
     found = {r["instruction"]: r["output"] for r in read(tmp_path) if r["mode"] == "short"}
     assert found == {" 1 + 1 ?": "<short>two", "9 ?": "<short>9", "2 + 2 ?": "<short>4"}
 
@@ -311,6 +311,7 @@ def test_a_dataset_that_is_asked_for_again_is_kept_with_the_tokens_in_its_folder
     tokens = tmp_path / "out" / "Tokenized" / "text_document.bin"
     tokens.parent.mkdir()
     tokens.write_bytes(b"tokens")
+    write_manifest(tokens.parent, {"made_by": "tokenize"})
     assert build(tmp_path, long, held_out=0.2).items() >= first.items()
     assert tokens.exists() and "is there already" in capsys.readouterr().out
     (tmp_path / "out" / "train.jsonl").write_text("damaged")

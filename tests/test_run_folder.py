@@ -14,11 +14,14 @@ from standin import record
 from support import random_store, settings, tiny_model
 
 from rsft_lib import launch, locks
+from rsft_lib.artifact import checkpoint_folder, checkpoints, publish, write_manifest
 from rsft_lib.checkpoint.convert import convert
 from rsft_lib.launch import failure, local, training
 from rsft_lib.launch.job import Job
 from rsft_lib.training.metrics import DAMAGED, FILE, MetricsWriter, read_metrics, scan_metrics
+from rsft_lib.training.retention import remove_leftovers, remove_old, set_aside
 from rsft_lib.training.run_folder import how_it_ended, read_ended
+from rsft_lib.training.same_run import refuse_another_run
 from rsft_lib.view.curves import plot_curves
 from rsft_lib.view.follow import Follower
 from rsft_lib.view.live import LiveRun
@@ -35,6 +38,13 @@ WRONG = {
     "not UTF-8": b'{"iteration": 4, "note": "\xff"}',
     "no step": b'{"loss": 1.0}',
     "a step that is none": b'{"iteration": "4"}',
+    "no loss": b'{"iteration": 4}',
+    "a loss that is null": b'{"iteration": 4, "loss": null}',
+    "a loss that is a text": b'{"iteration": 4, "loss": "x"}',
+    "a loss that no float can hold": b'{"iteration": 4, "loss": 1' + b"0" * 400 + b"}",
+    "a step that no float can hold": b'{"iteration": 1' + b"0" * 400 + b', "loss": 1.0}',
+    "another metric that is a text": b'{"iteration": 4, "loss": 1.0, "eval_loss": "x"}',
+    "brackets without end": b"[" * 100_000,
     "no object": b"4",
     "nothing": b"",
 }
@@ -158,7 +168,8 @@ def test_a_finished_run_is_found_finished_though_its_base_was_removed(tmp_path, 
         launch.start_training(dataclasses.replace(config, lr=1.0), 1)
 
 
-@pytest.mark.parametrize("text", ["", "{", "\0" * 20, '{"iteration": 3}', '{"reason": "finished"}', "[]"])
+@pytest.mark.parametrize("text", ["", "{", "\0" * 20, '{"iteration": 3}', '{"reason": "finished"}', "[]", "[" * 100_000,
+                                  '{"reason": ["finished"], "iteration": 3}'])  # fmt: skip
 def test_how_a_run_ended_is_unknown_where_its_file_is_damaged(tmp_path, text):
     run = write(tmp_path / "run", *lines(range(1, 11)))
     (run / "ended.json").write_text(text)
@@ -188,6 +199,28 @@ def test_how_a_run_ended_is_told_in_words(tmp_path, reason, asked, words):
     assert Ended(run, **COMMON).outcome()["status"] == ("done" if reason == "finished" else "stopped")
 
 
+@pytest.mark.parametrize("config", ['{"train_iters": "x"}', "[" * 100_000, '{"train_iters": null}'])
+def test_runs_are_compared_though_little_is_known_of_one(tmp_path, config, capsys):
+    run = write(tmp_path / "run", b'{"iteration": 1, "loss": 2.0}', b'{"iteration": 2, "loss": 1.0, "seconds": null}')
+    (run / "config.json").write_text(config)
+    found = open_run(run, "mine")
+    assert "2 of –" in repr(runs_table([found])) and "1.000" in repr(runs_table([found]))
+    for by in ("step", "token", "time", "share"):
+        found.line("loss", by)
+    assert Ended(run, **COMMON).outcome()["last_loss"] == 1.0
+
+
+@pytest.mark.parametrize("wrong", [{"config": None}, {"data": None}, {"config": {}}, {"base_sha256": 5}])
+def test_a_checkpoint_that_does_not_tell_of_its_run_is_damaged(tmp_path, wrong):
+    config, data = settings(checkpoint="a", data="b", output="c").to_json(), {"packs": 5}
+    facts = {"config": config, "data": data, "base_sha256": "abc"}
+    write_manifest(tmp_path, {"made_by": "train", "iteration": 5} | facts)
+    assert refuse_another_run(tmp_path, facts) == []
+    write_manifest(tmp_path, {"made_by": "train", "iteration": 5} | facts | wrong)
+    with pytest.raises(ValueError, match=f"{tmp_path}/manifest.json is damaged: it does not tell .* Move this"):
+        refuse_another_run(tmp_path, facts)
+
+
 def test_runs_are_compared_though_the_settings_of_one_are_damaged(tmp_path):
     run = write(tmp_path / "run", *lines(range(1, 11)))
     (run / "config.json").write_text('{"lr": 1')
@@ -195,7 +228,17 @@ def test_runs_are_compared_though_the_settings_of_one_are_damaged(tmp_path):
     assert "10 of –" in table and f"{run / 'config.json'} is damaged" in table
 
 
-@pytest.mark.parametrize("text", ["{", "\0" * 20, "[]", '{"launcher": "local", "pid": 1}', '{"launcher": "other"}'])
+JOB = {"launcher": "local", "pid": 1, "birth": "x", "host": "elsewhere", **COMMON}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{", "\0" * 20, "[]", "[" * 100_000, '{"launcher": "local", "pid": 1}', '{"launcher": "other"}',
+        '{"launcher": "local", "pid": 1, "birth": "x", "host": "here"}', '{"launcher": "slurm", "id": "7"}',
+        *(json.dumps(JOB | wrong) for wrong in ({"host": None}, {"pid": "x"}, {"patience": "x"}, {"launcher": ["x"]})),
+    ],
+)  # fmt: skip
 def test_where_it_is_unknown_what_trains_in_a_folder_nothing_is_started(tmp_path, text):
     (tmp_path / "job.json").write_text(text)
     config = settings(checkpoint="none", data="none", output=str(tmp_path))
@@ -232,3 +275,61 @@ def test_a_file_system_without_locks_does_not_keep_a_training_from_starting(tmp_
     config = settings(checkpoint="none", data="none", output=str(tmp_path / "run"))
     assert launch.start_training(config, 1) == "started"
     assert f"no locks in {tmp_path / 'run'} (no locks): do not start" in capsys.readouterr().out
+
+
+def saved(run: Path, *steps: int) -> Path:
+    for step in steps:
+        folder = checkpoint_folder(run, step)
+        folder.mkdir(parents=True)
+        (folder / "weights").write_text("w")
+        write_manifest(folder, {"made_by": "train", "iteration": step})
+    return run
+
+
+def names(run: Path) -> list[str]:
+    return sorted(path.name for path in run.iterdir())
+
+
+def test_a_checkpoint_that_was_moved_and_is_linked_to_stays_and_the_run_goes_on(tmp_path, capsys):
+    run, elsewhere = saved(tmp_path / "run", 5, 10, 15), tmp_path / "bigger disk"
+    shutil.move(checkpoint_folder(run, 5), elsewhere)
+    checkpoint_folder(run, 5).symlink_to(elsewhere)
+    for _ in range(2):
+        remove_old(run, 15, keep_last=1, keep_every=0)
+    assert names(run) == ["iter_0000005", "iter_0000015"] and (elsewhere / "weights").exists()
+    assert capsys.readouterr().out == f"not removed: {run / 'iter_0000005'}, since it is a link\n"
+
+    (run / "iter_0000005").rename(run / ".iter_0000005.old")  # as it was left before
+    remove_leftovers(run)
+    assert names(run) == [".iter_0000005.old.set-aside-1", "iter_0000015"] and (elsewhere / "weights").exists()
+
+
+def test_a_checkpoint_into_which_somebody_put_files_stays(tmp_path, capsys):
+    run = saved(tmp_path / "run", 5, 10)
+    (run / "iter_0000005" / "my_results.json").touch()
+    for _ in range(2):
+        remove_old(run, 10, keep_last=1, keep_every=0)
+    assert names(run) == ["iter_0000005", "iter_0000010"]
+    assert capsys.readouterr().out.count("iter_0000005, since my_results.json in it is not of this kit") == 1
+
+
+def test_a_checkpoint_with_files_of_somebody_is_set_aside_where_its_step_is_saved_again(tmp_path, capsys):
+    run = saved(tmp_path / "run", 5)
+    (run / "iter_0000005" / "my_results.json").touch()
+    (run / "new").mkdir()
+    set_aside(run / "iter_0000005")
+    publish(run / "new", run / "iter_0000005", {"made_by": "train", "iteration": 5})
+    assert (run / "iter_0000005.set-aside-1" / "my_results.json").exists() and "renamed to" in capsys.readouterr().out
+    assert checkpoints(run) == [run / "iter_0000005"]
+
+
+def test_files_with_the_names_of_leftovers_stop_nothing_and_are_kept(tmp_path):
+    run = saved(tmp_path / "run", 5, 10)
+    (run / ".iter_0000005.old").mkdir()
+    (run / ".iter_0000005.old" / "file").touch()
+    remove_old(run, 10, keep_last=1, keep_every=0)
+    assert names(run) == [".iter_0000005.old", "iter_0000010"]
+    (run / ".iter_0000005.tmp").write_text("mine")
+    (run / ".iter_0000006.tmp").symlink_to("nowhere")
+    remove_leftovers(run)
+    assert names(run) == [".iter_0000005.tmp.set-aside-1", ".iter_0000006.tmp.set-aside-1", "iter_0000010"]

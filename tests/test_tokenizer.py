@@ -161,7 +161,7 @@ def test_several_tokens_are_replaced_at_once(source, tmp_path):
 
 def test_the_manifest_tells_what_was_read_and_edited(source, patched):
     manifest = read_manifest(patched)
-    assert manifest["source_sha256"] == hashlib.sha256((source / "tokenizer.json").read_bytes()).hexdigest()
+    assert manifest["source"] == str(source) and len(manifest["source_sha256"]) == 64 and manifest["template"] == ""
     assert manifest["template_sha256"] == hashlib.sha256(NEW.encode()).hexdigest()
     assert manifest["edits"].keys() == {"tools", "user turn", "assistant turn", "tool results", "generation prompt"}
     assert "split('</think>')" in manifest["template_diff"] and manifest["ids"].keys() == {
@@ -283,6 +283,36 @@ def test_other_templates_are_refused_with_what_to_do_and_one_of_your_own_is_take
     assert load_tokenizer(tmp_path / "out").chat_template == NEW + "{# mine #}"
     (model / "chat_template.jinja").unlink()
     refuse(model, tmp_path, "has no chat template; give a file with one")
+
+
+@pytest.mark.parametrize("differing", ["config.json", "chat_template.jinja"])
+def test_the_tokenizer_of_another_model_with_the_same_vocabulary_is_another_one(model, tmp_path, differing):
+    sibling, moved = (shutil.copytree(model, tmp_path / name) for name in ("sibling", "moved"))
+    patch_tokenizer(model, tmp_path / "out", SHORT)
+    patch_tokenizer(moved, tmp_path / "out", SHORT, trailing_newline=True)
+    if differing == "config.json":
+        write(sibling / differing, read(sibling / differing) | {"hidden_size": 8192})
+    else:
+        set_template(sibling, load_tokenizer(tmp_path / "out").chat_template)
+    with pytest.raises(FileExistsError, match="out was made from .*moved and is not replaced by .* from .*sibling"):
+        patch_tokenizer(sibling, tmp_path / "out", SHORT)
+    patch_tokenizer(sibling, tmp_path / "out", SHORT, overwrite=True)
+
+
+def test_a_tokenizer_with_another_template_of_your_own_is_another_one(model, tmp_path):
+    mine, other = tmp_path / "mine.jinja", tmp_path / "other.jinja"
+    mine.write_text(NEW + "{# mine #}")
+    other.write_text(NEW + "{# other #}")
+    patch_tokenizer(model, tmp_path / "out", SHORT)
+    with pytest.raises(FileExistsError, match="is not replaced by what is made from .*mine.jinja: .*set `overwrite`"):
+        patch_tokenizer(model, tmp_path / "out", SHORT, template=mine)
+    patch_tokenizer(model, tmp_path / "out", SHORT, template=mine, overwrite=True)
+    with pytest.raises(FileExistsError, match="out was made from .*mine.jinja and is not .* made from no template: "):
+        patch_tokenizer(model, tmp_path / "out", SHORT)
+    mine.write_text(NEW + "{# edited #}")
+    patch_tokenizer(model, tmp_path / "out", SHORT, template=mine)
+    with pytest.raises(FileExistsError, match="out was made from .*mine.jinja and is not replaced by .*other.jinja"):
+        patch_tokenizer(model, tmp_path / "out", SHORT, template=other)
 
 
 def test_several_templates_are_refused(model, tmp_path):

@@ -6,6 +6,7 @@ import pickle
 import random
 import shutil
 import tempfile
+import traceback
 from io import BytesIO
 from pathlib import Path
 
@@ -285,6 +286,31 @@ ATTACKS = {
     ),
     "a path to anywhere": (lambda c, m: outside_of_the_folder(c, "/x/0.distcp"), "points at '/x/0.distcp'"),
 }  # fmt: skip
+
+
+NO_PLAIN_TENSORS = {"sparse": torch.eye(2).to_sparse(), "of no memory": torch.ones(2, device="meta")}
+
+
+@pytest.mark.parametrize("kind", NO_PLAIN_TENSORS)
+def test_a_tensor_of_another_kind_is_refused_as_damage(kind, checkpoint):
+    in_a_tensors_place(checkpoint, NO_PLAIN_TENSORS[kind])
+    with pytest.raises(ValueError, match=r"distcp at byte \d+ holds no plain tensor .*: it is damaged, or not of"):
+        torch_dist.open_weights(checkpoint)
+
+
+def test_a_name_with_a_zero_byte_is_refused(checkpoint):
+    outside_of_the_folder(checkpoint, "a\0.distcp")
+    with pytest.raises(ValueError, match=r"metadata is refused: it points at 'a\\x00.distcp'"):
+        torch_dist.open_weights(checkpoint)
+
+
+@pytest.mark.parametrize("payload", [Payload("mark"), torch.nn.Linear(1, 1)], ids=["a call", "a module"])
+def test_a_refusal_does_not_tell_how_to_load_the_file_all_the_same(payload, checkpoint):
+    torch.save(payload, checkpoint / "common.pt")
+    with pytest.raises(ValueError, match="(?i)common.pt is refused: unsupported global.*; do not load") as refused:
+        torch_dist.read_common(checkpoint)
+    shown = "".join(traceback.format_exception(refused.value))
+    assert "likely succeed" not in shown and "safe_globals" not in shown and "weights_only" not in str(refused.value)
 
 
 def made_right(checkpoint: Path) -> None:

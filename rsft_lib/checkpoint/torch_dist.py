@@ -9,6 +9,7 @@ pickle may name only the classes of this format and build only instances of them
 
 import dataclasses
 import pickle
+import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
@@ -96,7 +97,8 @@ def _refuse_all_but_tensors(metadata: Metadata) -> None:
     if not isinstance(metadata, Metadata):
         raise pickle.UnpicklingError(f"it holds a {type(metadata).__name__}")
     for index, info in metadata.storage_data.items():
-        if Path(info.relative_path).name != info.relative_path or not info.relative_path.endswith(SUFFIX):
+        name = info.relative_path
+        if Path(name).name != name or not name.endswith(SUFFIX) or "\0" in name:
             raise pickle.UnpicklingError(f"it points at {info.relative_path!r}, no {SUFFIX} file of the checkpoint")
         if not isinstance(found := metadata.state_dict_metadata.get(index.fqn), TensorStorageMetadata):
             raise pickle.UnpicklingError(f"{index.fqn} is a {type(found).__name__}, expected tensors only")
@@ -146,10 +148,16 @@ def _mapped(path: Path, info: _StorageInfo, mapped: torch.UntypedStorage) -> Ten
     empty = _load(path, info, map_location="meta")
     if not isinstance(empty, Tensor):
         raise ValueError(f"{path} at byte {info.offset} holds a {type(empty).__name__}, expected a tensor")
-    start = info.offset + empty.untyped_storage()._checkpoint_offset
-    stored = mapped[start : start + empty.untyped_storage().nbytes()]
-    flat = torch.tensor([], dtype=torch.uint8).set_(stored).view(empty.dtype)
-    return flat.as_strided(empty.shape, empty.stride(), empty.storage_offset())
+    try:
+        start = info.offset + empty.untyped_storage()._checkpoint_offset
+        stored = mapped[start : start + empty.untyped_storage().nbytes()]
+        flat = torch.tensor([], dtype=torch.uint8).set_(stored).view(empty.dtype)
+        return flat.as_strided(empty.shape, empty.stride(), empty.storage_offset())
+    except Exception as error:  # of a sparse or quantized tensor, one of no memory, or a damaged file
+        raise ValueError(
+            f"{path} at byte {info.offset} holds no plain tensor ({type(error).__name__}): it is damaged, or not of a "
+            "checkpoint of this kit"
+        ) from error
 
 
 def _load(path: Path, info: _StorageInfo | None = None, map_location: str = "cpu"):
@@ -162,7 +170,16 @@ def _load(path: Path, info: _StorageInfo | None = None, map_location: str = "cpu
         raise
     except Exception as error:  # of zip or pickle
         place = f" at byte {info.offset}" if info else ""
-        raise ValueError(f"{path}{place} is refused: {error}; do not load this checkpoint") from error
+        raise ValueError(f"{path}{place} is refused: {_said(error)}; do not load this checkpoint") from None
+
+
+def _said(error: Exception) -> str:
+    """What an error of `torch.load` says, without torch's advice to allow what was refused, and so to run it."""
+    text = str(error)
+    if "weights_only" not in text:
+        return text
+    found = re.search(r"unsupported .*?(?=\.\s|\.?$)", text, re.IGNORECASE | re.MULTILINE)
+    return found[0] if found else "it holds more than tensors"
 
 
 def write(folder: Path, weights: Weights, progress: Callable[[int], None] = lambda nbytes: None) -> dict[str, dict]:

@@ -11,8 +11,8 @@ from rsft_lib.training.metrics import scan_metrics
 from rsft_lib.training.run_folder import JOB, LOG, STOPPING, how_it_ended, read_ended, read_record
 
 TRAIN = "rsft_lib.training.train"
-COMMON = {"launcher", "train_iters", "on_interrupt", "patience"}  # what is remembered of every job,
-FACTS = {"local": {"pid", "birth", "host"}, "slurm": {"id"}}  # and what else, by launcher
+COMMON = {"launcher": str, "train_iters": int, "on_interrupt": str, "patience": (int, float)}  # of every job,
+FACTS = {"local": {"pid": int, "birth": str, "host": str}, "slurm": {"id": str}}  # and what else, by launcher
 MEMORY = {  # how torch takes it, for the environment of ranks
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",  # none is lost between blocks of other sizes
     "THP_MEM_ALLOC_ENABLE": "1",  # in large pages: the first to touch what is saved or loaded waits for few of them
@@ -137,8 +137,11 @@ def read_job(folder: Path) -> dict:
     path = Path(folder) / JOB
     try:
         facts = read_record(path)
-        if facts and facts.keys() - COMMON != FACTS.get(str(facts.get("launcher"))):
+        expected = COMMON | FACTS.get(str(facts.get("launcher")), {"launcher": ()})
+        if facts and facts.keys() != expected.keys():
             raise ValueError(f"{path} is damaged: it holds {', '.join(facts)}")
+        if wrong := [name for name, value in facts.items() if not isinstance(value, expected[name])]:
+            raise ValueError(f"{path} is damaged: {wrong[0]} is {facts[wrong[0]]!r}")
     except ValueError as error:
         raise ValueError(
             f"{error}. It tells which process or job trains in this folder: see with ps or squeue that none does, "

@@ -133,7 +133,7 @@ def parse(line: bytes) -> tuple[dict | None, str]:
     """The record in a line, and what is wrong with the line: another one may follow what was damaged."""
     try:
         return _record(line), ""
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         begin = line.rfind(b'{"iteration"')
         return (parse(line[begin:])[0] if begin > 0 else None), str(error)
 
@@ -150,9 +150,22 @@ def _record(line: bytes) -> dict:
     if b"\0" in line:
         raise ValueError("it holds zero bytes, as a power loss leaves them")
     record = json.loads(line)
-    if not isinstance(record, dict) or type(record.get("iteration")) is not int:
+    if not isinstance(record, dict) or type(record.get("iteration")) is not int or not _is_number(record.get("loss")):
         raise ValueError("it is not a record of a step")
+    if wrong := [name for name, value in record.items() if value is not None and not _is_known(name, value)]:
+        raise ValueError(f"{wrong[0]} is no number that can be drawn")
     return record
+
+
+def _is_known(name: str, value) -> bool:
+    return _is_number(value) or isinstance(value, {"alarms": list, "samples_sha256": str}.get(name, ()))
+
+
+def _is_number(value) -> bool:
+    try:
+        return isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:  # of an integer that no float can hold
+        return False
 
 
 def _gaps(steps: list[int], last: int) -> list[str]:

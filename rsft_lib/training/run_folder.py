@@ -25,7 +25,7 @@ def read_record(path: Path) -> dict:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except ValueError as error:  # of JSON, or of UTF-8
+    except (ValueError, RecursionError) as error:  # of JSON, or of UTF-8
         raise ValueError(f"{path} is damaged: {error}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path} is damaged: it holds a {type(found).__name__}, expected an object")
@@ -41,7 +41,7 @@ def read_ended(folder: Path) -> dict:
         found = read_record(Path(folder) / ENDED)
     except ValueError as error:
         return {"reason": f"unknown, since {error}"}
-    whole = "reason" in found and type(found.get("iteration")) is int
+    whole = isinstance(found.get("reason"), str) and type(found.get("iteration")) is int
     return found if not found or whole else {"reason": f"unknown: {ENDED} does not tell"}
 
 

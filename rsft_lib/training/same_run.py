@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from rsft_lib.artifact import read_manifest
+from rsft_lib.artifact import MANIFEST, read_manifest
 from rsft_lib.checkpoint.sources import identity
 from rsft_lib.training.config import SHAPES_THE_RUN, TrainConfig
 from rsft_lib.training.datasets import Datasets
@@ -23,9 +23,10 @@ def refuse_another_run(checkpoint: Path, facts: dict) -> list[str]:
         For the log, a line for each setting that changed without making it another run.
 
     Raises:
-        ValueError: with every difference that makes it another run.
+        ValueError: with every difference that makes it another run; or the manifest does not tell of its run.
     """
     before = read_manifest(checkpoint)
+    _refuse_damaged(checkpoint, before)
     old, new = before["config"], facts["config"]
     changed = {name: f"was {old[name]!r}, now {new[name]!r}" for name in new if name in old and old[name] != new[name]}
     differences = [f"{name}: {changed.pop(name)}" for name in SHAPES_THE_RUN if name in changed]
@@ -51,3 +52,13 @@ def refuse_another_run(checkpoint: Path, facts: dict) -> list[str]:
     if "train_iters" in changed:
         changed["train_iters"] += "; the learning-rate schedule is recomputed for the new length"
     return [f"{name}: {values}" for name, values in changed.items()]
+
+
+def _refuse_damaged(checkpoint: Path, manifest: dict) -> None:
+    config, data = manifest.get("config"), manifest.get("data")
+    told = isinstance(config, dict) and isinstance(data, dict) and isinstance(manifest.get("base_sha256", ""), str)
+    if not told or type(config.get("train_iters")) is not int:
+        raise ValueError(
+            f"{checkpoint / MANIFEST} is damaged: it does not tell with which settings and data the run was trained. "
+            "Move this checkpoint away to go on from the one before it, or choose another output folder for a new run."
+        )

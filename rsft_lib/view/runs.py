@@ -47,16 +47,20 @@ class Run:
         """What each step is drawn at; `by` is one of BY."""
         steps = self.columns["iteration"]
         if by == "share":
-            return 100 * steps / self.config.get("train_iters", steps[-1])
+            return 100 * steps / (_planned(self) or steps[-1])
         if by == "step":
             return steps
         if by == "token":
-            return np.cumsum(self.columns["trained_tokens"])
-        return np.cumsum(self.columns["seconds"]) / 60
+            return np.cumsum(self.column("trained_tokens"))
+        return np.cumsum(self.column("seconds")) / 60
+
+    def column(self, metric: str) -> np.ndarray:
+        """Its value at each step; NaN where no step has it."""
+        return self.columns.get(metric, np.full(len(self), np.nan))
 
     def line(self, metric: str, by: str) -> tuple[np.ndarray, np.ndarray]:
         """(x, values) of the steps that have the metric."""
-        values = self.columns.get(metric, np.full(len(self), np.nan))
+        values = self.column(metric)
         known = np.isfinite(values)
         return self.x(by)[known], values[known]
 
@@ -131,14 +135,15 @@ def runs_table(runs: list[Run]) -> Table:
     """How far each run is, what came out, and what of its files cannot be read."""
     rows = []
     for run in runs:
-        seconds, tokens = run.columns["seconds"].sum(), run.columns["trained_tokens"].sum()
+        seconds, tokens = np.nansum(run.column("seconds")), np.nansum(run.column("trained_tokens"))
+        speeds = run.line("tokens_per_second", "step")[1]
         held_out = run.line("eval_loss", "step")
         best = int(held_out[1].argmin()) if len(held_out[1]) else None
         lowest = MISSING if best is None else f"{held_out[1][best]:.3f} at {held_out[0][best]:,.0f}"
         rows.append((
             run.name, f"{run.columns['iteration'][-1]:,.0f} of {_total(run)}", run.ended,
             f"{run.last('loss'):.3f}", lowest, f"{tokens:,.0f}", duration(seconds),
-            f"{np.median(run.columns['tokens_per_second']):,.0f}", str(len(run.alarms)),
+            f"{np.median(speeds):,.0f}" if len(speeds) else MISSING, str(len(run.alarms)),
         ))  # fmt: skip
     columns = (
         "run", "steps", "ended", "last loss", "best held-out loss", "trained tokens", "time", "tokens/s, median",
@@ -188,5 +193,11 @@ def _number(value) -> float:
     return float(value) if isinstance(value, int | float) else np.nan
 
 
+def _planned(run: Run) -> int:
+    """Its steps in all; 0 where its settings do not tell."""
+    steps = run.config.get("train_iters")
+    return steps if type(steps) is int and steps > 0 else 0
+
+
 def _total(run: Run) -> str:
-    return f"{run.config['train_iters']:,}" if "train_iters" in run.config else MISSING
+    return f"{_planned(run):,}" if _planned(run) else MISSING
