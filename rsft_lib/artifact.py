@@ -24,7 +24,7 @@ WRITERS = min(4, usable_cores())  # files that are hashed or written at a time
 PROOF = "verify.json"  # may be laid into a finished folder; no step reads it
 # What the steps leave beside a folder, and so within one that holds others, such as tokens in that of their dataset.
 BESIDE = re.compile(r".*\.rejected\.jsonl|\..*\.(tmp|old)-[0-9a-f]{8}(\.lock)?")
-OF_TOOLS = {".ipynb_checkpoints", "__pycache__"}
+OF_TOOLS = re.compile(r"\.ipynb_checkpoints|__pycache__|\.DS_Store|\.nfs[0-9a-f]+")  # the last is of NFS
 
 
 @contextmanager
@@ -138,7 +138,7 @@ def _foreign(place: Path, root: Path, listed: set[str]) -> Iterator[str]:
     with suppress(FileNotFoundError, NotADirectoryError):  # removed by another writer
         for path in place.iterdir():
             name = path.relative_to(root).as_posix()
-            if name in listed or path.name in OF_TOOLS or BESIDE.fullmatch(path.name):
+            if name in listed or OF_TOOLS.fullmatch(path.name) or BESIDE.fullmatch(path.name):
                 continue
             if path.is_dir() and not path.is_symlink():
                 yield from _foreign(path, root, {f"{name}/{within}" for within in _listed(path)} or listed)

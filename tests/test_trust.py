@@ -398,8 +398,9 @@ def test_an_attack_in_files_of_others_is_refused_and_nothing_of_it_runs(kind, tm
         folder = Path(convert(folder, tmp_path / "legacy", format="legacy")["folder"])
         (folder / MANIFEST).unlink()
         torch.save({"model": {}, "args": Payload(mark)}, folder / "iter_0000001" / "mp_rank_00" / kind)
-    with pytest.raises(ValueError, match=f"{kind} is no whole"):
+    with pytest.raises(ValueError, match=f"{kind} is no whole") as refused:
         convert(folder, tmp_path / "out")
+    assert "weights_only" not in "".join(traceback.format_exception(refused.value))  # torch tells how to run it
     assert not mark.exists() and not (tmp_path / "out").exists()
 
 

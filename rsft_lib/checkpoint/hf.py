@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from rsft_lib.artifact import WRITERS, write_json
-from rsft_lib.checkpoint.pieces import Weights, data_of, refuse, return_freed_memory, rows
+from rsft_lib.checkpoint.pieces import Weights, data_of, refusal, refuse, return_freed_memory, rows
 from rsft_lib.hashed_file import HashedFile
 from rsft_lib.model.weights import hf_shapes, row_map
 
@@ -136,7 +136,7 @@ def _open(path: Path) -> dict[str, Tensor]:
         return tensors
     except Exception as error:  # of safetensors, pickle, zip: each means that the file is not whole or not safe
         what = "safetensors file" if isinstance(error, SafetensorError) else "file of tensors only"
-        raise ValueError(f"{path} is no whole {what} ({error}): download it again") from error
+        raise ValueError(f"{path} is no whole {what} ({refusal(error)}): download it again") from None
 
 
 def _untied(tensors: dict[str, Tensor]) -> list[str]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from rsft_lib.checkpoint.pieces import Box, Piece, Weights, data_of, refuse
+from rsft_lib.checkpoint.pieces import Box, Piece, Weights, data_of, refusal, refuse
 from rsft_lib.model.config import check_layout, padded_vocab_size
 from rsft_lib.model.weights import EMBEDDING, HEAD, split_axis, weight_map
 
@@ -208,7 +208,7 @@ def _load(path: Path) -> dict:
         if not isinstance(state["model"], dict):
             raise TypeError(f"its model is a {type(state['model']).__name__}")
     except Exception as error:  # of zip, pickle, or a dict of another shape
-        raise ValueError(f"{path} is no whole, safe checkpoint of one model part: {error}") from error
+        raise ValueError(f"{path} is no whole, safe checkpoint of one model part: {refusal(error)}") from None
     return state
 
 

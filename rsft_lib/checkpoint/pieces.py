@@ -2,6 +2,7 @@
 
 import ctypes
 import math
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
@@ -175,3 +176,12 @@ def _overlap(piece: Piece, box: Box) -> Piece | None:
 
 def _one(tensor: Tensor, at: int) -> list[Piece]:
     return [Piece((at, *[0] * (tensor.ndim - 1)), tensor)]
+
+
+def refusal(error: Exception) -> str:
+    """What an error of `torch.load` says, without torch's advice to allow what was refused, and so to run it."""
+    text = str(error)
+    if "weights_only" not in text:
+        return text
+    found = re.search(r"unsupported .*?(?=\.\s|\.?$)", text, re.IGNORECASE | re.MULTILINE)
+    return found[0] if found else "it holds more than tensors"

@@ -9,7 +9,6 @@ pickle may name only the classes of this format and build only instances of them
 
 import dataclasses
 import pickle
-import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
@@ -31,7 +30,7 @@ from torch.distributed.checkpoint.utils import _create_file_view
 from torch.utils.serialization import config as serialization
 
 from rsft_lib.artifact import WRITERS, read_manifest, verify, verify_files
-from rsft_lib.checkpoint.pieces import Box, Piece, Weights, data_of, return_freed_memory
+from rsft_lib.checkpoint.pieces import Box, Piece, Weights, data_of, refusal, return_freed_memory
 from rsft_lib.hashed_file import HashedFile
 
 METADATA, COMMON, SUFFIX = ".metadata", "common.pt", ".distcp"
@@ -170,16 +169,7 @@ def _load(path: Path, info: _StorageInfo | None = None, map_location: str = "cpu
         raise
     except Exception as error:  # of zip or pickle
         place = f" at byte {info.offset}" if info else ""
-        raise ValueError(f"{path}{place} is refused: {_said(error)}; do not load this checkpoint") from None
-
-
-def _said(error: Exception) -> str:
-    """What an error of `torch.load` says, without torch's advice to allow what was refused, and so to run it."""
-    text = str(error)
-    if "weights_only" not in text:
-        return text
-    found = re.search(r"unsupported .*?(?=\.\s|\.?$)", text, re.IGNORECASE | re.MULTILINE)
-    return found[0] if found else "it holds more than tensors"
+        raise ValueError(f"{path}{place} is refused: {refusal(error)}; do not load this checkpoint") from None
 
 
 def write(folder: Path, weights: Weights, progress: Callable[[int], None] = lambda nbytes: None) -> dict[str, dict]:

@@ -134,7 +134,7 @@ def _finished(config: TrainConfig, output: Path) -> bool:
     try:
         facts = facts_of(config, data, existing(config.checkpoint, "checkpoint"))
     except FileNotFoundError:
-        if not enough or resolve(config.checkpoint) != resolve(recorded["config"]["checkpoint"]):
+        if not enough or resolve(config.checkpoint) != resolve(recorded.get("config", {}).get("checkpoint", "")):
             raise
         base = recorded.get("base_sha256", "")
         facts = {"config": config.to_json(), "data": data.facts(), "base_sha256": base}
