@@ -5,6 +5,8 @@ PIP := .venv/bin/python -m pip --disable-pip-version-check install -q
 TORCH := torch==2.13.0
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,--extra-index-url https://download.pytorch.org/whl/cpu)
 
+LONGEST := $(patsubst %,tests/test_%.py,notebooks train_notebook slurm families real_input)
+
 .PHONY: help demo test lint lab clean
 .DEFAULT_GOAL := help
 
@@ -15,9 +17,10 @@ demo: .venv/.installed  ## run the whole method on a tiny model, 2 to 4 minutes 
 	@.venv/bin/python -m rsft_lib.notebook notebooks/00_quickstart.ipynb outputs/quickstart
 
 test: lint  ## lint and all tests
-	@# Most tests wait for processes to start, so three files at a time; in their order, since the longest hold few tests.
-	@# More threads than cores wait for each other in loops that take all the time there is.
-	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	@# Most tests wait for processes to start, so three files at a time, those that take minutes first: begun last, one of
+	@# them runs alone. More threads than cores wait for each other in loops that take all the time there is.
+	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder \
+	  $(LONGEST) $(filter-out $(LONGEST),$(wildcard tests/test_*.py))
 
 lint: .venv/.installed  ## style of code and notebooks, and form of notebooks: parameters, no outputs, short cells
 	@.venv/bin/ruff check

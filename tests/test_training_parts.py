@@ -183,10 +183,10 @@ def test_metrics_after_the_checkpoint_that_is_resumed_are_taken_back(tmp_path):
 
 
 def test_a_line_that_is_being_written_is_not_read(tmp_path):
-    MetricsWriter(tmp_path, 0).write(iteration=1)
+    MetricsWriter(tmp_path, 0).write(iteration=1, loss=2.5)
     with (tmp_path / FILE).open("a") as file:
         file.write('{"iteration": 2, "lo')
-    assert read_metrics(tmp_path) == [{"iteration": 1}]
+    assert read_metrics(tmp_path) == [{"iteration": 1, "loss": 2.5}]
     assert read_metrics(tmp_path / "elsewhere") == []
 
 
