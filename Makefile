@@ -5,7 +5,7 @@ PIP := .venv/bin/python -m pip --disable-pip-version-check install -q
 TORCH := torch==2.13.0
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,--extra-index-url https://download.pytorch.org/whl/cpu)
 
-LONGEST := $(patsubst %,tests/test_%.py,notebooks train_notebook slurm families real_input)
+LONGEST := $(patsubst %,tests/test_%.py,notebooks train_notebook slurm stopping families real_input)
 
 .PHONY: help demo test lint lab clean
 .DEFAULT_GOAL := help
