@@ -19,10 +19,9 @@ for _message in (
     warnings.filterwarnings("ignore", message=_message)
 
 # When megatron-core is imported it hands functions to torch.compile, and torch imports its compilers: a quarter of the
-# time that a rank or a notebook takes to start. Without a GPU none of these functions is called. (The last of these
-# paths is that of a GPU under WSL.)
-_gpu = any(map(os.path.exists, ("/proc/driver/nvidia", "/dev/nvidiactl", "/dev/dxg")))
-if not _gpu and "megatron.core.jit" not in sys.modules:
+# time that a rank or a notebook takes to start. Without a GPU none of these functions is called.
+HAS_GPU = any(map(os.path.exists, ("/proc/driver/nvidia", "/dev/nvidiactl", "/dev/dxg")))  # the last is under WSL
+if not HAS_GPU and "megatron.core.jit" not in sys.modules:
     _jit = sys.modules["megatron.core.jit"] = ModuleType("megatron.core.jit")
     _jit.jit_fuser = _jit.noop_decorator = lambda function: function
     _jit.enable_jit_fuser = _jit.disable_jit_fuser = lambda: None
