@@ -231,7 +231,8 @@ def checkpoint(folder: Path, output: Path) -> dict:
         state = build_state(config, Path(config.checkpoint))
         randomize(state)
         state.iteration = 1
-        saver = Saver(run, folder / "model" / "config.json", {}, size=0, timeout=600, keep_last=1, keep_every=0)
+        hf = folder / "model" / "config.json"
+        saver = Saver(run, hf, {}, iteration=0, size=0, timeout=600, keep_last=1, keep_every=0)
         with timed("saved"):
             with timed("saved_until_copied"):
                 saver.save(state, wait=False)

@@ -12,6 +12,7 @@ from rsft_lib.checkpoint.export import export
 from rsft_lib.contract import check_contract
 from rsft_lib.data.exclude import exclude
 from rsft_lib.data.hybrid import build_hybrid
+from rsft_lib.data.splits import splits_of
 from rsft_lib.data.store import TokenStore
 from rsft_lib.generate import generate
 from rsft_lib.hub import model_folder
@@ -54,6 +55,7 @@ NOTEBOOKS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "a tokenizer to export": ("01_patch_tokenizer", lambda t: export(t / "model", t / "none", t / "new")),
     "a checkpoint to begin with": ("02_convert_checkpoint", lambda t: plan(t, checkpoint="none")),
     "a checkpoint to score": ("02_convert_checkpoint", lambda t: scored(t / "none", t / "tokens", t / "new", 1)),
+    "a dataset to tokenize": ("03_build_dataset", lambda t: splits_of(str(t / "none"))),
     "a dataset that tokens were made of": ("03_build_dataset", lambda t: exclude(TokenStore(t / "tokens"), [0], t)),
     "tokens": ("04_tokenize_and_inspect", lambda t: plan(t, data="none")),
     "tokens for evaluation": ("04_tokenize_and_inspect", lambda t: plan(t, eval_data="none")),
@@ -78,7 +80,6 @@ def test_the_error_names_the_notebook_to_run(there, what):
 @pytest.mark.parametrize(
     ("notebook", "given", "needed"),
     [
-        ("07_export_and_generate", {"run": "none"}, "run folder: .*none does not exist .*: run notebook 05_train"),
         ("07_export_and_generate", {"run": "empty"}, "empty has no whole checkpoint: run notebook 05_train"),
         ("08_loss_lab", {"before": "none"}, "checkpoint: .*none does not exist .*: run notebook 02_convert_checkpoint"),
     ],

@@ -27,7 +27,10 @@ config = TrainConfig(checkpoint="none", data="none", output=FOLDER, save_timeout
 job = launch.start_training(config, 2, launch.LaunchOptions(on_interrupt=CHOICE))
 job.wait()
 """
-WHO = [("papermill", "SIGTERM"), ("papermill", "SIGKILL"), ("kernel", "SIGKILL"), ("kernel", "SIGINT")]
+WHO = [  # whom a signal ends, by which, and what was chosen
+    ("papermill", "SIGTERM", "stop"), ("papermill", "SIGKILL", "stop"), ("papermill", "SIGKILL", "leave"),
+    ("kernel", "SIGKILL", "stop"), ("kernel", "SIGINT", "stop"), ("kernel", "SIGINT", "leave"),
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -55,8 +58,7 @@ def notebook(tmp_path, monkeypatch):
         process.kill()
 
 
-@pytest.mark.parametrize("choice", ["stop", "leave"])
-@pytest.mark.parametrize(("who", "how"), WHO)
+@pytest.mark.parametrize(("who", "how", "choice"), WHO)
 def test_a_training_whose_notebook_goes_does_what_was_chosen(notebook, who, how, choice):
     start, run = notebook
     papermill, kernel = start(choice)

@@ -227,6 +227,15 @@ def test_checkpoints_after_the_newest_step_which_are_damaged_push_no_good_one_ou
     assert steps(tmp_path) == [2, 3, 4]
 
 
+def test_a_run_that_was_killed_between_its_last_save_and_the_removal_of_older_ones_removes_them_when_run_again(
+    inputs, straight, tmp_path
+):
+    output = shutil.copytree(straight[0], tmp_path / "run")
+    assert steps(output) == [STEPS // 2, STEPS]
+    same(run(inputs, output, keep_last=1), straight[1])
+    assert steps(output) == [STEPS]
+
+
 def theirs(run: Path, straight: Path) -> dict[Path, bytes]:
     """Folders that somebody laid beside a run's checkpoints, and what a file in each of them says."""
     folders = [run / name for name in ("iter_best", "iter_0000009_backup", "iter_00000001", ".iter_best.old")]

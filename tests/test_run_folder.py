@@ -252,7 +252,7 @@ def test_a_log_keeps_what_was_said_and_a_cause_is_looked_for_in_the_last_start(t
     with pytest.raises(launch.RunFailed, match="broken on rank 1"):
         launch.launch("rank", [str(tmp_path), "fail-recorded"], 2, log)
     assert failure.torchrun_reports(log)
-    launch.launch("rank", [str(tmp_path), "finish"], 2, log)
+    launch.launch("rank", [str(tmp_path), "finish"], 1, log)
     assert not failure.torchrun_reports(log)
     text = log.read_text()
     assert text.count("=== run started 20") == 2 and "broken on rank 1" in text

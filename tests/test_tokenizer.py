@@ -38,7 +38,9 @@ def base(request, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module", params=["transformers 4", "transformers 5"])
 def source(request, base, tmp_path_factory) -> Path:
-    """The folder as saved by transformers 4.4x, with everything in the config, and by 5.x."""
+    """The folder as saved by transformers 4.4x, with everything in the config, and the small one as by 5.x too."""
+    if request.param == "transformers 5" and base.name == "real":
+        pytest.skip("its own folder is as 4.4x saves it")
     folder = tmp_path_factory.mktemp("source") / base.name
     load_tokenizer(base).save_pretrained(folder)
     for name in ("config.json", "generation_config.json"):

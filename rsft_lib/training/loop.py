@@ -55,7 +55,7 @@ def train(config: TrainConfig) -> TrainState:
             facts = facts_of(config, data, checkpoint) if rank == 0 else {}
             begin(state, output, checkpoint, facts)
         saver = Saver(
-            output, checkpoint / "config.json", facts, size=checkpoint_bytes(config, hf),
+            output, checkpoint / "config.json", facts, iteration=state.iteration, size=checkpoint_bytes(config, hf),
             timeout=config.save_timeout, keep_last=config.keep_last, keep_every=config.keep_every,
         )  # fmt: skip
         run = Run(config, state, data, hf, output, stop, saver)

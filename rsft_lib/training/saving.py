@@ -36,10 +36,10 @@ class Saver:
     """Writes the checkpoints of a run, one at a time; all ranks call it together."""
 
     def __init__(
-        self, output: Path, model_config: Path, facts: dict, *, size: float, timeout: float, keep_last: int,
-        keep_every: int,
+        self, output: Path, model_config: Path, facts: dict, *, iteration: int, size: float, timeout: float,
+        keep_last: int, keep_every: int,
     ):  # fmt: skip
-        """`size` is the expected size of a checkpoint in bytes, used until the run has one."""
+        """`iteration` is where the run begins; `size` the bytes that a checkpoint should have, until there is one."""
         self.output, self.model_config, self.facts, self.size = output, model_config, facts, size
         self.timeout, self.keep_last, self.keep_every = timeout, keep_last, keep_every
         self.writing: _Writing | None = None
@@ -48,6 +48,7 @@ class Saver:
         self.lock = ExitStack()
         if _rank_0():
             remove_leftovers(output)
+            remove_old(output, iteration, keep_last, keep_every)  # where the last save was killed before it did so
             self.size = next(map(_bytes, reversed(checkpoints(output))), size)
 
     def save(self, state: TrainState, wait: bool) -> None:
