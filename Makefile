@@ -17,9 +17,9 @@ demo: .venv/.installed  ## run the whole method on a tiny model, 2 to 4 minutes 
 	@.venv/bin/python -m rsft_lib.notebook notebooks/00_quickstart.ipynb outputs/quickstart
 
 test: lint  ## lint and all tests
-	@# Most tests wait for processes to start, so three files at a time, those that take minutes first: begun last, one of
+	@# Most tests wait for processes to start, so four files at a time, those that take minutes first: begun last, one of
 	@# them runs alone. More threads than cores wait for each other in loops that take all the time there is.
-	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder \
+	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder \
 	  $(LONGEST) $(filter-out $(LONGEST),$(wildcard tests/test_*.py))
 
 lint: .venv/.installed  ## style of code and notebooks, and form of notebooks: parameters, no outputs, short cells

@@ -27,25 +27,31 @@ NEW = patch_template(R1_CHAT_TEMPLATE)[0]
 FLAGS = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
 
 
-@pytest.fixture(scope="module", params=["demo", pytest.param("real", marks=needs_real)])
-def base(request, tmp_path_factory) -> Path:
-    """A tokenizer folder as it comes: the demo's, or R1's."""
-    folder = tmp_path_factory.mktemp("base") / request.param
-    if request.param == "demo":
+def as_it_comes(name: str, folder: Path) -> Path:
+    """A tokenizer folder: the demo's, or R1's."""
+    if name == "demo":
         return demo.make_model(folder, seed=0)
     return shutil.copytree(Path(REAL) / "tokenizers" / "r1-distill-qwen", folder)
 
 
-@pytest.fixture(scope="module", params=["transformers 4", "transformers 5"])
-def source(request, base, tmp_path_factory) -> Path:
-    """The folder as saved by transformers 4.4x, with everything in the config, and the small one as by 5.x too."""
-    if request.param == "transformers 5" and base.name == "real":
-        pytest.skip("its own folder is as 4.4x saves it")
+@pytest.fixture(scope="module", params=["demo", pytest.param("real", marks=needs_real)])
+def base(request, tmp_path_factory) -> Path:
+    return as_it_comes(request.param, tmp_path_factory.mktemp("base") / request.param)
+
+
+@pytest.fixture(
+    scope="module",
+    params=["demo, transformers 4", "demo, transformers 5", pytest.param("real, transformers 4", marks=needs_real)],
+)
+def source(request, tmp_path_factory) -> Path:
+    """A folder as saved by transformers 4.4x, with everything in the config, and the small one as by 5.x too."""
+    name, version = request.param.split(", ")
+    base = as_it_comes(name, tmp_path_factory.mktemp("base") / name)
     folder = tmp_path_factory.mktemp("source") / base.name
     load_tokenizer(base).save_pretrained(folder)
     for name in ("config.json", "generation_config.json"):
         shutil.copyfile(base / name, folder / name)
-    if request.param == "transformers 4":
+    if version == "transformers 4":
         as_transformers_4(folder)
     return folder
 
