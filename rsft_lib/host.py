@@ -12,7 +12,6 @@ from contextlib import contextmanager, nullcontext
 from unittest import mock
 
 import torch
-import torch._dynamo  # by the first optimizer otherwise, and within the mode below that fails
 from megatron.core.tensor_parallel import random as megatron_random
 from torch.overrides import TorchFunctionMode
 
@@ -34,6 +33,13 @@ def gpu() -> tuple[str, int] | None:
         subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].split(",")
     )
     return name.strip(), int(mebibytes) * 2**20
+
+
+# The methods of torch's optimizers import torch's compiler to tell it that they are not for it. That takes a tenth of
+# the time that a rank needs to start, and fails within the mode below.
+for _method in vars(torch.optim.Optimizer).values():
+    if hasattr(_method, "__wrapped__"):
+        _method.__wrapped__.__dynamo_disable = _method.__wrapped__
 
 
 class _CudaMeansCpu(TorchFunctionMode):

@@ -2,6 +2,7 @@
 
 import getpass
 import os
+import random
 import secrets
 import shutil
 import signal
@@ -75,12 +76,7 @@ def said(*command: str) -> str:
 
 
 def _start(folder: Path) -> None:
-    free = [socket.socket() for _ in range(3)]
-    for one in free:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in free]
-    for one in free:
-        one.close()
+    ports = random.sample(range(20_000, 32_000), 3)  # below those that the system gives to who asks for any
     conf = folder / "slurm.conf"
     conf.write_text(CONF.format(folder=folder, host=socket.gethostname(), user=getpass.getuser(), ports=ports))
     for name in ("state", "n0", "n1"):

@@ -2,10 +2,11 @@
 
 import multiprocessing
 import os
-import socket
 import sys
 import traceback
 from pathlib import Path
+
+import torch
 
 from rsft_lib.training.config import TrainConfig
 
@@ -17,16 +18,19 @@ def start(target, nproc: int, log: Path, *arguments) -> list:
     """`target(*arguments)` on ranks of their own; what they print goes to `log`."""
     log.parent.mkdir(parents=True, exist_ok=True)
     log.write_bytes(b"")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(nproc)}
+    # As torchrun does it: a port that is chosen first and opened later may be another's by then.
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    world = {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(nproc),
+        "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
+    }  # fmt: skip
     processes = [
         _context.Process(target=_rank, args=(target, {**world, "RANK": str(rank)}, log, arguments), daemon=True)
         for rank in range(nproc)
     ]
     for process in processes:
         process.start()
+        process.store = store  # which lives as long as they do
     return processes
 
 
@@ -58,8 +62,6 @@ def train_as_rank(config: TrainConfig) -> None:
 
 
 def _rank(target, environment: dict, log: Path, arguments: tuple) -> None:
-    import torch
-
     os.environ.update(environment)
     torch.set_num_threads(1)
     with log.open("ab", buffering=0) as file:

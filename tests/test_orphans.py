@@ -28,7 +28,7 @@ job = launch.start_training(config, 2, launch.LaunchOptions(on_interrupt=CHOICE)
 job.wait()
 """
 WHO = [  # whom a signal ends, by which, and what was chosen
-    ("papermill", "SIGTERM", "stop"), ("papermill", "SIGKILL", "stop"), ("papermill", "SIGKILL", "leave"),
+    ("papermill", "SIGTERM", "stop"), ("papermill", "SIGKILL", "leave"),
     ("kernel", "SIGKILL", "stop"), ("kernel", "SIGINT", "stop"), ("kernel", "SIGINT", "leave"),
 ]  # fmt: skip
 
