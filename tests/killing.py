@@ -48,6 +48,13 @@ MOMENTS = {
 }
 
 
+def is_now(moment: str, run: Path) -> bool:
+    try:
+        return MOMENTS[moment](run)
+    except FileNotFoundError:  # a folder got its final name while it was looked through
+        return False
+
+
 def kill_once(config: TrainConfig, rng: random.Random, seconds: float) -> str:
     """Start the run, or go on with it, and kill all its ranks at some moment: its name, '' if the run ended first.
 
@@ -59,7 +66,7 @@ def kill_once(config: TrainConfig, rng: random.Random, seconds: float) -> str:
     name = rng.choice(list(MOMENTS))
     earliest = time.monotonic() + rng.uniform(0, seconds)
     while any(process.is_alive() for process in processes):
-        if time.monotonic() > earliest and MOMENTS[name](run):
+        if time.monotonic() > earliest and is_now(name, run):
             time.sleep(rng.uniform(0, 0.01))
             for process in processes:
                 process.kill()  # which a rank that has just ended by itself does not mind
