@@ -5,7 +5,8 @@ PIP := .venv/bin/python -m pip --disable-pip-version-check install -q
 TORCH := torch==2.13.0
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,--extra-index-url https://download.pytorch.org/whl/cpu)
 
-LONGEST := $(patsubst %,tests/test_%.py,notebooks slurm stopping start train_notebook orphans real_input families contract)
+LONGEST := $(patsubst %,tests/test_%.py,notebooks other_data slurm stopping start \
+  train_notebook orphans real_input families contract)
 
 .PHONY: help demo test lint lab clean
 .DEFAULT_GOAL := help
@@ -17,9 +18,9 @@ demo: .venv/.installed  ## run the whole method on a tiny model, 2 to 4 minutes 
 	@.venv/bin/python -m rsft_lib.notebook notebooks/00_quickstart.ipynb outputs/quickstart
 
 test: lint  ## lint and all tests
-	@# Most tests wait for processes to start, so six files at a time, those that take minutes first: begun last, one of
+	@# Most tests wait for processes to start, so four files at a time, those that take minutes first: begun last, one of
 	@# them runs alone. More threads than cores wait for each other in loops that take all the time there is.
-	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 6 --dist loadfile --no-loadscope-reorder \
+	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder \
 	  $(LONGEST) $(filter-out $(LONGEST),$(wildcard tests/test_*.py))
 
 lint: .venv/.installed  ## style of code and notebooks, and form of notebooks: parameters, no outputs, short cells

@@ -10,22 +10,17 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
-import nbformat
-import pyarrow
-import pyarrow.parquet
 import pytest
 from browser import CHROMIUM, PATIENCE, Browser, copy_project, jupyterlab, lay_open, missing, set_defaults
+from chain import STEPS, chained, outputs, pictures
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rsft_lib import demo
 from rsft_lib.artifact import newest
-from rsft_lib.data.store import TokenStore
 from rsft_lib.notebook import run
 from rsft_lib.paths import ROOT
-from rsft_lib.tokenizer import load_tokenizer
 
 NOTEBOOKS = ROOT / "notebooks"
-STEPS = 6
 in_browser = pytest.mark.skipif(bool(missing()), reason=missing())
 
 # In every question and every thought. None of it may be run, fetched or swallowed.
@@ -40,32 +35,6 @@ def write_hostile_sources(folder: Path) -> None:
             record["instruction"] += HOSTILE
             record["output"] = record["output"].replace("Start:", f"{HOSTILE} Start:")
         file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-
-
-def chained(folder: Path) -> dict[str, dict]:
-    """Parameters of notebooks 01 to 08, each with what the ones before it made in `folder`."""
-    place = {name: str(folder / name) for name in ("model", "tokenizer", "megatron", "hybrid", "run", "out", "lab")}
-    tokens = {split: f"{place['hybrid']}/Tokenized-{split}-tokenizer-513" for split in ("train", "heldout")}
-    sources = {name: str(folder / "sources" / f"{name}.jsonl") for name in ("long", "short")}
-    return {
-        "01_patch_tokenizer": {"model": place["model"], "output": place["tokenizer"]},
-        "02_convert_checkpoint": {"model": place["model"], "output": place["megatron"]},
-        "03_build_dataset": {**sources, "output": place["hybrid"], "tokenizer": place["tokenizer"]},
-        "04_tokenize_and_inspect": {"data": place["hybrid"], "tokenizer": place["tokenizer"], "max_length": 513},
-        "05_train": {
-            "checkpoint": place["megatron"], "data": tokens["train"], "eval_data": tokens["heldout"],
-            "output": place["run"], "train_iters": STEPS, "eval_interval": 3, "nproc": 2,
-        },
-        "06_loss_curves": {"runs": place["run"], "output": str(folder / "curves")},
-        "07_export_and_generate": {
-            "run": place["run"], "tokenizer": place["tokenizer"], "output": place["out"],
-            "held_out": f"{place['hybrid']}/heldout.jsonl", "questions": 4, "max_new_tokens": 8,
-        },
-        "08_loss_lab": {
-            "before": place["megatron"], "run": place["run"], "data": tokens["train"], "output": place["lab"],
-            "filtered": str(folder / "filtered"), "nproc": 1,
-        },
-    }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -86,14 +55,6 @@ def quickstart(tmp_path_factory) -> tuple[Path, Path, dict]:
     folder = tmp_path_factory.mktemp("quickstart")
     few = {"output": str(folder), "train_iters": 4, "problems": 300, "nproc": 1}
     return folder, *run(NOTEBOOKS / "00_quickstart.ipynb", folder, few)
-
-
-def outputs(executed: Path) -> list[dict]:
-    return [output for cell in nbformat.read(executed, 4).cells for output in cell.get("outputs", [])]
-
-
-def pictures(executed: Path) -> int:
-    return sum("image/png" in output.get("data", {}) for output in outputs(executed))
 
 
 def test_the_quickstart_goes_from_nothing_to_a_model_that_answers(quickstart):
@@ -136,59 +97,6 @@ def test_a_run_that_fails_does_not_keep_the_status_of_the_one_before(steps):
     with pytest.raises(RuntimeError, match="nowhere does not exist"):
         run(NOTEBOOKS / "05_train.ipynb", folder / "failed", given)
     assert not (folder / "run" / "status.json").exists()
-
-
-def test_a_plain_dataset_goes_from_03_to_08_and_its_pages_speak_of_one_mode(steps):
-    """As one JSON list without a control token, which is what standard supervised fine-tuning has."""
-    folder = steps.folder / "plain"
-    folder.mkdir()
-    found = demo.problems(60, seed=1)
-    rows = [{"instruction": p["problem"], "output": p["short"], "system": "Be brief.", "topic": "sums"} for p in found]
-    (folder / "plain.json").write_text(json.dumps(rows))
-    given = chained(folder)
-    for name in ("tokenizer", "megatron"):
-        (folder / name).symlink_to(steps.folder / name)
-    given["03_build_dataset"] = {
-        "hybrid": str(folder / "plain.json"), "output": str(folder / "hybrid"), "tokenizer": str(folder / "tokenizer"),
-    }  # fmt: skip
-    given["05_train"]["nproc"] = 1
-    done = {name: run(NOTEBOOKS / f"{name}.ipynb", folder / "executed", given[name]) for name in list(given)[2:]}
-    status = {name: result[1] for name, result in done.items()}
-    assert status["03_build_dataset"]["counts"] == {"train": {"other": 54}, "heldout": {"other": 6}}
-    assert status["03_build_dataset"]["unused_fields"] == {"topic": 60}
-    assert status["05_train"]["iteration"] == STEPS and status["07_export_and_generate"]["scores"].keys() == {"other"}
-    assert status["07_export_and_generate"]["choices"] == {}
-    titles = {"04_tokenize_and_inspect": "other", "06_loss_curves": "every setting"}
-    for name, (executed, _) in done.items():
-        said = "".join(str(output.get("text", "")) + str(output.get("data", {})) for output in outputs(executed))
-        assert "think 0" not in said and "<b>think" not in said and "free choice" not in said, name
-        assert titles.get(name, "") == "" or pictures(executed), name
-    store, card = TokenStore(Path(status["04_tokenize_and_inspect"]["folders"]["train"])), folder / "out" / "README.md"
-    text = load_tokenizer(folder / "tokenizer").decode(store[0][0])
-    assert text.startswith(f"{demo.BOS}Be brief.<｜User｜>") and "<short>" not in text
-    assert "two modes" not in card.read_text() and "<short>" not in card.read_text()
-
-
-def test_a_ready_dataset_goes_through_03_and_straight_into_04(steps):
-    folder = steps.folder / "ready"
-    folder.mkdir()
-    rows = [
-        {"instruction": p["problem"], "output": answer}
-        for p in demo.problems(40, seed=2) for answer in (p["think"], f"<short>{p['short']}")
-    ]  # fmt: skip
-    table = {name: [row[name] for row in rows] for name in ("instruction", "output")}
-    pyarrow.parquet.write_table(pyarrow.table(table), folder / "ready.parquet")
-    tokenizer = str(steps.folder / "tokenizer")
-    given = {"hybrid": str(folder / "ready.parquet"), "output": str(folder / "out"), "tokenizer": tokenizer}
-    _, built = run(NOTEBOOKS / "03_build_dataset.ipynb", folder, given)
-    assert built["counts"] == {"train": {"think": 36, "short": 36}, "heldout": {"think": 4, "short": 4}}
-    given = {"data": str(folder / "ready.parquet"), "output": str(folder / "tokens"), "tokenizer": tokenizer}
-    _, direct = run(NOTEBOOKS / "04_tokenize_and_inspect.ipynb", folder, given)
-    assert direct["folders"] == {"train": str(folder / "tokens" / "Tokenized-ready-tokenizer-513")}
-    assert len(TokenStore(Path(direct["folders"]["train"]))) == 80
-
-
-# In JupyterLab
 
 
 @pytest.fixture(scope="module")
