@@ -1,44 +1,54 @@
 # Everything a newcomer needs; `make help` lists it.
-PYTHON ?= python3
-PIP := .venv/bin/python -m pip --disable-pip-version-check install -q
-# One build of torch for CPU machines, so that a laptop does not download CUDA. Where an NVIDIA driver is, PyPI's.
-TORCH := torch==2.13.0
+# The first of these that is a Python for which megatron-core exists.
+FITS := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+  $$python -c '$(FITS)' 2>/dev/null && { echo $$python; break; }; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
+# torch's build for CPUs, so that a laptop does not download CUDA. Where an NVIDIA driver is, PyPI's.
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,--extra-index-url https://download.pytorch.org/whl/cpu)
 
 LONGEST := $(patsubst %,tests/test_%.py,notebooks other_data slurm stopping start \
   train_notebook orphans real_input families contract)
 
-.PHONY: help demo test lint lab clean
+# What depends on the version of megatron-core; `make test-engine VENV=.venv-3.12 PYTHON=python3.12` runs it with another.
+ENGINE := $(patsubst %,tests/test_%.py,layouts resume start parity families conversion training_parts head layers engines demo)
+
+.PHONY: help demo test test-engine lint lab clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-demo: .venv/.installed  ## run the whole method on a tiny model, 2 to 4 minutes on 2 CPU cores
-	@.venv/bin/python -m rsft_lib.notebook notebooks/00_quickstart.ipynb outputs/quickstart
+demo: $(VENV)/.installed  ## run the whole method on a tiny model, 2 to 4 minutes on 2 CPU cores
+	@$(BIN)/python -m rsft_lib.notebook notebooks/00_quickstart.ipynb outputs/quickstart
 
 test: lint  ## lint and all tests
 	@# Most tests wait for processes to start, so four files at a time, those that take minutes first: begun last, one of
 	@# them runs alone. More threads than cores wait for each other in loops that take all the time there is.
-	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder \
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder \
 	  $(LONGEST) $(filter-out $(LONGEST),$(wildcard tests/test_*.py))
 
-lint: .venv/.installed  ## style of code and notebooks, and form of notebooks: parameters, no outputs, short cells
-	@.venv/bin/ruff check
-	@.venv/bin/ruff format --check
-	@.venv/bin/python -m pytest -q tests/test_project.py
+test-engine: $(VENV)/.installed  ## the tests of training, conversion and the demo only
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder $(ENGINE)
 
-lab: .venv/.installed  ## JupyterLab on the notebooks
-	@.venv/bin/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks
+lint: $(VENV)/.installed  ## style of code and notebooks, and form of notebooks: parameters, no outputs, short cells
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/python -m pytest -q tests/test_project.py
+
+lab: $(VENV)/.installed  ## JupyterLab on the notebooks
+	@$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks
 
 clean:  ## remove the environment; assets and outputs stay
-	rm -rf .venv
+	rm -rf $(VENV)
 
-.venv/.installed: pyproject.toml
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v in ((3, 11), (3, 12)) else \
-	  f"Python 3.11 or 3.12 is needed, found %d.%d; say make PYTHON=python3.12" % v)'
-	@echo "creating .venv and installing; this happens once"
-	@$(PYTHON) -m venv .venv
-	@$(PIP) --retries 1 $(TORCH_INDEX) $(TORCH)
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(or $(PYTHON),false) -c '$(FITS)' || { echo "Python 3.11, 3.12 or 3.13 is needed, found" \
+	  "$$($(or $(PYTHON),python3) --version 2>&1); install one, or name it: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@echo "creating $(VENV) with $$($(PYTHON) --version) ($$(command -v $(PYTHON))) and installing; this happens once"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) --retries 1 $(TORCH_INDEX) torch
 	@$(PIP) -e '.[dev]'
 	@touch $@

@@ -1,10 +1,11 @@
 """Training on one GPU: speed, memory and learning, beside the floor and beside peers, all in one run.
 
-    RSFT_REAL_DATA=FOLDER python benchmarks/train_gpu.py --output OUT [--sections floor bf16 ...]
+    RSFT_REAL_DATA=FOLDER python benchmarks/train_gpu.py --output OUT [--sections floor bf16 ...] [--before TREE]
 
 The model is DeepSeek-R1-Distill-Qwen-1.5B's shape with random weights; packs of 16,384 tokens are filled with the real
 traces in RSFT_REAL_DATA; an optimizer step has 8 micro-batches. Each section runs in a process of its own and leaves
-OUT/<section>.json; the table at the end is made from those. What was tried and what it gave is in NOTES.md.
+OUT/<section>.json; the table at the end is made from those. What was tried and what it gave is in NOTES.md. With
+--before, bf16 and the presets run again with the code of TREE, a checkout of another commit, as before-<section>.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from rsft_lib.data.hybrid import build_hybrid
 from rsft_lib.data.packed import PackedDataset
 from rsft_lib.data.store import TokenStore
 from rsft_lib.data.tokenize import tokenize
-from rsft_lib.launch.job import MEMORY
+from rsft_lib.launch.job import ENVIRONMENT
 from rsft_lib.model.config import read_config
 from rsft_lib.ranks import ranks
 from rsft_lib.tokenizer import patch_tokenizer
@@ -153,6 +154,18 @@ def ours(preset: str = "r1-1.5b", **changes):
     def section(folder: Path, output: Path) -> dict:
         with ranks():
             return measure(settings(folder, **{**PRESETS[preset], **changes}))
+
+    return section
+
+
+def rent(name: str):
+    """bf16 with a part of the kit replaced by a library's."""
+
+    def section(folder: Path, output: Path) -> dict:
+        import gpu_rent
+
+        with ranks():
+            return gpu_rent.with_parts(lambda: measure(settings(folder)), **getattr(gpu_rent, name))
 
     return section
 
@@ -292,6 +305,9 @@ SECTIONS = {
     "fp8-tensorwise": ours(precision="fp8", fp8_recipe="tensorwise"),
     "fp8-blockwise": ours(precision="fp8", fp8_recipe="blockwise"),
     "torch": ours(backend="torch"),
+    "fused-adam": rent("FUSED_ADAM"),
+    "compiled-head": rent("COMPILED_HEAD"),
+    "plain-head": rent("PLAIN_HEAD"),
     "padded": padded("traces"),
     "pairs": packed("pairs"),
     "pairs-padded": padded("pairs"),
@@ -306,22 +322,31 @@ SECTIONS = {
     "learn-fp8-delayed": learning("fp8-delayed"),
     "learn-transformers": learning("transformers"),
 }
+BEFORE = "before-"
+COMPARED = ("bf16", "saving", "smallest", "fp8-delayed", "fp8-tensorwise", "fp8-blockwise")
 
 
-def start_section(name: str, inputs: Path, output: Path) -> subprocess.Popen:
+def start_section(name: str, inputs: Path, output: Path, before: Path | None) -> subprocess.Popen:
     """A process that takes the GPU's memory with it when it ends; it imports, and waits for a line before it begins."""
-    command = [sys.executable, __file__, "--output", str(output), "--inputs", str(inputs), "--here", "--sections", name]
-    environment = {**MEMORY, **os.environ}
+    script, environment = Path(__file__), {**ENVIRONMENT, **os.environ}
+    if name.startswith(BEFORE):
+        script = before.resolve() / "benchmarks" / "train_gpu.py"
+        environment["PYTHONPATH"] = f"{before.resolve()}{os.pathsep}{environment.get('PYTHONPATH', '')}"
+    given = ["--output", str(output), "--inputs", str(inputs), "--sections", name.removeprefix(BEFORE), "--here"]
+    command = [sys.executable, str(script), *given]
     with (output / f"{name}.log").open("w") as log:
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=environment)
 
 
-def run_sections(names: list[str], inputs: Path, output: Path) -> None:
+def run_sections(names: list[str], inputs: Path, output: Path, before: Path | None) -> None:
     """Run sections one after the other, while the next one's process imports what it needs."""
-    upcoming = start_section(names[0], inputs, output)
+    places = {name: output / "before" if name.startswith(BEFORE) else output for name in names}
+    for place in places.values():
+        place.mkdir(exist_ok=True)
+    upcoming = start_section(names[0], inputs, places[names[0]], before)
     for name, following in zip(names, [*names[1:], None], strict=True):
         process, began = upcoming, time.time()
-        upcoming = start_section(following, inputs, output) if following else None
+        upcoming = start_section(following, inputs, places[following], before) if following else None
         process.communicate(b"go\n")
         print(f"{name}: {time.time() - began:.0f} s{'  FAILED' if process.returncode else ''}", flush=True)
 
@@ -329,17 +354,18 @@ def run_sections(names: list[str], inputs: Path, output: Path) -> None:
 def table(output: Path) -> str:
     """The results side by side."""
     read = {path.stem: json.loads(path.read_text()) for path in output.glob("*.json")}
-    floors = [read.get("floor", {}).get(name, math.nan) for name in ("total_ms", "te_total_ms")]
-    columns = ("ms", "/floor", "/TE's", "MFU", "GiB", "tokens/s", "trained/s", "epoch s")
+    read |= {BEFORE + path.stem: json.loads(path.read_text()) for path in output.glob("before/*.json")}
+    floor = read.get("floor", {}).get("total_ms", math.nan)
+    columns = ("ms", "/floor", "MFU", "GiB", "tokens/s", "trained/s", "epoch s")
     lines = [" " * 20 + "".join(f"{name:>10}" for name in columns)]
     for name, found in read.items():
         if "ms_per_micro_batch" in found:
             ms = found["ms_per_micro_batch"]
             lines.append(
-                f"{name:20}{ms:10.1f}" + "".join(f"{ms / floor:10.3f}" for floor in floors)
-                + f"{found['mfu']:10.3f}{found['peak_gib']:10.1f}{found['tokens_per_second']:10,.0f}"
-                f"{found['trained_tokens_per_second']:10,.0f}{found.get('epoch_s', math.nan):10.0f}"
-            )  # fmt: skip
+                f"{name:20}{ms:10.1f}{ms / floor:10.3f}{found['mfu']:10.3f}{found['peak_gib']:10.1f}"
+                f"{found['tokens_per_second']:10,.0f}{found['trained_tokens_per_second']:10,.0f}"
+                f"{found.get('epoch_s', math.nan):10.0f}"
+            )
         else:
             told = {k: v for k, v in found.items() if not isinstance(v, list)}
             lines.append(f"{name:20}{json.dumps(told)[:1500]}")
@@ -351,6 +377,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for results")
     parser.add_argument("--inputs", type=Path, help="folder for tokenized inputs; in OUTPUT by default")
     parser.add_argument("--sections", nargs="*", default=list(SECTIONS), choices=list(SECTIONS))
+    parser.add_argument("--before", type=Path, metavar="TREE", help="a checkout of another commit, to compare with")
     parser.add_argument("--here", action="store_true", help="run them in this process, after a line of input")
     arguments = parser.parse_args()
     inputs = (arguments.inputs or arguments.output / "inputs").resolve()
@@ -363,7 +390,10 @@ def main() -> None:
         for name in arguments.sections:
             (output / f"{name}.json").write_text(json.dumps(SECTIONS[name](inputs, output), indent=1))
     else:
-        run_sections(arguments.sections, inputs, output)
+        names = arguments.sections
+        if arguments.before:
+            names = [each for name in names for each in (name, BEFORE + name) if each in SECTIONS or name in COMPARED]
+        run_sections(names, inputs, output, arguments.before)
         print(table(output))
 
 

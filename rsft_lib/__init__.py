@@ -1,5 +1,6 @@
 """Supervised fine-tuning of reasoning models into hybrid ones, on megatron-core."""
 
+import logging
 import os
 import sys
 import warnings
@@ -15,8 +16,11 @@ for _message in (
     "`load_state_dict` is deprecated",
     r"barrier\(\): using the device under current context",
     "Attempting to run cuBLAS, but there was no current CUDA context",
+    "MimoModelConfig is experimental",
 ):
     warnings.filterwarnings("ignore", message=_message)
+for _module in ("models.gpt.gpt_model", "distributed.distributed_data_parallel"):  # of what later versions may lack
+    logging.getLogger(f"megatron.core.{_module}").setLevel(logging.ERROR)
 
 # When megatron-core is imported it hands functions to torch.compile, and torch imports its compilers: a quarter of the
 # time that a rank or a notebook takes to start. Without a GPU none of these functions is called.

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from rsft_lib.launch.job import MEMORY
+from rsft_lib.launch.job import ENVIRONMENT
 from rsft_lib.lifeline import die_with_parent
 
 
@@ -21,8 +21,8 @@ def main(what: str) -> None:
         signal.signal(signal.SIGTERM, save)
     (folder / f"rank{rank}.pid").write_text(str(os.getpid()))
     if what == "finish":
-        told = [os.environ[name] for name in ("OMP_NUM_THREADS", *MEMORY)]
-        print(f"rank {rank} was here with threads and memory {' '.join(told)}", flush=True)
+        told = [os.environ[name] for name in ("OMP_NUM_THREADS", *ENVIRONMENT)]
+        print(f"rank {rank} was here with threads and settings {' '.join(told)}", flush=True)
         return
     if what.startswith("fail") and rank == "1":
         raise KeyError(f"broken on rank {rank}")

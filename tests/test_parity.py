@@ -167,19 +167,6 @@ def test_the_tokens_of_one_sample_do_not_reach_another_of_the_same_pack(models):
     assert not torch.isclose(before[:own], after[:own]).all()
 
 
-def test_the_last_layer_computes_the_trained_positions_only(models):
-    folder, _, store = models
-    with ranks():
-        config, state = loaded_state(folder)
-        batch = micro_batch(PackedDataset(store, config.seq_length, seed=0).batch([0]), 0, 1)
-        rows, layers = [], state.chunks[0].module.decoder.layers
-        for layer in layers:
-            layer.mlp.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
-        forward_step(iter([batch]), state.chunks[0])
-    assert rows == [config.seq_length] * (len(layers) - 1) + [len(batch.targets.labels)]
-    assert rows[-1] < rows[0]
-
-
 def test_the_loss_is_the_same_in_one_chunk_and_in_many(models, monkeypatch):
     folder, _, store = models
     with ranks():

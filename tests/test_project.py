@@ -18,41 +18,31 @@ NOTEBOOKS = [
     "04_tokenize_and_inspect", "05_train", "06_loss_curves", "07_export_and_generate", "08_loss_lab",
 ]  # fmt: skip
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-REQUIRED = {
-    requirement.name: requirement
-    for group in (PROJECT["dependencies"], *(PROJECT["optional-dependencies"][name] for name in ("te", "fast")))
-    for requirement in map(Requirement, group)
-}
+PYTHONS = ("3.11", "3.12", "3.13")
 
 
-def environment() -> tuple[list[str], list[str]]:
-    """Dependencies of environment.yml: (conda's, pip's)."""
-    *conda, last = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))["dependencies"]
-    assert isinstance(last, dict), "pip's section comes last"
-    return conda, last["pip"]
+def on(python: str, lines: list[str]) -> list[Requirement]:
+    """The requirements among `lines` that hold for a Python on Linux."""
+    system = {"python_version": python, "sys_platform": "linux", "platform_system": "Linux"}
+    found = [Requirement(line) for line in lines]
+    return [requirement for requirement in found if not requirement.marker or requirement.marker.evaluate(system)]
 
 
-def test_environment_and_pyproject_ask_for_the_same_versions():
-    conda, pip = environment()
-    stated = [Requirement(line) for line in conda + pip if not line.startswith(("-e", "python", "pip"))]
-    assert {requirement.name: requirement for requirement in stated} == REQUIRED
+def test_environment_has_a_python_that_pyproject_allows_and_installs_the_project_within_the_constraints():
+    python, pip, last = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))["dependencies"]
+    assert Requirement(f"x{PROJECT['requires-python']}").specifier.contains(f"{python.removeprefix('python=')}.0")
+    assert pip == "pip" and last == {"pip": ["-c constraints.txt", "-e .[fast]"]}
 
 
-def test_environment_has_a_python_that_pyproject_allows_and_installs_the_project_last():
-    conda, pip = environment()
-    (python,) = (line.removeprefix("python=") for line in conda if line.startswith("python="))
+@pytest.mark.parametrize("python", PYTHONS)
+def test_constraints_name_one_version_that_pyproject_allows_of_all_it_asks_for(python):
     assert Requirement(f"x{PROJECT['requires-python']}").specifier.contains(f"{python}.0")
-    assert "pip" in conda and pip[-1] == "-e ."
-
-
-def test_everything_that_shares_cuda_comes_from_pip():
-    _, pip = environment()
-    assert {"torch", "megatron-core", "transformer-engine"} <= {re.match(r"[\w-]+", line).group() for line in pip}
-
-
-def test_torch_of_the_makefile_is_one_that_pyproject_allows():
-    (version,) = re.findall(r"torch==([\d.]+)", (ROOT / "Makefile").read_text(encoding="utf-8"))
-    assert REQUIRED["torch"].specifier.contains(version)
+    text = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    tested = on(python, [line for line in text.splitlines() if line and not line.startswith("#")])
+    versions = {requirement.name: str(requirement.specifier).removeprefix("==") for requirement in tested}
+    assert len(versions) == len(tested)
+    for wanted in on(python, PROJECT["dependencies"] + PROJECT["optional-dependencies"]["fast"]):
+        assert wanted.specifier.contains(versions[wanted.name]), wanted
 
 
 @pytest.fixture(params=NOTEBOOKS)

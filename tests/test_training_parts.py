@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import Qwen2Config
 from rsft_lib import demo
 from rsft_lib.checkpoint.convert import convert
 from rsft_lib.launch import LaunchOptions
+from rsft_lib.model import engine
 from rsft_lib.model.config import read_config
 from rsft_lib.notebook import declared_parameters
 from rsft_lib.paths import ROOT
@@ -312,3 +314,13 @@ def test_preflight_tells_what_a_run_will_take(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="layers do not divide by pipeline_parallel 3"):
         preflight(dataclasses.replace(run, pipeline_parallel=3), nproc=3)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(not engine.VERSION.startswith("0.16"), reason="later ones import it themselves")
+def test_without_a_gpu_a_rank_starts_without_torchs_compiler():
+    code = (
+        "import sys, torch, rsft_lib.training.train\n"
+        "torch.optim.AdamW([torch.zeros(1, requires_grad=True)])\n"
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0, "every rank takes a second longer to start"

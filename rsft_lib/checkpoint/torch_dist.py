@@ -193,9 +193,14 @@ def write(folder: Path, weights: Weights, progress: Callable[[int], None] = lamb
         storage |= zip(indices, places[path], strict=True)
     metadata = Metadata(layout, planner_data={name: (name,) for name in weights}, storage_data=storage)
     (folder / METADATA).write_bytes(pickle.dumps(metadata))
-    torch.save({}, folder / COMMON)
-    save_config(CheckpointingConfig("torch_dist"), str(folder))
+    write_common(folder, {})
     return entries
+
+
+def write_common(folder: Path, common: dict) -> None:
+    """Write what a checkpoint holds besides sharded tensors, and the file that names the format."""
+    torch.save(common, folder / COMMON)
+    save_config(CheckpointingConfig("torch_dist"), str(folder))
 
 
 def write_files(contents: dict[Path, Iterable[Tensor | BytesIO]]) -> tuple[dict[Path, list[_StorageInfo]], dict]:

@@ -13,10 +13,12 @@ from rsft_lib.training.run_folder import JOB, LOG, STOPPING, how_it_ended, read_
 TRAIN = "rsft_lib.training.train"
 COMMON = {"launcher": str, "train_iters": int, "on_interrupt": str, "patience": (int, float)}  # of every job,
 FACTS = {"local": {"pid": int, "birth": str, "host": str}, "slurm": {"id": str}}  # and what else, by launcher
-MEMORY = {  # how torch takes it, for the environment of ranks
+ENVIRONMENT = {  # of ranks, where it says nothing else: how torch takes memory,
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",  # none is lost between blocks of other sizes
     "THP_MEM_ALLOC_ENABLE": "1",  # in large pages: the first to touch what is saved or loaded waits for few of them
-}
+    # and whose norms Transformer Engine takes: cuDNN's, which need half the time of its own.
+    "NVTE_NORM_FWD_USE_CUDNN": "1", "NVTE_NORM_BWD_USE_CUDNN": "1",
+}  # fmt: skip
 
 
 class Job:

@@ -19,7 +19,7 @@ import psutil
 
 from rsft_lib.cores import usable_cores
 from rsft_lib.launch.failure import failure, torchrun_reports
-from rsft_lib.launch.job import MEMORY, TRAIN, Job
+from rsft_lib.launch.job import ENVIRONMENT, TRAIN, Job
 from rsft_lib.launch.log import mark
 from rsft_lib.training.run_folder import CONFIG, LOG, STOPPING
 
@@ -43,7 +43,7 @@ def start_torchrun(
     environment = {
         "OMP_NUM_THREADS": str(max(1, usable_cores() // nproc)),
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(int(patience)),
-        **MEMORY,
+        **ENVIRONMENT,
         **os.environ,
     }
     mark(log, "started")

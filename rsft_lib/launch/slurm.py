@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from rsft_lib.launch.failure import ERRORS
-from rsft_lib.launch.job import MEMORY, TRAIN, Job
+from rsft_lib.launch.job import ENVIRONMENT, TRAIN, Job
 from rsft_lib.launch.log import MARK, mark
 from rsft_lib.launch.options import LaunchOptions
 from rsft_lib.paths import ROOT
@@ -45,7 +45,7 @@ mkdir "$run/{errors}"
 export MASTER_ADDR=$(hostname) MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
 export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-${{SLURM_CPUS_PER_TASK:-1}}}}
 export SRUN_CPUS_PER_TASK=${{SLURM_CPUS_PER_TASK:-1}}
-{memory}
+{exports}
 
 # Before the time limit the ranks are asked to save and end.
 trap 'again=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
@@ -136,9 +136,9 @@ def batch_script(folder: Path, nproc: int, options: LaunchOptions) -> str:
     given = [f"#SBATCH --{name}" + (f"={shlex.quote(str(v))}" if v else "") for name, v in lines.items() if v != ""]
     if options.slurm_options:
         given.append(f"#SBATCH {options.slurm_options}")
-    memory = "\n".join(f"export {name}=${{{name}:-{value}}}" for name, value in MEMORY.items())
+    exports = "\n".join(f"export {name}=${{{name}:-{value}}}" for name, value in ENVIRONMENT.items())
     return SCRIPT.format(
-        options="\n".join(given), memory=memory, run=shlex.quote(str(folder)), root=shlex.quote(str(ROOT)),
+        options="\n".join(given), exports=exports, run=shlex.quote(str(folder)), root=shlex.quote(str(ROOT)),
         python=shlex.quote(sys.executable), module=TRAIN, stopping=STOPPING, ended=ENDED, stacks=STACKS, errors=ERRORS,
         config=CONFIG, mark=MARK, stopped=os.EX_TEMPFAIL,
     )  # fmt: skip

@@ -6,7 +6,7 @@ gathers them all and attends with the queries it has. Samples need no padding fo
 """
 
 import inspect
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -34,20 +34,21 @@ class Chunk(NamedTuple):
 
 @dataclass
 class Packed(PackedSeqParams):
-    """Where the samples of a micro-batch lie, for every layer and pipeline stage."""
+    """Where the samples of a micro-batch lie, for every layer and pipeline stage.
 
+    megatron-core is told that it is one long row ('sbhd'): its own packed format ('thd') wants every sample padded
+    where the tokens are split, and rotary positions are given token by token.
+    """
+
+    qkv_format: str = "sbhd"
     chunks: tuple[Chunk, ...] = ()
-    wanted: Tensor | None = None
-    """int64 [n]: the rows that the last layer has to give, where that is not all of them."""
-    worked_out: dict = field(default_factory=dict)
-    """What one layer's attention has worked out from them, for the others."""
 
 
 def packed(cu_seqlens: list[int], device: torch.device) -> Packed:
     """A whole micro-batch, on one context-parallel rank, whose samples end at `cu_seqlens` (0 is the first)."""
     (chunk,) = chunks_of(cu_seqlens)
     ends = chunk.query_ends.to(device)
-    return Packed(qkv_format="thd", chunks=(chunk._replace(query_ends=ends, key_ends=ends),))
+    return Packed(chunks=(chunk._replace(query_ends=ends, key_ends=ends),))
 
 
 def chunks_of(cu_seqlens: list[int], rank: int = 0, size: int = 1) -> tuple[Chunk, ...]:
@@ -95,13 +96,15 @@ class _PackedAttention(torch.nn.Module):
     def setup(self, config) -> None:
         pass
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, samples: Packed) -> Tensor:
-        """query [t, heads, d], key and value [t, groups, d] of this rank -> [t, heads * d]."""
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *_, packed_seq_params: Packed, **__) -> Tensor:
+        """query [t, 1, heads, d], key and value [t, 1, groups, d] of this rank -> [t, 1, heads * d]."""
+        query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        chunks = packed_seq_params.chunks
         if self.parallel == 1:
-            return self.attend(query, key, value, samples.chunks[0]).flatten(1)
+            return self.attend(query, key, value, chunks[0]).flatten(1).unsqueeze(1)
         key, value = self._gather(key, value)
-        mixed = [self.attend(query[c.queries], key[c.keys], value[c.keys], c) for c in samples.chunks]
-        return torch.cat(mixed).flatten(1)
+        mixed = [self.attend(query[c.queries], key[c.keys], value[c.keys], c) for c in chunks]
+        return torch.cat(mixed).flatten(1).unsqueeze(1)
 
     def _gather(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of all ranks in the order of the micro-batch; gradients go back to the ranks they are of."""
@@ -137,7 +140,7 @@ class TEAttention(_PackedAttention):
         self.inner = DotProductAttention(
             config.num_attention_heads // ranks,
             config.kv_channels,
-            num_gqa_groups=config.num_query_groups // ranks,
+            num_gqa_groups=max(1, config.num_query_groups // ranks),
             attention_dropout=0.0,
             qkv_format="thd",
             attn_mask_type="padding_causal" if self.parallel == 1 else "padding_causal_bottom_right",

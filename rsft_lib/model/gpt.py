@@ -1,23 +1,19 @@
 """The model that is trained: megatron-core's GPTModel over packed samples, with a loss at trained positions only."""
 
 import importlib.util
-from dataclasses import replace
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
-from megatron.core.transformer import ModuleSpec, TransformerConfig
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from rsft_lib.model.attention import Packed, TEAttention, TorchAttention, packed
+from rsft_lib.model.attention import packed
 from rsft_lib.model.config import attention_window, check_layout, inverse_frequencies, padded_vocab_size
-from rsft_lib.model.functions import Embedding, TensorParallel
 from rsft_lib.model.head import Loss, Targets, weighted_loss
-from rsft_lib.model.layers import RmsNorm, fp8_layer, fused_layer, used
+from rsft_lib.model.layers import block_spec
 
 
 def resolve_backend(backend: str, precision: str = "bf16") -> str:
@@ -36,27 +32,6 @@ def resolve_backend(backend: str, precision: str = "bf16") -> str:
     if backend == "te" and not available:
         raise ValueError("backend 'te' needs a CUDA GPU and transformer-engine; install it or set backend='auto'")
     return backend
-
-
-def layer_spec(backend: str, qk_layernorm: bool, fp8: bool = False) -> ModuleSpec:
-    """One transformer layer with attention from Transformer Engine ('te') or PyTorch ('torch').
-
-    The products are this kit's own, except in FP8, which is Transformer Engine's.
-    """
-    attention = te_attention() if backend == "te" else TorchAttention
-    if not fp8:
-        return fused_layer(attention, qk_layernorm)
-    return fp8_layer(get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm), attention)
-
-
-def te_attention() -> type:
-    """Attention with Transformer Engine; on Hopper GPUs with cuDNN directly, where its package for Python is there."""
-    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
-    if not hopper or importlib.util.find_spec("cudnn") is None:
-        return TEAttention
-    from rsft_lib.model.cudnn_attention import CudnnAttention
-
-    return CudnnAttention
 
 
 class ResponseModel(GPTModel):
@@ -83,47 +58,39 @@ class ResponseModel(GPTModel):
                 packed_seq_params=packed_seq_params, **rest,
             )  # fmt: skip
             return logits.view(rows, length, -1) if self.post_process else logits
-        packed_seq_params = replace(packed_seq_params, wanted=self._wanted(rest.get("labels")))
         return super().forward(input_ids, position_ids, attention_mask, packed_seq_params=packed_seq_params, **rest)
 
-    def _wanted(self, labels: Targets | None) -> Tensor | None:
-        """The trained positions, where the last layer can stop at these: its rows lie whole, and in no fixed number.
+    # What follows overrides methods that megatron-core calls private, with arguments that differ between its versions.
 
-        With sequence parallelism each rank has other rows than it is given; FP8's products take rows by sixteens.
-        """
-        fixed = self.config.sequence_parallel or self.config.fp8
-        return None if labels is None or fixed or not self.post_process or not len(labels.weights) else labels.positions
+    def _preprocess(self, input_ids: Tensor, position_ids: Tensor, **_) -> tuple:
+        embedded = self.embedding(input_ids=input_ids, position_ids=position_ids) if self.pre_process else None
+        return embedded, self._rotary_angles()[position_ids[0]], None, None, None, None
 
-    def _preprocess(self, input_ids: Tensor, position_ids: Tensor, packed_seq_params: Packed, **_) -> tuple:
-        embedded = self._embedded(input_ids[0]) if self.pre_process else None
-        rotary = self._rotary_table()[:, position_ids[0]]  # [2, t, d / 2]
-        return embedded, rotary, None, None, None, None
-
-    def _embedded(self, tokens: Tensor) -> Tensor:
-        """int64 [t] -> [t, 1, h], with sequence parallelism this rank's share."""
-        table = used(self.embedding.word_embeddings)
-        parallel = TensorParallel(self.pg_collection.tp, self.config.sequence_parallel)
-        return Embedding.apply(tokens, table.weight, table.vocab_start_index, parallel).unsqueeze(1)
-
-    def _rotary_table(self) -> Tensor:
-        """Cosine and sine of every position, float32 [2, max_sequence_length, d / 2]."""
-        if not hasattr(self, "_table"):
-            angles = self.rotary_pos_emb(self.max_sequence_length, packed_seq=True)[:, 0, 0]
-            angles = angles[:, : angles.shape[1] // 2].float()
-            self._table = torch.stack([angles.cos(), angles.sin()])
-        return self._table
+    def _rotary_angles(self) -> Tensor:
+        """The rotary angles of every position, float32 [max_sequence_length, 1, 1, d]."""
+        if not hasattr(self, "_angles"):
+            self._angles = self.rotary_pos_emb(self.max_sequence_length, packed_seq=True)
+        return self._angles
 
     def _postprocess(self, hidden_states: Tensor, labels: Targets | None = None, **rest) -> Tensor | Loss:
         if labels is None or not self.post_process:
             return super()._postprocess(hidden_states=hidden_states, labels=None, **rest)
-        if self._wanted(labels) is not None:
-            labels = labels._replace(positions=None)
-        parallel = TensorParallel(self.pg_collection.tp, self.config.sequence_parallel)
-        enter = gather_from_sequence_parallel_region if parallel.sequence else copy_to_tensor_model_parallel_region
+        group, sequence = self.pg_collection.tp, self.config.sequence_parallel
+        enter = gather_from_sequence_parallel_region if sequence else copy_to_tensor_model_parallel_region
         tied = self.share_embeddings_and_output_weights
-        weight = self.shared_embedding_or_output_weight() if tied else used(self.output_layer).weight
-        hidden = enter(hidden_states).flatten(0, 1)
-        return weighted_loss(hidden, weight, labels, parallel, self.tokens_in_vocabulary, self.watched)
+        weight = self.shared_embedding_or_output_weight() if tied else _used(self.output_layer).weight
+        hidden = enter(hidden_states).flatten(0, 1)  # [t, h]
+        return weighted_loss(hidden, weight, labels, group, self.tokens_in_vocabulary, self.watched)
+
+
+def _used(module: torch.nn.Module) -> torch.nn.Module:
+    """`module`, whose parameters are about to be used without calling it.
+
+    DDP, where it gathers weights while others compute, waits for those of a module in a hook of its call.
+    """
+    for hook in module._forward_pre_hooks.values():
+        hook(module, None)
+    return module
 
 
 def build_model(
@@ -140,10 +107,9 @@ def build_model(
     check_layout(hf, parts, config.pipeline_model_parallel_size)
     if window is not None and window < max_length:
         raise ValueError(f"sequences of {max_length} are longer than the model's sliding_window {window}; shorten them")
-    layer = layer_spec(backend, config.qk_layernorm, fp8=bool(config.fp8))
     model = ResponseModel(
         config,
-        TransformerBlockSubmodules([layer] * get_num_layers_to_build(config, vp_stage), layer_norm=RmsNorm),
+        block_spec(backend, config, vp_stage),
         vocab_size=padded_vocab_size(hf.vocab_size, parts),
         max_sequence_length=max_length,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),

@@ -12,17 +12,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
-from rsft_lib.model.elementwise import cross_entropy_backward_, log_sum_exp
-from rsft_lib.model.functions import Rows, TensorParallel, add_product_, added
-
 CHUNK = 3072  # most rows whose logits exist at one time: 0.9 GB for 151,936 words in bf16
 
 
 class Targets(NamedTuple):
     """What is trained in a micro-batch: n of its t positions."""
 
-    positions: Tensor | None
-    """int64 [n], rising; None where the hidden states are those of the n positions alone."""
+    positions: Tensor
+    """int64 [n], rising."""
     labels: Tensor
     """int64 [n]."""
     weights: Tensor
@@ -42,7 +39,7 @@ def weighted_loss(
     hidden: Tensor,
     weight: Tensor,
     targets: Targets,
-    parallel: TensorParallel,
+    group: dist.ProcessGroup,
     vocabulary: int,
     watched: tuple[int, ...],
 ) -> Loss:
@@ -54,21 +51,22 @@ def weighted_loss(
     Args:
         hidden: [t, h], the same on all tensor-parallel ranks; its gradient must be summed over them.
         weight: [v / TP, h], this rank's part of the rows; the last of all may be padding.
+        group: the tensor-parallel ranks.
         vocabulary: rows that stand for words.
         watched: words whose probability is wanted besides.
     """
-    first = parallel.rank * weight.shape[0]
+    first = group.rank() * weight.shape[0]
     words = [torch.full_like(targets.labels, word) for word in watched]  # filled on the GPU: nothing waits for it
     wanted = torch.stack([targets.labels, *words], dim=1) - first
     # Within a Function nobody knows whether gradients are wanted at all.
     differentiate = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    rows = hidden if targets.positions is None else Rows.apply(hidden, targets.positions)
-    return Loss(*_Head.apply(rows, weight, wanted, targets.weights, parallel, vocabulary - first, differentiate))
+    rows = hidden.index_select(0, targets.positions)  # [n, h]
+    return Loss(*_Head.apply(rows, weight, wanted, targets.weights, group, vocabulary - first, differentiate))
 
 
 class _Head(Function):
     @staticmethod
-    def forward(ctx, hidden, weight, wanted, weights, parallel, words, differentiate):
+    def forward(ctx, hidden, weight, wanted, weights, group, words, differentiate):
         ctx.weight = weight
         gradients = _Gradients(hidden, weight) if differentiate else None
         log_probabilities = torch.empty(wanted.shape, dtype=torch.float32, device=hidden.device)
@@ -76,8 +74,8 @@ class _Head(Function):
             logits = hidden[rows] @ weight.t()
             if words < len(weight):
                 logits[:, max(words, 0) :] = -torch.inf
-            log_sums = _log_sum_exp(logits, parallel)
-            log_probabilities[rows] = _picked(logits, wanted[rows], parallel) - log_sums[:, None]
+            log_sums = _over_all_ranks(log_sum_exp(logits), group)
+            log_probabilities[rows] = _picked(logits, wanted[rows], group) - log_sums[:, None]
             if gradients:
                 cross_entropy_backward_(logits, log_sums, wanted[rows, 0].contiguous(), weights[rows])
                 gradients.add(rows, logits, hidden[rows], weight)
@@ -91,7 +89,7 @@ class _Head(Function):
     def backward(ctx, grad, _):
         of_hidden, of_weight = ctx.saved_tensors
         if of_weight is None:
-            return of_hidden, added(ctx.weight), *[None] * 5
+            return of_hidden, _added(ctx.weight), *[None] * 5
         return of_hidden * grad, (of_weight * grad).to(ctx.weight.dtype), *[None] * 5
 
 
@@ -115,20 +113,68 @@ def _chunks(rows: int) -> list[slice]:
     return [slice(rows * i // count, rows * (i + 1) // count) for i in range(count)]
 
 
-def _log_sum_exp(logits: Tensor, parallel: TensorParallel) -> Tensor:
-    """float32 [n], over the parts of all ranks."""
-    own = log_sum_exp(logits)
-    if parallel.size == 1:
+def log_sum_exp(logits: Tensor) -> Tensor:
+    """Of each row of [n, v], float32 [n]."""
+    if kernels := _kernels(logits):
+        return kernels.log_sum_exp(logits)
+    return logits.float().logsumexp(-1)
+
+
+def _over_all_ranks(own: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """float32 [n] of the whole vocabulary, from `log_sum_exp` of each rank's part."""
+    if group.size() == 1:
         return own
-    parts = own.new_empty(parallel.size * len(own))
-    dist.all_gather_into_tensor(parts, own, group=parallel.group)
-    return parts.view(parallel.size, -1).logsumexp(0)
+    parts = own.new_empty(group.size() * len(own))
+    dist.all_gather_into_tensor(parts, own, group=group)
+    return parts.view(group.size(), -1).logsumexp(0)
 
 
-def _picked(logits: Tensor, columns: Tensor, parallel: TensorParallel) -> Tensor:
+def _picked(logits: Tensor, columns: Tensor, group: dist.ProcessGroup) -> Tensor:
     """float32 [n, k]: the logits at `columns`, each from the rank that has it."""
     here = (columns >= 0) & (columns < logits.shape[1])
     picked = logits.gather(1, columns.where(here, 0)).float().where(here, 0)
-    if parallel.size > 1:
-        dist.all_reduce(picked, group=parallel.group)
+    if group.size() > 1:
+        dist.all_reduce(picked, group=group)
     return picked
+
+
+def cross_entropy_backward_(logits: Tensor, log_sums: Tensor, labels: Tensor, weights: Tensor) -> None:
+    """The gradient of sum(weights * cross-entropy), written over this rank's columns of the logits [n, v].
+
+    Args:
+        log_sums: float32 [n], over the whole vocabulary.
+        labels: int64 [n], the column of the label; outside of 0 ... v - 1 where another rank holds it.
+        weights: float32 [n].
+    """
+    if kernels := _kernels(logits):
+        return kernels.cross_entropy_backward_(logits, log_sums, labels, weights)
+    gradient = (logits.float() - log_sums[:, None]).exp()
+    here = (labels >= 0) & (labels < logits.shape[1])
+    gradient[here, labels[here]] -= 1
+    logits.copy_(gradient * weights[:, None])
+
+
+def _kernels(tensor: Tensor):
+    """The module with the Triton kernels where `tensor` lies on a GPU, else None."""
+    if not tensor.is_cuda:
+        return None
+    from rsft_lib.model import kernels  # triton is there only with CUDA
+
+    return kernels
+
+
+def add_product_(total: Tensor, grad: Tensor, x: Tensor) -> None:
+    """total [o, i] += grad [t, o]^T @ x [t, i], summed in float32 where `total` is."""
+    if total.dtype == grad.dtype:
+        total.addmm_(grad.t(), x)
+    elif grad.is_cuda:
+        torch.addmm(total, grad.t(), x, out_dtype=torch.float32, out=total)
+    else:
+        total.add_(grad.t() @ x)
+
+
+def _added(parameter: Tensor) -> Tensor:
+    """What autograd is given for a parameter whose gradient is in its `main_grad` already."""
+    parameter.grad_added_to_main_grad = True
+    # megatron-core marks a weight that another layer shares: what autograd gets is added to main_grad as well.
+    return torch.zeros_like(parameter) if getattr(parameter, "zero_out_wgrad", False) else parameter.detach()

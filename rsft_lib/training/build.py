@@ -54,6 +54,9 @@ def model_settings(config: TrainConfig, hf: PretrainedConfig) -> TransformerConf
         params_dtype=dtype,
         bf16=low,
         calculate_per_token_loss=True,
+        bias_activation_fusion=backend == "torch" and torch.cuda.is_available(),
+        use_te_activation_func=backend == "te",
+        apply_rope_fusion=backend == "te",
         **_recompute(config),
         **_fp8(config),
     )
@@ -74,9 +77,9 @@ def _recompute(config: TrainConfig) -> dict:
     if config.recompute == "full":
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     if config.recompute == "selective":
-        # Our own layers go by the first alone; the modules are for Transformer Engine's.
-        modules = ["mlp"] if config.precision == "fp8" else []
-        return {"recompute_granularity": "selective", "recompute_modules": modules}
+        # Transformer Engine keeps what FP8's products take, whatever becomes of the rest.
+        lean = resolve_backend(config.backend, config.precision) == "te" and config.precision == "bf16"
+        return {"recompute_granularity": "selective", "recompute_modules": ["layernorm" if lean else "mlp"]}
     return {}
 
 

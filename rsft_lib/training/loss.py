@@ -45,7 +45,7 @@ def micro_batch(batch: dict[str, Tensor], rank: int, size: int) -> MicroBatch:
 def forward_step(batches: Iterator[MicroBatch], model):
     """Run one micro-batch through this rank's part of the model; the signature is that of mcore's schedules."""
     batch = next(batches).each(lambda tensor: tensor.to(device(), non_blocking=True))
-    samples = Packed(qkv_format="thd", chunks=batch.chunks)
+    samples = Packed(chunks=batch.chunks)
     output = model(batch.tokens, batch.position_ids, None, labels=batch.targets, packed_seq_params=samples)
     return output, partial(total_and_tally, weights=batch.targets.weights, kinds=batch.kinds)
 

@@ -15,15 +15,15 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
-from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint.storage import WriteResult
 
 from rsft_lib.artifact import WRITERS, checkpoint_folder, checkpoints, publish, read_manifest, require_space
-from rsft_lib.checkpoint.torch_dist import write_files
+from rsft_lib.checkpoint.torch_dist import write_common, write_files
 from rsft_lib.locks import locked
+from rsft_lib.model import engine
 from rsft_lib.training.retention import remove_leftovers, remove_old, set_aside
 from rsft_lib.training.state import LAYOUT, TrainState, content
 from rsft_lib.training.watchdog import deadline
@@ -64,11 +64,11 @@ class Saver:
             if _rank_0():
                 self._make_room(temporary)
             torch.distributed.barrier()
-            strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=WRITERS)  # as many files a rank
-            request = dist_checkpointing.save(
-                content(state), str(temporary), strategy, async_sharded_save=True, content_metadata=LAYOUT,
-                preprocess_common_before_consistancy_check=_comparable,
-            )  # fmt: skip
+            # What megatron-core's `dist_checkpointing.save` does, but that of 0.19 pickles what is no tensor.
+            sharded, common = save_preprocess({**content(state), "content_metadata": LAYOUT}, True, _comparable)
+            if _rank_0():
+                write_common(temporary, common)
+            request = engine.plan_save(sharded, temporary, threads=WRITERS)  # as many files a rank
             self.writing = _Writing(request, temporary, final, state.iteration)
             if wait:
                 self.finish()
