@@ -11,11 +11,11 @@ from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.optimizer import DTYPES
 
 
-def with_parts(measure: Callable[[], dict], **parts: dict) -> dict:
-    """`measure()` with functions of the kit replaced: "package.module" -> {name: what takes its place}."""
+def with_parts(measure: Callable[[], dict], parts: dict) -> dict:
+    """`measure()` with functions of the kit replaced: a function's full name -> what takes its place."""
     with ExitStack() as stack:
-        for module, names in parts.items():
-            stack.enter_context(mock.patch.multiple(f"rsft_lib.{module.replace('__', '.')}", **names))
+        for name, other in parts.items():
+            stack.enter_context(mock.patch(name, other))
         return measure()
 
 
@@ -41,7 +41,10 @@ def fused_adam_step(optimizer: MegatronOptimizer, norm: float, denominator: floa
     optimizer.step_with_ready_grads()
 
 
-FUSED_ADAM = {"training__build": {"build_optimizer": fused_adam}, "training__optimizer": {"step": fused_adam_step}}
+FUSED_ADAM = {
+    "rsft_lib.training.build.build_optimizer": fused_adam,
+    "rsft_lib.training.optimizer.step": fused_adam_step,
+}
 
 
 # The loss between its products: by torch's compiler, and by one operation after the other.
@@ -58,9 +61,7 @@ def _cross_entropy_backward_(logits, log_sums, labels, weights):
 
 
 COMPILED_HEAD = {
-    "model__head": {
-        "log_sum_exp": torch.compile(_log_sum_exp, dynamic=True),
-        "cross_entropy_backward_": torch.compile(_cross_entropy_backward_, dynamic=True),
-    }
+    "rsft_lib.model.head.log_sum_exp": torch.compile(_log_sum_exp, dynamic=True),
+    "rsft_lib.model.head.cross_entropy_backward_": torch.compile(_cross_entropy_backward_, dynamic=True),
 }
-PLAIN_HEAD = {"model__head": {"_kernels": lambda tensor: None}}
+PLAIN_HEAD = {"rsft_lib.model.head._kernels": lambda tensor: None}

@@ -165,7 +165,7 @@ def rent(name: str):
         import gpu_rent
 
         with ranks():
-            return gpu_rent.with_parts(lambda: measure(settings(folder)), **getattr(gpu_rent, name))
+            return gpu_rent.with_parts(lambda: measure(settings(folder)), getattr(gpu_rent, name))
 
     return section
 

@@ -35,13 +35,6 @@ def gpu() -> tuple[str, int] | None:
     return name.strip(), int(mebibytes) * 2**20
 
 
-# The methods of torch's optimizers import torch's compiler to tell it that they are not for it. That takes a tenth of
-# the time that a rank needs to start, and fails within the mode below.
-for _method in vars(torch.optim.Optimizer).values():
-    if hasattr(_method, "__wrapped__"):
-        _method.__wrapped__.__dynamo_disable = _method.__wrapped__
-
-
 class _CudaMeansCpu(TorchFunctionMode):
     """Every torch function called with a CUDA device gets the CPU; `Tensor.cuda()` is the identity."""
 
@@ -81,6 +74,11 @@ def cuda_on_cpu() -> Iterator[None]:
     if torch.cuda.is_available():
         yield
         return
+    for method in vars(torch.optim.Optimizer).values():
+        # Those import torch's compiler to tell it that they are not for it: a tenth of the time that a rank needs to
+        # start, and an error within the mode below.
+        if hasattr(method, "__wrapped__"):
+            method.__wrapped__.__dynamo_disable = method.__wrapped__
     nothing = lambda *_, **__: None  # noqa: E731
     stand_ins = {
         # Not 0: within a backward pass no mode is active that would say what 0 means.

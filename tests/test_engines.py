@@ -15,6 +15,7 @@ from support import random_store, settings, tiny_model
 
 from rsft_lib.artifact import newest, write_json
 from rsft_lib.checkpoint.convert import convert
+from rsft_lib.model import engine
 from rsft_lib.training.metrics import MetricsWriter, read_metrics
 
 OTHER, STEPS = os.environ.get("RSFT_OTHER_PYTHON", ""), 6
@@ -35,6 +36,12 @@ def train(python: str, inputs: Path, run: Path, **changes) -> list[float]:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     subprocess.run([python, "-c", TRAIN, str(run.with_suffix(".json"))], check=True, env=environment)
     return [record["loss"] for record in read_metrics(run)]
+
+
+def test_the_other_environment_has_another_version():
+    ask = "from importlib.metadata import version; print(version('megatron-core'))"
+    found = subprocess.run([OTHER, "-c", ask], capture_output=True, text=True, check=True).stdout.strip()
+    assert found != engine.VERSION
 
 
 @pytest.fixture(scope="module")

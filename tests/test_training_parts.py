@@ -320,7 +320,8 @@ def test_preflight_tells_what_a_run_will_take(tmp_path, monkeypatch):
 def test_without_a_gpu_a_rank_starts_without_torchs_compiler():
     code = (
         "import sys, torch, rsft_lib.training.train\n"
-        "torch.optim.AdamW([torch.zeros(1, requires_grad=True)])\n"
+        "with rsft_lib.host.cuda_on_cpu():\n"
+        "    torch.optim.AdamW([torch.zeros(1, requires_grad=True)])\n"
         "sys.exit('torch._dynamo' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0, "every rank takes a second longer to start"

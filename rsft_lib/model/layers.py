@@ -103,13 +103,14 @@ def _discard(activated: Tensor, output: Tensor, fill: Callable[[Tensor], None]) 
 
     As megatron-core's `CheckpointWithoutOutput` does it, which from 0.17 on needs a C++ compiler on the machine.
     """
-    activated, storage = activated.data, activated.untyped_storage()  # autograd takes no change of `data` for one
-    size = storage.nbytes()
-    storage.resize_(0)
+    size = activated.untyped_storage().nbytes()
+    activated.untyped_storage().resize_(0)
+    kept = [(activated.data, fill)]  # autograd takes no change of `data` for one
 
     def restore(_) -> None:
-        storage.resize_(size)
-        fill(activated)
+        again, fill = kept.pop()  # the hook lives to the end of the backward pass; what it needed should not
+        again.untyped_storage().resize_(size)
+        fill(again)
 
     output.register_hook(restore)
 
