@@ -4,5 +4,5 @@ import os
 
 import pytest
 
-REAL = os.environ.get("RSFT_REAL_DATA")
+REAL, LONG = os.environ.get("RSFT_REAL_DATA"), bool(os.environ.get("RSFT_LONG_TESTS"))
 needs_real = pytest.mark.skipif(not REAL, reason="RSFT_REAL_DATA is not set to the folder of the real inputs")

@@ -1,16 +1,17 @@
 """The contract on sound folders, on folders broken in one way each, and on templates that attack.
 
 pytest tests/test_contract.py; RSFT_REAL_DATA=FOLDER has sound folders and stock templates checked on R1's own tokenizer
-as well. A folder broken in one way has the small one: what its checks read is the same, in a hundredth of the time.
+as well, and with RSFT_LONG_TESTS=1 folders broken in one way too.
 """
 
+import functools
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from real import REAL, needs_real
+from real import LONG, REAL, needs_real
 
 from rsft_lib import contract, demo, template_checks
 from rsft_lib.artifact import read_manifest, write_manifest
@@ -26,16 +27,29 @@ NEW = patch_template(R1_CHAT_TEMPLATE)[0]
 EOS = "{{- '<｜end▁of▁sentence｜>' }}"
 
 
-@pytest.fixture(scope="module", params=["demo", pytest.param("real", marks=needs_real)])
-def sound(request, tmp_path_factory) -> Path:
-    """A patched folder, its source beside it."""
-    folder = tmp_path_factory.mktemp(request.param)
-    if request.param == "demo":
-        demo.make_model(folder / "source", seed=0)
-    else:
-        shutil.copytree(Path(REAL) / "tokenizers" / "r1-distill-qwen", folder / "source")
-    patch_tokenizer(folder / "source", folder / "patched", SHORT)
-    return folder / "patched"
+BOTH = ["demo", pytest.param("real", marks=needs_real)]
+
+
+@pytest.fixture(scope="module")
+def patched(tmp_path_factory) -> Callable[[str], Path]:
+    """The patched folder of a tokenizer, its source beside it."""
+
+    @functools.cache
+    def make(name: str) -> Path:
+        folder = tmp_path_factory.mktemp(name)
+        if name == "demo":
+            demo.make_model(folder / "source", seed=0)
+        else:
+            shutil.copytree(Path(REAL) / "tokenizers" / "r1-distill-qwen", folder / "source")
+        patch_tokenizer(folder / "source", folder / "patched", SHORT)
+        return folder / "patched"
+
+    return make
+
+
+@pytest.fixture(scope="module", params=BOTH)
+def sound(request, patched) -> Path:
+    return patched(request.param)
 
 
 @pytest.fixture
@@ -44,10 +58,10 @@ def folder(sound, tmp_path) -> Path:
     return shutil.copytree(sound, tmp_path / "folder")
 
 
-@pytest.fixture
-def small(patched, tmp_path) -> Path:
-    """A copy to spoil, of the demo's."""
-    return shutil.copytree(patched, tmp_path / "small")
+@pytest.fixture(params=BOTH if LONG else BOTH[:1])
+def small(request, patched, tmp_path) -> Path:
+    """A copy to spoil, in the short form of the tests of the demo's only."""
+    return shutil.copytree(patched(request.param), tmp_path / "small")
 
 
 def read(path: Path):
@@ -258,19 +272,16 @@ ATTACKS = {
 }
 
 
-@pytest.fixture(scope="module")
-def patched(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("attacks")
-    demo.make_model(folder / "source", seed=0)
-    patch_tokenizer(folder / "source", folder / "patched", SHORT)
-    return folder / "patched"
+@pytest.fixture
+def demo_folder(patched) -> Path:
+    return patched("demo")
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_a_template_that_would_take_all_time_or_memory_is_ended_and_named(patched, tmp_path, name):
+def test_a_template_that_would_take_all_time_or_memory_is_ended_and_named(demo_folder, tmp_path, name):
     own = tmp_path / "own.jinja"
     own.write_text(NEW + ATTACKS[name], encoding="utf-8")
-    patch_tokenizer(patched.with_name("source"), tmp_path / "out", SHORT, template=own)
+    patch_tokenizer(demo_folder.with_name("source"), tmp_path / "out", SHORT, template=own)
     (failed,) = check_contract(tmp_path / "out").failed
     assert failed.name == "template renders"
     assert any(word in failed.detail for word in ("more than 4 seconds", "more than 512 MiB", "ended by signal"))
@@ -290,8 +301,8 @@ ESCAPES = [
 
 
 @pytest.mark.parametrize("attack", ESCAPES)
-def test_a_template_that_reaches_out_is_stopped_by_jinjas_sandbox(patched, tmp_path, attack):
-    tokenizer = load_tokenizer(patched)
+def test_a_template_that_reaches_out_is_stopped_by_jinjas_sandbox(demo_folder, tmp_path, attack):
+    tokenizer = load_tokenizer(demo_folder)
     tokenizer.chat_template = NEW + attack.replace("MARK", str(tmp_path / "mark"))
     with limited("rendering"):
         checks = template_checks._check(tokenizer)
@@ -357,16 +368,16 @@ def same_at_any_time(folder: Path, text: str) -> contract.Checks:
 
 
 @pytest.mark.parametrize("text", CHANGING + SELDOM)
-def test_a_template_whose_text_depends_on_when_it_is_rendered_is_refused(patched, text):
-    (check,) = same_at_any_time(patched, text).failed
+def test_a_template_whose_text_depends_on_when_it_is_rendered_is_refused(demo_folder, text):
+    (check,) = same_at_any_time(demo_folder, text).failed
     assert "the text depends on when it is rendered" in check.detail
     if text in SELDOM:
         assert "strftime_now" in check.detail
 
 
 @pytest.mark.parametrize("text", KEPT)
-def test_a_template_may_ask_the_clock_as_long_as_nothing_comes_of_it(patched, text):
-    (check,) = same_at_any_time(patched, text)
+def test_a_template_may_ask_the_clock_as_long_as_nothing_comes_of_it(demo_folder, text):
+    (check,) = same_at_any_time(demo_folder, text)
     assert check.passed, check.detail
 
 
@@ -375,21 +386,21 @@ def test_the_clocks_whose_texts_are_compared_differ_in_every_part_of_a_date():
     assert [part for part in parts if f"{MOMENTS[0]:{part}}" == f"{MOMENTS[-1]:{part}}"] == []
 
 
-def test_both_texts_and_dates_are_shown_and_a_clock_that_nothing_is_written_from_is_no_fault(patched, tmp_path):
+def test_both_texts_and_dates_are_shown_and_a_clock_that_nothing_is_written_from_is_no_fault(demo_folder, tmp_path):
     own = tmp_path / "own.jinja"
     own.write_text(NEW.replace("{{bos_token}}", "{{bos_token}}Today: {{ strftime_now('%d %b %Y') }}"), encoding="utf-8")
-    patch_tokenizer(patched.with_name("source"), tmp_path / "dated", SHORT, template=own)
+    patch_tokenizer(demo_folder.with_name("source"), tmp_path / "dated", SHORT, template=own)
     (failed,) = check_contract(tmp_path / "dated").failed
     assert "Today: 01 Jan 1998" in failed.detail and "Today: 02 Feb 1999" in failed.detail
     with pytest.raises(ValueError, match="same at any time: "):
         require_contract(tmp_path / "dated")
     own.write_text("{% set today = strftime_now('%d') %}" + NEW, encoding="utf-8")
-    patch_tokenizer(patched.with_name("source"), tmp_path / "undated", SHORT, template=own)
+    patch_tokenizer(demo_folder.with_name("source"), tmp_path / "undated", SHORT, template=own)
     assert not check_contract(tmp_path / "undated").failed
 
 
-def test_the_table_says_in_words_what_passed_and_escapes_what_a_template_says(patched, tmp_path):
-    folder = shutil.copytree(patched, tmp_path / "folder")
+def test_the_table_says_in_words_what_passed_and_escapes_what_a_template_says(demo_folder, tmp_path):
+    folder = shutil.copytree(demo_folder, tmp_path / "folder")
     checks = check_contract(folder)
     assert repr(checks).splitlines()[0].startswith("ok    files are whole ")
     broken(folder, lambda place: (place / "chat_template.jinja").write_text("{{ raise_exception('<script>') }}"))

@@ -13,6 +13,7 @@ import nbformat
 import psutil
 import pytest
 from processes import survivors, wait_until
+from real import LONG
 
 from rsft_lib import launch
 
@@ -31,6 +32,8 @@ WHO = [  # whom a signal ends, by which, and what was chosen
     ("papermill", "SIGTERM", "stop"), ("papermill", "SIGKILL", "leave"),
     ("kernel", "SIGKILL", "stop"), ("kernel", "SIGINT", "stop"), ("kernel", "SIGINT", "leave"),
 ]  # fmt: skip
+if LONG:
+    WHO += [("papermill", "SIGTERM", "leave"), ("papermill", "SIGKILL", "stop"), ("kernel", "SIGKILL", "leave")]
 
 
 @pytest.fixture
