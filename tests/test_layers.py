@@ -3,11 +3,18 @@
 import pytest
 import torch
 from megatron.core.transformer.mlp import MLP
-from support import tiny_model
+from support import random_store, settings, tiny_model
 
+from rsft_lib.checkpoint.convert import convert
+from rsft_lib.data.packed import PackedDataset
+from rsft_lib.data.store import TokenStore
 from rsft_lib.model.config import read_config, transformer_config
 from rsft_lib.model.gpt import build_model
 from rsft_lib.ranks import ranks
+from rsft_lib.training.batches import Loader
+from rsft_lib.training.build import build_state
+from rsft_lib.training.loop import update
+from rsft_lib.training.state import start
 
 LENGTH = 24
 
@@ -45,6 +52,29 @@ def test_the_activation_of_an_mlp_takes_no_memory_until_its_gradient_is_needed(m
     monkeypatch.setattr(type(model.decoder.layers[0].mlp), "forward", MLP.forward)
     for name, expected in gradients(model).items():
         assert torch.equal(lean[name], expected), name
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_first_step_starts_from_the_weights_of_the_checkpoint_and_not_from_what_the_optimizer_was_built_with(
+    precision, tmp_path
+):
+    tiny_model(tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "megatron")
+    data = PackedDataset(TokenStore(random_store(tmp_path / "data")), 96, seed=0)
+    given = {"checkpoint": str(tmp_path / "megatron"), "data": str(tmp_path / "data"), "output": str(tmp_path / "run")}
+    config = settings(**given, precision=precision, lr=1e-2, warmup_fraction=0.0)
+    with ranks():
+        state = build_state(config, tmp_path / "megatron")
+        start(state, tmp_path / "megatron")
+        (chunk,) = state.chunks
+        before = {name: weight.detach().float().clone() for name, weight in chunk.named_parameters()}
+        update(state, Loader(data, config), data.step(0, 4))
+        after = {name: weight.detach().float() for name, weight in chunk.named_parameters()}
+    for name, weight in before.items():
+        assert weight.any(), name
+        moved = (after[name] - weight).abs()
+        # AdamW's first step is one learning rate; decay takes a thousandth, and bf16 has 8 bits.
+        assert 0 < moved.max() < 1.1e-2 + 2**-7 * weight.abs().max(), name
 
 
 def test_without_gradients_nothing_is_discarded(model):
