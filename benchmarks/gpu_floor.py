@@ -99,7 +99,7 @@ def _attention(hf, data: Path) -> float:
             grad = random(LENGTH, 1, heads * width)
 
             def both(query=query, key=key, value=value, samples=samples, grad=grad):
-                inner(query, key, value, packed_seq_params=samples).backward(grad)
+                inner(query, key, value, attention_bias=samples).backward(grad)
 
             times.append(milliseconds(both, repeats=10, warm=3))
     return statistics.fmean(times)

@@ -129,7 +129,7 @@ def _ours(model: Path, batch: dict, backend: str, hf: PretrainedConfig):
         targets = Targets(*(t.cuda() for t in _targets(batch)))
         total, log_probabilities = chunk(
             batch["tokens"].cuda(), batch["position_ids"].cuda(), None, labels=targets,
-            packed_seq_params=packed(batch["cu_seqlens"].tolist(), torch.device("cuda")),
+            samples=packed(batch["cu_seqlens"].tolist(), torch.device("cuda")),
         )  # fmt: skip
         total.backward()
         finalize_model_grads(state.chunks, None)

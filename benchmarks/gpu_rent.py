@@ -1,14 +1,23 @@
 """What a hand-written part costs and gains against the best that a library has for it; sections of train_gpu.py."""
 
+import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from unittest import mock
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 
+from rsft_lib.artifact import newest
+from rsft_lib.data.packed import PackedDataset
+from rsft_lib.training.batches import Loader
+from rsft_lib.training.build import build_state
 from rsft_lib.training.config import TrainConfig
+from rsft_lib.training.loop import update
 from rsft_lib.training.optimizer import DTYPES
+from rsft_lib.training.saving import Saver
+from rsft_lib.training.state import TrainState, load
 
 
 def with_parts(measure: Callable[[], dict], parts: dict) -> dict:
@@ -47,21 +56,34 @@ FUSED_ADAM = {
 }
 
 
-# The loss between its products: by torch's compiler, and by one operation after the other.
+def resumed(config: TrainConfig, begin: Callable[[TrainState], None], data: PackedDataset) -> dict:
+    """Six steps, and the last three of them again from a checkpoint, without the kit's own gathering of states.
 
+    Returns:
+        The losses, and how far the weights are apart at most; 0 for a run that goes on bit for bit.
+    """
+    packs, loader, folder = data.step(0, config.global_batch_size), Loader(data, config), config.checkpoint
 
-def _log_sum_exp(logits):
-    return logits.float().logsumexp(-1)
+    def steps(state: TrainState) -> list[float]:
+        losses = []
+        for _ in range(3):
+            losses.append(update(state, loader, packs, packs).counts[0])
+            state.scheduler.step(increment=1)
+            state.iteration += 1
+        return losses
 
-
-def _cross_entropy_backward_(logits, log_sums, labels, weights):
-    probability = (logits.float() - log_sums[:, None]).exp()
-    hit = torch.arange(logits.shape[1], device=logits.device) == labels[:, None]
-    logits.copy_((probability - hit.float()) * weights[:, None])
-
-
-COMPILED_HEAD = {
-    "rsft_lib.model.head.log_sum_exp": torch.compile(_log_sum_exp, dynamic=True),
-    "rsft_lib.model.head.cross_entropy_backward_": torch.compile(_cross_entropy_backward_, dynamic=True),
-}
-PLAIN_HEAD = {"rsft_lib.model.head._kernels": lambda tensor: None}
+    straight, again = (build_state(config, Path(folder)) for _ in range(2))
+    begin(straight)
+    losses = steps(straight)
+    with tempfile.TemporaryDirectory() as place:
+        hf, limits = Path(folder) / "config.json", {"size": 0, "timeout": 600, "keep_last": 0, "keep_every": 0}
+        Saver(Path(place), hf, {}, iteration=0, **limits).save(straight, wait=True)
+        load(again, newest(Path(place)))
+    losses, repeated = losses + steps(straight), steps(again)
+    pairs = zip(straight.chunks[0].parameters(), again.chunks[0].parameters(), strict=True)
+    return {
+        "losses": losses,
+        "repeated": repeated,
+        "losses_apart": max(abs(a - b) for a, b in zip(losses[3:], repeated, strict=True)),
+        "weights_apart": max((a.float() - b.float()).abs().max().item() for a, b in pairs),
+    }

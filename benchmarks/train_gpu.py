@@ -158,14 +158,34 @@ def ours(preset: str = "r1-1.5b", **changes):
     return section
 
 
-def rent(name: str):
+def rent(name: str, **changes):
     """bf16 with a part of the kit replaced by a library's."""
 
     def section(folder: Path, output: Path) -> dict:
         import gpu_rent
 
         with ranks():
-            return gpu_rent.with_parts(lambda: measure(settings(folder)), getattr(gpu_rent, name))
+            return gpu_rent.with_parts(lambda: measure(settings(folder, **changes)), getattr(gpu_rent, name))
+
+    return section
+
+
+def resumes(name: str | None, **changes):
+    """Whether a run of two layers goes on bit for bit from a checkpoint; with a part of the kit replaced, or none."""
+
+    def section(folder: Path, output: Path) -> dict:
+        import gpu_rent
+
+        small = folder / "two-layers"
+        small.mkdir(exist_ok=True)
+        config = json.loads((folder / "model" / "config.json").read_text())
+        config |= {"num_hidden_layers": 2, "layer_types": config.get("layer_types", ["full_attention"] * 2)[:2]}
+        (small / "config.json").write_text(json.dumps(config))
+        run = settings(folder, checkpoint=str(small), global_batch_size=2, **changes)
+        data = PackedDataset(TokenStore(run.data), run.seq_length, 0)
+        with ranks():
+            parts = getattr(gpu_rent, name) if name else {}
+            return gpu_rent.with_parts(lambda: gpu_rent.resumed(run, randomize, data), parts)
 
     return section
 
@@ -305,9 +325,12 @@ SECTIONS = {
     "fp8-tensorwise": ours(precision="fp8", fp8_recipe="tensorwise"),
     "fp8-blockwise": ours(precision="fp8", fp8_recipe="blockwise"),
     "torch": ours(backend="torch"),
+    "bf16-moments": ours(moments="bf16"),
     "fused-adam": rent("FUSED_ADAM"),
-    "compiled-head": rent("COMPILED_HEAD"),
-    "plain-head": rent("PLAIN_HEAD"),
+    "fused-adam-moments": rent("FUSED_ADAM", moments="bf16"),
+    "resume": resumes(None),
+    "fused-adam-resume": resumes("FUSED_ADAM"),
+    "fused-adam-resume-moments": resumes("FUSED_ADAM", moments="bf16"),
     "padded": padded("traces"),
     "pairs": packed("pairs"),
     "pairs-padded": padded("pairs"),

@@ -12,6 +12,7 @@ from contextlib import contextmanager, nullcontext
 from unittest import mock
 
 import torch
+from megatron.core.jit import jit_fuser
 from megatron.core.tensor_parallel import random as megatron_random
 from torch.overrides import TorchFunctionMode
 
@@ -33,6 +34,17 @@ def gpu() -> tuple[str, int] | None:
         subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].split(",")
     )
     return name.strip(), int(mebibytes) * 2**20
+
+
+def fused(function):
+    """`function` as one kernel where its first argument lies on a GPU, by torch's compiler; elsewhere as it is."""
+    compiled = jit_fuser(function)
+
+    @functools.wraps(function)
+    def wrapped(first: torch.Tensor, *rest):
+        return compiled(first, *rest) if first.is_cuda else function(first, *rest)
+
+    return wrapped
 
 
 class _CudaMeansCpu(TorchFunctionMode):

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from rsft_lib.artifact import new_folder
 from rsft_lib.checkpoint import torch_dist
+from rsft_lib.data.conversation import conversation
 from rsft_lib.data.store import StoreWriter
 from rsft_lib.launch import launch_training
 from rsft_lib.training.config import TrainConfig
@@ -84,3 +85,11 @@ def tiny_tokenizer(folder: Path) -> Path:
     )  # fmt: skip
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def to_messages(record: dict, place: str) -> list[dict]:
+    """The messages of a record; errors begin with `place`."""
+    try:
+        return conversation(record).messages
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from real import LONG, REAL, needs_real
+from support import to_messages
 
 from rsft_lib import demo
 from rsft_lib.chat import (
@@ -249,7 +250,6 @@ def test_the_mask_is_that_of_an_oracle_on_ten_thousand_conversations(tokenizer):
 
 @needs_real
 def test_the_mask_is_that_of_an_oracle_on_real_traces_with_r1s_tokenizer(tmp_path):
-    from rsft_lib.data.conversation import to_messages
     from rsft_lib.data.records import read_records
 
     patch_tokenizer(Path(REAL) / "tokenizers" / "r1-distill-qwen", tmp_path / "r1", SHORT)

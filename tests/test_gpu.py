@@ -14,10 +14,10 @@ from support import all_tensors, random_store, settings, tiny_model
 from rsft_lib.artifact import newest, write_json
 from rsft_lib.checkpoint.convert import convert
 from rsft_lib.launch import launch, launch_scoring
-from rsft_lib.model.attention import Packed, TEAttention, TorchAttention, chunks_of, packed, share
+from rsft_lib.model.attention import TEAttention, TorchAttention, chunks_of, packed, share
 from rsft_lib.model.head import Targets, add_product_, cross_entropy_backward_, log_sum_exp, weighted_loss
 from rsft_lib.ranks import ranks
-from rsft_lib.training import adam
+from rsft_lib.training.adam import MASTER, AdamW
 from rsft_lib.training.metrics import MetricsWriter, read_metrics
 from rsft_lib.training.score import TokenLosses
 
@@ -87,21 +87,24 @@ def test_a_weight_gradient_is_added_in_float32():
 @pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_adamw_makes_the_same_steps(dtype, moments):
-    whole = torch.randn(5001)
-    states = []
+    """The weights are the parts that a rank has of a buffer, which begin wherever the part before ends."""
+    sizes, whole = (4096, 1, 5001, 0, 902), torch.randn(10_000)
+    found = []
     for device in ("cpu", "cuda"):
-        weight, rest = whole.clone().to(dtype).to(device), None
-        if dtype == torch.bfloat16:
-            rest = torch.zeros(5001, dtype=torch.int16, device=device)
-            adam.split_(whole.to(device), weight, rest)
-        first, second = (torch.zeros(5001, dtype=moments, device=device) for _ in range(2))
+        weights = list(whole.clone().to(dtype).to(device).split(sizes))
+        group = {"params": weights, "lr": 1e-2, "weight_decay": 0.1}
+        ours = AdamW([group], (0.9, 0.95), 1e-8, moments)
+        ours.scale = 0.5
         torch.manual_seed(0)
-        for step in range(1, 8):
-            grad = torch.randn(5001).to(device)
-            adam.adamw_(weight, rest, grad, first, second, adam.Update(1e-2, 0.1, 0.9, 0.95, 1e-8, step, 0.5))
-        states.append((weight if rest is None else adam.join(weight, rest)).cpu())
+        for _ in range(7):
+            grads = torch.randn(10_000).to(device).split(sizes)
+            for weight, grad in zip(weights, grads, strict=True):
+                setattr(weight, "grad" if dtype == torch.float32 else "decoupled_grad", grad)
+            ours.step()
+        wide = (w if dtype == torch.float32 else ours.get_unscaled_state(w, MASTER) for w in weights)
+        found.append(torch.cat([w.cpu() for w in wide]))
     tolerance = 1e-5 if moments == torch.float32 else 1e-3
-    torch.testing.assert_close(states[1], states[0], atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(found[1], found[0], atol=tolerance, rtol=tolerance)
 
 
 ENDS = [0, 100, 137, 400, 512]
@@ -120,7 +123,7 @@ def attention(kind: type, context: int = 1):
     module = kind(config, 1, None, "self")
     if context > 1:
         module._gather = lambda key, value: (key, value)  # every rank is given all of them
-    return lambda *heads, samples: module(*(x.unsqueeze(1) for x in heads), packed_seq_params=samples).squeeze(1)
+    return lambda *heads, samples: module(*(x.unsqueeze(1) for x in heads), attention_bias=samples).squeeze(1)
 
 
 @pytest.mark.parametrize("kind", ATTENTIONS)
@@ -154,7 +157,7 @@ def test_the_parts_of_two_context_parallel_ranks_are_the_whole(kind):
         chunks = (
             c._replace(query_ends=c.query_ends.cuda(), key_ends=c.key_ends.cuda()) for c in chunks_of(ENDS, rank, 2)
         )
-        output = part(own[0], key, value, samples=Packed(chunks=tuple(chunks)))
+        output = part(own[0], key, value, samples=tuple(chunks))
         assert apart(output.detach(), own[1].detach().cpu()) < 1e-2
         output.backward(own[2])
     for x, wanted in zip(leaves, expected, strict=True):

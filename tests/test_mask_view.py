@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from real import REAL, needs_real
+from support import to_messages
 
 from rsft_lib import demo
 from rsft_lib.artifact import new_folder
 from rsft_lib.chat import encode
-from rsft_lib.data.conversation import to_messages
 from rsft_lib.data.packed import PackedDataset
 from rsft_lib.data.records import read_records
 from rsft_lib.data.store import StoreWriter, TokenStore

@@ -10,8 +10,9 @@ import sys
 import pyarrow
 import pyarrow.parquet
 import pytest
+from support import to_messages
 
-from rsft_lib.data.conversation import conversation, to_messages
+from rsft_lib.data.conversation import conversation
 from rsft_lib.data.records import LINE_LIMIT, Row, blocks, parse, read_hub, read_records, read_rows, source_of
 from rsft_lib.data.rejects import Rejects, reject
 

@@ -16,12 +16,11 @@ import numpy as np
 import psutil
 import pytest
 from processes import wait_until
-from support import settings
+from support import settings, to_messages
 
 from rsft_lib import demo
 from rsft_lib.artifact import verify
 from rsft_lib.chat import LOSS_WEIGHTS, ChatTemplate, encode
-from rsft_lib.data.conversation import to_messages
 from rsft_lib.data.encoder import ReferenceEncoder
 from rsft_lib.data.merge import merge
 from rsft_lib.data.pool import Process, pool_for

@@ -58,14 +58,6 @@ def conversation(record: dict, columns: dict[str, str] | None = None) -> Convers
     return Conversation(messages, tools, tuple(dict.fromkeys(map(_shown, unused))))
 
 
-def to_messages(record: dict, place: str, columns: dict[str, str] | None = None) -> list[dict]:
-    """The messages of a record; errors begin with `place`."""
-    try:
-        return conversation(record, columns).messages
-    except ValueError as error:
-        raise ValueError(f"{place}: {error}") from None
-
-
 def is_empty(value) -> bool:
     """Whether a field holds nothing: null, or a text or a list without content."""
     return value is None or value == [] or value == {} or (isinstance(value, str) and not value.strip())

@@ -18,6 +18,7 @@ ENVIRONMENT = {  # of ranks, where it says nothing else: how torch takes memory,
     "THP_MEM_ALLOC_ENABLE": "1",  # in large pages: the first to touch what is saved or loaded waits for few of them
     # and whose norms Transformer Engine takes: cuDNN's, which need half the time of its own.
     "NVTE_NORM_FWD_USE_CUDNN": "1", "NVTE_NORM_BWD_USE_CUDNN": "1",
+    "TORCHINDUCTOR_COMPILE_THREADS": "1",  # a handful of kernels needs no pool of processes beside every rank
 }  # fmt: skip
 
 

@@ -6,12 +6,10 @@ gathers them all and attends with the queries it has. Samples need no padding fo
 """
 
 import inspect
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -32,23 +30,11 @@ class Chunk(NamedTuple):
     """Of all pieces: most queries, most keys."""
 
 
-@dataclass
-class Packed(PackedSeqParams):
-    """Where the samples of a micro-batch lie, for every layer and pipeline stage.
-
-    megatron-core is told that it is one long row ('sbhd'): its own packed format ('thd') wants every sample padded
-    where the tokens are split, and rotary positions are given token by token.
-    """
-
-    qkv_format: str = "sbhd"
-    chunks: tuple[Chunk, ...] = ()
-
-
-def packed(cu_seqlens: list[int], device: torch.device) -> Packed:
+def packed(cu_seqlens: list[int], device: torch.device) -> tuple[Chunk]:
     """A whole micro-batch, on one context-parallel rank, whose samples end at `cu_seqlens` (0 is the first)."""
     (chunk,) = chunks_of(cu_seqlens)
     ends = chunk.query_ends.to(device)
-    return Packed(chunks=(chunk._replace(query_ends=ends, key_ends=ends),))
+    return (chunk._replace(query_ends=ends, key_ends=ends),)
 
 
 def chunks_of(cu_seqlens: list[int], rank: int = 0, size: int = 1) -> tuple[Chunk, ...]:
@@ -86,7 +72,12 @@ def _chunk(cu_seqlens: list[int], low: int, high: int, first: int) -> Chunk:
 
 
 class _PackedAttention(torch.nn.Module):
-    """Causal self-attention in place of megatron-core's `DotProductAttention`; subclasses say how one chunk attends."""
+    """Causal self-attention in place of megatron-core's `DotProductAttention`; subclasses say how one chunk attends.
+
+    The chunks of this rank come as its `attention_bias`, since they say what attends to what. megatron-core takes a
+    micro-batch for one long row: its own packed samples (`packed_seq_params`) would have to be padded where they are
+    split, and queries, keys and values be taken apart before their rotary positions are applied.
+    """
 
     def __init__(self, config, layer_number, attn_mask_type, attention_type, **_):
         super().__init__()
@@ -96,14 +87,13 @@ class _PackedAttention(torch.nn.Module):
     def setup(self, config) -> None:
         pass
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *_, packed_seq_params: Packed, **__) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *_, attention_bias: tuple[Chunk, ...], **__) -> Tensor:
         """query [t, 1, heads, d], key and value [t, 1, groups, d] of this rank -> [t, 1, heads * d]."""
         query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
-        chunks = packed_seq_params.chunks
         if self.parallel == 1:
-            return self.attend(query, key, value, chunks[0]).flatten(1).unsqueeze(1)
+            return self.attend(query, key, value, attention_bias[0]).flatten(1).unsqueeze(1)
         key, value = self._gather(key, value)
-        mixed = [self.attend(query[c.queries], key[c.keys], value[c.keys], c) for c in chunks]
+        mixed = [self.attend(query[c.queries], key[c.keys], value[c.keys], c) for c in attention_bias]
         return torch.cat(mixed).flatten(1).unsqueeze(1)
 
     def _gather(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -41,7 +41,7 @@ class ResponseModel(GPTModel):
         input_ids, position_ids: int64 [b, s]; positions restart with every sample.
         attention_mask: None; attention is causal within each sample.
         labels: `head.Targets` for a loss; without them the call returns logits [b, s, v / TP].
-        packed_seq_params: `attention.Packed`; without it, every row is one sample.
+        samples: the `attention.Chunk`s of this rank; without them, every row is one sample.
     """
 
     tokens_in_vocabulary: int
@@ -49,28 +49,22 @@ class ResponseModel(GPTModel):
     watched: tuple[int, ...] = ()
     """Words whose probability is reported at every target."""
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, attention_mask=None, *, packed_seq_params=None, **rest):
-        if packed_seq_params is None:
-            rows, length = input_ids.shape
-            packed_seq_params = packed([length * i for i in range(rows + 1)], input_ids.device)
-            logits = super().forward(
-                input_ids.view(1, -1), position_ids.expand(rows, -1).reshape(1, -1), attention_mask,
-                packed_seq_params=packed_seq_params, **rest,
-            )  # fmt: skip
-            return logits.view(rows, length, -1) if self.post_process else logits
-        return super().forward(input_ids, position_ids, attention_mask, packed_seq_params=packed_seq_params, **rest)
+    def forward(self, input_ids: Tensor, position_ids: Tensor, attention_mask=None, *, samples=None, **rest):
+        if samples is not None:
+            for_layers = {"attention_bias": samples}
+            return super().forward(input_ids, position_ids, attention_mask, extra_block_kwargs=for_layers, **rest)
+        rows, length = input_ids.shape
+        samples = packed([length * i for i in range(rows + 1)], input_ids.device)
+        positions = position_ids.expand(rows, -1).reshape(1, -1)
+        logits = self.forward(input_ids.view(1, -1), positions, attention_mask, samples=samples, **rest)
+        return logits.view(rows, length, -1) if self.post_process else logits
 
     # What follows overrides methods that megatron-core calls private, with arguments that differ between its versions.
 
     def _preprocess(self, input_ids: Tensor, position_ids: Tensor, **_) -> tuple:
         embedded = self.embedding(input_ids=input_ids, position_ids=position_ids) if self.pre_process else None
-        return embedded, self._rotary_angles()[position_ids[0]], None, None, None, None
-
-    def _rotary_angles(self) -> Tensor:
-        """The rotary angles of every position, float32 [max_sequence_length, 1, 1, d]."""
-        if not hasattr(self, "_angles"):
-            self._angles = self.rotary_pos_emb(self.max_sequence_length, packed_seq=True)
-        return self._angles
+        angles = self.rotary_pos_emb(self.max_sequence_length, packed_seq=True)  # float32 [positions, 1, 1, d], cached
+        return embedded, angles[position_ids[0]], None, None, None, None
 
     def _postprocess(self, hidden_states: Tensor, labels: Targets | None = None, **rest) -> Tensor | Loss:
         if labels is None or not self.post_process:

@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
+from rsft_lib.host import fused
+
 CHUNK = 3072  # most rows whose logits exist at one time: 0.9 GB for 151,936 words in bf16
 
 
@@ -115,8 +117,10 @@ def _chunks(rows: int) -> list[slice]:
 
 def log_sum_exp(logits: Tensor) -> Tensor:
     """Of each row of [n, v], float32 [n]."""
-    if kernels := _kernels(logits):
-        return kernels.log_sum_exp(logits)
+    if logits.is_cuda:
+        from rsft_lib.model.kernels import log_sum_exp  # triton is there only with CUDA
+
+        return log_sum_exp(logits)
     return logits.float().logsumexp(-1)
 
 
@@ -146,21 +150,20 @@ def cross_entropy_backward_(logits: Tensor, log_sums: Tensor, labels: Tensor, we
         labels: int64 [n], the column of the label; outside of 0 ... v - 1 where another rank holds it.
         weights: float32 [n].
     """
-    if kernels := _kernels(logits):
-        return kernels.cross_entropy_backward_(logits, log_sums, labels, weights)
-    gradient = (logits.float() - log_sums[:, None]).exp()
-    here = (labels >= 0) & (labels < logits.shape[1])
-    gradient[here, labels[here]] -= 1
-    logits.copy_(gradient * weights[:, None])
+    here = ((labels >= 0) & (labels < logits.shape[1]))[:, None]
+    columns = labels[:, None].where(here, 0)
+    at_labels = _probabilities(logits.gather(1, columns), log_sums) - here.float()  # before it is rounded to bf16
+    _weighted_probabilities_(logits, log_sums, weights)
+    logits.scatter_(1, columns, (at_labels * weights[:, None]).to(logits.dtype))
 
 
-def _kernels(tensor: Tensor):
-    """The module with the Triton kernels where `tensor` lies on a GPU, else None."""
-    if not tensor.is_cuda:
-        return None
-    from rsft_lib.model import kernels  # triton is there only with CUDA
+@fused
+def _weighted_probabilities_(logits: Tensor, log_sums: Tensor, weights: Tensor) -> None:
+    logits.copy_(_probabilities(logits, log_sums) * weights[:, None])
 
-    return kernels
+
+def _probabilities(logits: Tensor, log_sums: Tensor) -> Tensor:
+    return (logits.float() - log_sums[:, None]).exp()
 
 
 def add_product_(total: Tensor, grad: Tensor, x: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Triton kernels of the loss head: what `head.py` says in plain PyTorch, in one pass over the logits each."""
+"""The loss head's one Triton kernel: it reads the logits once, where torch's compiler has them read twice."""
 
 import torch
 import triton
@@ -24,20 +24,3 @@ def log_sum_exp(logits: Tensor) -> Tensor:
     sums = torch.empty(rows, dtype=torch.float32, device=logits.device)
     _log_sum_exp[(rows,)](logits, sums, width, BLOCK=8192, num_warps=8)
     return sums
-
-
-@triton.jit
-def _cross_entropy_backward(logits_ptr, sums_ptr, labels_ptr, weights_ptr, width, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    at = logits_ptr + row * width + columns
-    x = tl.load(at, mask=columns < width, other=0.0).to(tl.float32)
-    probability = tl.exp(x - tl.load(sums_ptr + row))
-    gradient = tl.where(columns == tl.load(labels_ptr + row), probability - 1, probability)
-    tl.store(at, gradient * tl.load(weights_ptr + row), mask=columns < width)
-
-
-def cross_entropy_backward_(logits: Tensor, log_sums: Tensor, labels: Tensor, weights: Tensor) -> None:
-    rows, width = logits.shape
-    grid = (rows, triton.cdiv(width, 4096))
-    _cross_entropy_backward[grid](logits, log_sums, labels, weights, width, BLOCK=4096, num_warps=8)

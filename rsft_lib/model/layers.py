@@ -11,8 +11,6 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
-from megatron.core.jit import jit_fuser
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer import TransformerConfig
@@ -22,6 +20,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from torch import Tensor
 from torch.nn.functional import silu
 
+from rsft_lib.host import fused
 from rsft_lib.model import engine
 from rsft_lib.model.attention import TEAttention, TorchAttention
 
@@ -80,8 +79,7 @@ class LeanMLP(MLP):
         output, bias = self.linear_fc2(activated)
         # Recomputed layers are run twice as they are, and FP8's product keeps a copy of its own.
         if output.requires_grad and not self.config.recompute_granularity and not self.config.fp8:
-            fill = _fused_fill if projected.is_cuda else _fill
-            _discard(activated, output, partial(fill, projected.detach()))
+            _discard(activated, output, partial(_fill, projected.detach()))
         return output, bias
 
     def _from_hidden_states(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -93,9 +91,7 @@ class LeanMLP(MLP):
         return output, bias
 
     def _activate(self, projected: Tensor) -> Tensor:
-        if self.config.use_te_activation_func:
-            return self.activation_func(projected)
-        return bias_swiglu_impl(projected, None) if self.config.bias_activation_fusion else _swiglu(projected)
+        return self.activation_func(projected) if self.config.use_te_activation_func else _fused_swiglu(projected)
 
 
 def _discard(activated: Tensor, output: Tensor, fill: Callable[[Tensor], None]) -> None:
@@ -120,8 +116,9 @@ def _swiglu(projected: Tensor) -> Tensor:
     return silu(gate) * up
 
 
+_fused_swiglu = fused(_swiglu)
+
+
+@fused
 def _fill(projected: Tensor, activated: Tensor) -> None:
     activated.copy_(_swiglu(projected))
-
-
-_fused_fill = jit_fuser(_fill)

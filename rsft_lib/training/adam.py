@@ -6,26 +6,13 @@ it as it would Transformer Engine's FusedAdam, whose 16-bit moments take a float
 Update: Loshchilov and Hutter, https://arxiv.org/abs/1711.05101, as torch.optim.AdamW does it.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from rsft_lib.host import fused
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MASTER = "master_param"  # megatron-core's name; here what a bf16 weight leaves of its float32, int16
-
-
-@dataclass(frozen=True)
-class Update:
-    """The numbers of one step: of a gradient g * `scale`, moments decayed by `beta1` and `beta2`."""
-
-    lr: float
-    weight_decay: float
-    beta1: float
-    beta2: float
-    eps: float
-    step: int
-    scale: float
 
 
 class AdamW:
@@ -46,11 +33,18 @@ class AdamW:
         """One update with gradients times `scale`."""
         self.steps += 1
         for group in self.param_groups:
-            update = Update(group["lr"], group["weight_decay"], *self.betas, self.eps, self.steps, self.scale)
-            for weight in group["params"]:
+            factors = self._factors(group["lr"], group["weight_decay"])
+            for weight in filter(Tensor.numel, group["params"]):  # this rank may have none of one
                 grad = weight.decoupled_grad if weight.dtype == torch.bfloat16 else weight.grad
                 state = self.state[weight]
-                adamw_(weight, state.get(MASTER), grad, state["exp_avg"], state["exp_avg_sq"], update)
+                adamw_(weight, state.get(MASTER), grad, state["exp_avg"], state["exp_avg_sq"], factors)
+
+    def _factors(self, lr: float, weight_decay: float) -> Tensor:
+        """What a step multiplies with, as `adamw_` wants it, where the weights are."""
+        beta1, beta2 = self.betas
+        rate, correction = lr / (1 - beta1**self.steps), 1 / (1 - beta2**self.steps)
+        factors = [self.scale, 1 - lr * weight_decay, rate, correction, beta1, 1 - beta1, beta2, 1 - beta2, self.eps]
+        return torch.tensor(factors, device=next(iter(self.state)).device)
 
     def _weights(self) -> list[Tensor]:
         return [weight for group in self.param_groups for weight in group["params"]]
@@ -84,27 +78,26 @@ class AdamW:
             self.state[weight][name].copy_(value)
 
 
-def adamw_(weight: Tensor, rest: Tensor | None, grad: Tensor, first: Tensor, second: Tensor, update: Update) -> None:
+@fused
+def adamw_(weight: Tensor, rest: Tensor | None, grad: Tensor, first: Tensor, second: Tensor, factors: Tensor) -> None:
     """One AdamW step of one tensor, computed in float32: all but `grad` change in place.
 
     Args:
         weight: float32, or bf16 with `rest` int16, what it leaves of its float32.
         first, second: the moments, float32 or bf16.
+        factors: float32 [9], of `AdamW._factors`.
     """
-    if weight.is_cuda:
-        from rsft_lib.training.adam_kernel import adamw_  # triton is there only with CUDA
-
-        return adamw_(weight, rest, grad, first, second, update)
-    grad = grad.float() * update.scale
-    mean = first.float().lerp_(grad, 1 - update.beta1)
-    square = second.float().mul_(update.beta2).addcmul_(grad, grad, value=1 - update.beta2)
+    scale, shrink, rate, correction, beta1, rest1, beta2, rest2, eps = factors.unbind()
+    grad = grad.float() * scale
+    mean = first.float() * beta1 + grad * rest1
+    square = second.float() * beta2 + grad * grad * rest2
     first.copy_(mean)
     second.copy_(square)
     whole = weight if rest is None else join(weight, rest)
-    denominator = (square / (1 - update.beta2**update.step)).sqrt_().add_(update.eps)
-    whole.mul_(1 - update.lr * update.weight_decay)
-    whole.addcdiv_(mean, denominator, value=-update.lr / (1 - update.beta1**update.step))
-    if rest is not None:
+    whole = whole * shrink - mean * rate / ((square * correction).sqrt() + eps)
+    if rest is None:
+        weight.copy_(whole)
+    else:
         split_(whole, weight, rest)
 
 

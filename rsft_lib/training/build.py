@@ -9,6 +9,7 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.attention import HAVE_FUSED_QKV_ROPE
 from megatron.core.transformer.module import Float16Module
 from transformers import PretrainedConfig
 
@@ -43,7 +44,7 @@ def model_settings(config: TrainConfig, hf: PretrainedConfig) -> TransformerConf
     backend = resolve_backend(config.backend, config.precision)
     if config.precision == "fp8" and backend != "te":
         raise ValueError("precision 'fp8' needs a CUDA GPU and transformer-engine; choose 'bf16'")
-    return transformer_config(
+    settings = transformer_config(
         hf,
         tensor_model_parallel_size=config.tensor_parallel,
         pipeline_model_parallel_size=config.pipeline_parallel,
@@ -54,12 +55,15 @@ def model_settings(config: TrainConfig, hf: PretrainedConfig) -> TransformerConf
         params_dtype=dtype,
         bf16=low,
         calculate_per_token_loss=True,
-        bias_activation_fusion=backend == "torch" and torch.cuda.is_available(),
         use_te_activation_func=backend == "te",
         apply_rope_fusion=backend == "te",
         **_recompute(config),
         **_fp8(config),
     )
+    # Queries, keys and values in one pass from their product, where nothing else happens to them.
+    untouched = not settings.qk_layernorm and settings.num_query_groups >= config.tensor_parallel
+    settings.fused_single_qkv_rope = HAVE_FUSED_QKV_ROPE and backend == "te" and untouched
+    return settings
 
 
 def _interleaving(config: TrainConfig) -> dict:

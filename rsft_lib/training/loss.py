@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rsft_lib.host import device
-from rsft_lib.model.attention import Chunk, Packed, chunks_of, share
+from rsft_lib.model.attention import Chunk, chunks_of, share
 from rsft_lib.model.head import Loss, Targets
 from rsft_lib.training.tally import tally
 
@@ -45,8 +45,7 @@ def micro_batch(batch: dict[str, Tensor], rank: int, size: int) -> MicroBatch:
 def forward_step(batches: Iterator[MicroBatch], model):
     """Run one micro-batch through this rank's part of the model; the signature is that of mcore's schedules."""
     batch = next(batches).each(lambda tensor: tensor.to(device(), non_blocking=True))
-    samples = Packed(chunks=batch.chunks)
-    output = model(batch.tokens, batch.position_ids, None, labels=batch.targets, packed_seq_params=samples)
+    output = model(batch.tokens, batch.position_ids, None, labels=batch.targets, samples=batch.chunks)
     return output, partial(total_and_tally, weights=batch.targets.weights, kinds=batch.kinds)
 
 

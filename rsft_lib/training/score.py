@@ -112,7 +112,7 @@ def _pack_losses(model: ResponseModel, dataset: PackedDataset, index: int) -> tu
     found = model(
         batch["tokens"].to(device()), batch["position_ids"].to(device()),
         labels=Targets(*(tensor.to(device()) for tensor in targets)),
-        packed_seq_params=packed(batch["cu_seqlens"].tolist(), device()),
+        samples=packed(batch["cu_seqlens"].tolist(), device()),
     )  # fmt: skip
     # A position predicts the token after it.
     labels = [np.arange(store.ends[s] - store.lengths[s] + 1, store.ends[s]) for s in dataset.samples([index])]
