@@ -25,9 +25,9 @@ demo: $(VENV)/.installed  ## run the whole method on a tiny model, 2 to 4 minute
 	@$(BIN)/python -m rsft_lib.notebook notebooks/00_quickstart.ipynb outputs/quickstart
 
 test: lint  ## lint and all tests
-	@# Most tests wait for processes to start, so five files at a time, those that take minutes first: begun last, one of
+	@# Most tests wait for processes to start, so four files at a time, those that take minutes first: begun last, one of
 	@# them runs alone. More threads than cores wait for each other in loops that take all the time there is.
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 5 --dist loadfile --no-loadscope-reorder \
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder \
 	  $(LONGEST) $(filter-out $(LONGEST),$(wildcard tests/test_*.py))
 
 test-engine: $(VENV)/.installed  ## the tests of training, conversion and the demo only

@@ -257,5 +257,5 @@ def test_the_mask_is_that_of_an_oracle_on_real_traces_with_r1s_tokenizer(tmp_pat
         [to_messages(record, place) for place, record in read_records(Path(REAL) / "data" / name)]
         for name in ("long_planbench_r1.jsonl.gz", "short_gsm8k_train.jsonl")
     )
-    rows = long + short if LONG else long[::8] + short[::2]
+    rows = long + short if LONG else long[::16] + short[::4]
     assert check_against_oracle(load_tokenizer(tmp_path / "r1"), rows) == len(rows) > 3000

@@ -109,7 +109,7 @@ def test_run_again_after_its_kernel_was_killed_it_finds_the_training_and_becomes
 
 
 def test_a_run_that_is_stopped_ends_with_an_exit_code_of_its_own_and_goes_on_when_run_again(run, tmp_path):
-    (tmp_path / "run.yaml").write_text(json.dumps(run | {"time_limit": 0.05}))
+    (tmp_path / "run.yaml").write_text(json.dumps(run | {"time_limit": 0.05, "nproc": 1}))
     command = [sys.executable, "-m", "rsft_lib.notebook", NOTEBOOK, tmp_path, "-f", tmp_path / "run.yaml"]
     steps = [0]
     for _ in range(2):
