@@ -45,6 +45,16 @@ def test_twenty_steps_are_those_of_torch_in_float32(dtype):
         assert torch.equal(mine, whole.to(dtype)) or (mine.float() - whole).abs().max() < 0.02
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_rank_that_has_nothing_of_some_weights_or_of_all_takes_its_step(dtype):
+    nothing = torch.empty(0, dtype=dtype)
+    nothing.grad = nothing.decoupled_grad = torch.empty(0, dtype=dtype)
+    for groups in ([group()], [group(nothing), group()]):
+        adam = AdamW(groups, (0.9, 0.95), 1e-8, torch.float32)
+        adam.step()
+        assert adam.steps == 1
+
+
 def test_a_change_too_small_for_bf16_is_not_lost():
     weight = torch.ones(1, dtype=torch.bfloat16)
     adam = AdamW([group(weight, decay=0.0)], (0.9, 0.95), 1e-8, torch.float32)

@@ -33,18 +33,21 @@ class AdamW:
         """One update with gradients times `scale`."""
         self.steps += 1
         for group in self.param_groups:
-            factors = self._factors(group["lr"], group["weight_decay"])
-            for weight in filter(Tensor.numel, group["params"]):  # this rank may have none of one
+            weights = [weight for weight in group["params"] if weight.numel()]
+            if not weights:  # other ranks have all of them
+                continue
+            factors = self._factors(group["lr"], group["weight_decay"]).to(weights[0].device)
+            for weight in weights:
                 grad = weight.decoupled_grad if weight.dtype == torch.bfloat16 else weight.grad
                 state = self.state[weight]
                 adamw_(weight, state.get(MASTER), grad, state["exp_avg"], state["exp_avg_sq"], factors)
 
     def _factors(self, lr: float, weight_decay: float) -> Tensor:
-        """What a step multiplies with, as `adamw_` wants it, where the weights are."""
+        """What a step multiplies with, as `adamw_` wants it."""
         beta1, beta2 = self.betas
         rate, correction = lr / (1 - beta1**self.steps), 1 / (1 - beta2**self.steps)
         factors = [self.scale, 1 - lr * weight_decay, rate, correction, beta1, 1 - beta1, beta2, 1 - beta2, self.eps]
-        return torch.tensor(factors, device=next(iter(self.state)).device)
+        return torch.tensor(factors)
 
     def _weights(self) -> list[Tensor]:
         return [weight for group in self.param_groups for weight in group["params"]]
