@@ -19,7 +19,10 @@ for _message in (
     "MimoModelConfig is experimental",
 ):
     warnings.filterwarnings("ignore", message=_message)
-for _module in ("models.gpt.gpt_model", "distributed.distributed_data_parallel"):  # of what later versions may lack
+for _module in (  # of what later versions may lack, and of an MLP that is not megatron-core's own
+    "models.gpt.gpt_model", "distributed.distributed_data_parallel", "dist_checkpointing.strategies.torch",
+    "transformer.transformer_layer",
+):  # fmt: skip
     logging.getLogger(f"megatron.core.{_module}").setLevel(logging.ERROR)
 
 # When megatron-core is imported it hands functions to torch.compile, and torch imports its compilers: a quarter of the

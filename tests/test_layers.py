@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer.mlp import MLP
 from support import random_store, settings, tiny_model
 
@@ -52,6 +53,29 @@ def test_the_activation_of_an_mlp_takes_no_memory_until_its_gradient_is_needed(m
     monkeypatch.setattr(type(model.decoder.layers[0].mlp), "forward", MLP.forward)
     for name, expected in gradients(model).items():
         assert torch.equal(lean[name], expected), name
+
+
+def test_norms_and_mlps_that_are_computed_again_give_the_same_gradients(model, monkeypatch):
+    """What `recompute: selective` does with Transformer Engine, by local layers."""
+    monkeypatch.setattr(CheckpointWithoutOutput.__init__, "__defaults__", (None,))  # which counts as FP8
+    expected = gradients(model)
+    for layer in model.decoder.layers:  # the norm before an MLP is within its first product there
+        layer.recompute_input_layernorm, layer.recompute_pre_mlp_layernorm = True, False
+    monkeypatch.setattr(model.config, "recompute_granularity", "selective")
+    monkeypatch.setattr(model.config, "recompute_modules", ["layernorm"])
+    passes = []
+    for layer in model.decoder.layers:
+        layer.mlp.linear_fc1.register_forward_pre_hook(lambda *_: passes.append(1))
+    for name, found in gradients(model).items():  # sums of two are taken in another order
+        torch.testing.assert_close(found, expected[name], atol=1e-4, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    assert len(passes) == 2 * len(model.decoder.layers)
+
+
+def test_a_graph_can_be_gone_through_twice(model):
+    tokens = torch.arange(LENGTH)[None]
+    total = model(tokens, tokens).square().sum()
+    once, twice = (torch.autograd.grad(total, list(model.parameters()), retain_graph=True) for _ in range(2))
+    assert all(map(torch.equal, once, twice))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

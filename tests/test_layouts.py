@@ -88,6 +88,27 @@ def test_every_layout_gives_the_curve_and_the_weights_of_one_rank(layout, inputs
     same(tensors, expected)
 
 
+TIED = {"pp2 dp2": (4, {"pipeline_parallel": 2})}
+if os.environ.get("RSFT_LONG_TESTS"):
+    TIED |= {
+        "cp2 pp2": (4, {"context_parallel": 2, "pipeline_parallel": 2}),
+        "pp2 vpp3 dp2": (4, {"pipeline_parallel": 2, "virtual_pipeline": 3}),
+    }
+
+
+@pytest.mark.parametrize("layout", TIED)
+def test_an_embedding_that_two_stages_share_is_the_same_weight_on_both(layout, inputs, tmp_path):
+    tiny_model(tmp_path / "hf", num_hidden_layers=6, tie_word_embeddings=True)
+    convert(tmp_path / "hf", tmp_path / "megatron")
+    tied, (nproc, changes) = inputs | {"checkpoint": str(tmp_path / "megatron")}, TIED[layout]
+    expected_metrics, expected = run(tied, tmp_path / "one")
+    metrics, tensors = run(tied, tmp_path / "many", nproc, **changes)
+    for key in ("loss", "grad_norm", "eval_loss"):
+        a, b = ([r[key] for r in records if key in r] for records in (metrics, expected_metrics))
+        assert a == pytest.approx(b, rel=1e-5, abs=0), key
+    same(tensors, expected)
+
+
 def same(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert tensors.keys() == expected.keys()
     for name, tensor in tensors.items():

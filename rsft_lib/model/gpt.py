@@ -71,8 +71,8 @@ class ResponseModel(GPTModel):
             return super()._postprocess(hidden_states=hidden_states, labels=None, **rest)
         group, sequence = self.pg_collection.tp, self.config.sequence_parallel
         enter = gather_from_sequence_parallel_region if sequence else copy_to_tensor_model_parallel_region
-        tied = self.share_embeddings_and_output_weights
-        weight = self.shared_embedding_or_output_weight() if tied else _used(self.output_layer).weight
+        own = _used(self.output_layer).weight  # none where a tied model's embedding is on this stage
+        weight = self.shared_embedding_or_output_weight() if own is None else own
         hidden = enter(hidden_states).flatten(0, 1)  # [t, h]
         return weighted_loss(hidden, weight, labels, group, self.tokens_in_vocabulary, self.watched)
 

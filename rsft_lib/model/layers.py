@@ -104,6 +104,8 @@ def _discard(activated: Tensor, output: Tensor, fill: Callable[[Tensor], None]) 
     kept = [(activated.data, fill)]  # autograd takes no change of `data` for one
 
     def restore(_) -> None:
+        if not kept:  # of a graph that is gone through once more
+            return
         again, fill = kept.pop()  # the hook lives to the end of the backward pass; what it needed should not
         again.untyped_storage().resize_(size)
         fill(again)

@@ -14,8 +14,10 @@ from megatron.core.transformer.module import Float16Module
 from transformers import PretrainedConfig
 
 from rsft_lib.host import device
+from rsft_lib.model import engine
 from rsft_lib.model.config import check_layout, read_config, transformer_config
 from rsft_lib.model.gpt import build_model, resolve_backend
+from rsft_lib.model.layers import recomputed
 from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.optimizer import build_optimizer, build_schedule
 from rsft_lib.training.state import TrainState
@@ -26,6 +28,8 @@ def build_state(config: TrainConfig, checkpoint: Path) -> TrainState:
     hf = read_config(checkpoint)
     refuse_misfit(config, hf)
     mcore = model_settings(config, hf)
+    if "layernorm" in recomputed(mcore):
+        engine.prepare_recomputation()
     stages = range(config.virtual_pipeline) if config.virtual_pipeline > 1 else [None]
     chunks = [_wrapped(config, mcore, hf, stage) for stage in stages]
     # Our own optimizer step divides by the batch's weights, so megatron-core must not divide by its count of tokens.
