@@ -57,7 +57,7 @@ FUSED_ADAM = {
 
 
 def resumed(config: TrainConfig, begin: Callable[[TrainState], None], data: PackedDataset) -> dict:
-    """Six steps, and the last three of them again from a checkpoint, without the kit's own gathering of states.
+    """Six steps, and the last three of them again from a checkpoint, with whatever optimizer is in its place.
 
     Returns:
         The losses, and how far the weights are apart at most; 0 for a run that goes on bit for bit.

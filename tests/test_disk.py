@@ -79,8 +79,11 @@ def test_every_step_says_what_a_full_disk_lacks_and_leaves_nothing(tmp_path):
     place = tmp_path / "disk"
     place.mkdir()
     mount = f"mount -t tmpfs -o size=2m tmpfs {place}"
-    if not shutil.which("unshare") or subprocess.run([*NAMESPACE, "sh", "-c", mount], capture_output=True).returncode:
-        pytest.skip("no file system can be mounted here")
+    if not shutil.which("unshare"):
+        pytest.skip("unshare is not installed (apt install util-linux)")
+    tried = subprocess.run([*NAMESPACE, "sh", "-c", mount], capture_output=True, text=True)
+    if tried.returncode:
+        pytest.skip(f"no file system can be mounted here: {tried.stderr.strip()}")
     demo.make_model(tmp_path / "made" / "model", seed=0)
     demo.make_sources(tmp_path / "made" / "sources", 8000, seed=0)
     patch_tokenizer(tmp_path / "made" / "model", tmp_path / "made" / "tokenizer", {"<|quad_start|>": "<short>"})

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from real import LONG
 from support import random_store, settings, tiny_model, tiny_tokenizer
 
 from rsft_lib import demo
@@ -77,11 +78,19 @@ def test_the_error_names_the_notebook_to_run(there, what):
         use(there)
 
 
-def test_a_notebook_without_its_input_says_which_one_to_run(tmp_path):
-    """The others find what is missing in the same functions."""
-    given = {"before": str(tmp_path / "none"), "output": str(tmp_path / "out")}
-    with pytest.raises(RuntimeError, match="checkpoint: .*none does not exist .*: run notebook 02_convert_checkpoint"):
-        run(ROOT / "notebooks" / "08_loss_lab.ipynb", tmp_path / "executed", given)
+WITHOUT = [
+    ("08_loss_lab", {"before": "none"}, "checkpoint: .*none does not exist .*: run notebook 02_convert_checkpoint")
+]
+if LONG:
+    WITHOUT += [("07_export_and_generate", {"run": "empty"}, "empty has no whole checkpoint: run notebook 05_train")]
+
+
+@pytest.mark.parametrize(("notebook", "given", "needed"), WITHOUT)
+def test_a_notebook_without_its_input_says_which_one_to_run(tmp_path, notebook, given, needed):
+    (tmp_path / "empty").mkdir()
+    given = {name: str(tmp_path / path) for name, path in given.items()}
+    with pytest.raises(RuntimeError, match=needed):
+        run(ROOT / "notebooks" / f"{notebook}.ipynb", tmp_path / "executed", given | {"output": str(tmp_path / "out")})
 
 
 def test_a_model_without_a_tokenizer_is_not_sent_to_the_notebook_that_asks_for_it(tmp_path):
