@@ -42,6 +42,7 @@ class _Watch:
         """Expect a beat within `seconds`, also by the timers that need no lock."""
         if not self.least:
             return
+        faulthandler.cancel_dump_traceback_later()  # waits for the stacks that it is writing
         if os.fstat(self.file.fileno()).st_size and not self.fired():
             self.file.truncate(0)  # what a timer wrote of a call that has returned, before any rank gave up
         self.due, self.granted = clock() + seconds, seconds
