@@ -6,12 +6,12 @@ import time
 from pathlib import Path
 
 import torch
+from gpu_peers import by_hf_name
 from train_gpu import randomize
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from rsft_lib.data.packed import PackedDataset
 from rsft_lib.data.store import TokenStore
-from rsft_lib.model.weights import to_hf
 from rsft_lib.ranks import ranks
 from rsft_lib.training.batches import Loader
 from rsft_lib.training.build import build_state
@@ -73,7 +73,7 @@ def _ours(config: TrainConfig, state, data: PackedDataset) -> list[float]:
 def _theirs(config: TrainConfig, state, hf: Qwen2Config, data: PackedDataset) -> list[float]:
     """transformers' own packed attention: it keeps samples apart where positions restart."""
     named = {name.split("module.")[-1]: weight for name, weight in state.chunks[0].named_parameters()}
-    weights = {name: weight.float() for name, weight in to_hf(lambda name: named[name].detach(), hf)}
+    weights = by_hf_name(hf, {name: weight.detach().float() for name, weight in named.items()})
     hf._attn_implementation = "sdpa"
     network = AutoModelForCausalLM.from_config(hf, dtype=torch.float32).cuda().train()
     missing = network.load_state_dict(weights, strict=False).missing_keys

@@ -14,13 +14,22 @@ from rsft_lib.data.store import TokenStore
 from rsft_lib.model.attention import packed
 from rsft_lib.model.config import read_config
 from rsft_lib.model.head import Targets
-from rsft_lib.model.weights import to_hf
+from rsft_lib.model.weights import row_map
 from rsft_lib.ranks import ranks
 from rsft_lib.training.build import build_state
 from rsft_lib.training.flops import training_flops
 
 STEPS, SHORT = 3, 8192
 _samples: dict = {}  # boundaries of the pack that is being run, for the attention function below
+
+
+def by_hf_name(hf: PretrainedConfig, named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors by megatron-core name -> the rows of each Hugging Face tensor."""
+    parts = {}
+    for ours, origins in row_map(hf).items():
+        for rows in origins:
+            parts.setdefault(rows.name, []).append(named[ours][rows.at : rows.at + rows.count])
+    return {name: torch.cat(found) for name, found in parts.items()}
 
 
 def varlen(module, query, key, value, attention_mask, scaling=None, **_):
@@ -134,8 +143,8 @@ def _ours(model: Path, batch: dict, backend: str, hf: PretrainedConfig):
         total.backward()
         finalize_model_grads(state.chunks, None)
         named = {name.split("module.")[-1]: weight for name, weight in chunk.named_parameters()}
-        weights = dict(to_hf(lambda name: named[name].detach().float(), hf))
-        gradients = dict(to_hf(lambda name: named[name].main_grad, hf))
+        weights = by_hf_name(hf, {name: weight.detach().float() for name, weight in named.items()})
+        gradients = by_hf_name(hf, {name: weight.main_grad for name, weight in named.items()})
         return -log_probabilities[:, 0], gradients, weights
 
 

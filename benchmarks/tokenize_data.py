@@ -31,7 +31,7 @@ import psutil
 from tokenizers import Tokenizer
 
 from rsft_lib.chat import ChatTemplate, trained_text
-from rsft_lib.data.conversation import to_messages
+from rsft_lib.data.conversation import conversation
 from rsft_lib.data.packing import pack
 from rsft_lib.data.records import parse, read_rows
 from rsft_lib.data.store import LENGTHS
@@ -82,7 +82,7 @@ def bare_speed(folder: Path) -> tuple[int, float]:
     loaded = load_tokenizer(folder / "tok")
     template = ChatTemplate.of(loaded)
     rows = read_rows(folder / "1x.jsonl")
-    texts = [trained_text(template, to_messages(parse(row.content), "bench"))[0] for row in rows]
+    texts = [trained_text(template, conversation(parse(row.content)).messages)[0] for row in rows]
     bare, seconds = Tokenizer.from_str(loaded.backend_tokenizer.to_str()), []
     for _ in range(2):
         began = time.perf_counter()

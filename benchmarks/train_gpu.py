@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import yaml
 from megatron.core import dist_checkpointing
 
 from rsft_lib.artifact import newest
@@ -32,6 +33,7 @@ from rsft_lib.data.store import TokenStore
 from rsft_lib.data.tokenize import tokenize
 from rsft_lib.launch.job import ENVIRONMENT
 from rsft_lib.model.config import read_config
+from rsft_lib.paths import ROOT
 from rsft_lib.ranks import ranks
 from rsft_lib.tokenizer import patch_tokenizer
 from rsft_lib.training.batches import Loader
@@ -39,7 +41,6 @@ from rsft_lib.training.build import build_state
 from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.flops import training_flops
 from rsft_lib.training.loop import update
-from rsft_lib.training.presets import PRESETS
 from rsft_lib.training.saving import Saver
 from rsft_lib.training.state import LAYOUT, TrainState, content, load
 from rsft_lib.training.tally import trained_tokens, weight_sum
@@ -150,10 +151,16 @@ def usual_step(data: PackedDataset) -> list[int]:
     return min(steps, key=lambda packs: abs(sum(map(data.cost, packs)) - mean))
 
 
+def preset_of(name: str) -> dict:
+    """The settings in notebooks/params/<name>.yaml that are not places or lengths."""
+    given = yaml.safe_load((ROOT / "notebooks" / "params" / f"{name}.yaml").read_text(encoding="utf-8"))
+    return {setting: value for setting, value in given.items() if setting in ("recompute", "moments", "gradients")}
+
+
 def ours(preset: str = "r1-1.5b", **changes):
     def section(folder: Path, output: Path) -> dict:
         with ranks():
-            return measure(settings(folder, **{**PRESETS[preset], **changes}))
+            return measure(settings(folder, **{**preset_of(preset), **changes}))
 
     return section
 

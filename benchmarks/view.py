@@ -20,7 +20,7 @@ import numpy as np
 from rsft_lib import demo
 from rsft_lib.artifact import new_folder
 from rsft_lib.chat import encode
-from rsft_lib.data.conversation import to_messages
+from rsft_lib.data.conversation import conversation
 from rsft_lib.data.packing import pack
 from rsft_lib.data.records import read_records
 from rsft_lib.data.store import MASK, NAME, StoreWriter, TokenStore
@@ -53,7 +53,7 @@ def inputs(folder: Path) -> tuple[object, list[list[dict]]]:
         source, sources = demo.make_model(folder / "model", seed=0), demo.make_sources(folder / "data", 2000, seed=0)
         files = [sources / "long.jsonl", sources / "short.jsonl"]
     patch_tokenizer(source, folder / "tokenizer", {"<|quad_start|>": "<short>"})
-    chats = [to_messages(record, place) for file in files for place, record in read_records(file)]
+    chats = [conversation(record).messages for file in files for _, record in read_records(file)]
     for chat in chats:
         if not chat[-1]["content"].startswith("<"):
             chat[-1]["content"] = "<short>" + chat[-1]["content"]

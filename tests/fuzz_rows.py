@@ -17,12 +17,10 @@ import numpy as np
 
 from rsft_lib import demo
 from rsft_lib.data.hybrid import build_hybrid
-from rsft_lib.data.merge import merge
 from rsft_lib.data.store import ROWS, TokenStore
 from rsft_lib.data.tokenize import tokenize
 from rsft_lib.tokenizer import patch_tokenizer
 
-BLOCK = 256  # rows that one shard takes at a time
 WORDS = ["two ", "eggs\n", "数学", "🙂", "e\u0301", "<b>", "x<", "{{ 1 }}", "\t", "12,345", "\\boxed{4}", "'ll", "\r\n",
          "\u2028", "a\u0085b"]  # fmt: skip
 
@@ -161,11 +159,6 @@ def tokenized(place: Path, tokenizer: Path, good: list[int], filled: list[int], 
     assert counts["records"] == len(filled) == counts["written"] + counts["rejected"] + counts["dropped"], counts
     assert len(rejected) == counts["rejected"] and len(written) == counts["written"]
     assert set(filled) >= rejected | set(written) and not rejected & set(written)
-    shards = [place / f"shard{i}" for i in range(2 if len(filled) > BLOCK else 1)]
-    for i, shard in enumerate(shards):
-        tokenize(place / "mixed.jsonl", tokenizer, shard, shard=(i, len(shards)), **options)
-    assert merge(shards, place / "merged", reject_limit=1.0)["counts"] == counts
-    assert samples(place / "merged") == samples(place / "mixed") and rejects(place / "merged") == rejected
     tokenize(place / "good.json", tokenizer, place / "list", **options)
     assert samples(place / "list") == samples(place / "good")
     ours, expected = (samples(place / name) for name in ("mixed", "good"))

@@ -8,13 +8,16 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PretrainedConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from rsft_lib.artifact import new_folder
-from rsft_lib.checkpoint import torch_dist
+from rsft_lib.checkpoint import torch_dist, verify
+from rsft_lib.checkpoint.convert import differing
 from rsft_lib.data.conversation import conversation
 from rsft_lib.data.store import StoreWriter
 from rsft_lib.launch import launch_training
+from rsft_lib.model.config import read_config
+from rsft_lib.model.weights import row_map
 from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.metrics import read_metrics
 
@@ -64,6 +67,29 @@ def all_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, those of the optimizer too."""
     weights = torch_dist.open_weights(checkpoint)
     return {name: weights.read(name).clone() for name in weights}
+
+
+def differing_tensors(model: Path, checkpoint: Path) -> list[str]:
+    """Names of the Hugging Face tensors that the checkpoint does not give back bit for bit."""
+    weights, others, _ = verify._both(model, checkpoint)
+    return differing(weights, others)
+
+
+def logit_difference(model: Path, checkpoint: Path, tokens: int = 64) -> float:
+    """Largest absolute difference of the logits of transformers and megatron-core, in fp32, on random tokens."""
+    ids = torch.randint(read_config(model).vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
+    expected = verify.with_transformers(model, lambda logits: logits(ids))
+    found = verify.with_megatron(model, checkpoint, tokens, lambda logits: logits(ids))
+    return (found - expected).abs().max().item()
+
+
+def by_hf_name(named: dict[str, torch.Tensor], config: PretrainedConfig) -> dict[str, torch.Tensor]:
+    """Tensors by megatron-core name -> the rows of each Hugging Face tensor."""
+    parts = {}
+    for ours, origins in row_map(config).items():
+        for rows in origins:
+            parts.setdefault(rows.name, []).append(named[ours][rows.at : rows.at + rows.count])
+    return {name: torch.cat(found) for name, found in parts.items()}
 
 
 def record_checksums(checkpoint: Path) -> set[int]:

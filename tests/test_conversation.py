@@ -13,7 +13,6 @@ from real import REAL, needs_real
 from rsft_lib import demo
 from rsft_lib.data.conversation import RULES, conversation
 from rsft_lib.data.hybrid import build_hybrid
-from rsft_lib.data.merge import merge
 from rsft_lib.data.records import read_hub
 from rsft_lib.data.store import TokenStore
 from rsft_lib.data.tokenize import tokenize
@@ -159,15 +158,6 @@ def test_no_control_token_is_trained_behind_a_chain_of_thought_of_its_own_field(
     found = Tokenized(write(tmp_path, rows), patched)
     assert found.trained == [f"<short>4{EOS}"] and list(found.rejects) == [1]
     assert "messages[1] has <short> in its content and a chain of thought beside it" in found.rejects[1]
-
-
-def test_a_rejected_row_with_a_line_separator_is_merged_from_shards(patched, tmp_path):
-    rows = [GOOD] * 600 + [{"messages": [{"role": "user", "content": f"a{mark}b"}]} for mark in "\u2028\u2029\u0085"]
-    data, shards = write(tmp_path, rows), [tmp_path / "s0", tmp_path / "s1"]
-    for i, shard in enumerate(shards):
-        tokenize(data, patched, shard, workers=0, reject_limit=0.1, shard=(i, 2))
-    merged = merge(shards, tmp_path / "merged", reject_limit=0.1)
-    assert merged["counts"]["written"] == 600 and merged["counts"]["rejected"] == 3
 
 
 def test_what_was_made_by_other_rules_is_made_again(patched, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from families import FAMILIES, tiny_family
 from safetensors.torch import load_file, save_file
-from support import all_tensors, record_checksums, tiny_model, tiny_tokenizer
+from support import all_tensors, differing_tensors, logit_difference, record_checksums, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from rsft_lib import artifact
@@ -20,7 +20,6 @@ from rsft_lib.checkpoint import pieces, torch_dist
 from rsft_lib.checkpoint.convert import convert
 from rsft_lib.checkpoint.export import export
 from rsft_lib.checkpoint.pieces import Weights
-from rsft_lib.checkpoint.verify import differing_tensors, logit_difference
 from rsft_lib.hashed_file import HashedFile
 from rsft_lib.tokenizer import fingerprint
 

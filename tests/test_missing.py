@@ -32,7 +32,7 @@ def there(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("there")
     tiny_model(folder / "model")
     tiny_tokenizer(folder / "tokenizer")
-    facts = {"data": str(folder / "gone.jsonl"), "shard": [0, 1], "counts": {"records": 60}}
+    facts = {"data": str(folder / "gone.jsonl"), "counts": {"records": 60}}
     random_store(folder / "tokens", facts=facts | {"options": {"max_length": 99, "overlong": "drop"}})
     demo.make_sources(folder / "answers", 20, seed=0)
     build_hybrid(folder / "answers" / "long.jsonl", "", folder / "dataset", 0.0, seed=0)

@@ -12,7 +12,6 @@ from rsft_lib.checkpoint.convert import convert
 from rsft_lib.checkpoint.export import export
 from rsft_lib.data.exclude import exclude
 from rsft_lib.data.hybrid import build_hybrid
-from rsft_lib.data.merge import merge
 from rsft_lib.data.store import TokenStore
 from rsft_lib.data.tokenize import tokenize
 from rsft_lib.notebook import declared_parameters, run
@@ -58,10 +57,6 @@ def tokens(place: Path, to: Path, **how) -> dict:
     return tokenize(place / "data" / "train.jsonl", place / "tokenizer", to, 513, workers=0, **how)
 
 
-def merged(place: Path, to: Path, overwrite: bool = False) -> dict:
-    return merge([place / "tokens"], to, overwrite=overwrite)
-
-
 Step = Callable[..., dict]
 STEPS: dict[str, tuple[Step, Step]] = {  # a step, and the same with another option or a newer checkpoint
     "01": (
@@ -81,7 +76,6 @@ STEPS: dict[str, tuple[Step, Step]] = {  # a step, and the same with another opt
         lambda place, to: build_hybrid(*answers(place), to, 0.2, seed=2),
     ),
     "04": (tokens, lambda place, to: tokens(place, to, turns="last")),
-    "04 of shards": (merged, merged),
     "07": (
         lambda place, to, **how: export(checkpoint(place, 1), place / "tokenizer", to, **how),
         lambda place, to: export(checkpoint(place, 2), place / "tokenizer", to),

@@ -4,19 +4,17 @@ import math
 
 import pytest
 import torch
-from support import VOCAB, random_store, settings, tiny_model
+from support import VOCAB, by_hf_name, differing_tensors, logit_difference, random_store, settings, tiny_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from rsft_lib.artifact import new_folder
 from rsft_lib.checkpoint.convert import convert
 from rsft_lib.checkpoint.sharded import load_weights, sharded_weights
-from rsft_lib.checkpoint.verify import differing_tensors, logit_difference
 from rsft_lib.data.packed import PackedDataset
 from rsft_lib.data.store import StoreWriter, TokenStore
 from rsft_lib.model import head
 from rsft_lib.model.config import read_config
-from rsft_lib.model.weights import to_hf
 from rsft_lib.ranks import ranks
 from rsft_lib.training.batches import Loader, run_batch
 from rsft_lib.training.build import build_state
@@ -132,7 +130,7 @@ def gradients_by_hf_name(model, folder) -> dict[str, torch.Tensor]:
     # fc1 is saved in two halves and therefore has no key of its own yet
     keys = {name: getattr(entry, "key", name) for name, entry in sharded_weights(model).items() if name in parameters}
     ours = {key: parameters[name].main_grad.clone() for name, key in keys.items()}
-    return dict(to_hf(ours.__getitem__, read_config(folder / "megatron")))
+    return by_hf_name(ours, read_config(folder / "megatron"))
 
 
 def test_the_score_of_a_dataset_is_the_loss_of_transformers_at_every_trained_token(models, tmp_path):

@@ -77,7 +77,7 @@ def test_a_folder_without_training_data_names_the_notebook_that_makes_it(tmp_pat
 def made_from(source: Source, folder, rows: int) -> SimpleNamespace:
     """What `exclude` looks at in a store of tokens with one sample for each row of `source`."""
     np.save(folder / ROWS, np.arange(1, rows + 1))
-    return SimpleNamespace(folder=folder, manifest={"shard": [0, 1], **source.facts()})
+    return SimpleNamespace(folder=folder, manifest=source.facts())
 
 
 def left(store, folder) -> list[dict]:

@@ -22,7 +22,6 @@ from rsft_lib import demo
 from rsft_lib.artifact import verify
 from rsft_lib.chat import LOSS_WEIGHTS, ChatTemplate, encode
 from rsft_lib.data.encoder import ReferenceEncoder
-from rsft_lib.data.merge import merge
 from rsft_lib.data.pool import Process, pool_for
 from rsft_lib.data.records import Row, read_records
 from rsft_lib.data.store import LENGTHS, MASK, ROWS, TokenStore
@@ -31,7 +30,7 @@ from rsft_lib.data.worker import Job, Options, Worker
 from rsft_lib.tokenizer import load_tokenizer, patch_tokenizer
 from rsft_lib.training.datasets import open_datasets
 
-FILES = ["text_document.bin", "text_document.idx", MASK, LENGTHS, "blocks.npy", ROWS]
+FILES = ["text_document.bin", "text_document.idx", MASK, LENGTHS, ROWS]
 GOOD = json.dumps({"instruction": "2 + 2 ?", "output": "<think>\nhm\n</think>\n\n4"})
 
 
@@ -88,49 +87,11 @@ def test_a_store_gives_back_ids_and_masks_as_int32_and_refuses_a_mask_of_another
         TokenStore(store.folder)
 
 
-def test_any_number_of_workers_and_machines_writes_the_same_bytes(patched, problems, tmp_path):
+def test_any_number_of_workers_writes_the_same_bytes(patched, problems, tmp_path):
     alone = tokenize(problems, patched, tmp_path / "alone", workers=0)
-    assert alone["counts"]["written"] == 2000 and len(np.load(tmp_path / "alone" / "blocks.npy")) > 4
+    assert alone["counts"]["written"] == 2000  # in eight blocks
     tokenize(problems, patched, tmp_path / "two", workers=2)
     assert same_files(tmp_path / "alone", tmp_path / "two")
-
-    shards = [tmp_path / f"shard{i}" for i in range(3)]
-    for i, shard in enumerate(shards):
-        tokenize(problems, patched, shard, workers=0, shard=(i, 3))
-    merge([shards[2], shards[0], shards[1]], tmp_path / "merged")
-    assert same_files(tmp_path / "alone", tmp_path / "merged")
-    manifests = [json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("alone", "merged")]
-    assert manifests[0] == manifests[1]
-
-
-def test_shards_that_are_no_whole_are_refused(patched, problems, tmp_path):
-    for i in range(2):
-        tokenize(problems, patched, tmp_path / f"s{i}", workers=0, shard=(i, 2))
-    tokenize(problems, patched, tmp_path / "other", 100, workers=0, shard=(1, 2))
-    for shards, message in [
-        (["s0"], "s0 is shard 0 of 2, expected 0 of 1"),
-        (["s0", "s0"], "s0 is shard 0 of 2, expected 1 of 2"),
-        (["s0", "other"], "other and .*s0 differ in options"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            merge([tmp_path / name for name in shards], tmp_path / "out")
-    with pytest.raises(ValueError, match=r"shard is \(2, 2\)"):
-        tokenize(problems, patched, tmp_path / "out", shard=(2, 2))
-    assert not (tmp_path / "out").exists()
-
-
-def test_rejected_rows_of_shards_come_together_in_order(patched, problems, tmp_path):
-    rows = problems.read_text().splitlines()
-    for place in (3, 600, 1500, 1501):
-        rows[place - 1] = "no JSON"
-    data = lines(tmp_path, *rows)
-    tokenize(data, patched, tmp_path / "alone", workers=0, reject_limit=0.01)
-    for i in range(2):
-        tokenize(data, patched, tmp_path / f"s{i}", workers=0, shard=(i, 2), reject_limit=0.01)
-    merge([tmp_path / "s0", tmp_path / "s1"], tmp_path / "merged", reject_limit=0.01)
-    assert rejected(tmp_path / "merged") == rejected(tmp_path / "alone")
-    assert [row["line"] for row in rejected(tmp_path / "merged")] == [3, 600, 1500, 1501]
-    assert same_files(tmp_path / "alone", tmp_path / "merged")
 
 
 def test_what_is_there_from_the_same_inputs_is_kept_and_anything_else_is_made_anew(patched, tmp_path, capsys):

@@ -14,14 +14,13 @@ import yaml
 from processes import survivors, wait_until
 from support import random_store, settings, tiny_model
 
-from rsft_lib import launch, provenance
+from rsft_lib import demo, launch, provenance
 from rsft_lib.artifact import newest
 from rsft_lib.checkpoint.convert import convert
 from rsft_lib.notebook import checked, declared_parameters
 from rsft_lib.paths import ROOT
 from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.metrics import read_metrics
-from rsft_lib.training.presets import PRESETS
 
 NOTEBOOK = ROOT / "notebooks" / "05_train.ipynb"
 DECLARED = declared_parameters(NOTEBOOK)
@@ -36,19 +35,20 @@ def test_its_parameters_are_the_settings_and_the_options():
     assert {name: DECLARED[name].default for name in options} == options
 
 
-def test_there_is_a_file_of_parameters_for_every_preset():
-    assert {path.stem for path in FILES} == set(PRESETS)
-
-
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_a_file_of_parameters_and_the_preset_of_its_name_are_the_same_settings(path):
+def test_a_file_of_parameters_is_settings_and_what_it_calls_defaults_are_those(path):
     given = checked(yaml.safe_load(path.read_text(encoding="utf-8")), DECLARED)
     values = {name: parameter.default for name, parameter in DECLARED.items()} | given
-    place = {"checkpoint", "data", "eval_data", "output"} | ({"train_iters", "seed"} if path.stem == "tiny" else set())
-    expected = {name: PRESETS[path.stem].get(name, default) for name, default in SETTINGS.items() if name not in place}
-    assert {name: values[name] for name in expected} == expected
     TrainConfig(**{name: values[name] for name in SETTINGS}).data_parallel(values["nproc"] * values["slurm_nodes"])
-    assert place <= set(given) and path.read_text().startswith("# ")
+    _, _, defaults = path.read_text(encoding="utf-8").partition("# defaults of the original's launch script\n")
+    named = yaml.safe_load(defaults) or {}
+    assert named == {name: SETTINGS[name] for name in named} and bool(named) == (path.stem != "tiny")
+    assert {"checkpoint", "data", "eval_data", "output"} <= set(given) and path.read_text().startswith("# ")
+
+
+def test_the_tiny_file_has_the_settings_of_the_demo():
+    given = checked(yaml.safe_load((ROOT / "notebooks" / "params" / "tiny.yaml").read_text()), DECLARED)
+    assert {name: given[name] for name in demo.TINY} == demo.TINY
 
 
 @pytest.fixture
@@ -126,7 +126,7 @@ def test_a_run_that_is_stopped_ends_with_an_exit_code_of_its_own_and_goes_on_whe
 
 FAILING = """
 import os
-from rsft_lib import launch
+from rsft_lib import demo, launch
 from rsft_lib.launch import local
 from rsft_lib.training.config import TrainConfig
 

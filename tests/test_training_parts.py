@@ -11,10 +11,10 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+import yaml
 from support import random_store, settings, tiny_model
 from transformers import Qwen2Config
 
-from rsft_lib import demo
 from rsft_lib.checkpoint.convert import convert
 from rsft_lib.launch import LaunchOptions
 from rsft_lib.model import engine
@@ -29,7 +29,6 @@ from rsft_lib.training.datasets import split
 from rsft_lib.training.metrics import FILE, MetricsWriter, open_writers, read_metrics
 from rsft_lib.training.optimizer import build_schedule
 from rsft_lib.training.preflight import GIB, memory, preflight
-from rsft_lib.training.presets import PRESETS
 
 R1 = Qwen2Config(
     vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
@@ -148,12 +147,6 @@ def test_epochs_become_iterations_when_the_data_is_known():
     assert config(train_iters=7).for_packs(100).train_iters == 7
     once = config(train_iters=7, epochs=2.0).for_packs(10)
     assert (once.train_iters, once.epochs) == (5, 2.0) and once.for_packs(10) == once
-
-
-def test_presets_are_settings_and_the_tiny_one_is_the_demos():
-    for values in PRESETS.values():
-        TrainConfig(**values, checkpoint="c", data="d", output="o")
-    assert PRESETS["tiny"] == demo.TINY
 
 
 def test_the_split_is_megatrons():
@@ -277,11 +270,10 @@ def test_the_memory_estimate_is_that_of_the_ledger():
     full = memory(TrainConfig(checkpoint="c", data="d", output="o"), R1, ranks=1)
     assert full.weights + full.gradients + full.optimizer == pytest.approx(16 * 1_776_943_104)
     assert full.total / GIB == pytest.approx(50, abs=3)
-    estimates = [
-        memory(TrainConfig(**PRESETS[name], checkpoint="c", data="d", output="o"), R1, ranks=1).total / GIB
-        for name in ("r1-1.5b", "r1-1.5b-saving", "r1-1.5b-smallest")
-    ]
-    assert estimates[0] < 52 and estimates[1] < 30 and estimates[2] < 22
+    for name, expected in (("r1-1.5b", 52), ("r1-1.5b-saving", 30), ("r1-1.5b-smallest", 22)):
+        given = yaml.safe_load((ROOT / "notebooks" / "params" / f"{name}.yaml").read_text(encoding="utf-8"))
+        run = TrainConfig(**{field: value for field, value in given.items() if field in TrainConfig.__annotations__})
+        assert memory(run, R1, ranks=1).total / GIB < expected, name
     shared = memory(TrainConfig(checkpoint="c", data="d", output="o"), R1, ranks=8)
     assert shared.optimizer == pytest.approx(full.optimizer / 8)
 

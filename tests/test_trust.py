@@ -13,7 +13,7 @@ from pathlib import Path
 import forked
 import pytest
 import torch
-from support import all_tensors, random_store, settings, tiny_model, tiny_tokenizer
+from support import all_tensors, logit_difference, random_store, settings, tiny_model, tiny_tokenizer
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.serialization import _get_layout
 
@@ -54,7 +54,7 @@ def uses(folder: Path, tmp_path: Path) -> dict:
         "convert": lambda: convert(folder, tmp_path / "again"),
         "export": lambda: export(folder, tmp_path / "tokenizer", tmp_path / "out"),
         "prove": lambda: proof.prove(tmp_path / "hf", folder, round_trip=False),
-        "prove the outputs": lambda: proof.logit_difference(tmp_path / "hf", folder),
+        "prove the outputs": lambda: logit_difference(tmp_path / "hf", folder),
         "score": lambda: forked.join(forked.start(score_as_rank, 1, log, *scores), log),
         "begin a training": lambda: forked.train(begun),
     }

@@ -95,12 +95,6 @@ def tensor_table(weights: Weights, others: Weights) -> list[dict]:
     ]
 
 
-def differing_tensors(model: Path, checkpoint: Path) -> list[str]:
-    """Names of the Hugging Face tensors that the checkpoint does not give back bit for bit."""
-    weights, others, _ = _both(model, checkpoint)
-    return differing(weights, others)
-
-
 def _both(model: Path, checkpoint: Path) -> tuple[Weights, Weights, bool]:
     """The weights of each by Hugging Face names; where one was rounded to a shorter dtype, both in that, and True."""
     config = read_config(model)
@@ -145,15 +139,6 @@ def lost_in_round_trip(model: Path, scratch: Path) -> list[str]:
             copy_along(model, folder)
         export(Path(place) / "checkpoint", model, Path(place) / "exported")
         return differing(perturbed, hf.open_weights(Path(place) / "exported", config))
-
-
-def logit_difference(model: Path, checkpoint: Path, tokens: int = 64) -> float:
-    """Largest absolute difference of the logits of transformers and megatron-core, in fp32, on random tokens."""
-    vocab = read_config(model).vocab_size
-    ids = torch.randint(vocab, (1, tokens), generator=torch.Generator().manual_seed(0)).to(device())
-    expected = with_transformers(model, lambda logits: logits(ids))
-    found = with_megatron(model, checkpoint, tokens, lambda logits: logits(ids))
-    return (found - expected).abs().max().item()
 
 
 def compare_outputs(model: Path, checkpoint: Path, sentence: str, new_tokens: int) -> dict:

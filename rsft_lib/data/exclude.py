@@ -19,10 +19,8 @@ def source_lines(store: TokenStore) -> np.ndarray:
     """The number of the record that each sample was made from, counted from 1 as lines are: int64 [samples].
 
     Raises:
-        ValueError: the store is one shard of several, or was written before these numbers were kept.
+        ValueError: the store was written before these numbers were kept.
     """
-    if store.manifest["shard"] != [0, 1]:
-        raise ValueError(f"{store.folder} is shard {store.manifest['shard']} of several; merge them first")
     if not (store.folder / ROWS).is_file():
         raise ValueError(f"{store.folder} has no {ROWS}: an older version of this kit wrote it; tokenize again")
     return np.load(store.folder / ROWS)

@@ -3,7 +3,6 @@
 text_document.bin, .idx   token ids, int32, one document per sample (megatron.core.datasets.IndexedDataset)
 loss_mask.bin             uint8, one byte per token in the same order: 0 untrained, 1 trained, else see LOSS_WEIGHTS
 lengths.npy               int32, tokens of every accepted record before the over-long ones were dropped or cut
-blocks.npy                int64 [blocks, 2], samples and lengths that each block of records gave
 rows.npy                  int64, of every sample the number of the record it was made from, counted from 1
 manifest.json             where they come from, and size and hash of every file
 """
@@ -22,7 +21,6 @@ from rsft_lib.paths import existing
 NAME = "text_document"
 MASK = "loss_mask.bin"
 LENGTHS = "lengths.npy"
-BLOCKS = "blocks.npy"
 ROWS = "rows.npy"
 
 
@@ -35,7 +33,6 @@ class StoreWriter:
         self.builder = IndexedDatasetBuilder(f"{self.prefix}.bin", dtype=np.int32)
         self.mask = (folder / MASK).open("wb")
         self.lengths: list[NDArray[np.int32]] = []
-        self.blocks: list[tuple[int, int]] = []
         self.rows: list[NDArray[np.int64]] = []
 
     def add(self, ids: Sequence[int], loss_mask: Sequence[int]) -> None:
@@ -60,14 +57,12 @@ class StoreWriter:
         self.builder.document_indices.extend(range(documents + 1, documents + len(lengths) + 1))
         self.mask.write(loss_mask.data)
         self.lengths.append(before)
-        self.blocks.append((len(lengths), len(before)))
         self.rows.append(rows)
 
     def close(self) -> None:
         self.builder.finalize(f"{self.prefix}.idx")
         self.mask.close()
         np.save(self.folder / LENGTHS, np.concatenate([*self.lengths, np.zeros(0, dtype=np.int32)]))
-        np.save(self.folder / BLOCKS, np.array(self.blocks, dtype=np.int64).reshape(-1, 2))
         np.save(self.folder / ROWS, np.concatenate([*self.rows, np.zeros(0, dtype=np.int64)]))
 
 

@@ -1,7 +1,7 @@
 """Records to tokens with a response-only loss mask: many processes, one result, in the order of the records.
 
 A reader cuts the rows into blocks, workers encode them, and the blocks are written in their order. So the result does
-not depend on how many workers there are, and of n machines each can take every n-th block (`shard`) for `merge`.
+not depend on how many workers there are.
 """
 
 from collections import Counter, defaultdict, deque
@@ -39,7 +39,6 @@ def tokenize(
     *,
     reject_limit: float = 0.001,
     workers: int | None = None,
-    shard: tuple[int, int] = (0, 1),
     contract: bool = True,
     overwrite: bool = False,
     **options,
@@ -53,7 +52,6 @@ def tokenize(
         reject_limit: largest share of records that may be unusable; they are kept in `<folder>.rejected.jsonl`.
         workers: most processes, 0 for none but this one. No more are started than there are cores that may be used,
             blocks of 256 records, or can be kept busy; None for as many as that.
-        shard: (i, n) does every n-th block of records from the i-th on, for `merge`.
         contract: whether the tokenizer must pass `require_contract`; without it, what is trained may not be what is
             served.
         overwrite: replace `folder` where it was made from other data or another tokenizer, too.
@@ -72,19 +70,19 @@ def tokenize(
     destination, loaded = resolve(folder), load_tokenizer(tokenizer)
     settings = Options(max_length=max_length, **options)
     source = source_of(data)
-    facts = _facts(source, tokenizer, loaded, settings, shard)
+    facts = _facts(source, tokenizer, loaded, settings)
     if done := _already(destination, facts):
         return done
-    mine = islice(blocks(source.rows()), shard[0], None, shard[1])
-    first = list(islice(mine, _most(workers)))  # a process for each, so that none starts without a block
+    unread = blocks(source.rows())
+    first = list(islice(unread, _most(workers)))  # a process for each, so that none starts without a block
     with pool_for(_job(str(source), loaded, settings), min(len(first), HELPFUL)) as pool:
         if contract:
             require_contract(tokenizer, loaded)
         facts["encoder"] = _chosen_encoder(pool, source.rows())
         count = min(len(first), HELPFUL_WHEN_SLOW if "why_slow" in facts["encoder"] else HELPFUL)
         pool.grow(count)
-        encoded = _encoded(pool, chain(first, mine), facts["encoder"]["encoder"], ahead=2 * count + 1)
-        reading = Reading(source, shards=shard[1])
+        encoded = _encoded(pool, chain(first, unread), facts["encoder"]["encoder"], ahead=2 * count + 1)
+        reading = Reading(source)
         made_from = {"source": ["data", "tokenizer"], "overwrite": overwrite, "estimate": reading.estimate}
         with (
             new_folder(destination, facts, **made_from) as temporary,
@@ -119,8 +117,7 @@ def _write(encoded: Iterator[Block], writer: StoreWriter, rejects: Rejects, fact
 
 
 def _nothing_written(counts: Counter, facts: dict) -> str:
-    (shard, shards), read = facts["shard"], counts["records"]
-    source = f"{f'shard {shard} of {shards} of ' * (shards > 1)}{facts['data']}"
+    source, read = facts["data"], counts["records"]
     if not read:
         return f"{source} holds no records"
     if read == counts["rejected"]:
@@ -149,11 +146,8 @@ def _chosen_encoder(pool: Executor, rows: Iterator[Row]) -> dict:
     return facts
 
 
-def _facts(source: Source, tokenizer, loaded, options: Options, shard: tuple[int, int]) -> dict:
+def _facts(source: Source, tokenizer, loaded, options: Options) -> dict:
     """What the manifest tells of where the tokens come from."""
-    index, count = shard
-    if not 0 <= index < count:
-        raise ValueError(f"shard is {shard}; expected (i, n) with i from 0 to n - 1")
     vocab = loaded.get_vocab()
     return {
         "made_by": "tokenize",
@@ -165,7 +159,6 @@ def _facts(source: Source, tokenizer, loaded, options: Options, shard: tuple[int
         "control_ids": {token: vocab[token] for token in (*MODES.values(), END_THINK) if token in vocab},
         "eos_id": loaded.eos_token_id,
         "options": asdict(options),
-        "shard": list(shard),
     }
 
 
@@ -183,21 +176,21 @@ def _already(destination: Path, facts: dict) -> dict | None:
     return found
 
 
-def _encoded(pool: Executor, mine: Iterator[list[Row]], encoder_name: str, ahead: int) -> Iterator[Block]:
+def _encoded(pool: Executor, unread: Iterator[list[Row]], encoder_name: str, ahead: int) -> Iterator[Block]:
     """The blocks of rows encoded, in their order; no more than `ahead` are in memory at a time."""
-    waiting = deque(pool.submit("block", rows, encoder_name) for rows in islice(mine, ahead))
+    waiting = deque(pool.submit("block", rows, encoder_name) for rows in islice(unread, ahead))
     while waiting:
         block = waiting.popleft().result()
-        waiting.extend(pool.submit("block", rows, encoder_name) for rows in islice(mine, 1))
+        waiting.extend(pool.submit("block", rows, encoder_name) for rows in islice(unread, 1))
         yield block
 
 
 class Reading:
-    """How much of a source's shard has been encoded, in bytes; `total` is 0 where that is not known."""
+    """How much of a source has been encoded, in bytes; `total` is 0 where that is not known."""
 
-    def __init__(self, source: Source, shards: int):
+    def __init__(self, source: Source):
         plain = not source.split and Path(source.name).suffix in (".jsonl", ".json")
-        self.total, self.done = Path(source.name).stat().st_size // shards if plain else 0, 0
+        self.total, self.done = Path(source.name).stat().st_size if plain else 0, 0
 
     def progress(self, encoded: Iterator[Block]) -> Iterator[Block]:
         """Pass blocks on, and show how far they are."""

@@ -12,11 +12,8 @@ The layout of `linear_qkv` is that of megatron/core/transformer/attention.py,
 `SelfAttention.get_query_key_value_tensors`. Layers count from 0 in both worlds; `{}` stands for their number.
 """
 
-from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
 from transformers import PretrainedConfig
 
 from rsft_lib.model.config import head_dim
@@ -118,15 +115,6 @@ def megatron_shapes(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
         ours: (sum(shapes[name][0] for name in theirs), *shapes[theirs[0]][1:])
         for ours, theirs in weight_map(config).items()
     }
-
-
-def to_hf(read: Callable[[str], Tensor], config: PretrainedConfig) -> Iterator[tuple[str, Tensor]]:
-    """Yield (Hugging Face name, tensor), one weight at a time; `read` gives a megatron-core tensor by name."""
-    origins = row_map(config)
-    for ours, theirs in weight_map(config).items():
-        whole = read(ours)
-        for name in theirs:
-            yield name, torch.cat([whole[r.at : r.at + r.count] for r in origins[ours] if r.name == name])
 
 
 def _layer(name: str) -> str:
