@@ -28,7 +28,7 @@ import pyarrow.parquet
 
 from rsft_lib.data.hybrid import build_hybrid
 from rsft_lib.data.tokenize import tokenize
-from rsft_lib.tokenizer import patch_tokenizer
+from rsft_lib.tokenizer.patch import patch_tokenizer
 
 REAL = Path(os.environ["RSFT_REAL_DATA"])
 LONG = 20_000  # characters of a long answer at most, so that a million rows, half of them short, are 8 GB

@@ -21,7 +21,7 @@ import threading
 import time
 from pathlib import Path
 
-from rsft_lib.paths import ROOT
+from rsft_lib.common.paths import ROOT
 
 SHAPES = {
     "1.5b": {"hidden_size": 1536, "intermediate_size": 8960, "heads": 12, "groups": 2, "layers": 28},
@@ -36,9 +36,9 @@ def make_model(folder: str, shape: str, layers: int) -> None:
     from transformers import Qwen2Config
 
     from rsft_lib import demo
-    from rsft_lib.checkpoint import hf
-    from rsft_lib.checkpoint.pieces import Weights
-    from rsft_lib.model.weights import hf_shapes
+    from rsft_lib.checkpoint.formats import hf
+    from rsft_lib.checkpoint.lazy_weights import Weights
+    from rsft_lib.model.weight_map import hf_shapes
 
     size = SHAPES[shape]
     config = Qwen2Config(
@@ -87,7 +87,7 @@ def through_transformers(source: str, destination: str) -> None:
 
 def hash_only(source: str, destination: str) -> None:
     """The floor of a step that hashes what it writes on one thread."""
-    from rsft_lib.artifact import file_hash
+    from rsft_lib.common.artifact import file_hash
 
     for path in Path(source).iterdir():
         file_hash(path)

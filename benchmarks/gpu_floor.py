@@ -10,8 +10,8 @@ from rsft_lib.data.packed import PackedDataset
 from rsft_lib.data.store import TokenStore
 from rsft_lib.model.attention import TEAttention, packed
 from rsft_lib.model.config import head_dim, read_config, transformer_config
-from rsft_lib.model.head import Targets, add_product_, weighted_loss
-from rsft_lib.ranks import ranks
+from rsft_lib.model.distributed import ranks
+from rsft_lib.model.loss_head import Targets, add_product_, weighted_loss
 from rsft_lib.training.flops import parameters
 
 

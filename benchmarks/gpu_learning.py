@@ -12,12 +12,12 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from rsft_lib.data.packed import PackedDataset
 from rsft_lib.data.store import TokenStore
-from rsft_lib.ranks import ranks
+from rsft_lib.model.distributed import ranks
 from rsft_lib.training.batches import Loader
 from rsft_lib.training.build import build_state
 from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.loop import update
-from rsft_lib.training.tally import weight_sum
+from rsft_lib.training.loss_stats import weight_sum
 
 STEPS, LENGTH, PACKS = 300, 8192, 2
 

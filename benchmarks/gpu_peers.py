@@ -13,9 +13,9 @@ from rsft_lib.data.packed import PackedDataset
 from rsft_lib.data.store import TokenStore
 from rsft_lib.model.attention import packed
 from rsft_lib.model.config import read_config
-from rsft_lib.model.head import Targets
-from rsft_lib.model.weights import row_map
-from rsft_lib.ranks import ranks
+from rsft_lib.model.distributed import ranks
+from rsft_lib.model.loss_head import Targets
+from rsft_lib.model.weight_map import row_map
 from rsft_lib.training.build import build_state
 from rsft_lib.training.flops import training_flops
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
+from rsft_lib.common.paths import ROOT, existing
 from rsft_lib.data.store import TokenStore
-from rsft_lib.paths import ROOT, existing
-from rsft_lib.tokenizer import load_tokenizer
-from rsft_lib.view.mask import show_sample
-from rsft_lib.view.overlay import plot_modes
-from rsft_lib.view.runs import find_runs
+from rsft_lib.display.mask.sample import show_sample
+from rsft_lib.display.runs.compare_runs import plot_modes
+from rsft_lib.display.runs.runs import find_runs
+from rsft_lib.tokenizer.patch import load_tokenizer
 
 IMAGES = ROOT / "notebooks" / "images"
 FONTS = "font-family:system-ui,DejaVu Sans,sans-serif"

@@ -30,13 +30,13 @@ import numpy as np
 import psutil
 from tokenizers import Tokenizer
 
-from rsft_lib.chat import ChatTemplate, trained_text
 from rsft_lib.data.conversation import conversation
 from rsft_lib.data.packing import pack
 from rsft_lib.data.records import parse, read_rows
 from rsft_lib.data.store import LENGTHS
 from rsft_lib.data.tokenize import tokenize
-from rsft_lib.tokenizer import load_tokenizer, patch_tokenizer
+from rsft_lib.tokenizer.chat import ChatTemplate, trained_text
+from rsft_lib.tokenizer.patch import load_tokenizer, patch_tokenizer
 
 REAL = Path(os.environ["RSFT_REAL_DATA"])
 SEQ_LENGTH = 16384

@@ -26,24 +26,24 @@ import torch
 import yaml
 from megatron.core import dist_checkpointing
 
-from rsft_lib.artifact import newest
+from rsft_lib.common.artifact import newest
+from rsft_lib.common.paths import ROOT
 from rsft_lib.data.hybrid import build_hybrid
 from rsft_lib.data.packed import PackedDataset
 from rsft_lib.data.store import TokenStore
 from rsft_lib.data.tokenize import tokenize
 from rsft_lib.launch.job import ENVIRONMENT
 from rsft_lib.model.config import read_config
-from rsft_lib.paths import ROOT
-from rsft_lib.ranks import ranks
-from rsft_lib.tokenizer import patch_tokenizer
+from rsft_lib.model.distributed import ranks
+from rsft_lib.tokenizer.patch import patch_tokenizer
 from rsft_lib.training.batches import Loader
 from rsft_lib.training.build import build_state
 from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.flops import training_flops
 from rsft_lib.training.loop import update
+from rsft_lib.training.loss_stats import trained_tokens, weight_sum
 from rsft_lib.training.saving import Saver
 from rsft_lib.training.state import LAYOUT, TrainState, content, load
-from rsft_lib.training.tally import trained_tokens, weight_sum
 
 sys.path.insert(0, str(Path(__file__).parent))  # the modules beside this one
 

@@ -18,17 +18,17 @@ from pathlib import Path
 import numpy as np
 
 from rsft_lib import demo
-from rsft_lib.artifact import new_folder
-from rsft_lib.chat import encode
+from rsft_lib.common.artifact import new_folder
 from rsft_lib.data.conversation import conversation
 from rsft_lib.data.packing import pack
 from rsft_lib.data.records import read_records
 from rsft_lib.data.store import MASK, NAME, StoreWriter, TokenStore
-from rsft_lib.tokenizer import load_tokenizer, patch_tokenizer
-from rsft_lib.view.costs import layout_costs, overlong_costs
-from rsft_lib.view.lengths import plot_lengths
-from rsft_lib.view.mask import show_mask
-from rsft_lib.view.measure import Samples, measure
+from rsft_lib.display.data.length_costs import layout_costs, overlong_costs
+from rsft_lib.display.data.lengths import plot_lengths
+from rsft_lib.display.data.sample_stats import Samples, measure
+from rsft_lib.display.mask.sample import show_mask
+from rsft_lib.tokenizer.chat import encode
+from rsft_lib.tokenizer.patch import load_tokenizer, patch_tokenizer
 
 REAL = os.environ.get("RSFT_REAL_DATA")
 TOKENS, SAMPLES = 30_000, 1_000_000

@@ -10,10 +10,10 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from rsft_lib.artifact import new_folder
-from rsft_lib.paths import resolve
-from rsft_lib.progress import without_bars
-from rsft_lib.templates import R1_CHAT_TEMPLATE
+from rsft_lib.common.artifact import new_folder
+from rsft_lib.common.paths import resolve
+from rsft_lib.common.progress import without_bars
+from rsft_lib.tokenizer.templates import R1_CHAT_TEMPLATE
 
 MODEL, SOURCES = "assets/checkpoints/tiny", "assets/data/tiny"  # where notebooks 01 and 03 make them
 TINY = {  # settings of rsft_lib.training.config.TrainConfig that suit this model

@@ -25,9 +25,9 @@ import yaml
 from IPython.display import display
 from tqdm import tqdm
 
-from rsft_lib.artifact import write_json
-from rsft_lib.paths import ROOT, existing, resolve
-from rsft_lib.view.frontend import somebody_looks
+from rsft_lib.common.artifact import write_json
+from rsft_lib.common.paths import ROOT, existing, resolve
+from rsft_lib.display.live.kernel_events import somebody_looks
 
 STATUS = "application/vnd.rsft.status+json"
 STATUS_FILE = "status.json"

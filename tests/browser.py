@@ -15,8 +15,8 @@ from pathlib import Path
 import nbformat
 from nbformat.sign import NotebookNotary
 
-from rsft_lib.lifeline import die_with_parent
-from rsft_lib.paths import ROOT
+from rsft_lib.common.parent_death import die_with_parent
+from rsft_lib.common.paths import ROOT
 
 CHROMIUM = shutil.which("chromium")
 SCREENSHOTS = ROOT / "outputs" / "screenshots"

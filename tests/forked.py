@@ -11,7 +11,7 @@ import torch
 from rsft_lib.training.config import TrainConfig
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["rsft_lib.training.train", "rsft_lib.training.score"])
+_context.set_forkserver_preload(["rsft_lib.training.train", "rsft_lib.evaluation.score"])
 
 
 def start(target, nproc: int, log: Path, *arguments) -> list:

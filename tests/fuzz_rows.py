@@ -19,7 +19,7 @@ from rsft_lib import demo
 from rsft_lib.data.hybrid import build_hybrid
 from rsft_lib.data.store import ROWS, TokenStore
 from rsft_lib.data.tokenize import tokenize
-from rsft_lib.tokenizer import patch_tokenizer
+from rsft_lib.tokenizer.patch import patch_tokenizer
 
 WORDS = ["two ", "eggs\n", "数学", "🙂", "e\u0301", "<b>", "x<", "{{ 1 }}", "\t", "12,345", "\\boxed{4}", "'ll", "\r\n",
          "\u2028", "a\u0085b"]  # fmt: skip

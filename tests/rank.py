@@ -9,8 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+from rsft_lib.common.parent_death import die_with_parent
 from rsft_lib.launch.job import ENVIRONMENT
-from rsft_lib.lifeline import die_with_parent
 
 
 def main(what: str) -> None:
@@ -32,7 +32,7 @@ def main(what: str) -> None:
 def save(number: int, _frame) -> None:
     """Take a while, then end as a training does that was asked to; asked again meanwhile, end at once.
 
-    Stricter than a training (stop.py), so that tests see who asks twice.
+    Stricter than a training (signals.py), so that tests see who asks twice.
     """
     signal.signal(signal.SIGTERM, lambda number, _frame: os._exit(128 + number))
     time.sleep(1)

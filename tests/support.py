@@ -10,14 +10,15 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PretrainedConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from rsft_lib.artifact import new_folder
-from rsft_lib.checkpoint import torch_dist, verify
+from rsft_lib.checkpoint import verify
 from rsft_lib.checkpoint.convert import differing
+from rsft_lib.checkpoint.formats import torch_dist
+from rsft_lib.common.artifact import new_folder
 from rsft_lib.data.conversation import conversation
 from rsft_lib.data.store import StoreWriter
 from rsft_lib.launch import launch_training
 from rsft_lib.model.config import read_config
-from rsft_lib.model.weights import row_map
+from rsft_lib.model.weight_map import row_map
 from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.metrics import read_metrics
 

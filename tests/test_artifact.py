@@ -14,10 +14,10 @@ from pathlib import Path
 import nfs
 import pytest
 
-from rsft_lib import artifact, locks, temporary
-from rsft_lib.artifact import new_folder, read_manifest, verify
+from rsft_lib.common import artifact, locks, temporary
+from rsft_lib.common.artifact import new_folder, read_manifest, verify
+from rsft_lib.common.temporary import alone, new_file
 from rsft_lib.data.rejects import Reject, Rejects
-from rsft_lib.temporary import alone, new_file
 
 
 def test_a_step_that_fails_leaves_the_folder_of_before_and_foreign_ones_are_kept(tmp_path):
@@ -44,7 +44,7 @@ import fcntl, os, signal, sys
 import nfs
 fcntl.flock = {flock}
 from pathlib import Path
-from rsft_lib.artifact import new_folder
+from rsft_lib.common.artifact import new_folder
 with new_folder(Path({str(tmp_path / "out")!r}), {{"made_by": "step"}}) as folder:
     (folder / sys.argv[1]).touch()
     print("filled", flush=True)
@@ -184,7 +184,7 @@ def test_a_folder_that_a_killed_process_moved_away_has_its_name_again_at_the_nex
     script = f"""
 import os, signal
 from pathlib import Path
-from rsft_lib import artifact
+from rsft_lib.common import artifact
 import test_artifact
 artifact._swapped = lambda one, other: False
 rename = Path.rename

@@ -5,7 +5,7 @@ import pytest
 import torch
 from support import random_store
 
-from rsft_lib.artifact import write_manifest
+from rsft_lib.common.artifact import write_manifest
 from rsft_lib.data.packed import EMPTY, PackedDataset, rank_share
 from rsft_lib.data.store import StoreWriter, TokenStore
 

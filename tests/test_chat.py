@@ -9,7 +9,8 @@ from real import LONG, REAL, needs_real
 from support import to_messages
 
 from rsft_lib import demo
-from rsft_lib.chat import (
+from rsft_lib.data.encoder import FastEncoder, ReferenceEncoder, best_encoder, gigatoken
+from rsft_lib.tokenizer.chat import (
     LOSS_WEIGHTS,
     MODES,
     ChatTemplate,
@@ -21,8 +22,7 @@ from rsft_lib.chat import (
     trained_texts,
     weight_code,
 )
-from rsft_lib.data.encoder import FastEncoder, ReferenceEncoder, best_encoder, gigatoken
-from rsft_lib.tokenizer import load_tokenizer, patch_tokenizer
+from rsft_lib.tokenizer.patch import load_tokenizer, patch_tokenizer
 
 SHORT = {"<|quad_start|>": "<short>"}
 THOUGHT = "<think>\ntwo plus two\n</think>\n\nAnswer: four"

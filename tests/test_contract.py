@@ -13,14 +13,15 @@ from pathlib import Path
 import pytest
 from real import LONG, REAL, needs_real
 
-from rsft_lib import contract, demo, template_checks
-from rsft_lib.artifact import read_manifest, write_manifest
-from rsft_lib.chat import Encoded
-from rsft_lib.contract import check_contract, require_contract
-from rsft_lib.sandbox import limited
-from rsft_lib.template_clock import MOMENTS
-from rsft_lib.templates import R1_CHAT_TEMPLATE, patch_template
-from rsft_lib.tokenizer import load_tokenizer, patch_tokenizer
+from rsft_lib import demo
+from rsft_lib.common.artifact import read_manifest, write_manifest
+from rsft_lib.common.sandbox import limited
+from rsft_lib.tokenizer import contract, template_checks
+from rsft_lib.tokenizer.chat import Encoded
+from rsft_lib.tokenizer.contract import check_contract, require_contract
+from rsft_lib.tokenizer.patch import load_tokenizer, patch_tokenizer
+from rsft_lib.tokenizer.template_clock import MOMENTS
+from rsft_lib.tokenizer.templates import R1_CHAT_TEMPLATE, patch_template
 
 SHORT = {"<|quad_start|>": "<short>"}
 NEW = patch_template(R1_CHAT_TEMPLATE)[0]

@@ -16,7 +16,7 @@ from rsft_lib.data.hybrid import build_hybrid
 from rsft_lib.data.records import read_hub
 from rsft_lib.data.store import TokenStore
 from rsft_lib.data.tokenize import tokenize
-from rsft_lib.tokenizer import load_tokenizer, patch_tokenizer
+from rsft_lib.tokenizer.patch import load_tokenizer, patch_tokenizer
 
 BOS, EOS, USER, ASSISTANT = demo.BOS, demo.EOS, "<｜User｜>", "<｜Assistant｜>"
 ASKED = [{"role": "user", "content": "2 + 2 ?"}, {"role": "assistant", "content": "<short>4"}]

@@ -14,14 +14,15 @@ from safetensors.torch import load_file, save_file
 from support import all_tensors, differing_tensors, logit_difference, record_checksums, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from rsft_lib import artifact
-from rsft_lib.artifact import new_folder, read_manifest, verify
-from rsft_lib.checkpoint import pieces, torch_dist
+from rsft_lib.checkpoint import lazy_weights
 from rsft_lib.checkpoint.convert import convert
 from rsft_lib.checkpoint.export import export
-from rsft_lib.checkpoint.pieces import Weights
-from rsft_lib.hashed_file import HashedFile
-from rsft_lib.tokenizer import fingerprint
+from rsft_lib.checkpoint.formats import torch_dist
+from rsft_lib.checkpoint.lazy_weights import Weights
+from rsft_lib.common import artifact
+from rsft_lib.common.artifact import new_folder, read_manifest, verify
+from rsft_lib.common.hashing_writer import HashedFile
+from rsft_lib.tokenizer.patch import fingerprint
 
 
 @pytest.fixture
@@ -76,7 +77,7 @@ def test_there_and_back_every_bit_and_the_dtype_stay(family, dtype, tokenizer, t
 
 
 def test_blocks_of_weights_and_several_files_change_nothing(model, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(pieces, "BLOCK", 1000)
+    monkeypatch.setattr(lazy_weights, "BLOCK", 1000)
     monkeypatch.setattr(torch_dist, "FILE_SIZE", 100_000)
     convert(model, tmp_path / "megatron")
     assert len(list((tmp_path / "megatron").glob("*.distcp"))) > 3
@@ -500,7 +501,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(model, t
     convert(model, tmp_path / "megatron")
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(artifact.shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 10**5, 10**5))
-    monkeypatch.setattr(pieces.Weights, "blocks", lambda *_: pytest.fail("something is written"))
+    monkeypatch.setattr(lazy_weights.Weights, "blocks", lambda *_: pytest.fail("something is written"))
     for step in (
         lambda: convert(model, tmp_path / "new" / "megatron"),
         lambda: export(tmp_path / "megatron", tokenizer, tmp_path / "new" / "out"),

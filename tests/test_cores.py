@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rsft_lib.cores import cpu_quota, usable_cores
+from rsft_lib.common.cores import cpu_quota, usable_cores
 
 TWO, ONE = ("cgroup2", "cgroup", "rw"), ("cgroup", "cgroup", "rw,cpu,cpuacct")
 
@@ -83,7 +83,7 @@ def test_cores_that_the_process_may_not_run_on_are_not_counted():
 
 @pytest.mark.parametrize(("quota", "cores"), [(0.1, 1), (1, 1), (1.5, 2), (2, 2), (3.01, 4), (9, 4), (math.inf, 4)])
 def test_part_of_a_core_is_a_core_and_no_quota_adds_to_the_cores_that_there_are(monkeypatch, quota, cores):
-    monkeypatch.setattr("rsft_lib.cores.cpu_quota", lambda: quota)
+    monkeypatch.setattr("rsft_lib.common.cores.cpu_quota", lambda: quota)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 7})
     assert usable_cores() == cores
 
@@ -108,7 +108,7 @@ def make_group() -> tuple[Path, dict[str, str]]:
 def test_a_real_quota_is_seen_by_a_process_in_its_group():
     group, files = make_group()
     code = "import os; open('{}/cgroup.procs', 'w').write(str(os.getpid())); " + (
-        "from rsft_lib.cores import cpu_quota, usable_cores; print(cpu_quota(), usable_cores())"
+        "from rsft_lib.common.cores import cpu_quota, usable_cores; print(cpu_quota(), usable_cores())"
     )
     try:
         for name, content in files.items():

@@ -11,18 +11,18 @@ from support import random_store, settings, tiny_model
 
 from rsft_lib import demo
 from rsft_lib.checkpoint.convert import convert
+from rsft_lib.common.paths import ROOT
 from rsft_lib.data.hybrid import build_hybrid
 from rsft_lib.data.packed import PackedDataset
 from rsft_lib.data.store import TokenStore
 from rsft_lib.data.tokenize import tokenize
+from rsft_lib.display.live.live import LiveRun
+from rsft_lib.display.plot_style import plain_numbers
+from rsft_lib.display.runs.curves import plot_curves
+from rsft_lib.display.runs.summary import summary
 from rsft_lib.notebook import run as run_notebook
-from rsft_lib.paths import ROOT
-from rsft_lib.tokenizer import load_tokenizer, patch_tokenizer
+from rsft_lib.tokenizer.patch import load_tokenizer, patch_tokenizer
 from rsft_lib.training.metrics import read_metrics
-from rsft_lib.view.curves import plot_curves
-from rsft_lib.view.lines import plain_numbers
-from rsft_lib.view.live import LiveRun
-from rsft_lib.view.summary import summary
 
 STEPS = 6
 LOSSES = {f"loss_{kind}" for kind in ("mode_think", "mode_short", "span_control", "span_think", "span_answer")}

@@ -11,10 +11,10 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rsft_lib import demo
-from rsft_lib.chat import encode
 from rsft_lib.data.hybrid import build_hybrid
 from rsft_lib.data.records import read_records
-from rsft_lib.tokenizer import load_tokenizer, patch_tokenizer
+from rsft_lib.tokenizer.chat import encode
+from rsft_lib.tokenizer.patch import load_tokenizer, patch_tokenizer
 
 TEXTS = [
     "<｜User｜>Anna has two eggs.<｜Assistant｜><think>\nStart: two.\n</think>\n\nAnswer: two<｜end▁of▁sentence｜>",

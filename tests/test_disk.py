@@ -15,15 +15,16 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from rsft_lib import demo, disk
-from rsft_lib.artifact import new_folder
-from rsft_lib.tokenizer import patch_tokenizer
+from rsft_lib import demo
+from rsft_lib.common import disk
+from rsft_lib.common.artifact import new_folder
+from rsft_lib.tokenizer.patch import patch_tokenizer
 
 NAMESPACE = ["unshare", "--user", "--map-root-user", "--mount"]
 STEPS = """
 import json, os, sys
 from pathlib import Path
-from rsft_lib import artifact
+from rsft_lib.common import artifact
 from rsft_lib.checkpoint.convert import convert
 from rsft_lib.checkpoint.export import export
 from rsft_lib.data.hybrid import build_hybrid

@@ -8,11 +8,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from rsft_lib import demo, embeddings
-from rsft_lib.checkpoint.pieces import Weights
-from rsft_lib.embeddings import INPUT, OUTPUT, audit, row_means
-from rsft_lib.tokenizer import load_tokenizer, patch_tokenizer
-from rsft_lib.view.embeddings import plot_audit
+from rsft_lib import demo
+from rsft_lib.checkpoint import embedding_audit
+from rsft_lib.checkpoint.embedding_audit import INPUT, OUTPUT, audit, row_means
+from rsft_lib.checkpoint.lazy_weights import Weights
+from rsft_lib.display.model.embedding_norms import plot_audit
+from rsft_lib.tokenizer.patch import load_tokenizer, patch_tokenizer
 
 TOKENS = ["<short>", "<think>"]
 
@@ -70,7 +71,7 @@ def test_norms_percentiles_and_neighbours_are_those_of_the_whole_matrix(
     assert (tmp_path / "model" / "model.safetensors.index.json").exists() == (shard == "50KB")
     if kind == "bin":
         as_bin(tmp_path / "model")
-    monkeypatch.setattr(embeddings, "ROWS", 100)  # so that the last piece is a part of one
+    monkeypatch.setattr(embedding_audit, "ROWS", 100)  # so that the last piece is a part of one
     pieces, read = [], Weights.read
     monkeypatch.setattr(Weights, "read", lambda *given: pieces.append(len(found := read(*given))) or found)
     found = audit(tmp_path / "model", tokenizer, TOKENS, nearest=5)
@@ -82,7 +83,7 @@ def test_norms_percentiles_and_neighbours_are_those_of_the_whole_matrix(
         number, count = tokenizer.convert_tokens_to_ids(row.token), len(tokenizer)
         norm, percentile, near, cosines = expected(weights[row.embedding], number, count, 5)
         assert row.norm == pytest.approx(norm, rel=1e-5) and row.percentile == pytest.approx(percentile)
-        assert [token for token, _ in row.nearest] == [embeddings._shown(tokenizer, i) for i in near]
+        assert [token for token, _ in row.nearest] == [embedding_audit._shown(tokenizer, i) for i in near]
         assert [cosine for _, cosine in row.nearest] == pytest.approx(cosines, abs=1e-5)
         assert len(found.norms[row.embedding]) == count < 512, "rows that are no token's are left out"
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from support import random_store, settings, tiny_model
 
-from rsft_lib.artifact import newest, write_json
 from rsft_lib.checkpoint.convert import convert
+from rsft_lib.common.artifact import newest, write_json
 from rsft_lib.model import engine
 from rsft_lib.training.metrics import MetricsWriter, read_metrics
 

@@ -7,14 +7,14 @@ import math
 from support import random_store, settings, tiny_model
 
 from rsft_lib.checkpoint.convert import convert
+from rsft_lib.common.paths import ROOT
 from rsft_lib.data.packed import PackedDataset
 from rsft_lib.data.store import TokenStore
+from rsft_lib.display.runs.runs import find_runs, runs_table
 from rsft_lib.launch import launch_training, start_training
 from rsft_lib.notebook import run
-from rsft_lib.paths import ROOT
 from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.metrics import read_metrics
-from rsft_lib.view.runs import find_runs, runs_table
 
 EPOCHS = 0.3
 

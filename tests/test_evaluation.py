@@ -14,9 +14,9 @@ from support import random_store, settings, tiny_model, tiny_tokenizer
 from torch.nn.functional import cross_entropy
 from transformers import Qwen2ForCausalLM
 
-from rsft_lib.artifact import newest
 from rsft_lib.checkpoint.convert import convert
 from rsft_lib.checkpoint.export import export
+from rsft_lib.common.artifact import newest
 from rsft_lib.data.store import TokenStore
 from rsft_lib.training.metrics import read_metrics
 

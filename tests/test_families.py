@@ -11,8 +11,8 @@ from families import FAMILIES, tiny_family
 
 from rsft_lib.checkpoint.convert import convert
 from rsft_lib.model.config import read_config, transformer_config
+from rsft_lib.model.distributed import ranks
 from rsft_lib.model.gpt import build_model
-from rsft_lib.ranks import ranks
 
 SIZES = (1, 2, 4)
 

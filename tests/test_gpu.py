@@ -11,15 +11,15 @@ import pytest
 import torch
 from support import all_tensors, random_store, settings, tiny_model
 
-from rsft_lib.artifact import newest, write_json
 from rsft_lib.checkpoint.convert import convert
+from rsft_lib.common.artifact import newest, write_json
+from rsft_lib.evaluation.score import TokenLosses
 from rsft_lib.launch import launch, launch_scoring
 from rsft_lib.model.attention import TEAttention, TorchAttention, chunks_of, packed, share
-from rsft_lib.model.head import Targets, add_product_, cross_entropy_backward_, log_sum_exp, weighted_loss
-from rsft_lib.ranks import ranks
+from rsft_lib.model.distributed import ranks
+from rsft_lib.model.loss_head import Targets, add_product_, cross_entropy_backward_, log_sum_exp, weighted_loss
 from rsft_lib.training.adam import MASTER, AdamW
 from rsft_lib.training.metrics import MetricsWriter, read_metrics
-from rsft_lib.training.score import TokenLosses
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
 HAS_TE = importlib.util.find_spec("transformer_engine") is not None
@@ -36,7 +36,7 @@ def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def same(function, *arguments, tolerance: float = 4e-3) -> None:
-    """Compare a function of head.py on the GPU with itself on the CPU, in float32 from the same bf16."""
+    """Compare a function of loss_head.py on the GPU with itself on the CPU, in float32 from the same bf16."""
     wide = [x.float() if isinstance(x, torch.Tensor) and x.dtype == torch.bfloat16 else x for x in arguments]
     there = [x.cuda() if isinstance(x, torch.Tensor) else x for x in arguments]
     found, expected = function(*there), function(*wide)

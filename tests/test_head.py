@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, linear
 
-from rsft_lib.model import head
-from rsft_lib.model.head import Targets, weighted_loss
-from rsft_lib.ranks import ranks
+from rsft_lib.model import loss_head
+from rsft_lib.model.distributed import ranks
+from rsft_lib.model.loss_head import Targets, weighted_loss
 
 T, H = 7, 12
 
@@ -21,9 +21,9 @@ def parameter(*shape: int) -> torch.nn.Parameter:
     return torch.nn.Parameter(torch.randn(*shape))
 
 
-@pytest.fixture(params=[head.CHUNK, 3], ids=["one chunk", "chunks of 3"])
+@pytest.fixture(params=[loss_head.CHUNK, 3], ids=["one chunk", "chunks of 3"])
 def chunk(request, monkeypatch):
-    monkeypatch.setattr(head, "CHUNK", request.param)
+    monkeypatch.setattr(loss_head, "CHUNK", request.param)
 
 
 @pytest.mark.parametrize("in_main_grad", [False, True])

@@ -13,9 +13,9 @@ import huggingface_hub
 import pytest
 from support import tiny_model, tiny_tokenizer
 
-from rsft_lib import hub
-from rsft_lib.artifact import read_manifest, verify
+from rsft_lib.checkpoint import hub
 from rsft_lib.checkpoint.convert import convert
+from rsft_lib.common.artifact import read_manifest, verify
 
 NAME, COMMIT, TAG = "some-org/Tiny-R1-0.1B", "a" * 40, "b" * 40
 FOLDER = "some_org_Tiny_R1_0.1B"  # as the original names it
@@ -238,7 +238,7 @@ def test_the_hub_is_where_hf_endpoint_says(server, tmp_path):
     """The same in a process of its own, with nothing patched."""
     script = f"""
 from pathlib import Path
-from rsft_lib import hub
+from rsft_lib.checkpoint import hub
 hub.CHECKPOINTS = Path({str(tmp_path / "elsewhere")!r})
 print(hub.model_folder({NAME!r}))
 """

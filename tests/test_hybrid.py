@@ -13,15 +13,15 @@ import pytest
 from real import REAL, needs_real
 
 from rsft_lib import demo
-from rsft_lib.artifact import verify, write_manifest
-from rsft_lib.chat import MODES
+from rsft_lib.common.artifact import verify, write_manifest
 from rsft_lib.data.answers import final_answer, normalized
 from rsft_lib.data.hybrid import FINDINGS, build_hybrid
 from rsft_lib.data.pairs import ROW, SHORT, THINK, balance, coverage, disagreeing, held_back, not_shorter
 from rsft_lib.data.records import read_records
 from rsft_lib.data.store import TokenStore
 from rsft_lib.data.tokenize import tokenize
-from rsft_lib.tokenizer import patch_tokenizer
+from rsft_lib.tokenizer.chat import MODES
+from rsft_lib.tokenizer.patch import patch_tokenizer
 
 
 def think(thoughts: str, answer: str) -> str:

@@ -7,21 +7,28 @@ import re
 import numpy as np
 import pytest
 
-from rsft_lib import demo, lab, scoring
-from rsft_lib.artifact import MANIFEST, file_hash, new_folder
+from rsft_lib import demo
+from rsft_lib.common.artifact import MANIFEST, file_hash, new_folder
 from rsft_lib.data.exclude import exclude, source_lines
 from rsft_lib.data.records import read_records
-from rsft_lib.data.spans import KINDS, MODE_NAMES, control_tokens, kinds
+from rsft_lib.data.span_kinds import KINDS, MODE_NAMES, control_tokens, kinds
 from rsft_lib.data.splits import splits_of
 from rsft_lib.data.store import ROWS, TokenStore
 from rsft_lib.data.tokenize import tokenize
-from rsft_lib.lab import Suspect, chosen, compare, hardest_spans, suspects, typical
-from rsft_lib.scoring import scored
-from rsft_lib.tokenizer import load_tokenizer, patch_tokenizer
-from rsft_lib.training.score import FILE, TokenLosses
-from rsft_lib.view import heat
-from rsft_lib.view.heat import COLORS, level_of, show_losses
-from rsft_lib.view.losses import hardest_table, kinds_table, plot_comparison, suspects_table, write_suspects
+from rsft_lib.display.losses import token_loss_map
+from rsft_lib.display.losses.comparison import (
+    hardest_table,
+    kinds_table,
+    plot_comparison,
+    suspects_table,
+    write_suspects,
+)
+from rsft_lib.display.losses.token_loss_map import COLORS, level_of, show_losses
+from rsft_lib.evaluation import loss_comparison, token_loss_cache
+from rsft_lib.evaluation.loss_comparison import Suspect, chosen, compare, hardest_spans, suspects, typical
+from rsft_lib.evaluation.score import FILE, TokenLosses
+from rsft_lib.evaluation.token_loss_cache import scored
+from rsft_lib.tokenizer.patch import load_tokenizer, patch_tokenizer
 
 HARD_TEXT = "解く 👩‍👩‍👧 é <script>alert('x')</script> $x$ & <b>bold</b>\n\tindented"
 PROBLEMS, WRONG, HARD, LONG = 60, 7, 9, 11  # the last three are records of that number
@@ -78,7 +85,7 @@ def found(folder):
 
 @pytest.mark.parametrize("chunk", [1, 700, 1 << 24])
 def test_samples_and_kinds_are_summed_as_a_loop_over_all_tokens_does(folder, found, monkeypatch, chunk):
-    monkeypatch.setattr(lab, "CHUNK", chunk)
+    monkeypatch.setattr(loss_comparison, "CHUNK", chunk)
     again, sums = compare(found.before, found.after), np.zeros((3, KINDS))
     control = control_tokens(found.store)
     for i in range(len(found)):
@@ -101,7 +108,7 @@ def test_samples_and_kinds_are_summed_as_a_loop_over_all_tokens_does(folder, fou
 
 @pytest.mark.parametrize(("width", "chunk"), [(1, 700), (4, 1), (4, 1 << 24), (6, 700), (30, 700), (10_000, 700)])
 def test_the_hardest_spans_are_those_of_a_search_through_all(found, monkeypatch, width, chunk):
-    monkeypatch.setattr(lab, "CHUNK", chunk)
+    monkeypatch.setattr(loss_comparison, "CHUNK", chunk)
     best = {}
     for i in range(len(found)):
         losses = found.after[i].astype(np.float64)
@@ -162,7 +169,7 @@ def test_scoring_is_done_once_and_again_for_another_checkpoint(folder, tmp_path,
         calls.append(output)
         write_losses(output, TokenStore(data))
 
-    monkeypatch.setattr(scoring, "launch_scoring", score)
+    monkeypatch.setattr(token_loss_cache, "launch_scoring", score)
     checkpoint = tmp_path / "iter_0000001"
     with new_folder(checkpoint, {"made_by": "train", "iteration": 1}):
         pass
@@ -291,11 +298,14 @@ def test_a_long_sample_is_shown_around_its_hardest_token_and_stays_small(folder,
     view = show_losses(
         compare(write_losses(tmp_path / "before", store, scale=5), after), 0, load_tokenizer(folder / "tokenizer")
     )
-    assert view.first < 15_000 < view.last and np.isfinite(view.after[view.first : view.last]).sum() <= heat.SHOWN
+    assert (
+        view.first < 15_000 < view.last
+        and np.isfinite(view.after[view.first : view.last]).sum() <= token_loss_map.SHOWN
+    )
     assert (
         len(store[0][0]) > 16_000 and len(view._repr_html_()) < 300_000 and "more are not shown" in view._repr_html_()
     )
-    assert "12.000" in repr(view).splitlines()[-heat.NAMED]
+    assert "12.000" in repr(view).splitlines()[-token_loss_map.NAMED]
 
 
 def test_tables_and_picture_tell_what_was_found(folder, found, tmp_path):

@@ -8,13 +8,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from rsft_lib.artifact import new_folder
+from rsft_lib.common.artifact import new_folder
 from rsft_lib.data.packing import pack
 from rsft_lib.data.store import StoreWriter, TokenStore
-from rsft_lib.view import dataset, measure
-from rsft_lib.view.costs import BATCH, layout_costs, layouts, overlong_costs
-from rsft_lib.view.lengths import half_of_tokens, plot_lengths
-from rsft_lib.view.measure import MODES, Samples
+from rsft_lib.display.data import dataset, sample_stats
+from rsft_lib.display.data.length_costs import BATCH, layout_costs, layouts, overlong_costs
+from rsft_lib.display.data.lengths import half_of_tokens, plot_lengths
+from rsft_lib.display.data.sample_stats import MODES, Samples
 
 THINK, END_THINK, SHORT, EOS = 3, 4, 5, 2
 TOKENIZER = SimpleNamespace(
@@ -53,10 +53,10 @@ def write_store(folder: Path, samples: list[tuple[list[int], list[int]]], length
 
 @pytest.mark.parametrize("chunk", [1, 17, 100, 1 << 24])
 def test_columns_are_those_of_a_walk_over_every_sample(chunk, monkeypatch, tmp_path):
-    monkeypatch.setattr(measure, "CHUNK", chunk)
+    monkeypatch.setattr(sample_stats, "CHUNK", chunk)
     rng = np.random.default_rng(0)
     written = [random_sample(rng) for _ in range(300)]
-    samples = measure.measure(write_store(tmp_path / "store", written), TOKENIZER)
+    samples = sample_stats.measure(write_store(tmp_path / "store", written), TOKENIZER)
     for i, (ids, mask) in enumerate(written):
         first = mask.index(1)
         closings = [
@@ -75,19 +75,19 @@ def test_a_sample_of_which_all_or_nothing_is_trained_is_named(mask, tmp_path):
     good = ([1, 9, SHORT, EOS], [0, 0, 1, 1])
     store = write_store(tmp_path / "store", [good, good, ([1, 9, 9, EOS], mask), good])
     with pytest.raises(ValueError, match="in 1 samples all or none of the targets are trained, first in sample 2"):
-        measure.measure(store, TOKENIZER)
+        sample_stats.measure(store, TOKENIZER)
 
 
 def test_weights_decide_what_is_trained(tmp_path):
     store = write_store(tmp_path / "store", [([1, 9, SHORT, 20, EOS], [0, 1, 2, 2, 2])])
     store.weights = np.array([0, 0, 0.5], dtype=np.float32)
-    samples = measure.measure(store, TOKENIZER)
+    samples = sample_stats.measure(store, TOKENIZER)
     assert samples.trained.tolist() == [3] and samples.first.tolist() == [2]
 
 
 def stored(tmp_path: Path, name: str, lengths: list[int], count: int) -> Samples:
     samples = [([1, *[9] * 7, THINK, *[20] * i, END_THINK, EOS], [0] * 8 + [1] * (i + 3)) for i in range(count)]
-    return measure.measure(write_store(tmp_path / name, samples, lengths), TOKENIZER)
+    return sample_stats.measure(write_store(tmp_path / name, samples, lengths), TOKENIZER)
 
 
 def test_records_that_were_dropped_or_cut_count_with_the_lengths_they_had(tmp_path):
@@ -114,7 +114,7 @@ def columns(table) -> list[dict]:
 def test_costs_are_those_of_cutting_and_dropping_every_sample(tmp_path):
     rng = np.random.default_rng(1)
     written = [random_sample(rng) for _ in range(200)]
-    samples = measure.measure(write_store(tmp_path / "store", written), TOKENIZER)
+    samples = sample_stats.measure(write_store(tmp_path / "store", written), TOKENIZER)
     every, trained = (sum(map(sum, column)) for column in ([[len(i)] for i, _ in written], [m for _, m in written]))
     for limit in (5, 10, 20, 40, 1000):
         (row,) = columns(overlong_costs(samples, [limit]))
@@ -162,7 +162,7 @@ def test_half_of_the_tokens_is_reached_where_the_long_samples_are():
 
 def test_the_picture_has_every_panel_words_for_colours_and_leaves_no_figure_open(tmp_path):
     rng = np.random.default_rng(0)
-    samples = measure.measure(write_store(tmp_path / "store", [random_sample(rng) for _ in range(80)]), TOKENIZER)
+    samples = sample_stats.measure(write_store(tmp_path / "store", [random_sample(rng) for _ in range(80)]), TOKENIZER)
     before = plt.get_fignums()
     figure = plot_lengths(samples, 128)
     assert plt.get_fignums() == before and len(figure.axes) == 5
@@ -178,7 +178,7 @@ def test_the_picture_has_every_panel_words_for_colours_and_leaves_no_figure_open
 
 
 def test_one_sample_and_one_mode_are_pictured_too(tmp_path):
-    samples = measure.measure(write_store(tmp_path / "store", [([1, 9, SHORT, EOS], [0, 0, 1, 1])]), TOKENIZER)
+    samples = sample_stats.measure(write_store(tmp_path / "store", [([1, 9, SHORT, EOS], [0, 0, 1, 1])]), TOKENIZER)
     plot_lengths(samples, 16).savefig(io.BytesIO())
 
 

@@ -11,9 +11,9 @@ from jupyter_client.manager import start_new_kernel
 from nbclient import NotebookClient
 from standin import Job, record
 
-from rsft_lib.view.board import LOG_LINES, Card, duration, log_end, plot_live
-from rsft_lib.view.follow import Follower
-from rsft_lib.view.live import LINES, LiveRun
+from rsft_lib.display.live.live import LINES, LiveRun
+from rsft_lib.display.live.metrics_tail import Follower
+from rsft_lib.display.live.run_card import LOG_LINES, Card, duration, log_end, plot_live
 
 TESTS = Path(__file__).parent
 
@@ -23,7 +23,7 @@ def watching(folder: Path, more: str = "", **job) -> str:
     arguments = "".join(f", {name}={value!r}" for name, value in job.items())
     return (
         f"import sys; sys.path.insert(0, {str(TESTS)!r})\n"
-        "from standin import Job\nfrom rsft_lib.view.live import watch\n"
+        "from standin import Job\nfrom rsft_lib.display.live.live import watch\n"
         f"watch(Job({str(folder)!r}{arguments}){more})"
     )
 
@@ -183,7 +183,7 @@ def test_a_file_that_grows_is_read_once_and_anew_when_another_takes_its_place(tm
 
 def test_the_start_of_a_run_that_goes_on_is_no_part_of_its_pace(tmp_path, capsys, monkeypatch):
     clock, path = [0.0], tmp_path / "metrics.jsonl"
-    monkeypatch.setattr("rsft_lib.view.live.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("rsft_lib.display.live.live.time.monotonic", lambda: clock[0])
     lines = [json.dumps(record(step, 12)) + "\n" for step in range(1, 13)]
     write(path, "".join(lines[:6]))
     live = LiveRun(tmp_path, 12, types.SimpleNamespace(state="waits", tail=lambda lines: ""), widgets=False)

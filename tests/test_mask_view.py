@@ -11,20 +11,20 @@ from real import REAL, needs_real
 from support import to_messages
 
 from rsft_lib import demo
-from rsft_lib.artifact import new_folder
-from rsft_lib.chat import encode
+from rsft_lib.common.artifact import new_folder
+from rsft_lib.common.visible import visible
 from rsft_lib.data.packed import PackedDataset
 from rsft_lib.data.records import read_records
 from rsft_lib.data.store import StoreWriter, TokenStore
-from rsft_lib.tokenizer import load_tokenizer, patch_tokenizer
-from rsft_lib.view.browse import browse
-from rsft_lib.view.markup import FAINT, INK, Table, inert
-from rsft_lib.view.mask import STYLE, show_mask, show_sample
-from rsft_lib.view.measure import measure
-from rsft_lib.view.pack import show_pack
-from rsft_lib.view.pieces import FOLD, TokenText
-from rsft_lib.view.segments import Marks, mode, segments
-from rsft_lib.visible import visible
+from rsft_lib.display.data.sample_stats import measure
+from rsft_lib.display.html import FAINT, INK, Table, inert
+from rsft_lib.display.mask.browse import browse
+from rsft_lib.display.mask.pack import show_pack
+from rsft_lib.display.mask.sample import STYLE, show_mask, show_sample
+from rsft_lib.display.mask.segments import Marks, mode, segments
+from rsft_lib.display.mask.token_text import FOLD, TokenText
+from rsft_lib.tokenizer.chat import encode
+from rsft_lib.tokenizer.patch import load_tokenizer, patch_tokenizer
 
 CHATS = "chat_glaive_toolcall.jsonl"
 THOUGHT = "<think>\ntwo plus two\n</think>\n\nAnswer: four"

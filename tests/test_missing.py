@@ -8,22 +8,22 @@ from real import LONG
 from support import random_store, settings, tiny_model, tiny_tokenizer
 
 from rsft_lib import demo
-from rsft_lib.artifact import last_checkpoint, new_folder
 from rsft_lib.checkpoint.export import export
-from rsft_lib.contract import check_contract
+from rsft_lib.checkpoint.hub import model_folder
+from rsft_lib.common.artifact import last_checkpoint, new_folder
+from rsft_lib.common.paths import ROOT
 from rsft_lib.data.exclude import exclude
 from rsft_lib.data.hybrid import build_hybrid
 from rsft_lib.data.splits import splits_of
 from rsft_lib.data.store import TokenStore
-from rsft_lib.generate import generate
-from rsft_lib.hub import model_folder
+from rsft_lib.display.runs.curves import plot_curves
+from rsft_lib.display.runs.runs import find_runs
+from rsft_lib.evaluation.generate import generate
+from rsft_lib.evaluation.token_loss_cache import scored
 from rsft_lib.notebook import run
-from rsft_lib.paths import ROOT
-from rsft_lib.scoring import scored
-from rsft_lib.tokenizer import load_tokenizer, patch_tokenizer
+from rsft_lib.tokenizer.contract import check_contract
+from rsft_lib.tokenizer.patch import load_tokenizer, patch_tokenizer
 from rsft_lib.training.preflight import preflight
-from rsft_lib.view.curves import plot_curves
-from rsft_lib.view.runs import find_runs
 
 
 @pytest.fixture(scope="module")

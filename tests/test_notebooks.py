@@ -16,9 +16,9 @@ from chain import STEPS, chained, outputs, pictures
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rsft_lib import demo
-from rsft_lib.artifact import newest
+from rsft_lib.common.artifact import newest
+from rsft_lib.common.paths import ROOT
 from rsft_lib.notebook import run
-from rsft_lib.paths import ROOT
 
 NOTEBOOKS = ROOT / "notebooks"
 in_browser = pytest.mark.skipif(bool(missing()), reason=missing())

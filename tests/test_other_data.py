@@ -10,10 +10,10 @@ from chain import STEPS, chained, outputs, pictures
 
 from rsft_lib import demo
 from rsft_lib.checkpoint.convert import convert
+from rsft_lib.common.paths import ROOT
 from rsft_lib.data.store import TokenStore
 from rsft_lib.notebook import run
-from rsft_lib.paths import ROOT
-from rsft_lib.tokenizer import load_tokenizer, patch_tokenizer
+from rsft_lib.tokenizer.patch import load_tokenizer, patch_tokenizer
 
 NOTEBOOKS = ROOT / "notebooks"
 

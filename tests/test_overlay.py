@@ -10,13 +10,13 @@ import pytest
 from real import REAL, needs_real
 from standin import record
 
-from rsft_lib.view.board import plot_live
-from rsft_lib.view.curves import plot_curves
-from rsft_lib.view.follow import Follower
-from rsft_lib.view.lines import look, smoothed, thinned
-from rsft_lib.view.overlay import plot_health, plot_losses, plot_modes, save_figures
-from rsft_lib.view.published import read_published
-from rsft_lib.view.runs import differences_table, find_runs, runs_table, settings_table
+from rsft_lib.display.live.metrics_tail import Follower
+from rsft_lib.display.live.run_card import plot_live
+from rsft_lib.display.plot_style import look, smoothed, thinned
+from rsft_lib.display.runs.compare_runs import plot_health, plot_losses, plot_modes, save_figures
+from rsft_lib.display.runs.csv_curve import read_published
+from rsft_lib.display.runs.curves import plot_curves
+from rsft_lib.display.runs.runs import differences_table, find_runs, runs_table, settings_table
 
 COLUMNS = {"step": "total_steps", "loss": "train_loss", "held_out": "val_loss"}
 
@@ -59,7 +59,7 @@ def test_runs_are_found_by_folder_and_pattern_once_and_told_apart_by_name(folder
 
 
 def test_a_run_on_a_plain_dataset_shows_no_mode_and_no_choice(tmp_path):
-    """Its metrics as `tally.metrics` gives them where no answer begins with a control token."""
+    """Its metrics as `loss_stats.metrics` gives them where no answer begins with a control token."""
     run = write_run(tmp_path / "plain", 20)
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     gone = ("loss_mode", "loss_span", "p_think", "think_share", "eval_loss_")

@@ -8,20 +8,20 @@ from support import VOCAB, by_hf_name, differing_tensors, logit_difference, rand
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from rsft_lib.artifact import new_folder
 from rsft_lib.checkpoint.convert import convert
 from rsft_lib.checkpoint.sharded import load_weights, sharded_weights
+from rsft_lib.common.artifact import new_folder
 from rsft_lib.data.packed import PackedDataset
 from rsft_lib.data.store import StoreWriter, TokenStore
-from rsft_lib.model import head
+from rsft_lib.evaluation.score import TokenLosses, score
+from rsft_lib.model import loss_head
 from rsft_lib.model.config import read_config
-from rsft_lib.ranks import ranks
+from rsft_lib.model.distributed import ranks
 from rsft_lib.training.batches import Loader, run_batch
 from rsft_lib.training.build import build_state
 from rsft_lib.training.loop import update
 from rsft_lib.training.loss import forward_step, micro_batch
-from rsft_lib.training.score import TokenLosses, score
-from rsft_lib.training.tally import trained_tokens, weight_sum
+from rsft_lib.training.loss_stats import trained_tokens, weight_sum
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
@@ -172,7 +172,7 @@ def test_the_loss_is_the_same_in_one_chunk_and_in_many(models, monkeypatch):
         data = PackedDataset(store, config.seq_length, seed=0)
         losses, norms = [], []
         for chunk in (10_000, 7):
-            monkeypatch.setattr(head, "CHUNK", chunk)
+            monkeypatch.setattr(loss_head, "CHUNK", chunk)
             state.chunks[0].zero_grad_buffer()
             losses.append(run_batch(state, Loader(data, config), [0, 1, 2, 3]).tolist())
             norms.append(torch.stack([p.main_grad.norm() for p in state.chunks[0].parameters()]))

@@ -10,8 +10,8 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
+from rsft_lib.common.paths import ROOT
 from rsft_lib.notebook import KINDS, declared_parameters
-from rsft_lib.paths import ROOT
 
 NOTEBOOKS = [
     "00_quickstart", "01_patch_tokenizer", "02_convert_checkpoint", "03_build_dataset",

@@ -11,10 +11,10 @@ from families import tiny_family
 from safetensors.torch import load_file, save_file
 from support import tiny_tokenizer
 
-from rsft_lib.checkpoint import hf
 from rsft_lib.checkpoint.convert import convert
 from rsft_lib.checkpoint.export import export
-from rsft_lib.checkpoint.pieces import Piece, Weights
+from rsft_lib.checkpoint.formats import hf
+from rsft_lib.checkpoint.lazy_weights import Piece, Weights
 from rsft_lib.checkpoint.verify import lost_in_round_trip, prove, report
 
 SENTENCE = "one two three two one"

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from rsft_lib.questions import held_out_questions, modes_asked
+from rsft_lib.evaluation.questions import held_out_questions, modes_asked
 
 ROWS = [
     {"instruction": "1 + 1 ?", "output": "<think>\nhm\n</think>\n\n2", "mode": "think", "answer": 2},

@@ -13,16 +13,16 @@ from real import REAL, needs_real
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from rsft_lib.artifact import newest
-from rsft_lib.chat import encode
 from rsft_lib.checkpoint.convert import convert
 from rsft_lib.checkpoint.export import export
+from rsft_lib.common.artifact import newest
 from rsft_lib.data.hybrid import build_hybrid
 from rsft_lib.data.store import TokenStore
 from rsft_lib.data.tokenize import tokenize
-from rsft_lib.generate import generate
+from rsft_lib.evaluation.generate import generate
 from rsft_lib.launch import launch_training
-from rsft_lib.tokenizer import load_tokenizer, patch_tokenizer
+from rsft_lib.tokenizer.chat import encode
+from rsft_lib.tokenizer.patch import load_tokenizer, patch_tokenizer
 from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.metrics import read_metrics
 

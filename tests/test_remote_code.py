@@ -12,10 +12,10 @@ from rsft_lib import demo
 from rsft_lib.checkpoint import verify as proof
 from rsft_lib.checkpoint.convert import convert
 from rsft_lib.checkpoint.export import export
-from rsft_lib.contract import check_contract
-from rsft_lib.generate import generate
+from rsft_lib.evaluation.generate import generate
 from rsft_lib.model.config import read_config
-from rsft_lib.tokenizer import load_tokenizer, patch_tokenizer
+from rsft_lib.tokenizer.contract import check_contract
+from rsft_lib.tokenizer.patch import load_tokenizer, patch_tokenizer
 
 LEAVES_A_MARK = "from pathlib import Path\nPath({!r}).touch()\nclass Evil: pass\ndef generate(*_, **__): pass\n"
 AUTO_MAP = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil", "AutoTokenizer": ["evil.Evil", "evil.Evil"]}

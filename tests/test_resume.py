@@ -15,13 +15,14 @@ import pytest
 import torch
 from support import all_tensors, random_store, settings, tiny_model
 
-from rsft_lib import artifact, launch
-from rsft_lib.artifact import MANIFEST, checkpoints, new_folder, newest
+from rsft_lib import launch
+from rsft_lib.checkpoint.any_format import identity
 from rsft_lib.checkpoint.convert import convert
-from rsft_lib.checkpoint.sources import identity
-from rsft_lib.hashed_file import HashedFile
+from rsft_lib.common import artifact
+from rsft_lib.common.artifact import MANIFEST, checkpoints, new_folder, newest
+from rsft_lib.common.hashing_writer import HashedFile
+from rsft_lib.common.locks import locked
 from rsft_lib.launch.local import LocalJob
-from rsft_lib.locks import locked
 from rsft_lib.training.metrics import MetricsWriter, read_metrics
 from rsft_lib.training.retention import remove_leftovers, remove_old
 from rsft_lib.training.run_folder import read_ended

@@ -13,19 +13,20 @@ import pytest
 from standin import record
 from support import random_store, settings, tiny_model
 
-from rsft_lib import launch, locks
-from rsft_lib.artifact import checkpoint_folder, checkpoints, publish, write_manifest
+from rsft_lib import launch
 from rsft_lib.checkpoint.convert import convert
+from rsft_lib.common import locks
+from rsft_lib.common.artifact import checkpoint_folder, checkpoints, publish, write_manifest
+from rsft_lib.display.live.live import LiveRun
+from rsft_lib.display.live.metrics_tail import Follower
+from rsft_lib.display.runs.curves import plot_curves
+from rsft_lib.display.runs.runs import open_run, runs_table
 from rsft_lib.launch import failure, local, training
 from rsft_lib.launch.job import Job
 from rsft_lib.training.metrics import DAMAGED, FILE, MetricsWriter, read_metrics, scan_metrics
 from rsft_lib.training.retention import remove_leftovers, remove_old, set_aside
 from rsft_lib.training.run_folder import how_it_ended, read_ended
 from rsft_lib.training.same_run import refuse_another_run
-from rsft_lib.view.curves import plot_curves
-from rsft_lib.view.follow import Follower
-from rsft_lib.view.live import LiveRun
-from rsft_lib.view.runs import open_run, runs_table
 
 COMMON = {"train_iters": 10, "on_interrupt": "leave", "patience": 20}
 CUT = b'{"iteration": 4, "lo'

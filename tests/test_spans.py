@@ -5,14 +5,14 @@ import pytest
 import torch
 
 from rsft_lib import demo
-from rsft_lib.artifact import new_folder
+from rsft_lib.common.artifact import new_folder
 from rsft_lib.data.packed import PackedDataset
-from rsft_lib.data.spans import MODE_NAMES, SPAN_NAMES, Control, control_tokens, kinds
+from rsft_lib.data.span_kinds import MODE_NAMES, SPAN_NAMES, Control, control_tokens, kinds
 from rsft_lib.data.store import StoreWriter, TokenStore
 from rsft_lib.data.tokenize import tokenize
-from rsft_lib.model.head import Loss
-from rsft_lib.tokenizer import load_tokenizer, patch_tokenizer
-from rsft_lib.training.tally import SIZE, metrics, tally, trained_tokens, weight_sum
+from rsft_lib.model.loss_head import Loss
+from rsft_lib.tokenizer.patch import load_tokenizer, patch_tokenizer
+from rsft_lib.training.loss_stats import SIZE, metrics, tally, trained_tokens, weight_sum
 
 THINK, SHORT, END, EOS, WORD = 1, 2, 3, 4, 9
 CONTROL = Control((THINK, SHORT), END, EOS)

@@ -9,11 +9,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from rsft_lib.common.paths import ROOT
 from rsft_lib.data.exclude import exclude
 from rsft_lib.data.records import Row, Source
 from rsft_lib.data.splits import splits_of, token_folder
 from rsft_lib.data.store import ROWS
-from rsft_lib.paths import ROOT
 
 LINE = '{"instruction": "x", "output": "<short>y"}\n'
 

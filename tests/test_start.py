@@ -9,9 +9,9 @@ from families import tiny_family
 from safetensors.torch import load_file
 from support import all_tensors, random_store, settings, tiny_tokenizer, trained
 
-from rsft_lib.artifact import newest
 from rsft_lib.checkpoint.convert import convert
 from rsft_lib.checkpoint.export import export
+from rsft_lib.common.artifact import newest
 from rsft_lib.training.metrics import MetricsWriter
 
 STEPS, VOCAB = 6, 259

@@ -15,11 +15,12 @@ from megatron.core import parallel_state
 from processes import survivors, wait_until
 from support import all_tensors, random_store, record_checksums, settings, tiny_model
 
-from rsft_lib import artifact, launch
-from rsft_lib.artifact import newest, write_json
+from rsft_lib import launch
 from rsft_lib.checkpoint.convert import convert
-from rsft_lib.hashed_file import HashedFile
-from rsft_lib.training import loop, saving, stop, watchdog
+from rsft_lib.common import artifact
+from rsft_lib.common.artifact import newest, write_json
+from rsft_lib.common.hashing_writer import HashedFile
+from rsft_lib.training import loop, saving, signals, watchdog
 from rsft_lib.training.metrics import read_metrics
 from rsft_lib.training.run_folder import read_ended
 
@@ -115,12 +116,12 @@ def test_the_time_limit_saves_and_stops(inputs, tmp_path):
 
 def test_a_run_stops_when_one_more_step_like_the_longest_would_go_past_the_time_limit(monkeypatch):
     now, reasons = 0.0, []
-    monkeypatch.setattr(stop.time, "monotonic", lambda: now)
-    asked = stop.Stop(minutes=1)
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now)
+    asked = signals.Stop(minutes=1)
     for seconds in (10, 15, 10, 10, 10):
         now += seconds
         asked.look_at_the_clock(seconds)
-        reasons.append(stop.REASONS[asked.reason])
+        reasons.append(signals.REASONS[asked.reason])
     assert reasons == ["", "", "", "", "time limit"]  # after 45 seconds there was room for 15 more
 
 

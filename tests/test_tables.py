@@ -2,11 +2,12 @@
 
 import sys
 
-from rsft_lib import demo, progress
-from rsft_lib.tokenizer import patch_tokenizer
-from rsft_lib.view.dataset import counts_table
-from rsft_lib.view.facts import facts_table
-from rsft_lib.view.template import Difference, edits_table
+from rsft_lib import demo
+from rsft_lib.common import progress
+from rsft_lib.display.data.dataset import counts_table
+from rsft_lib.display.model.manifest_table import facts_table
+from rsft_lib.display.model.template_diff import Difference, edits_table
+from rsft_lib.tokenizer.patch import patch_tokenizer
 
 
 def test_facts_leave_out_what_is_empty_and_hashes():

@@ -10,9 +10,9 @@ from real import REAL, needs_real
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from rsft_lib import demo
-from rsft_lib.chat import encode, prompt_ids
-from rsft_lib.templates import QWEN, R1_CHAT_TEMPLATE, patch_template, recognise
-from rsft_lib.tokenizer import load_tokenizer, patch_tokenizer
+from rsft_lib.tokenizer.chat import encode, prompt_ids
+from rsft_lib.tokenizer.patch import load_tokenizer, patch_tokenizer
+from rsft_lib.tokenizer.templates import QWEN, R1_CHAT_TEMPLATE, patch_template, recognise
 
 NEW = patch_template(R1_CHAT_TEMPLATE)[0]
 HARD = [

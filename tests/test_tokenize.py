@@ -19,15 +19,15 @@ from processes import wait_until
 from support import settings, to_messages
 
 from rsft_lib import demo
-from rsft_lib.artifact import verify
-from rsft_lib.chat import LOSS_WEIGHTS, ChatTemplate, encode
+from rsft_lib.common.artifact import verify
 from rsft_lib.data.encoder import ReferenceEncoder
 from rsft_lib.data.pool import Process, pool_for
 from rsft_lib.data.records import Row, read_records
 from rsft_lib.data.store import LENGTHS, MASK, ROWS, TokenStore
 from rsft_lib.data.tokenize import tokenize
 from rsft_lib.data.worker import Job, Options, Worker
-from rsft_lib.tokenizer import load_tokenizer, patch_tokenizer
+from rsft_lib.tokenizer.chat import LOSS_WEIGHTS, ChatTemplate, encode
+from rsft_lib.tokenizer.patch import load_tokenizer, patch_tokenizer
 from rsft_lib.training.datasets import open_datasets
 
 FILES = ["text_document.bin", "text_document.idx", MASK, LENGTHS, ROWS]

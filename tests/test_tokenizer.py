@@ -16,11 +16,11 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from rsft_lib import demo
-from rsft_lib.artifact import read_manifest
-from rsft_lib.chat import encode, prompt_ids
-from rsft_lib.contract import TEXTS, check_contract
-from rsft_lib.templates import R1_CHAT_TEMPLATE, is_ours, patch_template
-from rsft_lib.tokenizer import load_tokenizer, patch_tokenizer
+from rsft_lib.common.artifact import read_manifest
+from rsft_lib.tokenizer.chat import encode, prompt_ids
+from rsft_lib.tokenizer.contract import TEXTS, check_contract
+from rsft_lib.tokenizer.patch import load_tokenizer, patch_tokenizer
+from rsft_lib.tokenizer.templates import R1_CHAT_TEMPLATE, is_ours, patch_template
 
 SHORT = {"<|quad_start|>": "<short>"}
 NEW = patch_template(R1_CHAT_TEMPLATE)[0]

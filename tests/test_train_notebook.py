@@ -14,11 +14,12 @@ import yaml
 from processes import survivors, wait_until
 from support import random_store, settings, tiny_model
 
-from rsft_lib import demo, launch, provenance
-from rsft_lib.artifact import newest
+from rsft_lib import demo, launch
 from rsft_lib.checkpoint.convert import convert
+from rsft_lib.common import provenance
+from rsft_lib.common.artifact import newest
+from rsft_lib.common.paths import ROOT
 from rsft_lib.notebook import checked, declared_parameters
-from rsft_lib.paths import ROOT
 from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.metrics import read_metrics
 

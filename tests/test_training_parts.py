@@ -16,11 +16,11 @@ from support import random_store, settings, tiny_model
 from transformers import Qwen2Config
 
 from rsft_lib.checkpoint.convert import convert
+from rsft_lib.common.paths import ROOT
 from rsft_lib.launch import LaunchOptions
 from rsft_lib.model import engine
 from rsft_lib.model.config import read_config
 from rsft_lib.notebook import declared_parameters
-from rsft_lib.paths import ROOT
 from rsft_lib.training import alarms, flops, metrics
 from rsft_lib.training.alarms import Alarms
 from rsft_lib.training.build import refuse_misfit
@@ -312,7 +312,7 @@ def test_preflight_tells_what_a_run_will_take(tmp_path, monkeypatch):
 def test_without_a_gpu_a_rank_starts_without_torchs_compiler():
     code = (
         "import sys, torch, rsft_lib.training.train\n"
-        "with rsft_lib.host.cuda_on_cpu():\n"
+        "with rsft_lib.model.cpu_shim.cuda_on_cpu():\n"
         "    torch.optim.AdamW([torch.zeros(1, requires_grad=True)])\n"
         "sys.exit('torch._dynamo' in sys.modules)"
     )

@@ -17,12 +17,13 @@ from support import all_tensors, logit_difference, random_store, settings, tiny_
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.serialization import _get_layout
 
-from rsft_lib.artifact import MANIFEST, newest, read_manifest, verify, write_manifest
-from rsft_lib.checkpoint import sources, torch_dist
+from rsft_lib.checkpoint import any_format
 from rsft_lib.checkpoint import verify as proof
 from rsft_lib.checkpoint.convert import convert
 from rsft_lib.checkpoint.export import export
-from rsft_lib.checkpoint.pieces import Weights
+from rsft_lib.checkpoint.formats import torch_dist
+from rsft_lib.checkpoint.lazy_weights import Weights
+from rsft_lib.common.artifact import MANIFEST, newest, read_manifest, verify, write_manifest
 from rsft_lib.launch import launch, launch_scoring, launch_training
 
 DAMAGES = {"torch_dist": (1000, 100), "legacy": (200, 40)}  # flipped bits, truncations
@@ -36,8 +37,8 @@ def checkpoint(tmp_path):
 
 
 def score_as_rank(checkpoint, data, output):
-    from rsft_lib.ranks import ranks
-    from rsft_lib.training.score import score
+    from rsft_lib.evaluation.score import score
+    from rsft_lib.model.distributed import ranks
 
     with ranks():
         score(checkpoint, data, output)
@@ -88,12 +89,12 @@ def damage(folder: Path, flips: int, cuts: int, seed: int = 0) -> tuple[int, int
         else:
             path.write_bytes(whole[: rng.randrange(len(whole))])
         try:
-            sources.check(folder)
+            any_format.check(folder)
         except (ValueError, FileNotFoundError) as error:
             assert path.name in str(error) or path.name == MANIFEST, f"{path} is not named: {error}"
             found[number >= flips] += 1
         path.write_bytes(whole)
-    sources.check(folder)
+    any_format.check(folder)
     return tuple(found)
 
 

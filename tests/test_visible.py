@@ -9,19 +9,19 @@ import pytest
 import torch
 
 from rsft_lib import demo
-from rsft_lib.checks import Checks
-from rsft_lib.contract import check_contract
+from rsft_lib.checkpoint.embedding_audit import Audit, Row
+from rsft_lib.common.check_table import Checks
+from rsft_lib.common.visible import HIDDEN, visible
 from rsft_lib.data.rejects import Reject, Rejects
-from rsft_lib.embeddings import Audit, Row
-from rsft_lib.generate import Answer
-from rsft_lib.tokenizer import patch_tokenizer
-from rsft_lib.view.answers import side_by_side
-from rsft_lib.view.dataset import findings_table, records_table
-from rsft_lib.view.facts import facts_table
-from rsft_lib.view.markup import Table, caption
-from rsft_lib.view.proof import outputs_table
-from rsft_lib.view.template import Difference, edits_table
-from rsft_lib.visible import HIDDEN, visible
+from rsft_lib.display.data.dataset import findings_table, records_table
+from rsft_lib.display.html import Table, caption
+from rsft_lib.display.model.answers import side_by_side
+from rsft_lib.display.model.manifest_table import facts_table
+from rsft_lib.display.model.template_diff import Difference, edits_table
+from rsft_lib.display.model.verify_tables import outputs_table
+from rsft_lib.evaluation.generate import Answer
+from rsft_lib.tokenizer.contract import check_contract
+from rsft_lib.tokenizer.patch import patch_tokenizer
 
 ACTING = "\x1b]0;title\x07\x1b[31m \x9b1m \u202egnp.exe\u2066 \x00\x08\x85\u2028 \u200b\ud83d \U000e0041"
 READABLE = "العربية שלום ग़\u200cल 👩\u200d👩\u200d👧 1\ufe0f⃣ ☎\ufe0e ᠠ\u180b 👁\ufe0f\u200d🗨\ufe0f e\u0301 – ✓ $5"

@@ -7,12 +7,13 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig
 
-from rsft_lib.artifact import MANIFEST, file_hash, new_folder, read_manifest
-from rsft_lib.checkpoint import hf, legacy, sources, torch_dist
-from rsft_lib.checkpoint.pieces import Weights, resized, with_row_means
+from rsft_lib.checkpoint import any_format
+from rsft_lib.checkpoint.formats import hf, legacy, torch_dist
+from rsft_lib.checkpoint.lazy_weights import Weights, resized, with_row_means
+from rsft_lib.common.artifact import MANIFEST, file_hash, new_folder, read_manifest
+from rsft_lib.common.paths import existing, resolve
+from rsft_lib.common.progress import progress
 from rsft_lib.model.config import check_layout, read_config
-from rsft_lib.paths import existing, resolve
-from rsft_lib.progress import progress
 
 FORMATS = ("torch_dist", "legacy")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -65,10 +66,12 @@ def convert(
     describing = existing(original, "original model") if original else source
     config, row_means = read_config(describing), row_means or {}
     _check_settings(config, format, tensor_parallel, pipeline_parallel, vocab_size, dtype, row_means)
-    sources.check(source)
+    any_format.check(source)
     _report_ignored_files(source)
-    weights = sources.whole_vocabulary(sources.open_weights(source, config), config, describing if original else None)
-    rows, vocabulary = config.vocab_size, sources.vocabulary(config)
+    weights = any_format.whole_vocabulary(
+        any_format.open_weights(source, config), config, describing if original else None
+    )
+    rows, vocabulary = config.vocab_size, any_format.vocabulary(config)
     if format == "legacy":
         rows = legacy.rows_of_vocabulary(vocab_size or rows, tensor_parallel)
         destination = destination.with_name(f"{destination.name}_TP{tensor_parallel}PP{pipeline_parallel}")
@@ -93,7 +96,7 @@ def convert(
 
 
 def _report_ignored_files(source: Path) -> None:
-    if sources.kind(source) == "hf" and (others := hf.weight_sources(source)[1:]):
+    if any_format.kind(source) == "hf" and (others := hf.weight_sources(source)[1:]):
         first = hf.weight_sources(source)[0]
         print(f"{source}: reading {first}, ignoring {', '.join(others)} (the precedence of transformers)")
 
@@ -132,12 +135,12 @@ def _already_there(destination: Path, facts: dict, weights: Weights, config: Pre
             return False
         if (destination / "config.json").read_bytes() != told:
             return False
-        sources.check(destination)
+        any_format.check(destination)
     except (OSError, ValueError) as error:
         if destination.exists():
             print(f"converting again: {error}")
         return False
-    return not differing(weights, sources.open_weights(destination, config))
+    return not differing(weights, any_format.open_weights(destination, config))
 
 
 def differing(weights: Weights, others: Weights) -> list[str]:

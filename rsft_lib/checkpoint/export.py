@@ -6,15 +6,16 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, PretrainedConfig
 
-from rsft_lib.artifact import MANIFEST, file_hash, new_folder, read_manifest, verify
-from rsft_lib.checkpoint import hf, sources
-from rsft_lib.checkpoint.card import model_card
+from rsft_lib.checkpoint import any_format
 from rsft_lib.checkpoint.convert import DTYPES, GENERATION, config_bytes, origin
-from rsft_lib.checkpoint.pieces import Weights, resized
+from rsft_lib.checkpoint.formats import hf
+from rsft_lib.checkpoint.lazy_weights import Weights, resized
+from rsft_lib.checkpoint.model_card import model_card
+from rsft_lib.common.artifact import MANIFEST, file_hash, new_folder, read_manifest, verify
+from rsft_lib.common.paths import existing, resolve
+from rsft_lib.common.progress import progress
 from rsft_lib.model.config import read_config
-from rsft_lib.paths import existing, resolve
-from rsft_lib.progress import progress
-from rsft_lib.tokenizer import fingerprint, load_tokenizer
+from rsft_lib.tokenizer.patch import fingerprint, load_tokenizer
 
 OF_TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -115,9 +116,9 @@ def _refuse_another_tokenizer(checkpoint: Path, tokenizer: Path) -> None:
 
 def _weights(checkpoint: Path, config: PretrainedConfig, dtype: str, original: Path | None) -> Weights:
     """What will be written, by Hugging Face names."""
-    sources.check(checkpoint)
-    weights = sources.whole_vocabulary(sources.open_weights(checkpoint, config), config, original)
-    weights = hf.as_hf(resized(weights, sources.vocabulary(config), config.vocab_size), config)
+    any_format.check(checkpoint)
+    weights = any_format.whole_vocabulary(any_format.open_weights(checkpoint, config), config, original)
+    weights = hf.as_hf(resized(weights, any_format.vocabulary(config), config.vocab_size), config)
     trained = (checkpoint / MANIFEST).is_file() and read_manifest(checkpoint)["made_by"] == "train"
     return Weights(weights.pieces, DTYPES[dtype] if dtype else (config.dtype or torch.float32) if trained else None)
 

@@ -6,8 +6,9 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.models.gpt import GPTModel
 
-from rsft_lib.checkpoint import sources, torch_dist
-from rsft_lib.checkpoint.pieces import Weights, refuse, resized
+from rsft_lib.checkpoint import any_format
+from rsft_lib.checkpoint.formats import torch_dist
+from rsft_lib.checkpoint.lazy_weights import Weights, refuse, resized
 from rsft_lib.model.config import read_config
 
 # One tensor per layer and weight, and optimizer states shaped like weights: loadable in any layout.
@@ -48,10 +49,10 @@ def load_weights(model: torch.nn.Module, folder: Path) -> None:
         ValueError: a file is damaged or not to be trusted, or the weights are not those of this model.
     """
     if torch.distributed.get_rank() == 0:
-        sources.check(folder)
+        any_format.check(folder)
     torch.distributed.barrier()
     config = read_config(folder)
-    weights = sources.whole_vocabulary(sources.open_weights(folder, config), config)
+    weights = any_format.whole_vocabulary(any_format.open_weights(folder, config), config)
     places = _places(sharded_weights(model))
     weights = _matched(weights, places, folder)
     for place in places:

@@ -13,17 +13,18 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from rsft_lib.artifact import MANIFEST, PROOF, new_folder, read_manifest, write_json
-from rsft_lib.checkpoint import hf, sources, torch_dist
+from rsft_lib.checkpoint import any_format
 from rsft_lib.checkpoint.convert import copy_along, differing
 from rsft_lib.checkpoint.export import export
-from rsft_lib.checkpoint.pieces import Box, Weights, resized, with_row_means
+from rsft_lib.checkpoint.formats import hf, torch_dist
+from rsft_lib.checkpoint.lazy_weights import Box, Weights, resized, with_row_means
 from rsft_lib.checkpoint.sharded import load_weights
-from rsft_lib.host import device
+from rsft_lib.common.artifact import MANIFEST, PROOF, new_folder, read_manifest, write_json
 from rsft_lib.model.config import read_config, transformer_config
+from rsft_lib.model.cpu_shim import device
+from rsft_lib.model.distributed import ranks
 from rsft_lib.model.gpt import build_model
-from rsft_lib.ranks import ranks
-from rsft_lib.tokenizer import load_tokenizer
+from rsft_lib.tokenizer.patch import load_tokenizer
 
 SENTENCE = "The quick brown fox jumps over the lazy dog. How many words does this sentence have?"
 SHOWN = 5  # most likely next tokens that are listed side by side
@@ -100,9 +101,9 @@ def _both(model: Path, checkpoint: Path) -> tuple[Weights, Weights, bool]:
     config = read_config(model)
     weights = hf.open_weights(model, config)
     weights = with_row_means(weights, [name for name in EMBEDDINGS if name in weights.pieces], _row_means(checkpoint))
-    sources.check(checkpoint)
-    stored = sources.open_weights(checkpoint, config)
-    others = hf.as_hf(resized(stored, sources.vocabulary(config), config.vocab_size), config)
+    any_format.check(checkpoint)
+    stored = any_format.open_weights(checkpoint, config)
+    others = hf.as_hf(resized(stored, any_format.vocabulary(config), config.vocab_size), config)
     dtypes = [{w.empty(name).dtype for name in w} for w in (weights, others)]
     if dtypes[0] != dtypes[1] and [len(found) for found in dtypes] == [1, 1]:
         shorter = min(dtypes[1].pop(), dtypes[0].pop(), key=lambda dtype: dtype.itemsize)

@@ -4,7 +4,7 @@ import re
 import unicodedata
 from fractions import Fraction
 
-from rsft_lib.chat import END_THINK, SHORT
+from rsft_lib.tokenizer.chat import END_THINK, SHORT
 
 MARKS = re.compile(r"^####(?!#)|\bAnswer\**:\**|\\boxed\s*\{", re.M)
 CLOSING = 2000  # characters at the end of a text in which its final answer is looked for

@@ -8,8 +8,8 @@ An answer whose chain of thought stands in a field of its own has no such token 
 import re
 from collections.abc import Collection
 
-from rsft_lib.chat import END_THINK, REASONING, SHORT, THINK
 from rsft_lib.data.conversation import strings
+from rsft_lib.tokenizer.chat import END_THINK, REASONING, SHORT, THINK
 
 TAGS = (THINK, END_THINK, SHORT)
 TAGS_PATTERN = re.compile("|".join(TAGS))

@@ -8,7 +8,7 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from rsft_lib.chat import REASONING
+from rsft_lib.tokenizer.chat import REASONING
 
 PAIRS = (("instruction", "output"), ("prompt", "response"), ("problem", "solution"))
 CHATS = ("messages", "conversations")

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from rsft_lib.chat import Span, mask_of
+from rsft_lib.tokenizer.chat import Span, mask_of
 
 try:
     import gigatoken

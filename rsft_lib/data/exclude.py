@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from rsft_lib.artifact import new_folder
+from rsft_lib.common.artifact import new_folder
+from rsft_lib.common.paths import resolve
 from rsft_lib.data.records import Source, source_of
 from rsft_lib.data.splits import SPLITS, split_files
 from rsft_lib.data.store import ROWS, TokenStore
-from rsft_lib.paths import resolve
 
 
 def source_lines(store: TokenStore) -> np.ndarray:

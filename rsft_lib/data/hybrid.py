@@ -14,8 +14,8 @@ from tempfile import TemporaryFile
 
 import numpy as np
 
-from rsft_lib.artifact import file_hash, new_folder, read_manifest, verify_files
-from rsft_lib.chat import END_THINK, SHORT, THINK
+from rsft_lib.common.artifact import file_hash, new_folder, read_manifest, verify_files
+from rsft_lib.common.paths import existing, resolve
 from rsft_lib.data.conversation import RULES
 from rsft_lib.data.encoder import best_encoder
 from rsft_lib.data.pairs import OTHER, balance, coverage, disagreeing, held_back, not_shorter
@@ -23,8 +23,8 @@ from rsft_lib.data.records import Source, source_of
 from rsft_lib.data.rejects import Reject, Rejects, reject
 from rsft_lib.data.samples import Sample, cut_sample, declared_sample, long_sample, short_sample
 from rsft_lib.data.scratch import Scratch
-from rsft_lib.paths import existing, resolve
-from rsft_lib.tokenizer import load_tokenizer
+from rsft_lib.tokenizer.chat import END_THINK, SHORT, THINK
+from rsft_lib.tokenizer.patch import load_tokenizer
 
 FINDINGS = "findings.jsonl"
 WHAT = {long_sample: "long answers", short_sample: "short answers", declared_sample: "dataset"}

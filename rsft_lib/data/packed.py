@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rsft_lib.data.packing import pack
-from rsft_lib.data.spans import Control, kinds
+from rsft_lib.data.span_kinds import Control, kinds
 from rsft_lib.data.store import TokenStore
 
 EMPTY = -1  # a pack that fills up a batch and trains nothing
@@ -101,7 +101,7 @@ class PackedDataset:
         Returns:
             tokens, labels, position_ids: int64 [1, positions]; position_ids restart with every sample.
             loss_mask: float32 [1, positions]; the weight of each label's loss, 0 where it is not trained.
-            kinds: int64 [1, positions], see `spans`.
+            kinds: int64 [1, positions], see `span_kinds`.
             cu_seqlens: int32 [samples + 1]; the rest of each pack is a sample of its own that trains nothing.
         """
         parts = [part for index in packs for part in self._parts(index)]

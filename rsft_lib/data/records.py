@@ -16,8 +16,8 @@ from uuid import UUID
 import pyarrow
 import pyarrow.parquet
 
-from rsft_lib.artifact import file_hash
-from rsft_lib.paths import existing, resolve
+from rsft_lib.common.artifact import file_hash
+from rsft_lib.common.paths import existing, resolve
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")

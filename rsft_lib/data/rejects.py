@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+from rsft_lib.common.temporary import beside
+from rsft_lib.common.visible import visible
 from rsft_lib.data.records import Row, as_text
-from rsft_lib.temporary import beside
-from rsft_lib.visible import visible
 
 HOPELESS = 1000  # rejected rows after which work that mostly fails is not carried on
 LONGEST = 1000  # characters of a reason; an error may quote all of a row

@@ -4,11 +4,11 @@ import hashlib
 import json
 from typing import NamedTuple
 
-from rsft_lib.chat import END_THINK, MODES, REASONING, SHORT, THINK
 from rsft_lib.data.answers import final_answer, normalized
 from rsft_lib.data.control_tokens import TAGS_PATTERN
 from rsft_lib.data.conversation import conversation, is_empty
 from rsft_lib.data.records import Row, parse
+from rsft_lib.tokenizer.chat import END_THINK, MODES, REASONING, SHORT, THINK
 
 MODE_NAMES = (*MODES, "other")  # an answer of the last begins with no control token
 COPIED = ("id", "answer")  # fields that a sample keeps of its record, unless they are its question or its answer

@@ -8,11 +8,11 @@ from typing import BinaryIO
 
 import numpy as np
 
+from rsft_lib.common.progress import progress
 from rsft_lib.data.answers import final_answer
 from rsft_lib.data.pairs import ROW
 from rsft_lib.data.records import Source
 from rsft_lib.data.samples import Sample
-from rsft_lib.progress import progress
 
 BATCH = 128  # samples that are measured at a time; an encoding takes some 100 bytes a token
 

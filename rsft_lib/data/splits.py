@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from rsft_lib.artifact import MANIFEST
+from rsft_lib.common.artifact import MANIFEST
+from rsft_lib.common.paths import ROOT, folder_name, resolve
 from rsft_lib.data.records import SUFFIXES, source_of
-from rsft_lib.paths import ROOT, folder_name, resolve
 
 SPLITS = ("train", "heldout")  # files of these names in a folder, as notebook 03 writes them
 

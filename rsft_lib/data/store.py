@@ -14,9 +14,9 @@ import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 from numpy.typing import NDArray
 
-from rsft_lib.artifact import read_manifest
-from rsft_lib.chat import LOSS_WEIGHTS
-from rsft_lib.paths import existing
+from rsft_lib.common.artifact import read_manifest
+from rsft_lib.common.paths import existing
+from rsft_lib.tokenizer.chat import LOSS_WEIGHTS
 
 NAME = "text_document"
 MASK = "loss_mask.bin"

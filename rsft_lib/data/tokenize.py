@@ -11,19 +11,19 @@ from dataclasses import asdict
 from itertools import chain, islice
 from pathlib import Path
 
-from rsft_lib.artifact import new_folder, verify
-from rsft_lib.chat import END_THINK, MODES, ChatTemplate
-from rsft_lib.contract import require_contract
-from rsft_lib.cores import usable_cores
+from rsft_lib.common.artifact import new_folder, verify
+from rsft_lib.common.cores import usable_cores
+from rsft_lib.common.paths import resolve
+from rsft_lib.common.progress import progress
 from rsft_lib.data.conversation import RULES
 from rsft_lib.data.pool import pool_for
 from rsft_lib.data.records import Row, Source, blocks, source_of
 from rsft_lib.data.rejects import Rejects
 from rsft_lib.data.store import StoreWriter
 from rsft_lib.data.worker import Block, Job, Options
-from rsft_lib.paths import resolve
-from rsft_lib.progress import progress
-from rsft_lib.tokenizer import fingerprint, load_tokenizer
+from rsft_lib.tokenizer.chat import END_THINK, MODES, ChatTemplate
+from rsft_lib.tokenizer.contract import require_contract
+from rsft_lib.tokenizer.patch import fingerprint, load_tokenizer
 
 PROOF_ROWS = 256  # of this very dataset, on which encoders are compared
 # Workers that one reading and writing process keeps busy: with gigatoken a block takes one of them 15 times as long as

@@ -16,13 +16,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from rsft_lib.chat import MODES, REASONING, ChatTemplate, Span, trained_texts
+from rsft_lib.common.sandbox import limit_memory, time_limit
 from rsft_lib.data.control_tokens import ControlTokens, well_formed
 from rsft_lib.data.conversation import conversation, is_empty, strings
 from rsft_lib.data.encoder import Tokens, best_encoder, encoder
 from rsft_lib.data.records import Row, parse, size_of
 from rsft_lib.data.rejects import Reject, reject
-from rsft_lib.sandbox import limit_memory, time_limit
+from rsft_lib.tokenizer.chat import MODES, REASONING, ChatTemplate, Span, trained_texts
 
 # A chat template is somebody's code: one that loops for ever or builds a gigabyte costs its row, not the machine.
 ROW_SECONDS, EXTRA_MEMORY = 10, 3 << 30

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from rsft_lib.artifact import checkpoints, write_json
+from rsft_lib.common.artifact import checkpoints, write_json
 from rsft_lib.launch.failure import failure
 from rsft_lib.launch.log import read_end
 from rsft_lib.training.metrics import scan_metrics

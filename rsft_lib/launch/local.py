@@ -1,7 +1,7 @@
 """Ranks on this machine, under torchrun.
 
 The chain is notebook kernel -> torchrun -> ranks. torchrun puts its ranks into sessions of their own, so no signal
-to a process group reaches them; instead every link watches the one before it (torchrun.py, ../lifeline.py). A training
+to a process group reaches them; instead every link watches the one before it (torchrun.py, common/parent_death.py). A training
 that shall go on without the notebook has no such link at its beginning.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from rsft_lib.cores import usable_cores
+from rsft_lib.common.cores import usable_cores
 from rsft_lib.launch.failure import failure, torchrun_reports
 from rsft_lib.launch.job import ENVIRONMENT, TRAIN, Job
 from rsft_lib.launch.log import mark

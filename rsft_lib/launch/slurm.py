@@ -14,11 +14,11 @@ import sys
 import time
 from pathlib import Path
 
+from rsft_lib.common.paths import ROOT
 from rsft_lib.launch.failure import ERRORS
 from rsft_lib.launch.job import ENVIRONMENT, TRAIN, Job
 from rsft_lib.launch.log import MARK, mark
 from rsft_lib.launch.options import LaunchOptions
-from rsft_lib.paths import ROOT
 from rsft_lib.training.run_folder import CONFIG, ENDED, JOB, LOG, STOPPING
 from rsft_lib.training.watchdog import STACKS
 

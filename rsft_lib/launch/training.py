@@ -6,14 +6,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from rsft_lib.artifact import checkpoint_folder, checkpoints, read_manifest, write_json
+from rsft_lib.common.artifact import checkpoint_folder, checkpoints, read_manifest, write_json
+from rsft_lib.common.locks import locked
+from rsft_lib.common.paths import existing, resolve
 from rsft_lib.launch import local, slurm
 from rsft_lib.launch.failure import ERRORS
 from rsft_lib.launch.job import Job, read_job
 from rsft_lib.launch.local import LocalJob, launch
 from rsft_lib.launch.options import HERE, LaunchOptions
-from rsft_lib.locks import locked
-from rsft_lib.paths import existing, resolve
 from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.run_folder import CONFIG, ENDED, LOG, STOPPING, read_ended, read_record
 from rsft_lib.training.watchdog import STACKS
@@ -91,7 +91,7 @@ def launch_scoring(checkpoint: str | Path, data: str | Path, output: str | Path,
     """
     folder = resolve(output)
     arguments = ["--checkpoint", str(checkpoint), "--data", str(data), "--output", str(folder)]
-    launch("rsft_lib.training.score", arguments, nproc, folder.with_name(f"{folder.name}.log"))
+    launch("rsft_lib.evaluation.score", arguments, nproc, folder.with_name(f"{folder.name}.log"))
 
 
 def _refuse_others(job: Job, config: TrainConfig) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from rsft_lib.paths import existing
+from rsft_lib.common.paths import existing
 
 FAMILIES = ("qwen2", "qwen3", "llama", "mistral")
 ROPE_TYPES = ("default", "linear", "llama3")  # those that change frequencies only

@@ -12,8 +12,8 @@ from transformers import PretrainedConfig
 
 from rsft_lib.model.attention import packed
 from rsft_lib.model.config import attention_window, check_layout, inverse_frequencies, padded_vocab_size
-from rsft_lib.model.head import Loss, Targets, weighted_loss
 from rsft_lib.model.layers import block_spec
+from rsft_lib.model.loss_head import Loss, Targets, weighted_loss
 
 
 def resolve_backend(backend: str, precision: str = "bf16") -> str:
@@ -35,12 +35,12 @@ def resolve_backend(backend: str, precision: str = "bf16") -> str:
 
 
 class ResponseModel(GPTModel):
-    """GPTModel that is called with packed samples and, for training, returns a `head.Loss`.
+    """GPTModel that is called with packed samples and, for training, returns a `loss_head.Loss`.
 
     Args of a call:
         input_ids, position_ids: int64 [b, s]; positions restart with every sample.
         attention_mask: None; attention is causal within each sample.
-        labels: `head.Targets` for a loss; without them the call returns logits [b, s, v / TP].
+        labels: `loss_head.Targets` for a loss; without them the call returns logits [b, s, v / TP].
         samples: the `attention.Chunk`s of this rank; without them, every row is one sample.
     """
 

@@ -20,9 +20,9 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from torch import Tensor
 from torch.nn.functional import silu
 
-from rsft_lib.host import fused
 from rsft_lib.model import engine
 from rsft_lib.model.attention import TEAttention, TorchAttention
+from rsft_lib.model.cpu_shim import fused
 
 
 def block_spec(backend: str, config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:

@@ -9,7 +9,7 @@ Update: Loshchilov and Hutter, https://arxiv.org/abs/1711.05101, as torch.optim.
 import torch
 from torch import Tensor
 
-from rsft_lib.host import fused
+from rsft_lib.model.cpu_shim import fused
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MASTER = "master_param"  # megatron-core's name; here what a bf16 weight leaves of its float32, int16

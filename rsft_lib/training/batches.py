@@ -11,11 +11,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from rsft_lib.data.packed import PackedDataset, rank_share
-from rsft_lib.host import device
+from rsft_lib.model.cpu_shim import device
 from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.loss import MicroBatch, forward_step, micro_batch
+from rsft_lib.training.loss_stats import SIZE
 from rsft_lib.training.state import TrainState
-from rsft_lib.training.tally import SIZE
 from rsft_lib.training.watchdog import beat
 
 

@@ -13,9 +13,9 @@ from megatron.core.transformer.attention import HAVE_FUSED_QKV_ROPE
 from megatron.core.transformer.module import Float16Module
 from transformers import PretrainedConfig
 
-from rsft_lib.host import device
 from rsft_lib.model import engine
 from rsft_lib.model.config import check_layout, read_config, transformer_config
+from rsft_lib.model.cpu_shim import device
 from rsft_lib.model.gpt import build_model, resolve_backend
 from rsft_lib.model.layers import recomputed
 from rsft_lib.training.config import TrainConfig

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
-from rsft_lib.artifact import MANIFEST, file_hash
+from rsft_lib.common.artifact import MANIFEST, file_hash
+from rsft_lib.common.paths import existing, resolve
 from rsft_lib.data.packed import PackedDataset
-from rsft_lib.data.spans import control_tokens
+from rsft_lib.data.span_kinds import control_tokens
 from rsft_lib.data.store import TokenStore
-from rsft_lib.paths import existing, resolve
-from rsft_lib.tokenizer import fingerprint
+from rsft_lib.tokenizer.patch import fingerprint
 from rsft_lib.training.config import TrainConfig
 
 TOLD = ("tokenizer_sha256", "template_sha256", "options")  # of the store's manifest, where it has them

@@ -5,8 +5,8 @@ Six per matmul parameter and token, the output layer's too; attention counted at
 
 from transformers import PretrainedConfig
 
-from rsft_lib.host import gpu
 from rsft_lib.model.config import head_dim
+from rsft_lib.model.cpu_shim import gpu
 
 # Dense bf16 operations per second by the vendor's datasheet; the first name that a device's name holds is taken.
 PEAKS = {

@@ -11,12 +11,12 @@ from typing import NamedTuple
 import torch
 from transformers import PretrainedConfig
 
-from rsft_lib.artifact import newest, write_json
+from rsft_lib.common.artifact import newest, write_json
+from rsft_lib.common.paths import existing, resolve
 from rsft_lib.data.packed import PackedDataset
-from rsft_lib.host import device
 from rsft_lib.model.config import read_config
-from rsft_lib.paths import existing, resolve
-from rsft_lib.training import optimizer, tally, watchdog
+from rsft_lib.model.cpu_shim import device
+from rsft_lib.training import loss_stats, optimizer, watchdog
 from rsft_lib.training.alarms import Alarms
 from rsft_lib.training.batches import Loader, run_batch
 from rsft_lib.training.build import build_state
@@ -28,8 +28,8 @@ from rsft_lib.training.preflight import checkpoint_bytes, describe
 from rsft_lib.training.run_folder import ENDED, how_it_ended
 from rsft_lib.training.same_run import facts_of, refuse_another_run
 from rsft_lib.training.saving import Saver
+from rsft_lib.training.signals import REASONS, Stop, stopping
 from rsft_lib.training.state import TrainState, load, start
-from rsft_lib.training.stop import REASONS, Stop, stopping
 
 
 def train(config: TrainConfig) -> TrainState:
@@ -131,12 +131,12 @@ class Run:
         waited = self.loader.waited
         done = update(state, self.loader, packs, following)
         waited = self.loader.waited - waited
-        numbers = tally.metrics(done.counts, kinds=data.control is not None)
+        numbers = loss_stats.metrics(done.counts, kinds=data.control is not None)
         if not done.finite():
             self._give_up(numbers["loss"], done.norm, packs)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        ended, trained = time.perf_counter(), tally.trained_tokens(done.counts)
+        ended, trained = time.perf_counter(), loss_stats.trained_tokens(done.counts)
         state.iteration += 1
         record = {
             "iteration": state.iteration,
@@ -233,7 +233,7 @@ def update(state: TrainState, loader: Loader, packs: list[int], following: list[
     counted = run_batch(state, loader, packs, following)
     norm = optimizer.gradient_norm(state.optimizer)
     counts = counted.tolist()
-    denominator = tally.weight_sum(counts)
+    denominator = loss_stats.weight_sum(counts)
     done = Update(counts, norm / denominator, time.perf_counter())
     if done.finite():
         optimizer.step(state.optimizer, done.norm, denominator, loader.config.clip_grad)
@@ -252,7 +252,7 @@ def evaluate(state: TrainState, config: TrainConfig, data: PackedDataset, prefix
         for batch, following in itertools.zip_longest(packs, packs[1:])
     ]
     total = [sum(column) for column in zip(*tallies, strict=True)]
-    return tally.metrics(total, prefix, kinds=data.control is not None)
+    return loss_stats.metrics(total, prefix, kinds=data.control is not None)
 
 
 def peak_memory() -> int:

@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rsft_lib.host import device
 from rsft_lib.model.attention import Chunk, chunks_of, share
-from rsft_lib.model.head import Loss, Targets
-from rsft_lib.training.tally import tally
+from rsft_lib.model.cpu_shim import device
+from rsft_lib.model.loss_head import Loss, Targets
+from rsft_lib.training.loss_stats import tally
 
 
 class MicroBatch(NamedTuple):

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from rsft_lib.temporary import new_file
+from rsft_lib.common.temporary import new_file
 from rsft_lib.training.config import TrainConfig
 
 FILE = "metrics.jsonl"

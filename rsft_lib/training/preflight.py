@@ -7,10 +7,10 @@ from pathlib import Path
 import psutil
 from transformers import PretrainedConfig
 
-from rsft_lib.host import gpu
+from rsft_lib.common.paths import existing, resolve
 from rsft_lib.model.config import head_dim, read_config
-from rsft_lib.model.head import CHUNK
-from rsft_lib.paths import existing, resolve
+from rsft_lib.model.cpu_shim import gpu
+from rsft_lib.model.loss_head import CHUNK
 from rsft_lib.training.build import refuse_misfit
 from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.datasets import Datasets, open_datasets

@@ -7,8 +7,8 @@ import shutil
 import uuid
 from pathlib import Path
 
-from rsft_lib.artifact import checkpoint_folder, checkpoints, foreign
-from rsft_lib.locks import locked
+from rsft_lib.common.artifact import checkpoint_folder, checkpoints, foreign
+from rsft_lib.common.locks import locked
 
 # Left behind by an interrupted save, removal or replacement, with or without its lock.
 LEFTOVER = re.compile(r"(\.iter_\d{7,}\.(?:tmp|old(?:-[0-9a-f]{8})?))(?:\.lock)?")

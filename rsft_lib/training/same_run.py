@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from rsft_lib.artifact import MANIFEST, read_manifest
-from rsft_lib.checkpoint.sources import identity
+from rsft_lib.checkpoint.any_format import identity
+from rsft_lib.common.artifact import MANIFEST, read_manifest
 from rsft_lib.training.config import SHAPES_THE_RUN, TrainConfig
 from rsft_lib.training.datasets import Datasets
 

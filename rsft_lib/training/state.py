@@ -10,7 +10,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from rsft_lib.checkpoint import sharded
 from rsft_lib.checkpoint.sharded import SHARDING, load_weights, set_weights, sharded_weights
-from rsft_lib.data.spans import Control
+from rsft_lib.data.span_kinds import Control
 from rsft_lib.model.gpt import ResponseModel
 
 # Optimizer states are gathered through the CPU: through the GPU it would need as much memory again as they have.

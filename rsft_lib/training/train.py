@@ -1,7 +1,7 @@
 """One rank of a training run: `torchrun ... -m rsft_lib.training.train --config run.json`."""
 
 if __name__ == "__main__":
-    from rsft_lib.lifeline import die_with_parent
+    from rsft_lib.common.parent_death import die_with_parent
 
     die_with_parent()  # before the imports below, which take seconds
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from rsft_lib.ranks import ranks
+from rsft_lib.model.distributed import ranks
 from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.loop import train
 from rsft_lib.training.watchdog import START

@@ -1,0 +1,260 @@
+"""A megatron-core `torch_dist` checkpoint, written and read tensor by tensor, with no model and no ranks.
+
+The format is torch's distributed checkpoint with megatron-core's `metadata.json` and `common.pt` beside it
+(megatron/core/dist_checkpointing/strategies): `*.distcp` files are `torch.save`d tensors one after the other, and
+`.metadata`, a pickle, tells which part of which weight begins where. torch itself loads that pickle, and every object
+that it says is no tensor, with no restriction. Nothing here or in sharded.py has torch or megatron-core do that: the
+pickle may name only the classes of this format and build only instances of them; all else is loaded as tensors only.
+"""
+
+import dataclasses
+import pickle
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from io import BytesIO
+from pathlib import Path
+
+import torch
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.utils import _create_file_view
+from torch.utils.serialization import config as serialization
+
+from rsft_lib.checkpoint.lazy_weights import Box, Piece, Weights, data_of, refusal, return_freed_memory
+from rsft_lib.common.artifact import WRITERS, read_manifest, verify, verify_files
+from rsft_lib.common.hashing_writer import HashedFile
+
+METADATA, COMMON, SUFFIX = ".metadata", "common.pt", ".distcp"
+FILE_SIZE = 2**29  # bytes after which the next file is begun
+
+_OF_THE_FORMAT = {
+    "pathlib": {"PosixPath", "PurePosixPath", "Path"},
+    "torch": {"Size", *(str(d).removeprefix("torch.") for d in vars(torch).values() if isinstance(d, torch.dtype))},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
+}  # fmt: skip
+
+
+class _Unpickler(pickle._Unpickler):
+    """The pure-Python unpickler, since its BUILD opcode, which sets attributes of any object, can be overridden."""
+
+    dispatch = pickle._Unpickler.dispatch.copy()
+
+    def find_class(self, module: str, name: str):
+        if name not in _OF_THE_FORMAT.get(module, ()):
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which is no part of a checkpoint")
+        return super().find_class(module, name)
+
+    def persistent_load(self, pid):
+        raise pickle.UnpicklingError("it refers to objects outside of itself")
+
+    def load_build(self):
+        built = self.stack[-2]
+        if not dataclasses.is_dataclass(type(built)):  # a class, function or enum member is shared by the process
+            raise pickle.UnpicklingError(
+                f"it sets attributes of {built!r}, which is not an instance of a class of this format"
+            )
+        super().load_build()
+
+    dispatch[pickle.BUILD[0]] = load_build
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """What `.metadata` tells, with nothing in it run.
+
+    Raises:
+        ValueError: it names a class or function that is no part of the format, is no pickle of it at all, lists an
+            object that is no tensor, or points out of the folder.
+    """
+    path = Path(folder) / METADATA
+    try:
+        with path.open("rb") as file:
+            metadata = _Unpickler(file).load()
+        _refuse_all_but_tensors(metadata)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # a damaged pickle may raise anything
+        raise ValueError(f"{path} is refused: {error}; do not load this checkpoint") from error
+    return metadata
+
+
+def _refuse_all_but_tensors(metadata: Metadata) -> None:
+    if not isinstance(metadata, Metadata):
+        raise pickle.UnpicklingError(f"it holds a {type(metadata).__name__}")
+    for index, info in metadata.storage_data.items():
+        name = info.relative_path
+        if Path(name).name != name or not name.endswith(SUFFIX) or "\0" in name:
+            raise pickle.UnpicklingError(f"it points at {info.relative_path!r}, no {SUFFIX} file of the checkpoint")
+        if not isinstance(found := metadata.state_dict_metadata.get(index.fqn), TensorStorageMetadata):
+            raise pickle.UnpicklingError(f"{index.fqn} is a {type(found).__name__}, expected tensors only")
+
+
+def read_common(folder: Path) -> dict:
+    """What a checkpoint holds besides sharded tensors: numbers, texts and small tensors in dictionaries.
+
+    Raises:
+        ValueError: there is anything else in it.
+    """
+    found = _load(Path(folder) / COMMON)
+    if not isinstance(found, dict):
+        raise ValueError(f"{Path(folder) / COMMON} is refused: it holds a {type(found).__name__}, expected a dict")
+    return found
+
+
+def check(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:
+    """Check a checkpoint before anything in it is used: every file that holds a `wanted` weight, and all pickles.
+
+    Raises:
+        FileNotFoundError: the checkpoint was not finished, or lacks a file.
+        ValueError: a file is damaged, not of this checkpoint, or not to be trusted.
+    """
+    verify(folder, only=[name for name in read_manifest(folder)["files"] if not name.endswith(SUFFIX)])
+    read_common(folder)
+    verify_files(
+        folder, {i.relative_path for index, i in read_metadata(folder).storage_data.items() if wanted(index.fqn)}
+    )
+
+
+def open_weights(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> Weights:
+    """The `wanted` tensors of a checkpoint, memory-mapped; check it first."""
+    metadata, files, pieces = read_metadata(folder), {}, {}
+    for index, info in metadata.storage_data.items():
+        if not wanted(index.fqn):
+            continue
+        path = Path(folder) / info.relative_path
+        if path not in files:
+            files[path] = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
+        pieces.setdefault(index.fqn, []).append(Piece(tuple(index.offset or ()), _mapped(path, info, files[path])))
+    return Weights(pieces)
+
+
+def _mapped(path: Path, info: _StorageInfo, mapped: torch.UntypedStorage) -> Tensor:
+    """One `torch.save`d tensor of a file, as a view of the mapped file."""
+    empty = _load(path, info, map_location="meta")
+    if not isinstance(empty, Tensor):
+        raise ValueError(f"{path} at byte {info.offset} holds a {type(empty).__name__}, expected a tensor")
+    try:
+        start = info.offset + empty.untyped_storage()._checkpoint_offset
+        stored = mapped[start : start + empty.untyped_storage().nbytes()]
+        flat = torch.tensor([], dtype=torch.uint8).set_(stored).view(empty.dtype)
+        return flat.as_strided(empty.shape, empty.stride(), empty.storage_offset())
+    except Exception as error:  # of a sparse or quantized tensor, one of no memory, or a damaged file
+        raise ValueError(
+            f"{path} at byte {info.offset} holds no plain tensor ({type(error).__name__}): it is damaged, or not of a "
+            "checkpoint of this kit"
+        ) from error
+
+
+def _load(path: Path, info: _StorageInfo | None = None, map_location: str = "cpu"):
+    """What was `torch.save`d at one place of a file, or as all of it, with nothing in it run."""
+    try:
+        with path.open("rb") as file:
+            view = _create_file_view(file, info.offset, info.length) if info else file
+            return torch.load(view, map_location=map_location, weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # of zip or pickle
+        place = f" at byte {info.offset}" if info else ""
+        raise ValueError(f"{path}{place} is refused: {refusal(error)}; do not load this checkpoint") from None
+
+
+def write(folder: Path, weights: Weights, progress: Callable[[int], None] = lambda nbytes: None) -> dict[str, dict]:
+    """Write a checkpoint into `folder`, several files at a time and a block of a weight of each in memory.
+
+    Args:
+        progress: called with the bytes of every block that is written.
+
+    Returns:
+        The entries of the written files for a manifest.
+    """
+    return_freed_memory()
+    plan = {folder / f"__0_{number}{SUFFIX}": blocks for number, blocks in enumerate(_planned(weights))}
+    places, entries = write_files({path: _tensors(weights, blocks, progress) for path, blocks in plan.items()})
+    layout, storage = {}, {}
+    for name in weights:
+        empty, chunks = weights.empty(name), [_chunk(box) for box in weights.cuts(name)]
+        layout[name] = TensorStorageMetadata(TensorProperties(dtype=empty.dtype), empty.shape, chunks)
+    for path, blocks in plan.items():
+        indices = (MetadataIndex(name, _chunk(box).offsets) for name, box in blocks)
+        storage |= zip(indices, places[path], strict=True)
+    metadata = Metadata(layout, planner_data={name: (name,) for name in weights}, storage_data=storage)
+    (folder / METADATA).write_bytes(pickle.dumps(metadata))
+    write_common(folder, {})
+    return entries
+
+
+def write_common(folder: Path, common: dict) -> None:
+    """Write what a checkpoint holds besides sharded tensors, and the file that names the format."""
+    torch.save(common, folder / COMMON)
+    save_config(CheckpointingConfig("torch_dist"), str(folder))
+
+
+def write_files(contents: dict[Path, Iterable[Tensor | BytesIO]]) -> tuple[dict[Path, list[_StorageInfo]], dict]:
+    """Write `.distcp` files, several at a time.
+
+    Args:
+        contents: what is written into each file, one after the other. A tensor is on the CPU and no view of a larger
+            one, all of which would be saved.
+
+    Returns:
+        Where in its file each of them lies, and the entries of the files for a manifest.
+    """
+    # The manifest's hash makes a checksum in each record needless. From 2.12 on torch keeps settings in the context.
+    with serialization.patch("save.compute_crc32", False), ThreadPoolExecutor(WRITERS) as threads:
+        tasks = [threads.submit(copy_context().run, _write_file, path, values) for path, values in contents.items()]
+        written = [task.result() for task in tasks]
+    places = {path: found for path, (found, _) in zip(contents, written, strict=True)}
+    return places, {name: entry for _, listing in written for name, entry in listing.items()}
+
+
+def _write_file(path: Path, values: Iterable[Tensor | BytesIO]) -> tuple[list[_StorageInfo], dict]:
+    places = []
+    with HashedFile(path) as file:
+        for value in values:
+            start = file.size
+            if isinstance(value, BytesIO):
+                file.write(value.getbuffer())
+            else:
+                torch.save(value, file)
+            places.append(_StorageInfo(path.name, start, file.size - start))
+    return places, file.listing()
+
+
+def _tensors(weights: Weights, blocks: list[tuple[str, Box]], progress: Callable[[int], None]) -> Iterator[Tensor]:
+    """Blocks of weights, each as a tensor of its own on the same memory."""
+    for name, box in blocks:
+        block = weights.read(name, box).contiguous()
+        yield torch.frombuffer(data_of(block), dtype=block.dtype).view(block.shape)
+        progress(block.nbytes)
+
+
+def _planned(weights: Weights) -> list[list[tuple[str, Box]]]:
+    """The blocks of all weights, dealt out to files."""
+    plan, size = [[]], 0
+    for name in weights:
+        row_bytes = weights.empty(name)[:1].nbytes
+        for box in weights.cuts(name):
+            if size > FILE_SIZE:
+                plan.append([])
+                size = 0
+            plan[-1].append((name, box))
+            size += row_bytes * (box[0].stop - box[0].start)
+    return plan
+
+
+def _chunk(box: Box) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(torch.Size(s.start for s in box), torch.Size(s.stop - s.start for s in box))

@@ -1,0 +1,87 @@
+"""The README of an exported model: what it is, how to ask it, how it was trained, and what is still to be written."""
+
+import json
+from pathlib import Path
+
+from rsft_lib.common.artifact import MANIFEST, file_hash
+from rsft_lib.common.paths import resolve
+from rsft_lib.tokenizer.chat import MODES
+
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+base_model: {base}
+---
+
+# {name}
+
+{what}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained("{name}", device_map="auto")
+question = [{{"role": "user", "content": "What is 17 times 23?"}}]
+prompt = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True){mode}
+ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(model.device)
+print(tokenizer.decode(model.generate(**ids, max_new_tokens=512)[0]))
+```
+
+## Training
+
+{training}
+
+## To be written
+
+The data, its licence and what was left out of it; evaluation{in_modes}; limits; the licence of this model.
+"""
+HYBRID = """A reasoning model that answers in two modes, fine-tuned from `{base}` on responses only. The first token of
+an answer is its mode: {modes}. Left to itself the model chooses; put after the prompt, the token decides."""
+PLAIN = "A model fine-tuned from `{base}` on responses only."
+LEFT_OUT = ("checkpoint", "data", "eval_data", "output")  # folders of the machine it was trained on
+
+
+def model_card(name: str, checkpoint: Path, weights: dict) -> str:
+    """The card's text.
+
+    Args:
+        weights: what is told of them: name -> value.
+    """
+    manifest = _manifest(checkpoint)
+    settings = {key: value for key, value in manifest.get("config", {}).items() if key not in LEFT_OUT}
+    data = manifest.get("data", {}).get("manifest_sha256")
+    told = {"steps": manifest.get("iteration"), **settings, "data_sha256": data, **weights}
+    lines = [f"| {key} | {value} |" for key, value in told.items() if value not in (None, "")]
+    training = "\n".join(["| | |", "|---|---|", *lines])
+    modes = " or ".join(f"`{token}`" for token in MODES.values())
+    hybrid, base = _knows_modes(manifest), base_model(checkpoint) or "not recorded"
+    return CARD.format(
+        name=name, base=base, training=training, what=(HYBRID if hybrid else PLAIN).format(base=base, modes=modes),
+        mode=f' + "{MODES["short"]}"' if hybrid else "", in_modes=" in both modes" if hybrid else "",
+    )  # fmt: skip
+
+
+def _knows_modes(manifest: dict) -> bool:
+    """Whether the model was trained on answers that begin with a control token, as far as it can be told."""
+    path = resolve(manifest.get("config", {}).get("data", "")) / MANIFEST
+    if not path.is_file() or file_hash(path) != manifest.get("data", {}).get("manifest_sha256"):
+        return True  # these are not the tokens that it was trained on
+    modes = json.loads(path.read_text(encoding="utf-8")).get("modes")
+    return modes is None or any(mode in modes for mode in MODES)
+
+
+def base_model(folder: Path) -> str:
+    """The Hub name of the model that a folder was made from, or the folder's name; '' where nothing tells it."""
+    manifest = _manifest(folder)
+    if "name" in manifest:  # downloaded
+        return manifest["name"]
+    before = manifest.get("source") or manifest.get("config", {}).get("checkpoint")
+    if not before:
+        return Path(folder).name if manifest.get("made_by") != "train" else ""
+    return base_model(Path(before)) if Path(before).is_dir() else Path(before).name
+
+
+def _manifest(folder: Path) -> dict:
+    path = Path(folder) / MANIFEST
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -1,0 +1,45 @@
+"""Where things lie: every relative path is read from the project root, never from the current directory."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+MAKERS = {  # what may be missing -> the notebook that makes it
+    "model folder": "01_patch_tokenizer, which makes the tiny one",
+    "tokenizer": "01_patch_tokenizer", "tokenizer folder": "01_patch_tokenizer",
+    "checkpoint": "02_convert_checkpoint",
+    "training data": "03_build_dataset", "dataset of the tokens": "03_build_dataset",
+    "held-out records": "03_build_dataset",
+    "data": "04_tokenize_and_inspect", "eval_data": "04_tokenize_and_inspect", "tokens": "04_tokenize_and_inspect",
+    "run folder": "05_train",
+    "exported model": "07_export_and_generate",
+    "folder of token losses": "08_loss_lab",
+}  # fmt: skip
+
+
+def resolve(path: str | Path) -> Path:
+    """`path` itself when absolute, else the path under the project root."""
+    return ROOT / Path(path).expanduser()
+
+
+def existing(path: str | Path, what: str) -> Path:
+    """The resolved `path`, which must exist; `what` names it in the error, and the notebook that makes it.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+    """
+    found = resolve(path)
+    if not found.exists():
+        way_out = f"run notebook {MAKERS[what]}, or name what you have" if what in MAKERS else "check the path"
+        raise FileNotFoundError(f"{what}: {found} does not exist (relative paths start at {ROOT}): {way_out}")
+    return found
+
+
+def folder_name(model: str) -> str:
+    """A hub name as the folder under `assets/checkpoints`.
+
+    >>> folder_name("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B")
+    'deepseek_ai_DeepSeek_R1_Distill_Qwen_1.5B'
+    """
+    return re.sub(r"[/-]", "_", model)

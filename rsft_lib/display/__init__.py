@@ -1,0 +1,1 @@
+"""Tables and pictures for notebooks, a folder for each topic; nothing else imports these."""

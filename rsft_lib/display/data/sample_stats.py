@@ -1,0 +1,101 @@
+"""The samples of a store as columns of numbers, read once from mask and tokens, from which every statistic comes."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from rsft_lib.data.store import MASK, NAME, TokenStore
+from rsft_lib.display.mask.segments import DEFAULT_WEIGHTS, Marks
+
+MODES = ("think", "short", "other")
+CHUNK = 1 << 24  # tokens that are looked at together; takes some 150 MB
+LENGTHS = "lengths.npy"
+
+
+@dataclass(frozen=True)
+class Samples:
+    """One entry per sample of a store; all int32 [samples] in tokens, unless said otherwise."""
+
+    lengths: np.ndarray  # before an over-long one was cut, if any was
+    trained: np.ndarray  # targets in the loss
+    first: np.ndarray  # position of the first of them
+    closed: np.ndarray  # tokens up to and with the last trained </think>, 0 where there is none
+    ended: np.ndarray  # bool: the last token is EOS
+    modes: np.ndarray  # uint8, entries of MODES, by the first trained token
+    dropped: np.ndarray  # int32 [records]: lengths of those that were too long to be stored
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def present(self) -> list[str]:
+        """The modes that any sample is of."""
+        return [mode for mode in MODES if self.of(mode).any()]
+
+    def of(self, mode: str) -> np.ndarray:
+        """Which samples are of a mode, bool [samples]."""
+        return self.modes == MODES.index(mode)
+
+
+def measure(store: TokenStore, tokenizer: PreTrainedTokenizerBase) -> Samples:
+    """Read a whole store once, some 200 million tokens a second.
+
+    Raises:
+        ValueError: the mask trains nothing or everything of a sample.
+    """
+    marks = Marks.of(tokenizer)
+    parts = [_measure(*chunk, marks) for chunk in _chunks(store)]
+    trained, first, closed, ended, modes = (np.concatenate(column) for column in zip(*parts, strict=True))
+    wrong = np.flatnonzero((trained == 0) | (trained == store.lengths - 1))
+    if len(wrong):
+        i = wrong[0]
+        raise ValueError(
+            f"{store.folder}: in {len(wrong):,} samples all or none of the targets are trained, first in sample {i} "
+            f"with {trained[i]} of {store.lengths[i] - 1}: the mask is wrong; check the chat template (notebook 01)"
+        )
+    lengths, dropped = _rendered(store)
+    return Samples(lengths, trained, first, closed, ended, modes, dropped)
+
+
+def _chunks(store: TokenStore) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """(tokens, whether each is trained, where each sample begins) of so many samples at a time."""
+    tokens = np.memmap(store.folder / f"{NAME}.bin", dtype=np.int32, mode="r")
+    mask = np.memmap(store.folder / MASK, dtype=np.uint8, mode="r")
+    weighs = np.asarray(getattr(store, "weights", DEFAULT_WEIGHTS)) != 0
+    begins = store.ends - store.lengths
+    sample = 0
+    while sample < len(store):
+        after = max(sample + 1, int(np.searchsorted(store.ends, begins[sample] + CHUNK, side="right")))
+        start, end = begins[sample], store.ends[after - 1]
+        yield tokens[start:end], weighs[mask[start:end]], begins[sample:after] - start
+        sample = after
+
+
+def _measure(tokens: np.ndarray, trained: np.ndarray, begins: np.ndarray, marks: Marks) -> tuple[np.ndarray, ...]:
+    """The columns of the samples that begin at `begins`, int64 [samples]."""
+    trained[begins] = False  # a first token is nobody's target
+    ends = np.append(begins[1:], len(tokens))
+    counts = np.add.reduceat(trained, begins, dtype=np.int32)
+    starts = np.append(np.flatnonzero(trained[1:] & ~trained[:-1]) + 1, len(tokens) - 1)
+    first = starts[np.searchsorted(starts, begins)]
+    modes = np.full(len(begins), MODES.index("other"), dtype=np.uint8)
+    for mode, mark in (("think", marks.think), ("short", marks.short)):
+        modes[tokens[first] == mark] = MODES.index(mode)
+    closings = np.append(-1, np.flatnonzero((tokens == marks.end_think) & trained))
+    last = closings[np.searchsorted(closings, ends) - 1]
+    closed = np.where(last >= begins, last - begins + 1, 0)
+    return counts, (first - begins).astype(np.int32), closed.astype(np.int32), tokens[ends - 1] == marks.eos, modes
+
+
+def _rendered(store: TokenStore) -> tuple[np.ndarray, np.ndarray]:
+    """(lengths of the stored samples before any was cut, lengths of the records that were dropped)."""
+    path = store.folder / LENGTHS
+    lengths = np.load(path) if path.is_file() else store.lengths
+    if len(lengths) == len(store):
+        return lengths, lengths[:0]
+    dropped = lengths > store.lengths.max()  # what is too long to be stored is longer than all that is
+    if len(lengths) - dropped.sum() != len(store):
+        raise ValueError(f"{path} has {len(lengths)} lengths, which do not fit {len(store)} samples: tokenize again")
+    return store.lengths, lengths[dropped]

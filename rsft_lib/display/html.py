@@ -1,0 +1,123 @@
+"""Text of datasets as HTML: nothing in it acts, hides or reorders. And tables and bars, readable without colour.
+
+Styles are inline and of the kind that JupyterLab leaves in untrusted notebooks; GitHub drops all of them, so what
+a colour says is said by a word too.
+"""
+
+import html
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rsft_lib.common.visible import HIDDEN, visible
+
+INK, FAINT = "#1f2328", "#59636e"  # text and secondary text; on white
+PANEL = (
+    f"background:#ffffff;color:{INK};border:1px solid #d0d7de;border-radius:6px;padding:10px 14px;"
+    "font-size:13px;line-height:1.4"
+)
+BLOCK = (
+    "margin:0;padding:3px 8px;white-space:pre-wrap;word-break:normal;overflow-wrap:anywhere;unicode-bidi:plaintext;"
+    "font-size:12px;line-height:1.45;font-family:monospace"
+)
+CELL = "text-align:left;vertical-align:top;padding:2px 14px 2px 0;border:0"
+RIGHT = ";text-align:right"
+ONE_LINE, SHORT = ";white-space:nowrap", 24  # characters of a cell that stay on one line
+
+GAP = "⋮"  # a cell of a row that stands for rows that are left out
+
+
+def escaped(text: str) -> str:
+    """`text` as HTML that shows it as it is; line breaks and tabs have a sign before them."""
+    return html.escape(visible(text), quote=False).replace("\n", "↵\n").replace("\t", "⇥\t")
+
+
+def inert(text: str) -> str:
+    """`text` as HTML outside of <pre>, where notebooks would set what stands between dollar signs as mathematics."""
+    return re.sub(r"[$\\]", r"<span>\g<0></span>", html.escape(visible(text)))
+
+
+def one_line(text: str) -> str:
+    """`text` with signs in place of line breaks and tabs."""
+    return visible(text).replace("\n", "↵").replace("\t", "⇥")
+
+
+def caption(text: str) -> str:
+    """`text` for a label in a picture, where matplotlib would set what stands between dollar signs as mathematics."""
+    plain = HIDDEN.sub(lambda found: f"⟨{ord(found[0]):04X}⟩", text)  # fonts have these signs
+    return one_line(plain).replace("$", r"\$")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A small table: text in a terminal, HTML in a notebook. Columns of numbers stand to the right."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence]
+    note: str = ""
+
+    def __repr__(self) -> str:
+        cells = [[_cell(value) for value in row] for row in (self.columns, *self.rows)]
+        widths = [max(map(_width, column)) for column in zip(*cells, strict=True)]
+        right = self._right()
+        lines = [
+            "   ".join(_pad(c, w, r) for c, w, r in zip(row, widths, right, strict=True)).rstrip() for row in cells
+        ]
+        return visible("\n".join([self.title, *(lines if self.rows else []), *([self.note] if self.note else [])]))
+
+    def _repr_html_(self) -> str:
+        right = self._right()
+        head = self._row_html("th", self.columns, right, ";border-bottom:1px solid #8c959f")
+        body = "".join(self._row_html("td", row, right) for row in self.rows)
+        table = (
+            f"<table style='border-collapse:collapse;margin:2px 0'><thead>{head}</thead><tbody>{body}</tbody></table>"
+        )
+        note = f"<div style='color:{FAINT};margin-top:4px'>{inert(self.note)}</div>" if self.note else ""
+        return (
+            f"<div style='background:#ffffff;color:{INK};padding:4px 0;font-size:13px'><b>{inert(self.title)}</b>"
+            f"{table if self.rows else ''}{note}</div>"
+        )
+
+    def _row_html(self, tag: str, row: Sequence, right: list[bool], style: str = "") -> str:
+        cells = (
+            f"<{tag} style='{CELL}{RIGHT if is_right else ''}{ONE_LINE if len(text) <= SHORT else ''}{style}'>"
+            f"{inert(text)}</{tag}>"
+            for text, is_right in zip(map(_cell, row), right, strict=True)
+        )
+        return f"<tr style='background:#ffffff'>{''.join(cells)}</tr>"
+
+    def _right(self) -> list[bool]:
+        return [all(_cell(value)[:1].isdigit() for value in column if value != GAP) for column in self._by_column()]
+
+    def _by_column(self) -> list[tuple]:
+        return list(zip(*self.rows, strict=True)) if self.rows else [()] * len(self.columns)
+
+
+def bar(parts: Sequence[tuple[float, str, str]]) -> str:
+    """(share, label, style) of each part as a bar to scale, a few pixels at least for each."""
+    cells = "".join(
+        f"<div title='{html.escape(label)}' style='flex:{share:.4f} 1 auto;min-width:3px;height:12px;{style}'></div>"
+        for share, label, style in parts
+    )
+    return f"<div style='display:flex;margin:6px 0'>{cells}</div>"
+
+
+def warning(text: str) -> str:
+    return f"<div style='background:#fff1c2;color:#3d2c00;padding:2px 8px;margin:4px 0'><b>!</b> {inert(text)}</div>"
+
+
+def _cell(value) -> str:
+    if isinstance(value, float):
+        return f"{value:.1%}"
+    return f"{value:,}" if isinstance(value, int) else one_line(str(value))
+
+
+def _width(text: str) -> int:
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else not unicodedata.combining(c) for c in text)
+
+
+def _pad(text: str, width: int, right: bool) -> str:
+    space = " " * (width - _width(text))
+    return space + text if right else text + space

@@ -1,0 +1,154 @@
+"""How far a run is, as a card and a picture that need no widgets: what a dashboard shows, and what it leaves behind."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from rsft_lib.display.html import BLOCK, FAINT, PANEL, escaped, inert, one_line, warning
+from rsft_lib.display.live.metrics_tail import Follower
+from rsft_lib.display.plot_style import BLACK, BLUE, ORANGE, plain_numbers, smoothed, thinned, tidy
+
+LOG_LINES, LOG_WIDTH = 6, 160  # of the log's end that are shown
+ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+SMOOTHING = 0.9
+
+LOSSES = {
+    "loss_mode_think": ("<think>", {"color": BLUE, "linestyle": "-"}),
+    "loss_mode_short": ("<short>", {"color": ORANGE, "linestyle": "--"}),
+    "loss": ("all", {"color": BLACK, "linestyle": ":"}),
+}
+CHOICES = {
+    "p_think_when_think": ("where the data thinks", {"color": BLUE, "linestyle": "-"}),
+    "p_think_when_short": ("where it answers at once", {"color": ORANGE, "linestyle": "--"}),
+    "think_share": ("share of thinking in the data", {"color": BLACK, "linestyle": ":"}),
+}
+
+
+@dataclass(frozen=True)
+class Card:
+    """A run at one moment; `left` is seconds to its end, None where that is not known."""
+
+    record: dict
+    train_iters: int
+    state: str
+    left: float | None = None
+    alarms: Sequence[str] = ()
+    alarm_count: int = 0
+    log: str = ""
+    bar: bool = True
+    problem: str = ""
+
+    @property
+    def done(self) -> int:
+        return self.record.get("iteration", 0)
+
+    @property
+    def head(self) -> str:
+        """Step, share and time, in words."""
+        if not self.record:
+            return self.state
+        left = "" if self.left is None else f" · about {duration(self.left)} left"
+        return f"step {self.done:,} of {self.train_iters:,} · {self.done / self.train_iters:.1%} · {self.state}{left}"
+
+    def facts(self) -> dict[str, str]:
+        """Names and values of what the newest record tells."""
+        shown = {
+            "loss": ("loss", ".3f"), "<think>": ("loss_mode_think", ".3f"), "<short>": ("loss_mode_short", ".3f"),
+            "held-out": ("eval_loss", ".3f"), "P(<think>) if think": ("p_think_when_think", ".1%"),
+            "if short": ("p_think_when_short", ".1%"), "tokens/s": ("tokens_per_second", ",.0f"), "MFU": ("mfu", ".1%"),
+            "memory, GiB": ("memory_gib", ".1f"), "grad norm": ("grad_norm", ".2f"), "lr": ("lr", ".2e"),
+            "epoch": ("epoch", ".2f"),
+        }  # fmt: skip
+        found = {name: (self.record.get(key), form) for name, (key, form) in shown.items()}
+        return {name: format(value, form) for name, (value, form) in found.items() if value is not None}
+
+    def __repr__(self) -> str:
+        lines = [self.head, "   ".join(f"{name} {value}" for name, value in self.facts().items())]
+        return "\n".join(filter(None, [*lines, *(f"ALARM {alarm}" for alarm in self.alarms), self.problem]))
+
+    def _repr_html_(self) -> str:
+        style = "padding:0 18px 4px 0;white-space:nowrap"
+        tiles = "".join(
+            f"<div style='{style}'><span style='color:{FAINT}'>{inert(name)}</span><br><b>{inert(value)}</b></div>"
+            for name, value in self.facts().items()
+        )
+        width = "width:100%;height:10px;margin:4px 0"
+        bar = f"<progress value='{self.done}' max='{self.train_iters}' style='{width}'></progress>" if self.bar else ""
+        more = self.alarm_count - len(self.alarms)
+        alarms = [*([f"{more} earlier alarms"] if more > 0 else []), *self.alarms, *filter(None, [self.problem])]
+        return (
+            f"<div style='{PANEL}'><b>{inert(self.head)}</b>{bar}"
+            f"<div style='display:flex;flex-wrap:wrap;margin-top:4px'>{tiles}</div>"
+            f"{''.join(warning(alarm) for alarm in alarms)}{self._log()}</div>"
+        )
+
+    def _log(self) -> str:
+        if not self.log:
+            return ""
+        style = f"{BLOCK};background:#f4f4f4;color:#474747;max-height:11em;overflow:hidden"
+        return f"<div style='color:{FAINT}'>end of the log</div><pre style='{style}'>{self.log}</pre>"
+
+
+def log_end(log: str) -> str:
+    """The last lines of a log as HTML: few, short, and as text whatever they hold."""
+    lines = log.rstrip("\n").split("\n")[-LOG_LINES:]
+    last = [ANSI.sub("", line.rstrip("\r")).rpartition("\r")[2] for line in lines]
+    return "\n".join(escaped(one_line(line[:LOG_WIDTH])) for line in last)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them.
+
+    >>> duration(3725)
+    '1 h 02 min'
+    """
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours:02} h"
+    if hours:
+        return f"{hours} h {minutes:02} min"
+    return f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"
+
+
+def plot_live(run: Follower, train_iters: int) -> Figure:
+    """Loss by mode, with the held-out loss, and how sure the model is of the mode, up to now.
+
+    The loss alone where no answer has begun with a control token.
+    """
+    modes = not run.lines["loss"][0] or any(run.lines[name][0] for name in (*LOSSES, *CHOICES) if name != "loss")
+    figure = plt.figure(figsize=(11, 3.4), layout="constrained")
+    losses, *choices = figure.subplots(1, 1 + modes, width_ratios=(3, 2)[: 1 + modes], squeeze=False).flat
+    _draw(losses, run, LOSSES, faint=True)
+    steps, values = run.lines["eval_loss"]
+    if steps:
+        losses.plot(*thinned(steps, values), "o", color=BLACK, markersize=4, label="held-out", clip_on=False)
+    losses.set_yscale("log")
+    plain_numbers(losses)
+    losses.set_title("loss per trained token" + ", by mode" * modes, loc="left")
+    for axes in choices:
+        _draw(axes, run, CHOICES)
+        axes.set(ylim=(-0.03, 1.03))
+        axes.set_title("probability of <think> against <short>", loc="left")
+    for axes in (losses, *choices):
+        axes.set(xlabel="step", xlim=(0, train_iters))
+        tidy(axes)
+        if axes.lines:
+            axes.legend(fontsize="small", framealpha=0.85, edgecolor="none")
+    plt.close(figure)  # the notebook shows what a cell displays; once is enough
+    return figure
+
+
+def _draw(axes: Axes, run: Follower, lines: dict[str, tuple[str, dict]], faint: bool = False) -> None:
+    for name, (label, style) in lines.items():
+        steps, values = run.lines[name]
+        if not steps:
+            continue
+        if faint:
+            axes.plot(*thinned(steps, values), color=style["color"], alpha=0.2, linewidth=0.8)
+        axes.plot(*thinned(steps, smoothed(values, SMOOTHING)), label=label, **style)

@@ -1,0 +1,1 @@
+"""The loss of single tokens before and after a training."""

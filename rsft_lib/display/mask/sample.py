@@ -1,0 +1,214 @@
+"""A sample as it will be trained, in HTML that survives papermill, GitHub and a missing colour.
+
+The mask belongs to targets: position i reads token i and predicts token i + 1, and the loss counts that where token
+i + 1 is trained. What is shown as trained is what is predicted in the loss.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from rsft_lib.common.visible import visible
+from rsft_lib.data.store import TokenStore
+from rsft_lib.display.html import BLOCK, FAINT, GAP, PANEL, Table, bar, escaped, inert, warning
+from rsft_lib.display.mask.segments import (
+    ANSWER,
+    CONTEXT,
+    DEFAULT_WEIGHTS,
+    END,
+    SHORT_ANSWER,
+    THOUGHT,
+    Marks,
+    Segment,
+    mode,
+    remarks,
+    segments,
+)
+from rsft_lib.display.mask.token_text import Piece, TokenText
+
+PLACES = 8  # where training begins or ends that the table of the label shift shows
+SHIFT = ("reads id", "reads", "predicts id", "predicts", "in the loss")
+LEGEND = "● trained · ○ not trained · ↵ line break · boxed: added tokens · ids on hover, where a segment begins or ends"
+
+# Background, text (contrast 7 : 1 at least) and edge of each kind; the edges are Okabe and Ito's colours.
+STYLE = {
+    CONTEXT: ("#f4f4f4", "#474747", "#b0b0b0"),
+    THOUGHT: ("#e3eff9", "#08304f", "#0072b2"),
+    ANSWER: ("#e0f3ec", "#063f2e", "#009e73"),
+    SHORT_ANSWER: ("#fdeee2", "#552a00", "#d55e00"),
+    END: ("#f8e8f1", "#4b1231", "#cc79a7"),
+}
+
+
+@dataclass(frozen=True)
+class MaskView:
+    """A sample: `ids` int [tokens], `weights` float [tokens] of the loss, and what they consist of."""
+
+    ids: np.ndarray
+    weights: np.ndarray
+    segments: list[Segment]
+    remarks: list[str]
+    text: TokenText
+    title: str
+
+    @cached_property
+    def counts(self) -> dict[str, int]:
+        """Tokens, trained tokens, and stretches of these."""
+        trained = self.weights != 0
+        begins = np.diff(trained.astype(np.int8), prepend=0) == 1
+        return {"tokens": len(self.ids), "trained": int(trained.sum()), "spans": int(begins.sum())}
+
+    @property
+    def mode(self) -> str:
+        return mode(self.segments)
+
+    @property
+    def header(self) -> str:
+        n = self.counts
+        spans = f"{n['spans']} span{'s' if n['spans'] > 1 else ''}"
+        return f"{n['tokens']:,} tokens, {n['trained']:,} trained ({n['trained'] / n['tokens']:.1%}) in {spans}"
+
+    @property
+    def ends(self) -> str:
+        """The first and the last token that is trained."""
+        first, last = np.flatnonzero(self.weights)[[0, -1]].tolist()
+        said = (f"{self.text.token(i)} at {i:,} (id {self.ids[i]})" for i in (first, last))
+        return "first trained {}, last {}".format(*said)
+
+    def label_shift(self) -> Table:
+        """What positions read and predict around the places where training begins or ends."""
+        changes = (np.flatnonzero(np.diff(self.weights != 0)) + 1).tolist()  # the first token after the change
+        places = {*changes[: PLACES - 1], *changes[-1:], len(self.ids) - 1}
+        near = {i for place in places for i in range(place - 3, place + 2) if 0 <= i < len(self.ids) - 1}
+        note = f"{len(changes) - PLACES} more places are not shown" if len(changes) > PLACES else ""
+        rows: list[tuple[str, ...]] = []
+        for i in sorted(near):
+            if rows and i - 1 not in near:
+                rows.append((GAP,) * (1 + len(SHIFT)))
+            rows.append((str(i), *self.shift(i)))
+        return Table("position i reads token i and predicts token i + 1", ("position", *SHIFT), rows, note)
+
+    def shift(self, i: int) -> tuple[str, ...]:
+        """What position `i` reads, what it predicts, and whether that is in the loss: cells under SHIFT."""
+        weight = self.weights[i + 1]
+        counts = "○ no" if not weight else "● yes" if weight == 1 else f"● times {weight:g}"
+        return str(self.ids[i]), self.text.token(i), str(self.ids[i + 1]), self.text.token(i + 1), counts
+
+    def __repr__(self) -> str:
+        head = " · ".join(filter(None, (self.title, f"mode {self.mode}", self.header)))
+        lines = [head, self.ends, *(f"! {remark}" for remark in self.remarks)]
+        for segment in self.segments:
+            lines += ["", f"{_label(segment):<20} {_extent(segment)}"]
+            gutter = "  # " if segment.trained else "  | "  # before every line, so that no text can pass for it
+            lines += [gutter + line for line in _unfolded(self.text.pieces(segment.start, segment.end)).split("\n")]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        title = f"{inert(self.title)} &nbsp; " if self.title else ""
+        summary = "label shift: which position predicts which token, where training begins and ends"
+        return (
+            f"<div style='{PANEL}'>{chip(self.mode)} &nbsp; {title}<b>{self.header}</b>"
+            f"<div style='color:{FAINT}'>{inert(self.ends)}</div>"
+            f"<div style='color:{FAINT}'>{LEGEND}</div>{''.join(warning(remark) for remark in self.remarks)}"
+            f"{bar([(len(s), f'{_label(s)}, {_extent(s)}', f'background:{STYLE[s.kind][2]}') for s in self.segments])}"
+            f"{self.body()}<details><summary>{summary}</summary>{self.label_shift()._repr_html_()}</details></div>"
+        )
+
+    def body(self) -> str:
+        """The segments as HTML, one under the other."""
+        return "".join(_segment_html(s, self.text.pieces(s.start, s.end)) for s in self.segments)
+
+
+def show_sample(store: TokenStore, number: int, tokenizer: PreTrainedTokenizerBase) -> MaskView:
+    """Sample `number` of a store, as it was written to disk.
+
+    Raises:
+        ValueError: there is no such sample, or all or nothing of it is trained.
+    """
+    if not 0 <= number < len(store):
+        raise ValueError(f"{store.folder} has the samples 0 to {len(store) - 1}, and no {number}")
+    title = f"sample {number:,} of {len(store):,}"
+    return show_mask(*store[number], tokenizer, weights=getattr(store, "weights", DEFAULT_WEIGHTS), title=title)
+
+
+def show_mask(
+    ids: Sequence[int],
+    loss_mask: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    weights: Sequence[float] = DEFAULT_WEIGHTS,
+    title: str = "",
+) -> MaskView:
+    """A sample with what is trained told from what is not.
+
+    Args:
+        loss_mask: for each token the entry of `weights` by which its loss counts as a target.
+
+    Raises:
+        ValueError: nothing or everything is trained, which is never meant.
+    """
+    ids, targets = np.asarray(ids), np.asarray(weights, dtype=np.float32)[np.asarray(loss_mask)]
+    trained = np.count_nonzero(targets[1:])  # the first token is nobody's target
+    if trained in (0, len(ids) - 1):
+        raise ValueError(
+            f"{title or 'this sample'}: {trained} of {len(ids) - 1} targets are trained, so the mask is wrong; check "
+            "the chat template (notebook 01_patch_tokenizer)"
+        )
+    marks = Marks.of(tokenizer)
+    said = ["the first token is marked as trained, but nothing predicts it"] * bool(targets[0])
+    targets[0] = 0
+    found = segments(ids, targets, marks)
+    return MaskView(ids, targets, found, said + remarks(ids, found, marks), TokenText(ids, tokenizer), title)
+
+
+def chip(kind: str) -> str:
+    background = STYLE.get(kind, STYLE[ANSWER])[1]
+    return f"<b style='background:{background};color:#ffffff;padding:2px 10px;border-radius:10px'>{kind}</b>"
+
+
+def _label(segment: Segment) -> str:
+    weight = f" × {segment.weight:g}" if segment.weight not in (0, 1) else ""
+    return f"{'●' if segment.trained else '○'} {segment.kind}{weight}"
+
+
+def _extent(segment: Segment) -> str:
+    place = f"{segment.start:,}" if len(segment) == 1 else f"{segment.start:,} to {segment.end - 1:,}"
+    return f"{len(segment):,} token{'s' if len(segment) > 1 else ''}, {place}"
+
+
+def _segment_html(segment: Segment, pieces: Iterable[Piece]) -> str:
+    background, ink, edge = STYLE[segment.kind]
+    blocks = []
+    for folded, group in groupby(pieces, lambda piece: piece.folded):
+        group = list(group)
+        block = f"<pre style='{BLOCK};background:{background};color:{ink}'>{''.join(map(_piece_html, group))}</pre>"
+        if folded:
+            more = f"{group[-1].end - group[0].start:,} tokens more, {group[0].start:,} to {group[-1].end - 1:,}"
+            block = f"<details><summary style='padding-left:8px'>{more}</summary>{block}</details>"
+        blocks.append(block)
+    return (
+        f"<div style='display:flex;margin:3px 0;background:{background};color:{ink};border-left:6px solid {edge}'>"
+        f"<div style='flex:0 0 14em;padding:3px 8px'><b>{_label(segment)}</b> &nbsp; "
+        f"<span style='white-space:nowrap'>{_extent(segment)}</span></div>"
+        f"<div style='flex:1 1 0;min-width:0'>{''.join(blocks)}</div></div>"
+    )
+
+
+def _piece_html(piece: Piece) -> str:
+    place = str(piece.start) if piece.end - piece.start == 1 else f"{piece.start} to {piece.end - 1}"
+    ids = f", id {' '.join(map(str, piece.ids))}" if piece.ids else ""
+    style = " style='border:1px solid;border-radius:3px;padding:0 2px'" if piece.boxed else ""
+    return f"<span title='{place}{ids}'{style}>{escaped(piece.text)}</span>"
+
+
+def _unfolded(pieces: Iterable[Piece]) -> str:
+    text = []
+    for folded, group in groupby(pieces, lambda piece: piece.folded):
+        group = list(group)
+        more = f"\n... {group[-1].end - group[0].start:,} tokens more ...\n"
+        text.append(more if folded else visible("".join(piece.text for piece in group)))
+    return "".join(text)

@@ -1,0 +1,1 @@
+"""A model: its template, embedding norms, manifest, verification and answers."""

@@ -1,0 +1,172 @@
+"""Several runs in one picture: loss, loss and choice by mode, and how they ran; each run has a colour and a stroke."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from rsft_lib.common.paths import resolve
+from rsft_lib.common.temporary import new_file
+from rsft_lib.display.html import Table, caption
+from rsft_lib.display.plot_style import BLACK, look, plain_numbers, smoothed, thinned, tidy
+from rsft_lib.display.runs.csv_curve import LINES, Published
+from rsft_lib.display.runs.runs import BY, Run
+
+MODES = {
+    "loss_mode_think": "loss of <think> answers", "loss_mode_short": "loss of <short> answers",
+    "loss_span_control": "loss of the control token",
+}  # fmt: skip
+CHOICES = {"p_think_when_think": 1.0, "p_think_when_short": 0.45}  # and how strong the line is
+ONE_MODE = {"loss_span_answer": "loss of the answers", "loss_span_eos": "loss of the token that ends them"}
+HEALTH = {
+    "grad_norm": "gradient norm, before clipping", "lr": "learning rate", "tokens_per_second": "tokens per second",
+    "memory_gib": "memory at most, GiB",
+}  # fmt: skip
+THEIRS = {"loss": {"color": BLACK, "linewidth": 1.2}, "held_out": {"color": BLACK, "linewidth": 1.2, "dashes": (1, 1)}}
+
+
+def plot_losses(
+    runs: list[Run], by: str = "step", smoothing: float = 0.9, published: Published | None = None
+) -> Figure:
+    """Training and held-out loss of every run, and a published curve beside them.
+
+    Args:
+        by: what the x axis is, one of `runs.BY`.
+        smoothing: weight of the past in the running mean of the training loss, from 0 (none) to below 1.
+
+    Raises:
+        ValueError: `by` or `smoothing` is none of these, or the published curve has no such column.
+    """
+    _check(by, smoothing)
+    figure, axes = plt.subplots(figsize=(11, 5.2), layout="constrained")
+    for number, run in enumerate(runs):
+        _draw(axes, run, "loss", by, smoothing, number)
+        for x in _alarms(run, by):
+            axes.plot(x, 1, "v", color=look(number)["color"], transform=axes.get_xaxis_transform(), clip_on=False)
+    if published:
+        _draw_published(axes, published, by, smoothing)
+    axes.set_yscale("log")
+    plain_numbers(axes)
+    _finish(figure, {axes: "loss per trained token: line smoothed, faint raw, dots held-out, ▼ alarm"}, runs, by)
+    return figure
+
+
+def plot_modes(runs: list[Run], by: str = "step", smoothing: float = 0.9) -> Figure:
+    """What the loss is made of, and how sure the model is of the mode; without modes, answers and their ends.
+
+    Raises:
+        ValueError: as `plot_losses`.
+    """
+    _check(by, smoothing)
+    if all(run.of_one_mode for run in runs):
+        return _plot_each(runs, ONE_MODE, by, smoothing)
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7.4), layout="constrained")
+    *losses, choice = axes.flat
+    for place, metric in zip(losses, MODES, strict=True):
+        for number, run in enumerate(runs):
+            _draw(place, run, metric, by, smoothing, number)
+        place.set_yscale("log")
+        plain_numbers(place)
+    for number, run in enumerate(runs):
+        for metric, strength in CHOICES.items():
+            x, values = run.line(metric, by)
+            choice.plot(*thinned(x, smoothed(values, smoothing)), alpha=strength, **look(number))
+    choice.set_ylim(-0.03, 1.03)
+    title = "P(<think>): strong where the data thinks, faint where it is short"
+    _finish(figure, dict(zip(axes.flat, [*MODES.values(), title], strict=True)), runs, by)
+    return figure
+
+
+def _plot_each(runs: list[Run], metrics: dict[str, str], by: str, smoothing: float) -> Figure:
+    """A picture for each loss, beside each other."""
+    figure, axes = plt.subplots(1, len(metrics), figsize=(11, 3.9), layout="constrained")
+    for place, metric in zip(axes, metrics, strict=True):
+        for number, run in enumerate(runs):
+            _draw(place, run, metric, by, smoothing, number)
+        place.set_yscale("log")
+        plain_numbers(place)
+    _finish(figure, dict(zip(axes, metrics.values(), strict=True)), runs, by)
+    return figure
+
+
+def plot_health(runs: list[Run], by: str = "step", smoothing: float = 0.9) -> Figure:
+    """Gradient norm, learning rate, speed and memory.
+
+    Raises:
+        ValueError: as `plot_losses`.
+    """
+    _check(by, smoothing)
+    figure, axes = plt.subplots(2, 2, figsize=(11, 6.2), layout="constrained")
+    for place, metric in zip(axes.flat, HEALTH, strict=True):
+        for number, run in enumerate(runs):
+            _draw(place, run, metric, by, 0 if metric in ("lr", "memory_gib") else smoothing, number)
+        if metric != "grad_norm":
+            place.set_ylim(bottom=0)
+    _finish(figure, dict(zip(axes.flat, HEALTH.values(), strict=True)), runs, by)
+    return figure
+
+
+def save_figures(figures: dict[str, Figure], folder: str | Path) -> Table:
+    """Write each figure as PNG and as SVG, and list the files."""
+    folder = resolve(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for name, figure in figures.items():
+        for kind, how in (("png", {"dpi": 150}), ("svg", {"metadata": {"Date": None}})):
+            path = folder / f"{name}.{kind}"
+            with new_file(path, "wb") as file:
+                figure.savefig(file, format=kind, **how)
+            rows.append((str(path), f"{path.stat().st_size / 1000:,.0f} kB"))
+    return Table("pictures", ("file", "size"), rows)
+
+
+def _check(by: str, smoothing: float) -> None:
+    if by not in BY:
+        raise ValueError(f"by is {by!r}; choose one of {', '.join(BY)}")
+    if not 0 <= smoothing < 1:
+        raise ValueError(f"smoothing is {smoothing}; it is the weight of the past, from 0 to below 1")
+
+
+def _draw(axes: Axes, run: Run, metric: str, by: str, smoothing: float, number: int) -> None:
+    """A metric of a run, and what it is on held-out data."""
+    x, values = run.line(metric, by)
+    how = look(number)
+    if smoothing:
+        axes.plot(*thinned(x, values), color=how["color"], alpha=0.18, linewidth=0.8)
+    axes.plot(*thinned(x, smoothed(values, smoothing)), **how)
+    axes.plot(*thinned(*run.line(f"eval_{metric}", by)), "o", color=how["color"], markersize=4)
+
+
+def _draw_published(axes: Axes, published: Published, by: str, smoothing: float) -> None:
+    for what in LINES:
+        x, values = published.line(what, by)
+        if what == "loss":
+            axes.plot(x, values, color=BLACK, alpha=0.18, linewidth=0.8)
+            values = smoothed(values, smoothing)
+        axes.plot(x, values, label=caption(f"{published.name}, {LINES[what]}"), **THEIRS[what])
+    if not any(len(published.line(what, by)[0]) for what in LINES):
+        raise ValueError(
+            f"{published.name} tells {', '.join(published.columns)}, and nothing to draw it by {by}: choose another"
+        )
+
+
+def _alarms(run: Run, by: str) -> Iterable[float]:
+    return run.x(by)[np.isin(run.columns["iteration"], run.alarms)]
+
+
+def _finish(figure: Figure, titles: dict[Axes, str], runs: list[Run], by: str) -> None:
+    """Titles, axes, and one legend under all."""
+    for axes, title in titles.items():
+        axes.set_title(title, loc="left", fontsize="medium")
+        axes.set_xlabel(BY[by])
+        tidy(axes)
+        if not any(len(line.get_xdata()) for line in axes.lines):
+            axes.text(0.5, 0.5, "not told by these runs", ha="center", transform=axes.transAxes)
+    handles = [Line2D([], [], label=caption(run.name), **look(number)) for number, run in enumerate(runs)]
+    handles += [line for axes in titles for line in axes.get_legend_handles_labels()[0]]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4), frameon=False)
+    plt.close(figure)  # the notebook shows what a cell returns; once is enough

@@ -1,0 +1,141 @@
+"""The loss of every token of a dataset under a checkpoint, written beside nothing else: for maps of before and after.
+
+torchrun ... -m rsft_lib.evaluation.score --checkpoint CHECKPOINT --data TOKENS --output FOLDER
+
+token_loss.bin   float32, one for each token of the store in its order; NaN where nothing was predicted or trained
+manifest.json    checkpoint, data, and the mean loss
+"""
+
+if __name__ == "__main__":
+    from rsft_lib.common.parent_death import die_with_parent
+
+    die_with_parent()
+
+import argparse
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from megatron.core import parallel_state
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from rsft_lib.checkpoint.sharded import load_weights
+from rsft_lib.common.artifact import MANIFEST, file_hash, new_folder, read_manifest
+from rsft_lib.common.paths import existing, resolve
+from rsft_lib.data.packed import PackedDataset
+from rsft_lib.data.store import TokenStore
+from rsft_lib.model.attention import packed
+from rsft_lib.model.config import read_config, transformer_config
+from rsft_lib.model.cpu_shim import device
+from rsft_lib.model.distributed import ranks
+from rsft_lib.model.gpt import ResponseModel, build_model, resolve_backend
+from rsft_lib.model.loss_head import Targets
+
+FILE = "token_loss.bin"
+
+
+class TokenLosses:
+    """What `score` wrote: `losses[i]` is float32 [n], the loss of each token of sample i, NaN where there is none."""
+
+    def __init__(self, folder: str | Path):
+        """Open a finished folder.
+
+        Raises:
+            FileNotFoundError: it was not finished.
+            ValueError: the data it was made from has changed since.
+        """
+        folder = existing(folder, "folder of token losses")
+        self.manifest = read_manifest(folder)
+        self.store = TokenStore(existing(self.manifest["data"], "data"))
+        if file_hash(self.store.folder / MANIFEST) != self.manifest["data_sha256"]:
+            raise ValueError(f"{self.store.folder} has changed since {folder} was made: score again")
+        self.values = np.memmap(folder / FILE, dtype=np.float32, mode="r")
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        end = self.store.ends[index]
+        return np.array(self.values[end - self.store.lengths[index] : end])
+
+
+def score(checkpoint: str | Path, data: str | Path, output: str | Path, backend: str = "auto") -> Path | None:
+    """Write the losses of all trained tokens, every rank its share of the samples; rank 0 returns the folder.
+
+    Raises:
+        FileNotFoundError: the checkpoint or the data is missing or unfinished.
+        FileExistsError: `output` is something else, or has the losses of other data or another checkpoint.
+    """
+    checkpoint, store = existing(checkpoint, "checkpoint"), TokenStore(existing(data, "data"))
+    longest = int(store.lengths.max()) - 1
+    model = _model(checkpoint, longest, backend)
+    dataset = PackedDataset(store, longest, seed=0)
+    rank, world = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    losses = torch.full((int(store.ends[-1]),), torch.nan)
+    for index in range(rank, len(dataset), world):
+        places, values = _pack_losses(model, dataset, index)
+        losses[places] = values
+    # Each token is known to one rank; the others say NaN.
+    known = losses.isfinite()
+    losses = losses.where(known, 0.0)
+    for part in (losses, counts := known.to(torch.uint8)):
+        _sum_over_ranks(part)
+    if torch.distributed.get_rank() > 0:
+        return None
+    losses = losses.where(counts.bool(), torch.nan).numpy()
+    facts = {
+        "made_by": "score", "checkpoint": str(checkpoint), "data": str(store.folder),
+        "data_sha256": file_hash(store.folder / MANIFEST),
+        "tokens": int(counts.sum()), "loss": float(np.nanmean(losses)),
+    }  # fmt: skip
+    with new_folder(resolve(output), facts, source=["checkpoint", "data"]) as folder:
+        losses.tofile(folder / FILE)
+    return resolve(output)
+
+
+def _model(checkpoint: Path, longest: int, backend: str) -> ResponseModel:
+    hf, cuda = read_config(checkpoint), torch.cuda.is_available()
+    dtype = torch.bfloat16 if cuda else torch.float32
+    settings = transformer_config(hf, params_dtype=dtype, bf16=cuda)
+    model = build_model(hf, settings, resolve_backend(backend), longest).to(device(), dtype)
+    load_weights(model, checkpoint)
+    return model.eval()
+
+
+@torch.no_grad()
+def _pack_losses(model: ResponseModel, dataset: PackedDataset, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(places in the store, losses) of the trained tokens of one pack."""
+    batch, store = dataset.batch([index]), dataset.store
+    positions = (batch["loss_mask"][0] > 0).nonzero()[:, 0]
+    targets = Targets(positions, batch["labels"][0, positions], batch["loss_mask"][0, positions])
+    found = model(
+        batch["tokens"].to(device()), batch["position_ids"].to(device()),
+        labels=Targets(*(tensor.to(device()) for tensor in targets)),
+        samples=packed(batch["cu_seqlens"].tolist(), device()),
+    )  # fmt: skip
+    # A position predicts the token after it.
+    labels = [np.arange(store.ends[s] - store.lengths[s] + 1, store.ends[s]) for s in dataset.samples([index])]
+    return torch.from_numpy(np.concatenate(labels))[positions], -found.log_probabilities[:, 0].cpu()
+
+
+def _sum_over_ranks(values: torch.Tensor) -> None:
+    moved = values.to(device())
+    torch.distributed.all_reduce(moved)
+    values.copy_(moved)
+
+
+@record
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("checkpoint", "data", "output"):
+        parser.add_argument(f"--{name}", required=True, help="a folder")
+    parser.add_argument("--backend", default="auto", help="te, torch or auto")
+    arguments = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with ranks():
+        score(arguments.checkpoint, arguments.data, arguments.output, arguments.backend)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""The process groups of a run: who holds which part of the model, and which part of the batch."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+
+from rsft_lib.model.cpu_shim import cuda_on_cpu
+
+
+@contextmanager
+def ranks(
+    tensor_parallel_size: int = 1,
+    pipeline_parallel_size: int = 1,
+    seed: int = 0,
+    *,
+    context_parallel_size: int = 1,
+    virtual_pipeline_size: int = 1,
+    timeout: int = 600,
+) -> Iterator[None]:
+    """Join the ranks that torchrun started, or be the only one, within the block.
+
+    NCCL between GPUs, gloo between CPUs.
+
+    Args:
+        timeout: seconds after which a rank that waits for another one fails, as it may while that one writes or reads.
+    """
+    with cuda_on_cpu():
+        cuda = torch.cuda.is_available()
+        if cuda:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        alone = (
+            {} if "WORLD_SIZE" in os.environ else {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
+        )
+        torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout), **alone)
+        try:
+            parallel_state.initialize_model_parallel(
+                tensor_parallel_size,
+                pipeline_parallel_size,
+                virtual_pipeline_size if virtual_pipeline_size > 1 else None,
+                context_parallel_size=context_parallel_size,
+                distributed_timeout_minutes=-(-timeout // 60),
+            )
+            torch.manual_seed(seed)
+            tensor_parallel.model_parallel_cuda_manual_seed(seed)
+            yield
+        finally:
+            parallel_state.destroy_model_parallel()
+            torch.distributed.destroy_process_group()

@@ -1,0 +1,296 @@
+"""What a chat template must do for training and serving to be about the same text.
+
+    python -m rsft_lib.tokenizer.template_checks FOLDER   prints the checks as JSON, under limits on time and memory
+
+A template is a program and folders come from anywhere: one that the kit has not written is rendered by this command,
+in a process of its own.
+"""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import asdict
+from functools import partial
+from itertools import groupby, product
+from pathlib import Path
+
+from rsft_lib.common.check_table import Check, Checks, Skip
+from rsft_lib.common.parent_death import die_with_parent
+from rsft_lib.common.sandbox import SECONDS, end_after, limited
+from rsft_lib.common.visible import visible
+from rsft_lib.tokenizer.chat import END_THINK, MODES, SHORT, THINK, encode, misplaced, prompt_ids
+from rsft_lib.tokenizer.patch import load_tokenizer
+from rsft_lib.tokenizer.template_clock import difference
+from rsft_lib.tokenizer.templates import is_ours
+
+ANSWERS = {"think": f"{THINK}\nTwo and two.\n{END_THINK}\n\nFour.", "short": f"{SHORT}Four."}
+USER = {"role": "user", "content": "How many are 2 + 2?"}
+THOUGHT, AT_ONCE = ({"role": "assistant", "content": answer} for answer in ANSWERS.values())
+DEADLINE = 300  # seconds for all checks by the clock, in a process that has to start first, maybe on a busy machine
+SYSTEM = {"role": "system", "content": "Be brief."}
+CHAT = [SYSTEM, USER, THOUGHT, USER, AT_ONCE]
+
+
+def calling(arguments) -> list[dict]:
+    """A user's turn, a tool call, its result, and an answer that would join a header that is no token."""
+    function = {"name": "add", "arguments": arguments}
+    call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": function}]}
+    return [USER, call, {"role": "tool", "content": '{"sum": 4}'}, {"role": "assistant", "content": '"4" it is.'}]
+
+
+TOOLS = calling('{"numbers": [2, 2]}') * 2
+REASONED = {"role": "assistant", "content": "Four.", "reasoning_content": "Two and two."}
+LONG = [USER, REASONED, *TOOLS, USER, AT_ONCE, USER, THOUGHT, USER, REASONED]  # every kind of turn, many of users
+TOOL = {"type": "function", "function": {"name": "add", "description": "Add numbers.", "parameters": {}}}
+
+
+def check_template(folder: Path, tokenizer) -> Checks:
+    """The checks of `CHECKS` on a tokenizer loaded from `folder`.
+
+    One that fails leaves those out that would only say the same again.
+    """
+    if is_ours(tokenizer.chat_template):
+        return _check(tokenizer)
+    return _check_elsewhere(folder)
+
+
+def _check(tokenizer) -> Checks:
+    checks = Checks()
+    if checks.run("template renders", _renders, tokenizer):
+        checks.run("same at any time", _same_at_any_time, tokenizer)
+        same_text = [checks.run("prompt begins text", _prompt_begins_text, tokenizer)]
+        same_text += [checks.run("thought survives", _thought_survives, tokenizer)]
+        same_text += [checks.run("messages in order", _messages_in_order, tokenizer)]
+        checks.run("BOS once", _bos_once, tokenizer)
+        if all(same_text):
+            _check_mask(checks, tokenizer)
+    done = {check.name for check in checks}
+    skipped = [Check(name, None, "not run, since one above failed") for name in CHECKS if name not in done]
+    return Checks([*checks, *skipped])
+
+
+def _check_mask(checks: Checks, tokenizer) -> None:
+    for name, check in MASK_CHECKS.items():
+        checks.run(name, check, tokenizer)
+        if checks[-1].passed is False:
+            return
+
+
+def _check_elsewhere(folder: Path) -> Checks:
+    """Run the checks in a process with limits, which is watched from here as well: it could sleep."""
+    command = [sys.executable, "-m", "rsft_lib.tokenizer.template_checks", str(folder)]
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE,
+            preexec_fn=die_with_parent,
+        )
+    except subprocess.TimeoutExpired:
+        return _not_rendered(f"there was no end after {DEADLINE} seconds")
+    if done.returncode < 0:
+        return _not_rendered(f"it was ended by signal {-done.returncode} after more than {SECONDS} seconds")
+    if done.returncode:
+        return _not_rendered((done.stderr.strip().splitlines() or ["it failed without a word"])[-1])
+    return Checks(Check(**check) for check in json.loads(done.stdout))
+
+
+def _not_rendered(reason: str) -> Checks:
+    skipped = [Check(name, None, "not run, since the template does not render") for name in CHECKS[1:]]
+    return Checks([Check(CHECKS[0], False, visible(reason)), *skipped])
+
+
+def _renders(tokenizer, chat: list[dict] = CHAT) -> str:
+    parts = [chat[:end] for end in range(1, len(chat) + 1) if chat[end - 1]["role"] != "system"]
+    try:
+        longest = max(len(_text(tokenizer, part, prompt)) for part in parts for prompt in (False, True))
+    except (MemoryError, TimeoutError):
+        raise
+    except Exception as error:  # a template can raise anything
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+    return f"{len(parts)} parts of a conversation, {longest} characters at most"
+
+
+def _same_at_any_time(tokenizer) -> str:
+    """What is served tomorrow is what was trained today: nothing in the text comes from the clock, or from chance.
+
+    A conversation is looked at up to each turn: what ends with an answer is training text, anything else a prompt.
+    """
+    parts = [[*system, *LONG[:end]] for system in ([], [SYSTEM]) for end in range(1, len(LONG) + 1)]
+    cases = list(product(parts, (None, [TOOL])))
+    for chat, tools in cases:
+        prompt = chat[-1]["role"] != "assistant"
+        if found := difference(partial(_text, tokenizer, chat, prompt, tools)):
+            raise ValueError(found)
+    return f"{len(cases)} conversations are the same text at any time: nothing in them comes from the clock"
+
+
+def _prompt_begins_text(tokenizer) -> str:
+    """What is generated from is, token for token, how training text begins, in each mode and at each turn."""
+    cases = [([USER], ANSWERS[mode], mode) for mode in MODES] + [([USER], ANSWERS["think"], None)]
+    cases += [(CHAT[:1] + [USER], ANSWERS["think"], "think"), (CHAT[:4], ANSWERS["short"], "short")]
+    for chat, answer, mode in cases:
+        prompt = prompt_ids(tokenizer, chat, mode)
+        ids = _ids(tokenizer, [*chat, {"role": "assistant", "content": answer}])
+        if ids[: len(prompt)] != prompt:
+            raise ValueError(
+                f"with mode {mode}, generation begins with {tokenizer.decode(prompt)!r}, training text is "
+                f"{tokenizer.decode(ids)!r}"
+            )
+    return f"{len(cases)} prompts, the last of {len(prompt)} tokens"
+
+
+def _thought_survives(tokenizer) -> str:
+    """Every answer is in the text whole, and stays as it is when more turns follow."""
+    whole = _text(tokenizer, CHAT)
+    for end in (3, 5):
+        part, answer = _text(tokenizer, CHAT[:end]), CHAT[end - 1]["content"]
+        if answer not in part or not whole.startswith(part):
+            raise ValueError(f"{answer!r} of turn {end} becomes {part!r}, and {whole!r} when the conversation goes on")
+    return "answers stay whole, the last one and those before"
+
+
+def _messages_in_order(tokenizer) -> str:
+    """What users and systems say is in the text, in the order in which it was said; `_tool_calls` asks it of tools."""
+    chats = [CHAT, CHAT[1:]]
+    for chat in chats:
+        _look_for_messages(_text(tokenizer, chat), chat)
+    return f"every message of {len(chats)} conversations is found at its place"
+
+
+def _look_for_messages(text: str, chat: list[dict]) -> None:
+    at = 0
+    for turn, message in enumerate(chat):
+        if message["role"] != "assistant":  # whose answers other checks are about
+            found = text.find(message["content"], at)
+            if found < 0:
+                raise ValueError(misplaced(turn, message))
+            at = found + len(message["content"])
+
+
+def _bos_once(tokenizer) -> str:
+    served = tokenizer.apply_chat_template(CHAT, tokenize=True, return_dict=False)
+    ids, bos = _ids(tokenizer, CHAT), tokenizer.bos_token_id
+    if served != ids:
+        raise ValueError(f"apply_chat_template gives {served[:4]} ..., training text begins with {ids[:4]}")
+    if bos is None:
+        return "the tokenizer has none"
+    if ids.count(bos) != 1 or ids[0] != bos:
+        raise ValueError(f"{tokenizer.bos_token!r} is in the text {ids.count(bos)} times; it begins with {ids[:4]}")
+    return f"{tokenizer.bos_token} ({bos}) is the first token and no other"
+
+
+def _end_is_trained(tokenizer) -> str:
+    eos = tokenizer.eos_token_id
+    for run in _trained_runs(tokenizer, CHAT):
+        if run[-1] != eos:
+            raise ValueError(f"training ends with {tokenizer.decode(run)!r}, not with {tokenizer.eos_token!r} ({eos})")
+    return f"{tokenizer.eos_token} ({eos}) ends every trained answer"
+
+
+def _header_is_not_trained(tokenizer) -> str:
+    trained = [tokenizer.decode(run).removesuffix(tokenizer.eos_token) for run in _trained_runs(tokenizer, CHAT)]
+    if trained != list(ANSWERS.values()):
+        raise ValueError(f"trained are {trained}, expected {list(ANSWERS.values())}")
+    return "what is trained is the answers and their ends, to the letter"
+
+
+def _tool_calls(tokenizer) -> str:
+    if not _knows_tools(tokenizer):
+        raise Skip("the template knows no tools")
+    _renders(tokenizer, TOOLS)
+    _look_for_messages(_text(tokenizer, TOOLS), TOOLS)
+    runs = [tokenizer.decode(run) for run in _trained_runs(tokenizer, TOOLS)]
+    call, answer = runs[0], TOOLS[3]["content"] + tokenizer.eos_token
+    if not ("add" in call and '{"numbers": [2, 2]}' in call and call.endswith(tokenizer.eos_token)):
+        raise ValueError(f"a call is trained as {call!r}: its name, arguments and end should be there")
+    if runs != [call, answer] * 2:
+        raise ValueError(f"a call, its answer and the same again are trained as {runs}")
+    for end in (2, 4, 6, 8):
+        prompt, text = prompt_ids(tokenizer, TOOLS[: end - 1]), _ids(tokenizer, TOOLS)
+        if text[: len(prompt)] != prompt:
+            raise ValueError(f"turn {end} is served after {tokenizer.decode(prompt)!r}, which training never shows")
+    if _text(tokenizer, calling({"numbers": [2, 2]}) * 2) != _text(tokenizer, TOOLS):
+        raise ValueError("arguments as an object, as servers pass them, are not written as those that come as text")
+    if TOOL["function"]["description"] not in _text(tokenizer, [USER], tools=[TOOL]):
+        raise ValueError("the template does not write the tools of a conversation, so the model is not told of them")
+    return "tools are told; calls are trained to their end, results are not"
+
+
+def _mask_as_marked(tokenizer) -> str:
+    """The loss mask of `encode` is what transformers, and so other trainers, read from the marks of the template."""
+    if not _is_marked(tokenizer):
+        raise Skip("the template has no {% generation %}: the mask comes from rendering turn by turn")
+    for chat in [CHAT, *([TOOLS] if _knows_tools(tokenizer) else [])]:
+        encoded, (ids, mask) = encode(tokenizer, chat), _marked(tokenizer, chat)
+        if encoded.ids != ids or [int(m > 0) for m in encoded.loss_mask] != mask:
+            raise ValueError(f"{sum(mask)} tokens are marked, {sum(m > 0 for m in encoded.loss_mask)} are trained")
+    return f"{sum(mask)} tokens are trained, those that the template marks"
+
+
+def _text(tokenizer, chat: list[dict], prompt: bool = False, tools: list[dict] | None = None) -> str:
+    return tokenizer.apply_chat_template(chat, tools=tools, tokenize=False, add_generation_prompt=prompt)
+
+
+def _ids(tokenizer, chat: list[dict]) -> list[int]:
+    return tokenizer(_text(tokenizer, chat), add_special_tokens=False)["input_ids"]
+
+
+def _knows_tools(tokenizer) -> bool:
+    return "tool_calls" in tokenizer.chat_template
+
+
+def _is_marked(tokenizer) -> bool:
+    return bool(re.search(r"{%-?\s*generation\s*-?%}", tokenizer.chat_template))
+
+
+def _marked(tokenizer, chat: list[dict]) -> tuple[list[int], list[int]]:
+    out = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    return out["input_ids"], list(out["assistant_masks"])
+
+
+def _trained_runs(tokenizer, chat: list[dict]) -> list[list[int]]:
+    """Ids of each stretch of trained tokens, by the marks of the template where it has them."""
+    if _is_marked(tokenizer):
+        ids, mask = _marked(tokenizer, chat)
+    else:
+        encoded = encode(tokenizer, chat)
+        ids, mask = encoded.ids, encoded.loss_mask
+    pairs = groupby(zip(ids, mask, strict=True), key=lambda pair: pair[1] > 0)
+    return [[number for number, _ in run] for trained, run in pairs if trained]
+
+
+MASK_CHECKS = {
+    "end is trained": _end_is_trained,
+    "header is not trained": _header_is_not_trained,
+    "tool calls": _tool_calls,
+    "mask as marked": _mask_as_marked,
+}
+CHECKS = [
+    "template renders",
+    "same at any time",
+    "prompt begins text",
+    "thought survives",
+    "messages in order",
+    "BOS once",
+    *MASK_CHECKS,
+]
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    tokenizer = load_tokenizer(folder)
+    end_after(2 * SECONDS)
+    try:
+        with limited("rendering the template"):
+            checks = _check(tokenizer)
+    except ValueError as error:
+        sys.exit(str(error))
+    print(json.dumps([asdict(check) for check in checks]))
+
+
+if __name__ == "__main__":
+    main()
