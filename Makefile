@@ -9,11 +9,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraint
 # torch's build for CPUs, so that a laptop does not download CUDA. Where an NVIDIA driver is, PyPI's.
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,--extra-index-url https://download.pytorch.org/whl/cpu)
 
-LONGEST := $(patsubst %,tests/test_%.py,notebooks other_data slurm stopping start \
-  train_notebook orphans real_input families contract)
+LONGEST := $(patsubst %,tests/%.py,notebooks/test_notebooks notebooks/test_other_data launch/test_slurm \
+  training/test_stopping training/test_start notebooks/test_train_notebook launch/test_orphans data/test_real_input \
+  model/test_families tokenizer/test_contract)
 
 # What depends on the version of megatron-core; `make test-engine VENV=.venv-3.12 PYTHON=python3.12` runs it with another.
-ENGINE := $(patsubst %,tests/test_%.py,layouts resume start parity families conversion training_parts head layers engines demo)
+ENGINE := tests/model tests/training $(patsubst %,tests/%.py,checkpoint/test_conversion notebooks/test_demo)
 
 .PHONY: help demo test test-engine lint lab clean
 .DEFAULT_GOAL := help
@@ -28,7 +29,7 @@ test: lint  ## lint and all tests
 	@# Most tests wait for processes to start, so four files at a time, those that take minutes first: begun last, one of
 	@# them runs alone. More threads than cores wait for each other in loops that take all the time there is.
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder \
-	  $(LONGEST) $(filter-out $(LONGEST),$(wildcard tests/test_*.py))
+	  $(LONGEST) $(filter-out $(LONGEST),$(wildcard tests/test_*.py tests/*/test_*.py))
 
 test-engine: $(VENV)/.installed  ## the tests of training, conversion and the demo only
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder $(ENGINE)

@@ -23,6 +23,8 @@ from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.metrics import read_metrics
 
 VOCAB = 256
+TESTS = Path(__file__).parent
+"""The folder of what tests share: the PYTHONPATH of processes that they start."""
 
 
 def tiny_model(folder: Path, dtype: torch.dtype = torch.float32, **changes) -> Qwen2ForCausalLM:

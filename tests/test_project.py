@@ -1,8 +1,9 @@
-"""What holds the project's files together: pytest tests/test_project.py"""
+"""What holds the project's files together."""
 
 import ast
 import re
 import tomllib
+from pathlib import Path
 
 import nbformat
 import papermill
@@ -19,6 +20,9 @@ NOTEBOOKS = [
 ]  # fmt: skip
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 PYTHONS = ("3.11", "3.12", "3.13")
+FOLDERS = [
+    "common", "tokenizer", "data", "model", "checkpoint", "training", "launch", "evaluation", "display",
+]  # fmt: skip
 
 
 def on(python: str, lines: list[str]) -> list[Requirement]:
@@ -43,6 +47,28 @@ def test_constraints_name_one_version_that_pyproject_allows_of_all_it_asks_for(p
     assert len(versions) == len(tested)
     for wanted in on(python, PROJECT["dependencies"] + PROJECT["optional-dependencies"]["fast"]):
         assert wanted.specifier.contains(versions[wanted.name]), wanted
+
+
+def imported(path: Path) -> set[str]:
+    """The folders and modules right under rsft_lib that a module imports from, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        if names == ["rsft_lib"]:
+            names = [f"rsft_lib.{name.name}" for name in node.names]
+        if isinstance(node, ast.Import):
+            names = [name.name for name in node.names]
+        found |= {name.split(".")[1] for name in names if name.startswith("rsft_lib.")}
+    return found
+
+
+def test_a_folder_imports_only_from_those_before_it():
+    library = ROOT / "rsft_lib"
+    assert {path.name for path in library.iterdir() if path.is_dir() and path.name != "__pycache__"} == set(FOLDERS)
+    assert {path.stem for path in library.glob("*.py")} == {"__init__", "notebook", "demo"}
+    for number, folder in enumerate(FOLDERS):
+        for path in (library / folder).rglob("*.py"):
+            assert imported(path) <= set(FOLDERS[: number + 1]), path
 
 
 @pytest.fixture(params=NOTEBOOKS)

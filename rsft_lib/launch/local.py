@@ -1,8 +1,8 @@
 """Ranks on this machine, under torchrun.
 
 The chain is notebook kernel -> torchrun -> ranks. torchrun puts its ranks into sessions of their own, so no signal
-to a process group reaches them; instead every link watches the one before it (torchrun.py, common/parent_death.py). A training
-that shall go on without the notebook has no such link at its beginning.
+to a process group reaches them; instead every link watches the one before it (torchrun.py,
+common/parent_death.py). A training that shall go on without the notebook has no such link at its beginning.
 """
 
 import os

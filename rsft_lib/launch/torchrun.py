@@ -1,8 +1,8 @@
 """torchrun whose ranks are stopped when who started it ends: `python -m rsft_lib.launch.torchrun PID PATIENCE` and
 arguments of torchrun.
 
-The signal that parent_death.py asks for comes again with every thread of the parent that ends, and torchrun does not bear
-to be asked twice, so here a thread looks for the parent.
+The signal that parent_death.py asks for comes again with every thread of the parent that ends, and torchrun
+mishandles a second SIGTERM, so here a thread looks for the parent.
 """
 
 import os

@@ -1,7 +1,7 @@
 """What is counted over the trained tokens of a batch, and the metrics that it becomes.
 
 A tally is one float64 vector, so that a single sum over ranks and micro-batches completes it: the weighted loss, the
-weights, the number of trained tokens, loss and number of tokens of each kind (see `data.span_kinds`), and, of each mode,
+weights, the number of trained tokens, loss and number of tokens of each kind (see `span_kinds`), and, of each mode,
 the summed probability that <think> had against <short> where one of the two had to be chosen.
 """
 

@@ -1,4 +1,4 @@
-"""The samples of a store one after the other, with widgets; what is shown is the static view of `display.mask.sample`."""
+"""The samples of a store one after the other, with widgets; each is shown by `mask.sample`."""
 
 import ipywidgets as widgets
 import numpy as np

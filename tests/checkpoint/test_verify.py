@@ -1,0 +1,122 @@
+"""What the proof of a conversion finds, and that it finds what is wrong."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from families import tiny_family
+from safetensors.torch import load_file, save_file
+from support import tiny_tokenizer
+
+from rsft_lib.checkpoint.convert import convert
+from rsft_lib.checkpoint.export import export
+from rsft_lib.checkpoint.formats import hf
+from rsft_lib.checkpoint.lazy_weights import Piece, Weights
+from rsft_lib.checkpoint.verify import lost_in_round_trip, prove, report
+
+SENTENCE = "one two three two one"
+
+
+@pytest.fixture
+def model(tmp_path):
+    tiny_family(tmp_path / "hf", "qwen2")
+    tiny_tokenizer(tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+def test_the_proof_of_a_right_conversion_has_every_tensor_and_what_both_say(model, tmp_path):
+    convert(model, tmp_path / "megatron")
+    proof = prove(model, tmp_path / "megatron", SENTENCE, new_tokens=8)
+    assert proof["differing_tensors"] == proof["lost_in_round_trip"] == []
+    assert proof["logit_difference"] < 1e-4
+    assert len(proof["next_tokens"]) == 5
+    for row in proof["next_tokens"]:
+        assert row["transformers"] == pytest.approx(row["megatron"], abs=1e-4)
+    assert proof["tokens"]["transformers"] == proof["tokens"]["megatron"] and len(proof["tokens"]["megatron"]) == 8
+    assert "model.layers.*.self_attn.k_proj.bias" in (text := report(proof)) and "4 of 4" in text
+    tensors = load_file(model / "model.safetensors")
+    assert {row["name"] for row in proof["tensors"]} == tensors.keys()
+    for row in proof["tensors"]:
+        tensor = tensors[row["name"]]
+        assert (row["shape"], row["dtype"], row["same"]) == (list(tensor.shape), "float32", True)
+        assert row["norm"] == pytest.approx(tensor.norm().item(), rel=1e-5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "megatron"]
+
+
+def test_rows_that_were_set_to_means_are_compared_with_the_means(model, tmp_path):
+    convert(model, tmp_path / "megatron", row_means={5: [1, 2], 1: [5, 3]})
+    proof = prove(model, tmp_path / "megatron", SENTENCE, new_tokens=4)
+    assert proof["differing_tensors"] == proof["lost_in_round_trip"] == [] and proof["logit_difference"] < 1e-4
+
+
+def test_a_tensor_that_changed_is_named(model, tmp_path):
+    convert(model, tmp_path / "megatron")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.2.self_attn.k_proj.bias"][3] += 1e-7
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    proof = prove(model, tmp_path / "megatron", SENTENCE, new_tokens=1)
+    assert proof["differing_tensors"] == ["model.layers.2.self_attn.k_proj.bias"]
+
+
+def test_an_export_that_takes_biases_from_the_original_is_found_out(model, tmp_path, monkeypatch):
+    """The original's fault: on unchanged weights it cannot be seen."""
+    untrained, real = load_file(model / "model.safetensors"), hf.as_hf
+
+    def forgetful(weights, config):
+        pieces = real(weights, config).pieces
+        biases = {name: [Piece((0,), untrained[name])] for name in pieces if name.endswith("k_proj.bias")}
+        return Weights(pieces | biases, weights.dtype)
+
+    monkeypatch.setattr(hf, "as_hf", forgetful)
+    convert(model, tmp_path / "megatron")
+    proof = prove(model, tmp_path / "megatron", SENTENCE, new_tokens=1)
+    assert proof["differing_tensors"] == [] and proof["logit_difference"] < 1e-4
+    assert proof["lost_in_round_trip"] == [f"model.layers.{layer}.self_attn.k_proj.bias" for layer in range(4)]
+
+
+def test_tensors_that_are_mixed_up_both_ways_are_found_out_by_the_logits(model, tmp_path, monkeypatch):
+    real = hf.row_map
+
+    def mixed_up(config):
+        swapped = {"gate": "up", "up": "gate"}
+        return {
+            ours: [row._replace(name=".".join(
+                part.replace(part[:-5], swapped.get(part[:-5], part[:-5])) if part.endswith("_proj") else part
+                for part in row.name.split("."))) for row in origins]
+            for ours, origins in real(config).items()
+        }  # fmt: skip
+
+    monkeypatch.setattr(hf, "row_map", mixed_up)
+    convert(model, tmp_path / "megatron")
+    proof = prove(model, tmp_path / "megatron", SENTENCE, new_tokens=1)
+    assert proof["differing_tensors"] == proof["lost_in_round_trip"] == []
+    assert proof["logit_difference"] > 0.01
+
+
+def test_an_export_is_proven_against_the_checkpoint_it_came_from_in_its_own_dtype(model, tmp_path):
+    convert(model, tmp_path / "megatron")
+    export(tmp_path / "megatron", model, tmp_path / "out", dtype="bfloat16")
+    proof = prove(tmp_path / "out", tmp_path / "megatron", SENTENCE, new_tokens=1, round_trip=False)
+    assert proof["differing_tensors"] == [] and proof["rounded"] and "lost_in_round_trip" not in proof
+    assert {row["dtype"] for row in proof["tensors"]} == {"bfloat16"}
+
+
+def test_the_command_leaves_its_proof_in_the_checkpoint_which_stays_whole(model, tmp_path):
+    convert(model, tmp_path / "megatron")
+    command = [sys.executable, "-m", "rsft_lib.checkpoint.verify"]
+    command += ["--model", str(model), "--checkpoint", str(tmp_path / "megatron")]
+    environment = {name: value for name, value in os.environ.items() if name != "WORLD_SIZE"}
+    subprocess.run(command, check=True, capture_output=True, env=environment)
+    proof = json.loads((tmp_path / "megatron" / "verify.json").read_text())
+    assert proof["differing_tensors"] == [] and proof["tokens"]
+    convert(tmp_path / "megatron", tmp_path / "again")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_no_bit_is_lost_in_any_dtype(dtype, tmp_path):
+    tiny_family(tmp_path / "hf", "qwen3", dtype)
+    tiny_tokenizer(tmp_path / "hf")
+    assert lost_in_round_trip(tmp_path / "hf", tmp_path) == []

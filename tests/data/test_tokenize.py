@@ -1,0 +1,532 @@
+"""Records to a token store, and what becomes of every row."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from processes import wait_until
+from support import settings, to_messages
+
+from rsft_lib import demo
+from rsft_lib.common.artifact import verify
+from rsft_lib.data.encoder import ReferenceEncoder
+from rsft_lib.data.pool import Process, pool_for
+from rsft_lib.data.records import Row, read_records
+from rsft_lib.data.store import LENGTHS, MASK, ROWS, TokenStore
+from rsft_lib.data.tokenize import tokenize
+from rsft_lib.data.worker import Job, Options, Worker
+from rsft_lib.tokenizer.chat import LOSS_WEIGHTS, ChatTemplate, encode
+from rsft_lib.tokenizer.patch import load_tokenizer, patch_tokenizer
+from rsft_lib.training.datasets import open_datasets
+
+FILES = ["text_document.bin", "text_document.idx", MASK, LENGTHS, ROWS]
+GOOD = json.dumps({"instruction": "2 + 2 ?", "output": "<think>\nhm\n</think>\n\n4"})
+
+
+@pytest.fixture(scope="module")
+def patched(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    demo.make_model(folder / "model", seed=0)
+    patch_tokenizer(folder / "model", folder / "patched", {"<|quad_start|>": "<short>"})
+    return folder / "patched"
+
+
+@pytest.fixture(scope="module")
+def problems(tmp_path_factory) -> Path:
+    """Two thousand records, of several blocks."""
+    sources = demo.make_sources(tmp_path_factory.mktemp("problems") / "sources", 1000, seed=0)
+    (sources / "both.jsonl").write_text((sources / "long.jsonl").read_text() + (sources / "short.jsonl").read_text())
+    return sources / "both.jsonl"
+
+
+def lines(folder: Path, *rows: str) -> Path:
+    path = folder / "data.jsonl"
+    path.write_text("".join(f"{row}\n" for row in rows))
+    return path
+
+
+def rejected(folder: Path) -> list[dict]:
+    path = folder.with_name(f"{folder.name}.rejected.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def samples(folder: Path) -> list[tuple[bytes, bytes]]:
+    store = TokenStore(folder)
+    return [(tokens.tobytes(), mask.tobytes()) for tokens, mask in (store[i] for i in range(len(store)))]
+
+
+def same_files(a: Path, b: Path) -> bool:
+    return all((a / name).read_bytes() == (b / name).read_bytes() for name in FILES)
+
+
+def test_a_store_gives_back_ids_and_masks_as_int32_and_refuses_a_mask_of_another_size(patched, tmp_path):
+    tokenize(lines(tmp_path, GOOD), patched, tmp_path / "out", workers=0)
+    store = TokenStore(tmp_path / "out")
+    encoded = encode(load_tokenizer(patched), to_messages(json.loads(GOOD), ""))
+    tokens, mask = store[0]
+    assert tokens.tolist() == encoded.ids and mask.tolist() == encoded.loss_mask and tokens.dtype == "int32"
+    counts = {"written": 1, "tokens": len(tokens), "trained_tokens": int(mask.sum())}
+    assert store.manifest["counts"] == {"records": 1, "rejected": 0, **counts}
+    assert store.manifest["modes"] == {"think": counts}
+    assert store.manifest["control_ids"]["<short>"] == load_tokenizer(patched).convert_tokens_to_ids("<short>")
+    verify(store.folder)
+    with (store.folder / MASK).open("ab") as file:
+        file.write(b"1")
+    with pytest.raises(ValueError, match="tokenize again"):
+        TokenStore(store.folder)
+
+
+def test_any_number_of_workers_writes_the_same_bytes(patched, problems, tmp_path):
+    alone = tokenize(problems, patched, tmp_path / "alone", workers=0)
+    assert alone["counts"]["written"] == 2000  # in eight blocks
+    tokenize(problems, patched, tmp_path / "two", workers=2)
+    assert same_files(tmp_path / "alone", tmp_path / "two")
+
+
+def test_what_is_there_from_the_same_inputs_is_kept_and_anything_else_is_made_anew(patched, tmp_path, capsys):
+    def inode(**options):
+        tokenize(data, patched, tmp_path / "out", workers=0, **options)
+        return (tmp_path / "out" / "manifest.json").stat().st_ino
+
+    data = lines(tmp_path, GOOD)
+    first = inode()
+    assert inode() == first and "there already" in capsys.readouterr().out
+    changed = inode(max_length=999)
+    assert changed != first
+    lines(tmp_path, GOOD, GOOD)
+    assert inode(max_length=999) != changed and len(TokenStore(tmp_path / "out")) == 2
+    with (tmp_path / "out" / MASK).open("r+b") as file:
+        file.write(b"\x09")
+    inode(max_length=999)
+    verify(tmp_path / "out")
+
+
+def test_missing_files_and_options_that_do_not_exist_are_named(patched, tmp_path):
+    with pytest.raises(FileNotFoundError, match="data file: .*none.jsonl does not exist"):
+        tokenize(tmp_path / "none.jsonl", patched, tmp_path / "out")
+    data = lines(tmp_path, GOOD)
+    for option, message in [
+        ({"overlong": "cut"}, "overlong is 'cut'; choose one of drop, truncate, error"),
+        ({"turns": "first"}, "turns is 'first'; choose one of all, last"),
+        ({"reject_limit": 2}, "reject_limit is 2; it is a share"),
+        ({"max_length": 1}, "max_length is 1"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            tokenize(data, patched, tmp_path / "out", **option, workers=0)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["data.jsonl"]
+
+
+# Rows that cannot be used
+
+
+def test_bad_rows_are_kept_with_their_reason_and_too_many_end_the_work(patched, tmp_path):
+    data = lines(tmp_path, *[GOOD] * 3, '{"instruction": "x"}', *[GOOD] * 6)
+    with pytest.raises(ValueError, match=f"(?s)^{data}:4: found the fields .*1 of 10 records are rejected, .* 9.00%"):
+        tokenize(data, patched, tmp_path / "out", workers=0, reject_limit=0.09)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["data.jsonl", "out.rejected.jsonl"]
+    tokenize(data, patched, tmp_path / "out", workers=0, reject_limit=0.1)
+    (row,) = rejected(tmp_path / "out")
+    assert row["line"] == 4 and "found the fields" in row["reason"] and row["record"] == '{"instruction": "x"}'
+    assert len(samples(tmp_path / "out")) == 9
+
+    tokenize(lines(tmp_path, GOOD), patched, tmp_path / "out", workers=0)
+    assert rejected(tmp_path / "out") == []
+
+
+def test_a_file_of_bad_rows_is_not_read_to_its_end(patched, tmp_path):
+    data = lines(tmp_path, *["{}"] * 5000)
+    with pytest.raises(ValueError, match=r"1024 of 1024 records are rejected"):
+        tokenize(data, patched, tmp_path / "out", workers=0, reject_limit=0.01)
+
+
+SMUGGLED = [
+    {"instruction": f"x{demo.EOS}<｜Assistant｜>y", "output": "<short>4"},
+    {"instruction": "is <think> a tag?", "output": "<short>4"},
+    {"instruction": "x", "output": "<short>4<｜User｜>and now?"},
+    {"messages": [{"role": "user", "content": "x"}, {"role": "tool", "content": demo.BOS},
+                  {"role": "assistant", "content": "<short>4"}]},
+    {"instruction": "x", "output": "<short>4", "tools": [{"name": "<short>"}]},
+]  # fmt: skip
+
+
+def test_text_does_not_become_a_control_token_unless_allowed(patched, tmp_path):
+    data = lines(tmp_path, GOOD, *map(json.dumps, SMUGGLED[:3]))
+    tokenize(data, patched, tmp_path / "out", workers=0, reject_limit=1)
+    assert [row["line"] for row in rejected(tmp_path / "out")] == [2, 3, 4]
+    assert "'<｜end▁of▁sentence｜>' at character 1" in rejected(tmp_path / "out")[0]["reason"]
+    tokenize(data, patched, tmp_path / "out", workers=0, control_tokens="allow")
+    assert len(samples(tmp_path / "out")) == 4
+
+    for record in SMUGGLED:
+        assert "would become a control token" in reason(patched, record)
+
+
+def job_for(tokenizer: Path, template: str = "") -> Job:
+    loaded = load_tokenizer(tokenizer)
+    return Job(
+        source="data.jsonl",
+        tokenizer_json=loaded.backend_tokenizer.to_str(),
+        template=ChatTemplate(template or loaded.chat_template, loaded.special_tokens_map),
+        added_tokens=loaded.get_added_vocab(),
+        options=Options(),
+    )
+
+
+def reason(tokenizer: Path, record: dict, template: str = "", row_seconds: float = 0) -> str:
+    """Why a worker rejects a record."""
+    worker = Worker(job_for(tokenizer, template), row_seconds)
+    (reject,) = worker.block([Row(1, record)], ReferenceEncoder.name).fates.rejects
+    return reject.reason
+
+
+def test_a_mask_of_nothing_or_of_everything_is_refused(patched):
+    everything = "{% generation %}{% for m in messages %}{{ m.content }}{% endfor %}{{ eos_token }}{% endgeneration %}"
+    assert "message 0 (user): the chat template drops it, changes it or puts it elsewhere" in reason(
+        patched, json.loads(GOOD), everything
+    )
+
+
+def test_a_template_that_never_ends_costs_its_row_and_not_the_work(patched):
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    assert "takes more than 0.3 seconds" in reason(patched, json.loads(GOOD), endless, row_seconds=0.3)
+
+
+def test_a_template_that_builds_gigabytes_costs_its_row_and_not_the_machine(patched, tmp_path):
+    huge = tmp_path / "huge"
+    huge.mkdir()
+    for path in patched.iterdir():
+        (huge / path.name).write_bytes(path.read_bytes())
+    template = (
+        load_tokenizer(patched).chat_template + "{% if '3' in messages[0].content %}{{ 'a' * 10**10 }}{% endif %}"
+    )
+    (huge / "chat_template.jinja").write_text(template)
+    data = lines(tmp_path, GOOD, GOOD.replace("2 + 2", "3 + 1"), GOOD)
+    tokenize(data, huge, tmp_path / "out", workers=1, reject_limit=0.5, contract=False)
+    (row,) = rejected(tmp_path / "out")
+    assert row["line"] == 2 and "MemoryError" in row["reason"]
+
+
+# Over-long samples
+
+
+def test_an_exact_fit_is_not_overlong_and_each_policy_does_what_it_says(patched, tmp_path):
+    short, long = GOOD, GOOD.replace("hm", "hm " * 40)
+    data = lines(tmp_path, short, long)
+    whole = tokenize(data, patched, tmp_path / "whole", workers=0)
+    lengths = TokenStore(tmp_path / "whole").lengths.tolist()
+    assert len(lengths) == 2 and "dropped" not in whole["counts"]
+    tokenize(data, patched, tmp_path / "exact", lengths[1], workers=0)
+    assert same_files(tmp_path / "whole", tmp_path / "exact")
+
+    for policy, count, written in [("drop", "dropped", lengths[:1]), ("truncate", "truncated", [lengths[0], 60])]:
+        facts = tokenize(data, patched, tmp_path / policy, 60, workers=0, overlong=policy)
+        store = TokenStore(tmp_path / policy)
+        assert facts["counts"][count] == facts["modes"]["think"][count] == 1 and store.lengths.tolist() == written
+        assert np.load(tmp_path / policy / LENGTHS).tolist() == lengths
+    tokens, mask = store[1]
+    uncut, uncut_mask = TokenStore(tmp_path / "whole")[1]
+    assert (tokens == uncut[:60]).all() and (mask == uncut_mask[:60]).all() and tokens[-1] != store.manifest["eos_id"]
+    for workers in (0, 1):
+        with pytest.raises(ValueError, match=f"^{data}:2: the sample has {lengths[1]} tokens, max_length is 60; raise"):
+            tokenize(data, patched, tmp_path / "error", 60, workers=workers, overlong="error")
+
+
+def test_a_prompt_longer_than_the_limit_is_dropped_also_when_cutting(patched, tmp_path):
+    data = lines(tmp_path, GOOD, GOOD.replace("2 + 2", "2 + 2 " * 40))
+    facts = tokenize(data, patched, tmp_path / "out", 60, workers=0, overlong="truncate")
+    assert facts["counts"]["dropped"] == 1 and "truncated" not in facts["counts"]
+    with pytest.raises(ValueError, match="none of 2 usable records fits into max_length 5 tokens"):
+        tokenize(data, patched, tmp_path / "none", 5, workers=0)
+
+
+def test_one_token_answers_several_turns_and_weights_are_stored(patched, tmp_path):
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "4", "weight": 0.5}]
+    data = lines(tmp_path, json.dumps({"messages": messages + messages}))
+    tokenize(data, patched, tmp_path / "out", workers=0)
+    store = TokenStore(tmp_path / "out")
+    assert store.weights[store[0][1]].tolist().count(0.5) == 4  # twice the answer and its end
+    tokenize(data, patched, tmp_path / "out", workers=0, turns="last")
+    assert (TokenStore(tmp_path / "out")[0][1] > 0).sum() == 2
+    assert store.weights is LOSS_WEIGHTS
+
+
+# Ten thousand mutated lines
+
+
+def mutated(line: bytes, rng: random.Random) -> bytes:
+    """A line with bytes flipped, cut, doubled or put in; never with a line break."""
+    out = bytearray(line)
+    for _ in range(rng.randint(1, 3)):
+        place = rng.randrange(len(out) + 1)
+        kind = rng.randrange(6)
+        if kind == 0 and place < len(out):
+            out[place] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            del out[place:]
+        elif kind == 2:
+            del out[place : place + rng.randint(1, 8)]
+        elif kind == 3:
+            out[place:place] = rng.choice([b"NaN", b"\\ud800", b'"', b"{", b"\xff", b"<think>", "｜".encode(), b"\x00"])
+        elif kind == 4:
+            out[place:place] = out[max(0, place - 20) : place]
+        else:
+            out[:] = out.replace(rng.choice([b"output", b"instruction", b": ", b"</think>"]), b"", 1)
+    return bytes(byte for byte in out if byte not in b"\r\n")
+
+
+def test_every_mutated_row_is_written_rejected_or_dropped_and_no_other_is_touched(patched, problems, tmp_path):
+    rng, good = random.Random(0), problems.read_bytes().splitlines()
+    rows = [mutated(rng.choice(good), rng) for _ in range(10_000)]
+    data = tmp_path / "data.jsonl"
+    data.write_bytes(b"".join(row + b"\n" + good[i % len(good)] + b"\n" for i, row in enumerate(rows)))
+    tokenize(problems, patched, tmp_path / "good", workers=0)
+    longest = int(TokenStore(tmp_path / "good").lengths.max())
+    facts = tokenize(data, patched, tmp_path / "out", longest, workers=2, reject_limit=1)
+    counts = facts["counts"]
+    blank = {2 * i + 1 for i, row in enumerate(rows) if not row.strip()}
+    assert counts["records"] == 20_000 - len(blank) == counts["written"] + counts["rejected"] + counts["dropped"]
+    assert counts["rejected"] > 2000 and counts["written"] > 11_000 and counts["dropped"] > 0
+
+    lost = {row["line"] for row in rejected(tmp_path / "out")}
+    assert len(lost) == counts["rejected"] and all(line % 2 for line in lost)
+    accepted = [line for line in range(1, 20_001) if line not in lost | blank]
+    lengths = np.load(tmp_path / "out" / LENGTHS)
+    kept = [line for line, length in zip(accepted, lengths, strict=True) if length <= longest]
+    assert np.load(tmp_path / "out" / ROWS).tolist() == kept
+    found = {line: sample for line, sample in zip(kept, samples(tmp_path / "out"), strict=True) if line % 2 == 0}
+    expected = samples(tmp_path / "good")
+    assert found == {2 * i + 2: expected[i % len(good)] for i in range(10_000)}
+
+
+# Whoever is killed
+
+
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGSEGV"])
+def test_a_killed_worker_ends_the_work_with_an_error_and_leaves_nothing(patched, problems, tmp_path, monkeypatch, name):
+    def killing(self, encoded):
+        for block in encoded:
+            for child in psutil.Process().children():
+                child.send_signal(getattr(signal, name))
+            yield block
+
+    monkeypatch.setattr("rsft_lib.data.tokenize.Reading.progress", killing)
+    with pytest.raises(RuntimeError, match=f"nothing was written: a tokenizing process was killed by {name}") as error:
+        tokenize(problems, patched, tmp_path / "out", workers=2)
+    assert ("out of memory?" in str(error.value)) == (name == "SIGKILL")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("raise ImportError('no such thread')", "ended with exit code 1; the end of its stderr:.*no such thread$"),
+        ("import os, sys; print('x' * 9999, 'last', file=sys.stderr); os._exit(7)", "code 7; .*:\nx{3990,3999} last$"),
+        ("import os; os._exit(7)", "exit code 7 and wrote nothing to stderr$"),
+    ],
+)
+def test_how_a_worker_died_is_told_in_its_own_last_words(patched, tmp_path, monkeypatch, code, message):
+    monkeypatch.setattr("rsft_lib.data.pool.CODE", code)
+    with pytest.raises(RuntimeError, match=f"(?s){message}"):
+        tokenize(lines(tmp_path, GOOD), patched, tmp_path / "out", workers=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
+
+
+ODD_WORKER = """
+import sys
+from rsft_lib.data import worker
+
+class Odd(Exception):
+    def __init__(self, one, two):
+        self.handle = open("/dev/null") if one == "cannot be pickled" else None
+        super().__init__(one)
+
+def block(self, rows, encoder):
+    raise Odd(self.job.source.rpartition("/")[2].removesuffix(".jsonl"), "two")
+
+print("a warning", file=sys.stderr)
+worker.Worker.block = block
+worker.main()
+"""
+
+
+@pytest.mark.parametrize("what", ["cannot be pickled", "cannot be read back"])
+def test_an_error_that_cannot_be_handed_on_is_told_as_text_and_kills_no_worker(
+    patched, tmp_path, monkeypatch, capsys, what
+):
+    monkeypatch.setattr("rsft_lib.data.pool.CODE", ODD_WORKER)
+    data = lines(tmp_path, *[GOOD] * 600).rename(tmp_path / f"{what}.jsonl")
+    with pytest.raises(RuntimeError, match=f"(?s)^Traceback .*Odd: {what}$"):
+        tokenize(data, patched, tmp_path / "out", workers=2)
+    assert capsys.readouterr().err == "a warning\n"  # of all processes that said it
+
+
+class Unreadable:
+    """Can be pickled and not read back."""
+
+    def __reduce__(self):
+        return int, ("no number", 10)
+
+
+UNREADABLE_ANSWER = """
+from rsft_lib.data import worker
+
+class Unreadable:
+    def __reduce__(self):
+        return int, ("no number", 10)
+
+block = worker.Worker.block
+worker.Worker.block = lambda self, rows, encoder: block(self, rows, encoder) if encoder != "odd" else Unreadable()
+worker.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("rows", "encoder", "error"),
+    [
+        ([Row(1, {"handle": threading.Lock()})], ReferenceEncoder.name, (TypeError, "cannot pickle")),
+        ([Row(1, {"x": "x" * 10**6, "odd": Unreadable()})], ReferenceEncoder.name, (ValueError, "'no number'")),
+        ([], "odd", (ValueError, "'no number'")),
+    ],
+    ids=["a call that cannot be pickled", "a call that cannot be read", "an answer that cannot be read"],
+)
+def test_what_cannot_be_handed_on_raises_where_it_is_waited_for_and_the_process_goes_on(
+    patched, monkeypatch, rows, encoder, error
+):
+    kind, message = error
+    monkeypatch.setattr("rsft_lib.data.pool.CODE", UNREADABLE_ANSWER)
+    with pool_for(job_for(patched), 1) as pool:
+        good = [Row(1, GOOD.encode())]
+        calls = [(good, ReferenceEncoder.name), (rows, encoder), (good, ReferenceEncoder.name)]
+        before, odd, after = [pool.submit("block", *call) for call in calls]
+        with pytest.raises(kind, match=message):
+            odd.result(300)
+        assert before.result(300).tokens.tolist() == after.result(300).tokens.tolist() != []
+        assert len(pool.processes) == 1 and pool.processes[0].poll() is None
+
+
+def test_a_job_that_cannot_be_pickled_starts_no_process(patched):
+    job = replace(job_for(patched), options=threading.Lock())
+    with pytest.raises(TypeError, match="cannot pickle"), pool_for(job, 1):
+        raise AssertionError("it goes on")
+
+
+@pytest.mark.parametrize(("why_slow", "helpful"), [({}, 2), ({"why_slow": "it is slow"}, 3)])
+@pytest.mark.parametrize("workers", [None, 64])
+def test_no_more_workers_are_started_than_one_reading_process_keeps_busy(
+    patched, problems, tmp_path, monkeypatch, workers, why_slow, helpful
+):
+    """As on a machine of 64 cores, where the reader is the bottleneck."""
+    started = []
+
+    class Counted(Process):
+        def __init__(self):
+            super().__init__()
+            started.append(self)
+
+    def chosen(pool, rows):
+        return {"encoder": ReferenceEncoder.name} | why_slow
+
+    monkeypatch.setattr("rsft_lib.data.pool.Process", Counted)
+    monkeypatch.setattr("rsft_lib.data.tokenize.usable_cores", lambda: 64)
+    monkeypatch.setattr("rsft_lib.data.tokenize.HELPFUL", 2)
+    monkeypatch.setattr("rsft_lib.data.tokenize.HELPFUL_WHEN_SLOW", 3)
+    monkeypatch.setattr("rsft_lib.data.tokenize._chosen_encoder", chosen)
+    tokenize(problems, patched, tmp_path / "out", workers=workers)
+    assert len(started) == helpful
+
+
+def test_no_more_processes_and_threads_are_started_than_there_are_cores(patched, problems, tmp_path, monkeypatch):
+    """As on a machine of 64 cores, where each of 64 processes had tokenizers' 64 threads."""
+    seen, before, others = [], psutil.Process().num_threads(), psutil.Process().children(recursive=True)
+
+    def counting(self, encoded):
+        for block in encoded:
+            children = set(psutil.Process().children(recursive=True)).difference(others)
+            seen.append([psutil.Process().num_threads() - before, *(child.num_threads() for child in children)])
+            yield block
+
+    monkeypatch.setattr("rsft_lib.data.tokenize.Reading.progress", counting)
+    for name in ("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        monkeypatch.setenv(name, "64")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    cores, mine = os.sched_getaffinity(0), sorted(os.sched_getaffinity(0))[:2]
+    os.sched_setaffinity(0, mine)
+    try:
+        tokenize(problems, patched, tmp_path / "many", workers=64)
+        for waiting, *children in seen:  # besides its own thread, a process has an idle one of Arrow's allocator
+            assert waiting <= len(mine) + 1 and len(children) == len(mine) and max(children) <= 2, seen
+        seen.clear()
+        tokenize(lines(tmp_path, *[GOOD] * 256), patched, tmp_path / "one", workers=64)
+        assert [len(children) for _, *children in seen] == [1]  # there is only one block
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+SCRIPT = """
+import sys
+if __name__ == "__main__":
+    from rsft_lib.data.tokenize import tokenize
+    tokenize(*sys.argv[1:4], workers=2)
+"""
+
+
+def gone(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def test_a_killed_run_leaves_no_result_and_no_process_and_can_be_run_again(patched, problems, tmp_path):
+    (tmp_path / "run.py").write_text(SCRIPT)
+    big = tmp_path / "big.jsonl"
+    big.write_bytes(problems.read_bytes() * 50)
+    process = subprocess.Popen([sys.executable, tmp_path / "run.py", big, patched, tmp_path / "out"])
+    while not any(tmp_path.glob(".out.tmp-*/*.bin")) or not next(tmp_path.glob(".out.tmp-*/*.bin")).stat().st_size:
+        time.sleep(0.02)
+        assert process.poll() is None
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "out").exists()
+    wait_until(lambda: all(gone(child) for child in children), 300, f"the workers {children} end")
+    tokenize(problems, patched, tmp_path / "out", workers=0)
+    assert len(TokenStore(tmp_path / "out")) == 2000
+    assert sorted(p.name for p in tmp_path.glob("[!.]*")) == ["big.jsonl", "out", "run.py"]
+
+
+def test_read_records_and_tokenize_agree_on_places(tmp_path, patched):
+    data = lines(tmp_path, GOOD, "nonsense")
+    with pytest.raises(ValueError) as by_reading:
+        list(read_records(data))
+    with pytest.raises(ValueError) as by_tokenizing:
+        tokenize(data, patched, tmp_path / "out", workers=0)
+    assert str(by_tokenizing.value).startswith(str(by_reading.value))
+
+
+def test_training_refuses_data_that_was_not_made_with_its_tokenizer(patched, tmp_path):
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(patched, folder)
+    data = lines(tmp_path, GOOD)
+    tokenize(data, folder, tmp_path / "train", workers=0)
+    config = settings(checkpoint="c", output="o", data=str(tmp_path / "train"), eval_data=str(tmp_path / "train"))
+    assert len(open_datasets(config).train) == 1
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").write_text(template + " ")
+    with pytest.raises(ValueError, match="was made with another template_sha256 than .*tokenizer has now"):
+        open_datasets(config)
+    tokenize(data, folder, tmp_path / "heldout", workers=0, contract=False)
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(ValueError, match="heldout and .*train differ in template_sha256"):
+        open_datasets(replace(config, eval_data=str(tmp_path / "heldout")))

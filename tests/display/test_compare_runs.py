@@ -1,0 +1,217 @@
+"""Several runs in one picture, and somebody else's curve."""
+
+import html
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from real import REAL, needs_real
+from standin import record
+
+from rsft_lib.display.live.metrics_tail import Follower
+from rsft_lib.display.live.run_card import plot_live
+from rsft_lib.display.plot_style import look, smoothed, thinned
+from rsft_lib.display.runs.compare_runs import plot_health, plot_losses, plot_modes, save_figures
+from rsft_lib.display.runs.csv_curve import read_published
+from rsft_lib.display.runs.curves import plot_curves
+from rsft_lib.display.runs.runs import differences_table, find_runs, runs_table, settings_table
+
+COLUMNS = {"step": "total_steps", "loss": "train_loss", "held_out": "val_loss"}
+
+
+def write_run(folder: Path, steps: int, ended: bool = True, **config) -> Path:
+    folder.mkdir(parents=True)
+    lines = [json.dumps(record(step, steps)) + "\n" for step in range(1, steps + 1)]
+    (folder / "metrics.jsonl").write_text("".join(lines))
+    (folder / "config.json").write_text(json.dumps({"lr": 1e-5, "seed": 1, "train_iters": 100, **config}))
+    if ended:
+        (folder / "ended.json").write_text(json.dumps({"reason": "finished", "iteration": steps}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    write_run(folder / "a", 100)
+    write_run(folder / "b", 40, ended=False, lr=2e-5)
+    write_run(folder / "deep" / "a", 10)
+    (folder / "no run").mkdir()
+    return folder
+
+
+def strong(axes) -> list[str]:
+    """The colours of the lines that are not faint."""
+    lines = [line for line in axes.lines if line.get_alpha() in (None, 1.0) and line.get_linestyle() != "None"]
+    return [line.get_color() for line in lines if len(line.get_xdata())]
+
+
+def title(axes) -> str:
+    return axes.get_title(loc="left")
+
+
+def test_runs_are_found_by_folder_and_pattern_once_and_told_apart_by_name(folder):
+    assert [run.name for run in find_runs(f"{folder}/*")] == ["a", "b"]
+    runs = find_runs(f"{folder}/b, {folder}/deep/a, {folder}/*")
+    assert [run.name for run in runs] == [f"{folder.name}/b", "deep/a", f"{folder.name}/a"]
+    assert [len(run) for run in runs] == [40, 10, 100]
+
+
+def test_a_run_on_a_plain_dataset_shows_no_mode_and_no_choice(tmp_path):
+    """Its metrics as `loss_stats.metrics` gives them where no answer begins with a control token."""
+    run = write_run(tmp_path / "plain", 20)
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    gone = ("loss_mode", "loss_span", "p_think", "think_share", "eval_loss_")
+    plain = [{name: value for name, value in r.items() if not name.startswith(gone)} for r in records]
+    plain = [r | {"loss_mode_other": r["loss"], "loss_span_answer": r["loss"], "loss_span_eos": 0.1} for r in plain]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in plain))
+    follower = Follower(run)
+    assert follower.read()
+    pictures = plot_modes(find_runs(str(run))), plot_curves(run), plot_live(follower, 20)
+    titles = [title(axes) for picture in pictures for axes in picture.axes]
+    assert titles[:2] == ["loss of the answers", "loss of the token that ends them"] and len(titles) == 8
+    assert not any("mode" in said or "<think>" in said for said in titles)
+    assert all(axes.lines for picture in pictures for axes in picture.axes)
+
+
+ODD = [
+    "lr $1e-5$",
+    "a $b",
+    "lr=1,bs=2",
+    "grid[1]",
+    "_quiet",
+    "100% {x}",
+    r"\frac{1}$x^$",
+    "esc\x1b[31m\u202etxt",
+    "دورة",
+]
+
+
+def test_runs_of_any_name_are_found_and_drawn_under_it(tmp_path):
+    """matplotlib sets what stands between dollar signs as mathematics, and fails where it is none."""
+    runs = [write_run(tmp_path / name, 5) for name in ODD]
+    write_run(tmp_path / "grid[1]" / "inner", 5)
+    found = find_runs(",".join(map(str, runs)))
+    assert [run.name for run in found] == ODD
+    assert [run.name for run in find_runs(f"{tmp_path}/*")] == sorted(ODD)
+    assert [run.name for run in find_runs(f"{tmp_path}/grid[1]/*, {tmp_path}/lr=*")] == ["inner", "lr=1,bs=2"]
+    save_figures({"losses": plot_losses(found), "modes": plot_modes(found), "health": plot_health(found)}, tmp_path)
+    shown = html.unescape((tmp_path / "losses.svg").read_text(encoding="utf-8"))
+    drawn = re.findall(r"<!-- (.*?) -->", shown)
+    assert [name for name in ODD[:7] if name not in drawn] == [] and "esc⟨001B⟩[31m⟨202E⟩txt" in drawn
+    assert "دورة" in drawn and "\x1b" not in shown
+    page = repr(runs_table(found)) + runs_table(found)._repr_html_()
+    assert "esc␛[31m⟨202E⟩txt" in page and "\x1b" not in page and "\u202e" not in page and "دورة" in page
+
+
+@pytest.mark.parametrize(
+    ("runs", "error", "message"),
+    [
+        ("", ValueError, "no run is named"), ("{}/nowhere", FileNotFoundError, "nowhere"),
+        ("{}/z*", FileNotFoundError, "finds no folder"), ("{}/no run", ValueError, "has no metrics yet"),
+    ],
+)  # fmt: skip
+def test_what_is_no_run_is_an_error_that_names_it(folder, runs, error, message):
+    with pytest.raises(error, match=message):
+        find_runs(runs.format(folder))
+
+
+def test_settings_are_told_and_only_those_that_differ(folder):
+    runs = find_runs(f"{folder}/a,{folder}/b")
+    assert differences_table(runs).rows == [("lr", "1e-05", "2e-05")]
+    assert len(settings_table(runs).rows) == 3
+    assert differences_table(runs[:1]).rows == [] and "same settings" in repr(differences_table(runs[:1]))
+    a, b = runs_table(runs).rows
+    assert a[:3] == ("a", "100 of 100", "finished") and b[:3] == ("b", "40 of 100", "running, or killed")
+
+
+def test_x_is_steps_tokens_minutes_or_the_share_of_the_run(folder):
+    (run,) = find_runs(f"{folder}/b")
+    assert [run.x(by)[-1] for by in ("step", "token", "time", "share")] == [40, 40 * 900, pytest.approx(1 / 3), 40]
+    with pytest.raises(ValueError, match="by is 'epoch'"):
+        plot_losses([run], by="epoch")
+    with pytest.raises(ValueError, match="smoothing is 1"):
+        plot_modes([run], smoothing=1.0)
+
+
+@pytest.mark.parametrize("by", ["step", "token", "time", "share"])
+def test_every_run_has_a_line_of_its_own_in_every_picture(folder, by):
+    runs = find_runs(f"{folder}/*")
+    for figure in (plot_losses(runs, by), plot_modes(runs, by), plot_health(runs, by)):
+        assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
+        told = [axes for axes in figure.axes if title(axes) != "loss of the control token"]
+        assert {tuple(strong(axes)) for axes in told} == {(look(0)["color"], look(1)["color"])}
+
+
+def test_what_runs_do_not_tell_is_said_in_place_of_an_empty_picture(folder):
+    axes = {title(a): a for a in plot_modes(find_runs(f"{folder}/a")).axes}
+    assert axes["loss of the control token"].texts[0].get_text() == "not told by these runs"
+    assert not axes["loss of <think> answers"].texts
+
+
+def test_thirty_runs_are_told_apart():
+    assert len({(look(i)["color"], look(i)["linestyle"]) for i in range(30)}) == 30
+
+
+def test_a_thinned_line_keeps_its_extremes_its_order_and_its_end():
+    x, y = np.arange(100_000.0), np.random.default_rng(0).normal(size=100_000)
+    y[[17, 77_777]] = 50, -50
+    kept_x, kept_y = thinned(x, y)
+    assert len(kept_x) <= 1000 and (np.diff(kept_x) > 0).all() and kept_x[-1] == x[-1]
+    assert {50.0, -50.0} <= set(kept_y) and np.array_equal(y[kept_x.astype(int)], kept_y)
+
+
+def test_a_smoothed_constant_is_that_constant():
+    assert smoothed([2.5] * 10, 0.9) == pytest.approx([2.5] * 10) and smoothed([1, 5], 0) == [1, 5]
+
+
+def curve(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_a_published_curve_is_drawn_beside_ours(folder, tmp_path):
+    text = "epoch,total_steps,train_loss,val_loss\n1,50,0.7,0.6\n1,100,0.5,\n2,150,0.4,0.3\n"
+    theirs = read_published(curve(tmp_path / "theirs.csv", text), COLUMNS)
+    assert theirs.line("held_out", "step")[1].tolist() == [0.6, 0.3]
+    assert theirs.line("loss", "share")[0].tolist() == pytest.approx([100 / 3, 200 / 3, 100])
+    figure = plot_losses(find_runs(f"{folder}/a"), published=theirs)
+    assert {text.get_text() for text in figure.legends[0].get_texts()} == {"a", "theirs, train", "theirs, held-out"}
+    with pytest.raises(ValueError, match="nothing to draw it by token"):
+        plot_losses(find_runs(f"{folder}/a"), by="token", published=theirs)
+
+
+@pytest.mark.parametrize(
+    ("text", "columns", "message"),
+    [
+        ("a,b\n1,2\n", {"step": "a", "loss": "c"}, r"has the columns \['a', 'b'\], but not c"),
+        ("a,b\n1,2\n3,much\n", {"step": "a", "loss": "b"}, r"x.csv:3: found 'much', expected a number"),
+        ("a,b\n", {"step": "a", "loss": "b"}, "no line under its header"),
+        ("a,b\n1,2\n", {"loss": "b"}, "expected at least one of step"),
+        ("a,b\n1,2\n", {"step": "a", "los": "b"}, "expected at least one of step"),
+    ],
+)
+def test_a_csv_that_is_no_curve_is_refused_with_its_place(tmp_path, text, columns, message):
+    with pytest.raises(ValueError, match=message):
+        read_published(curve(tmp_path / "x.csv", text), columns)
+
+
+@needs_real
+def test_a_curve_that_was_really_published_is_read_whole(folder):
+    path = Path(REAL, "curves/rasbt_deepseek-r1-2048_distill_metrics.csv")
+    theirs = read_published(path, COLUMNS)
+    x, values = theirs.line("held_out", "step")
+    assert len(x) == 403 and (x[0], x[-1], values[0], values[-1]) == (50, 20_046, 0.698918, 0.534255)
+    plot_losses(find_runs(f"{folder}/*"), "share", published=theirs)
+
+
+def test_pictures_are_saved_as_png_and_svg_of_modest_size_however_long_the_run(tmp_path):
+    runs = find_runs(str(write_run(tmp_path / "long", 20_000)))
+    table = save_figures({"losses": plot_losses(runs)}, tmp_path / "out")
+    png, svg = (Path(path) for path, _ in table.rows)
+    assert png.read_bytes()[:4] == b"\x89PNG" and svg.read_text().startswith("<?xml")
+    assert svg.stat().st_size < 300_000 and [p.name for p in sorted((tmp_path / "out").iterdir())] == [
+        png.name,
+        svg.name,
+    ]

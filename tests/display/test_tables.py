@@ -1,0 +1,65 @@
+"""What notebooks show of facts, and how they say how far they are."""
+
+import sys
+
+from rsft_lib import demo
+from rsft_lib.common import progress
+from rsft_lib.display.data.dataset import counts_table
+from rsft_lib.display.model.manifest_table import facts_table
+from rsft_lib.display.model.template_diff import Difference, edits_table
+from rsft_lib.tokenizer.patch import patch_tokenizer
+
+
+def test_facts_leave_out_what_is_empty_and_hashes():
+    facts = {
+        "made_by": "convert",
+        "parameters": 1821888,
+        "whole": True,
+        "row_means": {},
+        "dtype": "",
+        "config_sha256": "ab",
+    }
+    said = facts_table("the checkpoint", facts | {"files": {"a": 1000, "b": 2}})
+    assert said.rows == [
+        ("made by", "convert"), ("parameters", "1,821,888"), ("whole", "True"), ("files", "a 1,000, b 2"),
+    ]  # fmt: skip
+
+
+def test_counts_of_splits_stand_in_one_table_though_one_lacks_some():
+    facts = {"train": {"counts": {"records": 9, "written": 8, "dropped": 1}}, "heldout": {"counts": {"records": 2}}}
+    said = counts_table(facts)
+    assert said.columns == ("split", "records", "written", "dropped")
+    assert said.rows == [("train", 9, 8, 1), ("heldout", 2, 0, 0)]
+
+
+def test_the_edits_of_a_template_are_told_whole_and_do_nothing(tmp_path):
+    demo.make_model(tmp_path / "model", seed=1)
+    patched = patch_tokenizer(tmp_path / "model", tmp_path / "patched", {"<|quad_start|>": "<short>"})
+    assert dict(edits_table(patched).rows) == patched["edits"]
+    assert repr(Difference(patched["template_diff"])) == patched["template_diff"]
+    html = Difference("--- before\n+++ after\n@@ -1 +1,2 @@\n-<script>\n+<b>\n+$x$\n same")._repr_html_()
+    assert "1 lines go, 2 come" in html and "<script>" not in html and "-&lt;script&gt;" in html and " same" in html
+
+
+def test_a_short_task_says_nothing_and_a_long_one_takes_its_line_away(capsys, monkeypatch):
+    with progress.progress("read", "B", total=100) as bar:
+        bar.update(100)
+    assert "".join(capsys.readouterr()) == ""
+    monkeypatch.setattr(progress, "DELAY", 1e-9)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with progress.progress("read", "B", total=100) as bar:
+        bar.mininterval = 0
+        bar.update(50)
+        bar.update(50)
+    shown = capsys.readouterr().err
+    assert "read:  50%" in shown and shown.endswith("\r") and shown.rstrip("\r").rpartition("\r")[2].strip() == ""
+
+
+def test_models_are_loaded_without_bars_which_are_there_again_afterwards(tmp_path, capsys):
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    folder = demo.make_model(tmp_path / "model", seed=1)
+    with progress.without_bars():
+        AutoModelForCausalLM.from_pretrained(folder)
+    assert "%" not in "".join(capsys.readouterr()) and logging.is_progress_bar_enabled()

@@ -1,0 +1,334 @@
+"""Token losses taken apart, against loops over every token."""
+
+import html
+import json
+import re
+
+import numpy as np
+import pytest
+
+from rsft_lib import demo
+from rsft_lib.common.artifact import MANIFEST, file_hash, new_folder
+from rsft_lib.data.exclude import exclude, source_lines
+from rsft_lib.data.records import read_records
+from rsft_lib.data.span_kinds import KINDS, MODE_NAMES, control_tokens, kinds
+from rsft_lib.data.splits import splits_of
+from rsft_lib.data.store import ROWS, TokenStore
+from rsft_lib.data.tokenize import tokenize
+from rsft_lib.display.losses import token_loss_map
+from rsft_lib.display.losses.comparison import (
+    hardest_table,
+    kinds_table,
+    plot_comparison,
+    suspects_table,
+    write_suspects,
+)
+from rsft_lib.display.losses.token_loss_map import COLORS, level_of, show_losses
+from rsft_lib.evaluation import loss_comparison, token_loss_cache
+from rsft_lib.evaluation.loss_comparison import Suspect, chosen, compare, hardest_spans, suspects, typical
+from rsft_lib.evaluation.score import FILE, TokenLosses
+from rsft_lib.evaluation.token_loss_cache import scored
+from rsft_lib.tokenizer.patch import load_tokenizer, patch_tokenizer
+
+HARD_TEXT = "解く 👩‍👩‍👧 é <script>alert('x')</script> $x$ & <b>bold</b>\n\tindented"
+PROBLEMS, WRONG, HARD, LONG = 60, 7, 9, 11  # the last three are records of that number
+
+
+def dataset(folder):
+    """Problems in both modes; a record that cannot be used, one that is too long, one with hard text, one twice."""
+    records = []
+    for problem in demo.problems(PROBLEMS, seed=3):
+        for field in ("think", "short"):
+            answer = problem[field] if field == "think" else f"<short>{problem[field]}"
+            records.append({"instruction": problem["problem"], "output": answer})
+    records[WRONG - 1] = {"instruction": "no answer"}
+    records[HARD - 1] = {"instruction": HARD_TEXT, "output": f"<think>\n{HARD_TEXT}\n</think>\n\n{HARD_TEXT}"}
+    records[LONG - 1]["output"] = "<think>\n" + "one two three " * 300 + "\n</think>\n\nAnswer: two"
+    records.append(records[20])
+    folder.mkdir()
+    for split in ("train", "heldout"):
+        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+    return records
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lab")
+    model = demo.make_model(folder / "model", seed=1)
+    patch_tokenizer(model, folder / "tokenizer", {"<|quad_start|>": "<short>"})
+    dataset(folder / "data")
+    tokenize(folder / "data" / "train.jsonl", folder / "tokenizer", folder / "tokens", 256, reject_limit=0.5, workers=0)
+    return folder
+
+
+def write_losses(folder, store, seed=0, scale=1.0, change=lambda i, losses: losses):
+    """What scoring would write: exponential losses of trained tokens, `change`d by sample."""
+    rng, parts = np.random.default_rng(seed), []
+    for i in range(len(store)):
+        mask = store[i][1] > 0
+        losses = np.where(mask, scale * rng.exponential(size=len(mask)), np.nan).astype(np.float32)
+        parts.append(change(i, losses))
+    facts = {"made_by": "score", "data": str(store.folder), "data_sha256": file_hash(store.folder / MANIFEST)}
+    facts |= {"checkpoint": "", "tokens": 1, "loss": 1.0}
+    with new_folder(folder, facts) as temporary:
+        np.concatenate(parts).astype(np.float32).tofile(temporary / FILE)
+    return TokenLosses(folder)
+
+
+@pytest.fixture(scope="module")
+def found(folder):
+    store = TokenStore(folder / "tokens")
+    before = write_losses(folder / "before", store, seed=1, scale=6)
+    return compare(before, write_losses(folder / "after", store, seed=2, scale=0.3))
+
+
+@pytest.mark.parametrize("chunk", [1, 700, 1 << 24])
+def test_samples_and_kinds_are_summed_as_a_loop_over_all_tokens_does(folder, found, monkeypatch, chunk):
+    monkeypatch.setattr(loss_comparison, "CHUNK", chunk)
+    again, sums = compare(found.before, found.after), np.zeros((3, KINDS))
+    control = control_tokens(found.store)
+    for i in range(len(found)):
+        ids, mask = found.store[i]
+        trained = np.flatnonzero(mask > 0)
+        before, after = found.before[i][trained], found.after[i][trained]
+        assert again.trained[i] == len(trained) and again.worst[i] == after.max()
+        assert again.worst_at[i] == trained[after.argmax()]
+        np.testing.assert_allclose(
+            [again.loss_before[i], again.loss_after[i]], [before.mean(), after.mean()], rtol=1e-5
+        )
+        own = kinds(ids, mask > 0, control)[trained]
+        assert MODE_NAMES[again.modes[i]] == ("think" if control.modes[0] in ids[trained] else "short")
+        for kind, b, a in zip(own, before, after, strict=True):
+            sums[:, kind] += 1, b, a
+        same = [j for j in range(i) if np.array_equal(found.store[j][0], ids)]
+        assert again.same_as[i] == (same[0] if same else i)
+    np.testing.assert_allclose(again.by_kind, sums, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("width", "chunk"), [(1, 700), (4, 1), (4, 1 << 24), (6, 700), (30, 700), (10_000, 700)])
+def test_the_hardest_spans_are_those_of_a_search_through_all(found, monkeypatch, width, chunk):
+    monkeypatch.setattr(loss_comparison, "CHUNK", chunk)
+    best = {}
+    for i in range(len(found)):
+        losses = found.after[i].astype(np.float64)
+        means = {start: losses[start : start + width].mean() for start in range(len(losses) - width + 1)}
+        means = {start: mean for start, mean in means.items() if np.isfinite(mean)}
+        if means:
+            best[i] = max(means, key=means.get), max(means.values())
+    expected = [(i, best[i][0]) for i in sorted(best, key=lambda i: -best[i][1])]
+    assert hardest_spans(found, 5, width) == expected[:5] and hardest_spans(found, 1000, width) == expected
+
+
+def test_samples_that_are_made_odd_are_found_with_the_reason_and_no_others(folder, found):
+    think, short = (np.flatnonzero(found.modes == MODE_NAMES.index(mode)).tolist() for mode in ("think", "short"))
+    rose, outlier, surprise, memorised = think[3], think[8], short[5], short[9]
+
+    def change(i, losses):
+        smooth = np.where(np.isfinite(losses), 0.3 + 0.01 * (i % 7), np.nan)
+        if i == surprise:
+            smooth[np.flatnonzero(np.isfinite(smooth))[-2]] = 9.0
+        return smooth * {rose: 20.0, outlier: 3.0, memorised: 0.01}.get(i, 1.0)
+
+    after = write_losses(folder / "odd", found.store, change=change)
+    before = write_losses(
+        folder / "even", found.store, change=lambda i, losses: np.where(np.isfinite(losses), 4, np.nan)
+    )
+    odd = suspects(compare(before, after))
+    by_sample = dict(odd)
+    twice = len(found) - 1
+    assert by_sample.keys() == {rose, outlier, surprise, memorised, twice}
+    assert odd[0].sample == rose and set(by_sample[rose]) == {"rose", "outlier", "surprise"}
+    assert set(by_sample[outlier]) == {"outlier", "surprise"} and by_sample[memorised] == ("memorised",)
+    assert "surprise" in by_sample[surprise] and by_sample[twice] == ("twice",)
+    assert chosen(odd, "twice, memorised") == [s.sample for s in odd if s.sample in (twice, memorised)]
+    with pytest.raises(ValueError, match="'?twise"):
+        chosen(odd, "twise")
+
+
+def test_the_typical_sample_of_a_mode_has_its_median_loss(found):
+    for number in typical(found):
+        losses = np.sort(found.loss_after[found.modes == found.modes[number]])
+        assert found.loss_after[number] == losses[len(losses) // 2]
+    assert len(typical(found)) == 2
+
+
+def test_losses_of_other_data_are_not_compared(folder, found):
+    tokenize(
+        folder / "data" / "heldout.jsonl", folder / "tokenizer", folder / "other", 200, reject_limit=0.5, workers=0
+    )
+    other = write_losses(folder / "of_other", TokenStore(folder / "other"))
+    with pytest.raises(ValueError, match="different data"):
+        compare(found.before, other)
+
+
+def test_scoring_is_done_once_and_again_for_another_checkpoint(folder, tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def score(checkpoint, data, output, nproc):
+        calls.append(output)
+        write_losses(output, TokenStore(data))
+
+    monkeypatch.setattr(token_loss_cache, "launch_scoring", score)
+    checkpoint = tmp_path / "iter_0000001"
+    with new_folder(checkpoint, {"made_by": "train", "iteration": 1}):
+        pass
+    first = scored(checkpoint, folder / "tokens", tmp_path / "after", 1)
+    scored(checkpoint, folder / "tokens", tmp_path / "after", 1)
+    assert len(calls) == 1 and "is there already" in capsys.readouterr().out
+    with (calls[0] / FILE).open("r+b") as file:
+        file.write(b"damaged")
+    scored(checkpoint, folder / "tokens", tmp_path / "after", 1)
+    assert len(calls) == 2
+    with new_folder(checkpoint, {"made_by": "train", "iteration": 1, "config": "another"}):
+        pass
+    second = scored(checkpoint, folder / "tokens", tmp_path / "after", 1)
+    assert len(calls) == 3 and first.values.filename != second.values.filename
+
+
+def test_each_sample_is_found_in_the_line_it_was_made_from(folder):
+    store = TokenStore(folder / "tokens")
+    records = [record for _, record in read_records(folder / "data" / "train.jsonl")]
+    lines, tokenizer = source_lines(store), load_tokenizer(folder / "tokenizer")
+    assert sorted(set(range(1, len(records) + 1)) - set(lines.tolist())) == [WRONG, LONG]
+    for sample, line in enumerate(lines.tolist()):
+        text = tokenizer.decode(store[sample][0], clean_up_tokenization_spaces=False)
+        assert records[line - 1]["instruction"] in text and records[line - 1]["output"] in text
+
+
+def test_a_dataset_without_some_samples_has_all_other_records_byte_for_byte(folder, tmp_path):
+    store, out = TokenStore(folder / "tokens"), [0, 30, 117]
+    source = folder / "data" / "train.jsonl"
+    facts = exclude(store, out, tmp_path / "filtered")
+    before, gone = source.read_bytes().splitlines(), set(source_lines(store)[out].tolist())
+    after = (tmp_path / "filtered" / "train.jsonl").read_bytes().splitlines()
+    assert after == [line for number, line in enumerate(before, start=1) if number not in gone]
+    assert facts["counts"] == {"kept": len(before) - 3, "left_out": 3}
+    assert (tmp_path / "filtered" / "heldout.jsonl").read_bytes() == (folder / "data" / "heldout.jsonl").read_bytes()
+    filtered = tokenize(
+        tmp_path / "filtered" / "train.jsonl", folder / "tokenizer", tmp_path / "t", 256, reject_limit=1, workers=0
+    )
+    assert filtered["counts"]["written"] == len(store) - 3
+    assert exclude(store, [], tmp_path / "filtered")["counts"]["left_out"] == 0
+
+
+def test_a_held_out_split_of_another_kind_of_file_goes_along(folder, tmp_path):
+    (tmp_path / "data").mkdir()
+    lines = (folder / "data" / "train.jsonl").read_bytes().splitlines()[:40]
+    (tmp_path / "data" / "train.json").write_bytes(b"[" + b",".join(lines) + b"]")
+    (tmp_path / "data" / "heldout.jsonl.gz").write_bytes(b"as it is")
+    tokenize(tmp_path / "data" / "train.json", folder / "tokenizer", tmp_path / "tokens", reject_limit=0.5, workers=0)
+    exclude(TokenStore(tmp_path / "tokens"), [1], tmp_path / "filtered")
+    assert (tmp_path / "filtered" / "heldout.jsonl.gz").read_bytes() == b"as it is"
+    assert set(splits_of(tmp_path / "filtered")) == {"train", "heldout"}
+
+
+def test_a_dataset_that_changed_since_is_not_filtered(folder, tmp_path):
+    (tmp_path / "data").mkdir()
+    path = tmp_path / "data" / "train.jsonl"
+    path.write_bytes((folder / "data" / "train.jsonl").read_bytes())
+    tokenize(path, folder / "tokenizer", tmp_path / "tokens", 256, reject_limit=0.5, workers=0)
+    store = TokenStore(tmp_path / "tokens")
+    path.write_bytes(path.read_bytes() + b'{"instruction": "a", "output": "b"}\n')
+    with pytest.raises(ValueError, match="has changed since"):
+        exclude(store, [1], tmp_path / "filtered")
+    assert not (tmp_path / "filtered").exists()
+    (tmp_path / "tokens" / ROWS).unlink()
+    with pytest.raises(ValueError, match="an older version of this kit wrote it; tokenize again"):
+        source_lines(store)
+
+
+def hard_sample(found) -> int:
+    return int(np.flatnonzero(source_lines(found.store) == HARD)[0])
+
+
+def plain(page: str) -> str:
+    """What is read where a site strips all tags, but for the numbers beside hard tokens."""
+    return html.unescape(re.sub(r"<[^>]*>", "", re.sub(r"<sub>[^<]*</sub>", "", page)))
+
+
+def test_characters_of_many_tokens_survive_and_nothing_in_the_text_acts(folder, found):
+    view = show_losses(found, hard_sample(found), load_tokenizer(folder / "tokenizer"))
+    page = view._repr_html_()
+    assert "\ufffd" not in page and "<script" not in page and "<b>bold" not in page
+    shown = HARD_TEXT.replace("\n", "↵\n").replace("\t", "⇥\t")
+    assert plain(page).count(shown) == 6, "in the question, the thoughts and the answer, before and after"
+    answer = "".join(view.text.between(piece.start, piece.end) for piece in view.pieces())
+    assert HARD_TEXT in answer and answer.endswith(demo.EOS)
+    assert "\ufffd" not in repr(view) and "<script>" in repr(view)
+
+
+def test_hard_tokens_are_seen_without_colour_and_tell_their_loss(folder, found):
+    view = show_losses(found, 0, load_tokenizer(folder / "tokenizer"))
+    page = re.sub(r" style='[^']*'", "", view._repr_html_())
+    hardest = view.hardest(view.before)[0]
+    text = view.text.between(hardest, hardest + 1).strip()
+    assert re.search(rf"<b><u>\s*{re.escape(text)}[^<]*</u></b><sub>{view.before[hardest]:.1f}</sub>", page)
+    easy = next(p for p in view.pieces() if p.after < 0.1)
+    assert f"</u>{easy.after}" not in page and f"{easy.before:.3f} → {easy.after:.3f}" in page
+    assert [level_of(x) for x in (0, 0.09, 0.1, 0.6, 2, 4, 50)] == [0, 0, 1, 2, 3, 4, 4]
+
+
+def luminance(color: str) -> float:
+    channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return float(np.dot([0.2126, 0.7152, 0.0722], linear))
+
+
+def test_every_level_can_be_read_and_is_darker_than_the_one_before():
+    backgrounds = [luminance(background) for background, _ in COLORS]
+    for background, ink in COLORS:
+        high, low = sorted((luminance(background), luminance(ink)), reverse=True)
+        assert (high + 0.05) / (low + 0.05) >= 7
+    assert backgrounds == sorted(backgrounds, reverse=True)
+
+
+def test_a_long_sample_is_shown_around_its_hardest_token_and_stays_small(folder, tmp_path):
+    rows = [{"instruction": "long", "output": "<think>\n" + "one two 解 " * 4000 + "\n</think>\n\nAnswer: two"}] * 2
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenize(tmp_path / "long.jsonl", folder / "tokenizer", tmp_path / "tokens", 100_000, workers=0)
+    store = TokenStore(tmp_path / "tokens")
+
+    def change(i, losses):
+        losses = np.where(np.isfinite(losses), 0.05, np.nan)
+        losses[15_000] = 12.0
+        return losses
+
+    after = write_losses(tmp_path / "after", store, change=change)
+    view = show_losses(
+        compare(write_losses(tmp_path / "before", store, scale=5), after), 0, load_tokenizer(folder / "tokenizer")
+    )
+    assert (
+        view.first < 15_000 < view.last
+        and np.isfinite(view.after[view.first : view.last]).sum() <= token_loss_map.SHOWN
+    )
+    assert (
+        len(store[0][0]) > 16_000 and len(view._repr_html_()) < 300_000 and "more are not shown" in view._repr_html_()
+    )
+    assert "12.000" in repr(view).splitlines()[-token_loss_map.NAMED]
+
+
+def test_tables_and_picture_tell_what_was_found(folder, found, tmp_path):
+    tokenizer, odd = (
+        load_tokenizer(folder / "tokenizer"),
+        [Suspect(3, ("rose",)), Suspect(hard_sample(found), ("twice",))],
+    )
+    tokens = found.by_kind[0].sum()
+    assert f"{tokens:,.0f}" in repr(kinds_table(found)) and "think" in repr(kinds_table(found))
+    assert len(hardest_table(found, tokenizer, count=6).rows) == 6
+    table = suspects_table(found, odd, tokenizer)
+    assert "rose: its loss is higher" in repr(table) and "<script>alert" not in table._repr_html_()
+    bars, points = plot_comparison(found, odd).axes
+    assert {"think", "short"} <= {text.get_text() for text in points.get_legend().get_texts()}
+    assert "3" in {text.get_text() for text in points.texts} and len(bars.patches) == 2 * len(bars.get_yticks())
+    listed = [
+        json.loads(line)
+        for line in write_suspects(found, odd, tokenizer, tmp_path / "s.jsonl").read_text().splitlines()
+    ]
+    assert [entry["line"] for entry in listed] == source_lines(found.store)[[3, hard_sample(found)]].tolist()
+    assert listed[0]["why"] == ["rose"] and listed[0]["loss_after"] == pytest.approx(found.loss_after[3], abs=1e-4)
+
+
+def test_a_sample_that_is_not_there_is_refused(folder, found):
+    with pytest.raises(ValueError, match="and no 1000000"):
+        show_losses(found, 1_000_000, load_tokenizer(folder / "tokenizer"))

@@ -1,0 +1,199 @@
+"""A training as a job: who finds it, who may start another, what it tells; real torchrun."""
+
+import json
+import multiprocessing
+import os
+import time
+import tracemalloc
+from pathlib import Path
+
+import psutil
+import pytest
+from processes import survivors, wait_until
+from support import TESTS
+
+from rsft_lib import launch
+from rsft_lib.launch import local
+from rsft_lib.launch.job import JOB, Job
+from rsft_lib.training.config import TrainConfig
+from rsft_lib.training.run_folder import STOPPING
+
+LEAVE = launch.LaunchOptions(on_interrupt="leave")
+
+
+@pytest.fixture(autouse=True)
+def pretended_training(monkeypatch):
+    monkeypatch.setattr(local, "TRAIN", "rank")
+    monkeypatch.setenv("PYTHONPATH", str(TESTS), prepend=os.pathsep)
+
+
+def config(folder: Path, **changes) -> TrainConfig:
+    return TrainConfig(checkpoint="none", data="none", output=str(folder), train_iters=5, save_timeout=20, **changes)
+
+
+def ranks_are_there(folder: Path) -> bool:
+    return len(list(folder.glob("rank*.pid"))) == 2
+
+
+@pytest.fixture
+def left(tmp_path):
+    """A job of two ranks that was started, and outlives whoever started it."""
+    job = launch.start_training(config(tmp_path), 2, LEAVE)
+    wait_until(lambda: ranks_are_there(tmp_path), 300, "both ranks start", tmp_path / "train.log")
+    yield job
+    job.kill()
+    assert not survivors(tmp_path)
+
+
+def test_a_job_is_found_by_its_folder_stopped_once_and_ends_with_what_it_saved(left, capfd):
+    found = launch.attach(left.folder)
+    assert found.process is None and found.running and found.pid == left.pid
+    assert (found.train_iters, found.on_interrupt, found.patience) == (5, "leave", 20)
+    found.stop()
+    left.stop()  # a second signal would end the ranks of these tests
+    found.wait()
+    assert found.ended == {"reason": "SIGTERM", "iteration": 3}
+    left.wait()
+    assert left.state == "ended" and launch.attach(left.folder) is None
+    hint = "stopped by you after step 3 of 5; run again with the same settings to go on from there"
+    assert left.status() == {"status": "stopped", "hint": hint}
+
+
+def test_a_second_start_finds_the_first_and_refuses_other_settings(left, capsys):
+    assert launch.start_training(config(left.folder), 2, LEAVE).pid == left.pid
+    assert "found running, nothing was started" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="other settings runs in .*\n  lr: runs with 1e-05, asked for 2e-05\n"):
+        launch.start_training(config(left.folder, lr=2e-5), 2, LEAVE)
+    assert len([p for p in survivors(left.folder) if "torch.distributed.run" in p.cmdline()]) == 1
+
+
+def test_a_process_that_got_the_number_of_one_that_ended_is_not_the_job(left):
+    facts = json.loads((left.folder / JOB).read_text())
+    (left.folder / JOB).write_text(json.dumps(facts | {"pid": os.getpid()}))
+    assert launch.attach(left.folder) is None
+    (left.folder / JOB).write_text(json.dumps(facts | {"birth": "another boot " + facts["birth"].split()[1]}))
+    assert launch.attach(left.folder) is None
+    (left.folder / JOB).write_text(json.dumps(facts))
+    assert launch.attach(left.folder).pid == left.pid
+
+
+def test_an_interrupt_leaves_the_job_alone_where_that_was_chosen(left, capsys):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        left.wait(interrupt)
+    assert left.running and "training goes on" in capsys.readouterr().out
+
+
+def test_an_interrupt_has_the_job_save_and_end_first_where_that_was_chosen(tmp_path):
+    def interrupt():
+        if ranks_are_there(tmp_path):
+            raise KeyboardInterrupt
+
+    job = launch.start_training(config(tmp_path), 2)
+    with pytest.raises(KeyboardInterrupt):
+        job.wait(interrupt)
+    assert not job.running and job.ended["reason"] == "SIGTERM" and not survivors(tmp_path)
+
+
+def test_a_killed_rank_fails_the_job_with_the_reason_first(tmp_path):
+    job = launch.start_training(config(tmp_path), 2)
+    wait_until(lambda: ranks_are_there(tmp_path), 300, "both ranks start", tmp_path / "train.log")
+    psutil.Process(int((tmp_path / "rank1.pid").read_text())).kill()
+    (tmp_path / "rank0.pid").unlink()
+    with pytest.raises(launch.RunFailed) as error:
+        job.wait()
+    assert str(error.value).startswith("rank 1: Signal 9 (SIGKILL)") and "too little memory?" in str(error.value)
+    assert error.value._render_traceback_() == [str(error.value)]
+
+
+@pytest.mark.parametrize("seconds", [0, 1, 3])
+def test_a_job_may_be_stopped_at_once(tmp_path, monkeypatch, seconds):
+    monkeypatch.setenv("RANKS_SHALL", "sleep")
+    job = launch.start_training(config(tmp_path), 2)
+    time.sleep(seconds)  # torchrun has ranks by then, or has none yet
+    job.stop()
+    with pytest.raises(launch.RunStopped):
+        job.wait()
+    assert not survivors(tmp_path)
+
+
+@pytest.mark.parametrize(("ranks", "kind"), [("sleep", launch.RunStopped), ("fail-recorded", launch.RunFailed)])
+def test_who_stops_a_job_before_its_first_step_is_shown_no_failure_but_a_real_one(tmp_path, monkeypatch, ranks, kind):
+    monkeypatch.setenv("RANKS_SHALL", ranks)
+    job = launch.start_training(config(tmp_path), 2)
+    if ranks == "sleep":
+        wait_until(lambda: ranks_are_there(tmp_path), 300, "both ranks start", tmp_path / "train.log")
+        job.stop()
+    else:
+        (tmp_path / STOPPING).touch()  # the rank that fails may end the other before that has started
+    with pytest.raises(launch.RunFailed) as error:
+        job.wait()
+    assert type(error.value) is kind
+    begin = "stopped by you before it had anything to save" if ranks == "sleep" else "rank 1: Traceback"
+    assert str(error.value).startswith(begin), str(error.value)
+
+
+def test_two_who_start_at_once_start_one_job(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    both = [context.Process(target=_start, args=(tmp_path,)) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(300)
+    job, torchruns = launch.attach(tmp_path), [p for p in survivors(tmp_path) if "torch.distributed.run" in p.cmdline()]
+    for process in torchruns:
+        process.terminate()
+    wait_until(lambda: not survivors(tmp_path), 300, "all end")
+    assert [process.exitcode for process in both] == [0, 0]
+    assert [process.pid for process in torchruns] == [job.pid]
+
+
+def _start(folder: Path) -> None:
+    def start_slowly(*arguments, **options):
+        time.sleep(2)  # the other one is there by now
+        return start(*arguments, **options)
+
+    start, local.start_torchrun, local.TRAIN = local.start_torchrun, start_slowly, "rank"
+    launch.start_training(config(folder), 2, LEAVE)
+
+
+def test_a_job_of_another_machine_that_still_writes_is_not_joined_by_a_second(tmp_path):
+    (tmp_path / JOB).write_text(
+        json.dumps({"launcher": "local", "host": "elsewhere", "pid": 1, "birth": "x", **COMMON}), encoding="utf-8"
+    )
+    (tmp_path / "train.log").write_text("step 1")
+    with pytest.raises(ValueError, match="was started on elsewhere and wrote"):
+        launch.start_training(config(tmp_path), 2)
+    assert launch.attach(tmp_path) is None
+
+
+COMMON = {"train_iters": 5, "on_interrupt": "leave", "patience": 20}
+
+
+def test_of_a_long_log_only_the_end_is_read(tmp_path):
+    job = Job(tmp_path, **COMMON)
+    assert job.tail() == ""
+    with job.log.open("wb") as file:
+        file.seek(100 * 2**20)
+        file.write("\n".join(f"zeile {i} 解" for i in range(1000)).encode())
+    tracemalloc.start()
+    assert job.tail(3) == "zeile 997 解\nzeile 998 解\nzeile 999 解"
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"launcher": "mpi"}, "launcher is 'mpi'; choose 'local', 'slurm'"),
+        ({"on_interrupt": "ask"}, "on_interrupt is 'ask'; choose 'stop', 'leave'"),
+        ({"slurm_nodes": 2}, "slurm_nodes is 2, but launcher is 'local'"),
+        ({"slurm_nodes": 0, "launcher": "slurm"}, "slurm_nodes is 0"),
+        ({"slurm_options": "--mem 1\nrm -r x"}, "slurm_options is .*; it must be one line"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        launch.LaunchOptions(**changes)

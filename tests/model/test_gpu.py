@@ -1,0 +1,278 @@
+"""The same arithmetic on a GPU as on a CPU, kernel by kernel and as a whole."""
+
+import importlib.util
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support import TESTS, all_tensors, random_store, settings, tiny_model
+
+from rsft_lib.checkpoint.convert import convert
+from rsft_lib.common.artifact import newest, write_json
+from rsft_lib.evaluation.score import TokenLosses
+from rsft_lib.launch import launch, launch_scoring
+from rsft_lib.model.attention import TEAttention, TorchAttention, chunks_of, packed, share
+from rsft_lib.model.distributed import ranks
+from rsft_lib.model.loss_head import Targets, add_product_, cross_entropy_backward_, log_sum_exp, weighted_loss
+from rsft_lib.training.adam import MASTER, AdamW
+from rsft_lib.training.metrics import MetricsWriter, read_metrics
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
+HAS_TE = importlib.util.find_spec("transformer_engine") is not None
+ROWS, WIDTH = 300, 1536
+
+
+def random(*shape: int, dtype=torch.bfloat16) -> torch.Tensor:
+    return torch.randn(*shape).to(dtype)
+
+
+def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
+    found, expected = found.cpu().double(), expected.double()
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def same(function, *arguments, tolerance: float = 4e-3) -> None:
+    """Compare a function of loss_head.py on the GPU with itself on the CPU, in float32 from the same bf16."""
+    wide = [x.float() if isinstance(x, torch.Tensor) and x.dtype == torch.bfloat16 else x for x in arguments]
+    there = [x.cuda() if isinstance(x, torch.Tensor) else x for x in arguments]
+    found, expected = function(*there), function(*wide)
+    if function.__name__.endswith("_"):  # it writes over its first argument
+        found, expected = there[0], wide[0]
+    assert apart(found, expected) < tolerance, function.__name__
+
+
+def test_the_kernels_of_the_loss_head_compute_what_their_reference_does():
+    logits, labels, weights = 3 * random(64, 151_936), torch.randint(-9000, 160_000, (64,)), torch.rand(64)
+    same(log_sum_exp, logits, tolerance=1e-6)
+    same(cross_entropy_backward_, logits, log_sum_exp(logits), labels, weights)
+
+
+def test_the_loss_head_is_cross_entropy_in_float32_over_the_real_vocabulary():
+    rows, vocabulary = 9000, 151_936
+    with ranks():
+        hidden = (random(rows, WIDTH) / 8).cuda().requires_grad_()
+        weight = torch.nn.Parameter((random(vocabulary, WIDTH) / 8).cuda())
+        weight.main_grad = torch.zeros_like(weight, dtype=torch.float32)
+        labels, weights = torch.randint(vocabulary, (rows,)).cuda(), torch.rand(rows).cuda()
+        targets = Targets(torch.arange(rows).cuda(), labels, weights)
+        found = weighted_loss(hidden, weight, targets, torch.distributed.group.WORLD, vocabulary, watched=(7,))
+        found.total.backward()
+    total, of_weight = 0.0, torch.zeros_like(weight.main_grad)
+    for part in torch.arange(rows).cuda().split(1000):
+        wide = hidden.detach()[part].float()
+        logits = wide @ weight.detach().float().t()
+        probabilities = logits.softmax(-1)
+        total += (-probabilities.gather(1, labels[part, None])[:, 0].log() * weights[part]).sum().item()
+        of_logits = (
+            probabilities.scatter_add_(1, labels[part, None], -torch.ones(len(part), 1).cuda()) * weights[part, None]
+        )
+        assert apart(hidden.grad[part], (of_logits @ weight.detach().float()).cpu()) < 1e-2, part[0]
+        of_weight.addmm_(of_logits.t(), wide)
+    assert found.total.item() == pytest.approx(total, rel=1e-3)
+    assert apart(weight.main_grad, of_weight.cpu()) < 1e-2
+
+
+def test_a_weight_gradient_is_added_in_float32():
+    grad, x, total = random(ROWS, 640), random(ROWS, 256), torch.randn(640, 256)
+    expected = total + grad.float().t() @ x.float()
+    found = total.cuda()
+    add_product_(found, grad.cuda(), x.cuda())
+    assert apart(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adamw_makes_the_same_steps(dtype, moments):
+    """The weights are the parts that a rank has of a buffer, which begin wherever the part before ends."""
+    sizes, whole = (4096, 1, 5001, 0, 902), torch.randn(10_000)
+    found = []
+    for device in ("cpu", "cuda"):
+        weights = list(whole.clone().to(dtype).to(device).split(sizes))
+        group = {"params": weights, "lr": 1e-2, "weight_decay": 0.1}
+        ours = AdamW([group], (0.9, 0.95), 1e-8, moments)
+        ours.scale = 0.5
+        torch.manual_seed(0)
+        for _ in range(7):
+            grads = torch.randn(10_000).to(device).split(sizes)
+            for weight, grad in zip(weights, grads, strict=True):
+                setattr(weight, "grad" if dtype == torch.float32 else "decoupled_grad", grad)
+            ours.step()
+        wide = (w if dtype == torch.float32 else ours.get_unscaled_state(w, MASTER) for w in weights)
+        found.append(torch.cat([w.cpu() for w in wide]))
+    tolerance = 1e-5 if moments == torch.float32 else 1e-3
+    torch.testing.assert_close(found[1], found[0], atol=tolerance, rtol=tolerance)
+
+
+ENDS = [0, 100, 137, 400, 512]
+ATTENTIONS = [
+    TorchAttention,
+    pytest.param(TEAttention, marks=pytest.mark.skipif(not HAS_TE, reason="Transformer Engine is not installed")),
+]
+
+
+def attention(kind: type, context: int = 1):
+    """The module as a function of query, key and value [t, heads, d] and samples -> [t, heads * d]."""
+    config = SimpleNamespace(
+        context_parallel_size=context, tensor_model_parallel_size=1, num_attention_heads=12, num_query_groups=2,
+        kv_channels=128,
+    )  # fmt: skip
+    module = kind(config, 1, None, "self")
+    if context > 1:
+        module._gather = lambda key, value: (key, value)  # every rank is given all of them
+    return lambda *heads, samples: module(*(x.unsqueeze(1) for x in heads), attention_bias=samples).squeeze(1)
+
+
+@pytest.mark.parametrize("kind", ATTENTIONS)
+def test_attention_and_its_gradients_are_those_of_float32_sample_by_sample(kind):
+    query, key, value, grad = random(512, 12, 128), random(512, 2, 128), random(512, 2, 128), random(512, 12 * 128)
+    results = []
+    for module, device in ((attention(TorchAttention), "cpu"), (attention(kind), "cuda")):
+        wide = torch.float32 if device == "cpu" else torch.bfloat16
+        inputs = [x.to(device, wide).requires_grad_() for x in (query, key, value)]
+        output = module(*inputs, samples=packed(ENDS, torch.device(device)))
+        output.backward(grad.to(device, wide))
+        results.append([output, *(x.grad for x in inputs)])
+    for found, expected in zip(results[1], results[0], strict=True):
+        assert apart(found.detach(), expected.detach()) < 1e-2
+
+
+@pytest.mark.parametrize("kind", ATTENTIONS)
+def test_the_parts_of_two_context_parallel_ranks_are_the_whole(kind):
+    query, key, value, grad = (
+        x.cuda() for x in (random(512, 12, 128), random(512, 2, 128), random(512, 2, 128), random(512, 12 * 128))
+    )
+    leaves = [x.requires_grad_() for x in (query, key, value)]
+    whole = attention(kind)(*leaves, samples=packed(ENDS, query.device))
+    whole.backward(grad)
+    expected = [x.grad.clone() for x in leaves]
+    for x in leaves:
+        x.grad = None
+    part = attention(kind, context=2)
+    for rank in range(2):
+        own = [share(x[None], rank, 2)[0] for x in (query, whole, grad)]
+        chunks = (
+            c._replace(query_ends=c.query_ends.cuda(), key_ends=c.key_ends.cuda()) for c in chunks_of(ENDS, rank, 2)
+        )
+        output = part(own[0], key, value, samples=tuple(chunks))
+        assert apart(output.detach(), own[1].detach().cpu()) < 1e-2
+        output.backward(own[2])
+    for x, wanted in zip(leaves, expected, strict=True):
+        assert apart(x.grad, wanted.cpu()) < 1e-2
+
+
+@pytest.fixture(autouse=True)
+def many_can_be_imported(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(TESTS), prepend=os.pathsep)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("inputs")
+    shape = {"hidden_size": 256, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2}
+    tiny_model(folder / "hf", **shape)
+    convert(folder / "hf", folder / "megatron")
+    random_store(folder / "train", samples=120)
+    return {"checkpoint": str(folder / "megatron"), "data": str(folder / "train")}
+
+
+def run(inputs: dict, folder: Path, variants: dict[str, dict], nproc: int = 1) -> dict[str, list[dict]]:
+    """The metrics of several runs: one process does them one after the other, several ranks all at once."""
+    paths = []
+    for name, changes in variants.items():
+        given = {"train_iters": 6, "save_interval": 3, "precision": "bf16", "seq_length": 128, **inputs, **changes}
+        paths.append(folder / f"{name}.json")
+        write_json(paths[-1], settings(output=str(folder / name), **given).to_json())
+    if nproc == 1:
+        launch("many", [str(path) for path in paths], 1, folder / "many.log")
+    else:
+        train = lambda path: launch(  # noqa: E731
+            "rsft_lib.training.train", ["--config", str(path)], nproc, path.with_suffix("") / "train.log"
+        )
+        with ThreadPoolExecutor() as threads:
+            list(threads.map(train, paths))
+    return {name: read_metrics(folder / name) for name in variants}
+
+
+def test_both_backends_and_fp8_follow_float32(inputs, tmp_path):
+    variants = {"fp32": {"precision": "fp32", "backend": "torch"}, "torch": {"backend": "torch"}}
+    if HAS_TE:
+        variants |= {"te": {"backend": "te"}, "selective": {"recompute": "selective"}, "full": {"recompute": "full"}}
+        variants |= {f"fp8-{r}": {"precision": "fp8", "fp8_recipe": r} for r in ("delayed", "tensorwise", "blockwise")}
+        variants |= {"low": {"moments": "bf16", "gradients": "bf16"}}
+    losses = {name: [r["loss"] for r in metrics] for name, metrics in run(inputs, tmp_path, variants).items()}
+    for name, found in losses.items():
+        assert found == pytest.approx(losses["fp32"], rel=0.03 if name.startswith("fp8") else 0.01), name
+
+
+def test_a_run_resumes_bit_for_bit_with_deterministic_kernels(inputs, tmp_path, monkeypatch):
+    monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
+    straight = run(inputs, tmp_path, {"straight": {}})["straight"]
+    shutil.copytree(tmp_path / "straight", tmp_path / "again")
+    shutil.rmtree(newest(tmp_path / "again"))
+    MetricsWriter(tmp_path / "again", 4)
+    again = run(inputs, tmp_path, {"again": {}})["again"]
+    assert [r["loss"] for r in again] == [r["loss"] for r in straight]
+    assert [r["grad_norm"] for r in again] == [r["grad_norm"] for r in straight]
+
+
+LAYOUTS = {
+    "dp2": {},
+    "dp2-plain": {"overlap": False},
+    "tp2": {"tensor_parallel": 2},
+    "tp2-sp": {"tensor_parallel": 2, "sequence_parallel": True},
+    "pp2": {"pipeline_parallel": 2},
+    "pp2-vpp2": {"pipeline_parallel": 2, "virtual_pipeline": 2},
+    "cp2": {"context_parallel": 2},
+}
+TWO = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="torch finds fewer than two GPUs")
+
+
+@TWO
+def test_two_gpus_give_the_curve_and_the_weights_of_one_in_every_layout(inputs, tmp_path):
+    single = {"precision": "fp32", "backend": "torch"}
+    whole = run(inputs, tmp_path, {"one": single})["one"]
+    expected = all_tensors(newest(tmp_path / "one"))
+    found = run(inputs, tmp_path, {name: single | changes for name, changes in LAYOUTS.items()}, nproc=2)
+    for name, metrics in found.items():
+        for key in ("loss", "grad_norm"):
+            assert [r[key] for r in metrics] == pytest.approx([r[key] for r in whole], rel=1e-4), (name, key)
+        tensors = all_tensors(newest(tmp_path / name))
+        assert tensors.keys() == expected.keys()
+        for key, tensor in tensors.items():
+            assert apart(tensor, expected[key]) < 1e-4, (name, key)
+
+
+@TWO
+@pytest.mark.skipif(not HAS_TE, reason="Transformer Engine is not installed")
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_two_gpus_follow_one_with_transformer_engine(precision, inputs, tmp_path):
+    kind = {"precision": precision, "backend": "te"}
+    whole = [r["loss"] for r in run(inputs, tmp_path, {"one": kind})["one"]]
+    variants = {name: kind | changes for name, changes in LAYOUTS.items()}
+    variants["tp2-sp-full"] = variants["tp2-sp"] | {"recompute": "full"}
+    variants["pp2-selective"] = variants["pp2"] | {"recompute": "selective"}
+    for name, metrics in run(inputs, tmp_path, variants, nproc=2).items():
+        assert [r["loss"] for r in metrics] == pytest.approx(whole, rel=2e-3 if precision == "bf16" else 0.02), name
+
+
+@TWO
+def test_two_gpus_go_on_in_another_layout_and_save_while_they_train(inputs, tmp_path):
+    kind = {"precision": "fp32", "backend": "torch", "async_save": True}
+    whole = run(inputs, tmp_path, {"whole": kind | LAYOUTS["tp2-sp"]}, nproc=2)["whole"]
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    shutil.rmtree(newest(tmp_path / "again"))
+    again = run(inputs, tmp_path, {"again": kind | LAYOUTS["pp2-vpp2"]}, nproc=2)["again"]
+    assert [r["iteration"] for r in again] == [1, 2, 3, 4, 5, 6]
+    assert [r["loss"] for r in again] == pytest.approx([r["loss"] for r in whole], rel=1e-4)
+
+
+@TWO
+def test_two_gpus_score_the_same_losses_as_one(inputs, tmp_path):
+    for nproc in (1, 2):
+        launch_scoring(inputs["checkpoint"], inputs["data"], tmp_path / f"by{nproc}", nproc)
+    one, two = (torch.from_numpy(TokenLosses(tmp_path / f"by{nproc}").values.copy()) for nproc in (1, 2))
+    torch.testing.assert_close(one, two, equal_nan=True)

@@ -1,0 +1,202 @@
+"""megatron-core against transformers, tensor by tensor."""
+
+import math
+
+import pytest
+import torch
+from support import VOCAB, by_hf_name, differing_tensors, logit_difference, random_store, settings, tiny_model
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
+
+from rsft_lib.checkpoint.convert import convert
+from rsft_lib.checkpoint.sharded import load_weights, sharded_weights
+from rsft_lib.common.artifact import new_folder
+from rsft_lib.data.packed import PackedDataset
+from rsft_lib.data.store import StoreWriter, TokenStore
+from rsft_lib.evaluation.score import TokenLosses, score
+from rsft_lib.model import loss_head
+from rsft_lib.model.config import read_config
+from rsft_lib.model.distributed import ranks
+from rsft_lib.training.batches import Loader, run_batch
+from rsft_lib.training.build import build_state
+from rsft_lib.training.loop import update
+from rsft_lib.training.loss import forward_step, micro_batch
+from rsft_lib.training.loss_stats import trained_tokens, weight_sum
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def models(request, tmp_path_factory):
+    """(folder, the Hugging Face model, a store of samples)"""
+    folder = tmp_path_factory.mktemp("parity")
+    hf = tiny_model(folder / "hf", tie_word_embeddings=request.param)
+    convert(folder / "hf", folder / "megatron")
+    random_store(folder / "store", samples=30)
+    return folder, hf, TokenStore(folder / "store")
+
+
+def loaded_state(folder, **changes):
+    config = settings(
+        checkpoint=str(folder / "megatron"), data=str(folder / "store"), output=str(folder / "run"), **changes
+    )
+    state = build_state(config, folder / "megatron")
+    load_weights(state.chunks[0].module, folder / "megatron")
+    return config, state
+
+
+def losses_by_transformers(hf, store) -> list[torch.Tensor]:
+    """The loss of each token of each sample but the first, run through the model by itself."""
+    found = []
+    for tokens, _ in (store[i] for i in range(len(store))):
+        ids = torch.from_numpy(tokens).long()
+        found.append(cross_entropy(hf(ids[None]).logits[0, :-1], ids[1:], reduction="none"))
+    return found
+
+
+def test_a_converted_checkpoint_gives_every_tensor_back_and_the_logits_of_transformers(models):
+    folder, _, _ = models
+    assert differing_tensors(folder / "hf", folder / "megatron") == []
+    assert logit_difference(folder / "hf", folder / "megatron") < 1e-4
+
+
+@pytest.mark.parametrize("normalize_by", ["token", "sample"])
+def test_packed_loss_and_every_gradient_are_those_of_transformers_sample_by_sample(models, normalize_by):
+    folder, hf, store = models
+    hf.zero_grad()
+    masks = [torch.from_numpy(store[i][1][1:]) for i in range(len(store))]
+    sums = [(losses * mask).sum() for losses, mask in zip(losses_by_transformers(hf, store), masks, strict=True)]
+    trained = [int(mask.sum()) for mask in masks]
+    if normalize_by == "sample":
+        expected = sum(total / n for total, n in zip(sums, trained, strict=True)) / len(sums)
+    else:
+        expected = sum(sums) / sum(trained)
+    expected.backward()
+
+    with ranks():
+        config, state = loaded_state(folder)
+        data = PackedDataset(store, config.seq_length, seed=0, normalize_by=normalize_by)
+        assert len(data) < len(store) / 2  # several samples to a pack
+        packs = list(range(len(data)))
+        state.chunks[0].zero_grad_buffer()
+        counts = run_batch(state, Loader(data, config), packs).tolist()
+        gradients = gradients_by_hf_name(state.chunks[0].module, folder)
+
+    denominator = weight_sum(counts)
+    assert denominator == pytest.approx(len(store) if normalize_by == "sample" else sum(trained), rel=1e-6)
+    assert trained_tokens(counts) == sum(trained)
+    assert counts[0] / denominator == pytest.approx(expected.item(), abs=1e-5)
+    wanted = dict(hf.named_parameters())
+    assert gradients.keys() == wanted.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(
+            gradient / denominator, wanted[name].grad, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_the_curve_is_that_of_transformers_and_torch_adamw(models):
+    folder, _, store = models
+    network, losses, expected = AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32), [], []
+    with ranks():
+        config, state = loaded_state(folder, train_iters=12, warmup_fraction=0.25, lr=3e-3, min_lr=1e-3)
+        data = PackedDataset(store, config.seq_length, seed=0)
+        loader, batches = Loader(data, config), [data.step(i, 4) for i in range(config.train_iters)]
+        for packs in batches:
+            counts = update(state, loader, packs).counts
+            losses.append(counts[0] / weight_sum(counts))
+            state.scheduler.step(increment=1)
+    matrices, others = ([w for w in network.parameters() if (w.dim() > 1) == decayed] for decayed in (True, False))
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    adam = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
+    for number, packs in enumerate(batches, start=1):
+        chosen = [store[sample] for sample in data.samples(packs)]
+        totals = [  # (sum of losses, trained tokens) of each sample, which transformers runs by itself
+            ((loss * torch.from_numpy(mask[1:])).sum(), int(mask[1:].sum()))
+            for loss, (_, mask) in zip(losses_by_transformers(network, chosen), chosen, strict=True)
+        ]
+        loss = sum(total for total, _ in totals) / sum(n for _, n in totals)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), config.clip_grad)
+        share = (number - 3) / 9
+        rate = 3e-3 * number / 3 if number <= 3 else 1e-3 + 2e-3 * (1 + math.cos(math.pi * share)) / 2
+        for group in adam.param_groups:
+            group["lr"] = rate
+        adam.step()
+        adam.zero_grad()
+        expected.append(loss.item())
+    assert losses == pytest.approx(expected, rel=1e-4) and losses[-1] < 0.9 * losses[0]
+
+
+def gradients_by_hf_name(model, folder) -> dict[str, torch.Tensor]:
+    parameters = dict(model.named_parameters())
+    # fc1 is saved in two halves and therefore has no key of its own yet
+    keys = {name: getattr(entry, "key", name) for name, entry in sharded_weights(model).items() if name in parameters}
+    ours = {key: parameters[name].main_grad.clone() for name, key in keys.items()}
+    return by_hf_name(ours, read_config(folder / "megatron"))
+
+
+def test_the_score_of_a_dataset_is_the_loss_of_transformers_at_every_trained_token(models, tmp_path):
+    folder, hf, store = models
+    with ranks():
+        score(folder / "megatron", folder / "store", tmp_path / "losses")
+    found = TokenLosses(tmp_path / "losses")
+    assert len(found) == len(store)
+    with torch.no_grad():
+        wanted = losses_by_transformers(hf, store)
+    for sample, losses in enumerate(wanted):
+        ours, trained = torch.from_numpy(found[sample]), torch.from_numpy(store[sample][1]) > 0
+        assert ours.isnan().tolist() == (~trained).tolist()
+        torch.testing.assert_close(ours[trained], losses[trained[1:]], atol=1e-5, rtol=1e-5)
+    random_store(folder / "store", samples=30)  # the same samples, written anew, are the same data
+    assert len(TokenLosses(tmp_path / "losses")) == 30
+
+
+def test_the_tokens_of_one_sample_do_not_reach_another_of_the_same_pack(models):
+    folder, _, store = models
+    with ranks():
+        config, state = loaded_state(folder)
+        data = PackedDataset(store, config.seq_length, seed=0)
+        batch = data.batch([next(i for i, pack in enumerate(data.packs) if len(pack) > 1)])
+        with torch.no_grad():
+            (_, before), _ = forward_step(iter([micro_batch(batch, 0, 1)]), state.chunks[0])
+            end = int(batch["cu_seqlens"][1])
+            batch["tokens"][0, :end] = (batch["tokens"][0, :end] + 1) % VOCAB
+            (_, after), _ = forward_step(iter([micro_batch(batch, 0, 1)]), state.chunks[0])
+    own = int((batch["loss_mask"][0, :end] > 0).sum())
+    assert torch.equal(before[own:], after[own:])
+    assert not torch.isclose(before[:own], after[:own]).all()
+
+
+def test_the_loss_is_the_same_in_one_chunk_and_in_many(models, monkeypatch):
+    folder, _, store = models
+    with ranks():
+        config, state = loaded_state(folder)
+        data = PackedDataset(store, config.seq_length, seed=0)
+        losses, norms = [], []
+        for chunk in (10_000, 7):
+            monkeypatch.setattr(loss_head, "CHUNK", chunk)
+            state.chunks[0].zero_grad_buffer()
+            losses.append(run_batch(state, Loader(data, config), [0, 1, 2, 3]).tolist())
+            norms.append(torch.stack([p.main_grad.norm() for p in state.chunks[0].parameters()]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    torch.testing.assert_close(norms[0], norms[1])
+
+
+def test_fractional_weights_of_tokens_weigh_their_losses(models, tmp_path, monkeypatch):
+    folder, hf, _ = models
+    table = torch.tensor([0.0, 1.0, 0.25]).numpy()
+    monkeypatch.setattr(TokenStore, "weights", table, raising=False)
+    with new_folder(tmp_path / "weighted", {"made_by": "tokenize"}) as temporary:
+        writer = StoreWriter(temporary)
+        writer.add([5, 6, 7, 8, 9], [0, 0, 2, 1, 2])
+        writer.add([3, 4, 5], [0, 1, 2])
+        writer.close()
+    store = TokenStore(tmp_path / "weighted")
+    with torch.no_grad():
+        losses = losses_by_transformers(hf, store)
+    weights = [torch.from_numpy(table[store[i][1][1:]]) for i in range(2)]
+    expected = sum((w * x).sum() for w, x in zip(weights, losses, strict=True)) / sum(w.sum() for w in weights)
+    with ranks():
+        config, state = loaded_state(folder)
+        data = PackedDataset(store, config.seq_length, seed=0)
+        counts = run_batch(state, Loader(data, config), [0], forward_only=True).tolist()
+    assert weight_sum(counts) == 2.75 and trained_tokens(counts) == 5
+    assert counts[0] / 2.75 == pytest.approx(expected.item(), rel=1e-5)

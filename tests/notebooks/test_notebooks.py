@@ -1,0 +1,195 @@
+"""Every notebook, headless, and what a person sees of them in JupyterLab.
+
+The notebooks are run once, headless, each from what the ones before it made. In a real Chromium the executed ones are
+looked at, and those that move, 04 with its slider and 05 with its dashboard, are run by hand. Screenshots are left in
+outputs/screenshots.
+"""
+
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from browser import CHROMIUM, PATIENCE, Browser, copy_project, jupyterlab, lay_open, missing, set_defaults
+from chain import STEPS, chained, outputs, pictures
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rsft_lib import demo
+from rsft_lib.common.artifact import newest
+from rsft_lib.common.paths import ROOT
+from rsft_lib.notebook import run
+
+NOTEBOOKS = ROOT / "notebooks"
+in_browser = pytest.mark.skipif(bool(missing()), reason=missing())
+
+# In every question and every thought. None of it may be run, fetched or swallowed.
+HOSTILE = "<script>window.x = 1</script><img src=x onerror='window.x = 1'>"
+
+
+def write_hostile_sources(folder: Path) -> None:
+    demo.make_sources(folder, 100, seed=1)
+    for file in folder.glob("*.jsonl"):
+        records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        for record in records:
+            record["instruction"] += HOSTILE
+            record["output"] = record["output"].replace("Start:", f"{HOSTILE} Start:")
+        file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory) -> SimpleNamespace:
+    """Notebooks 01 to 08: their `folder`, `given` parameters, `executed` notebooks and last `status`."""
+    folder = tmp_path_factory.mktemp("steps")
+    demo.make_model(folder / "model", seed=1)
+    write_hostile_sources(folder / "sources")
+    given = chained(folder)
+    done = {name: run(NOTEBOOKS / f"{name}.ipynb", folder / "executed", given[name]) for name in given}
+    executed, status = ({name: result[i] for name, result in done.items()} for i in (0, 1))
+    return SimpleNamespace(folder=folder, given=given, executed=executed, status=status)
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory) -> tuple[Path, Path, dict]:
+    """(folder, executed notebook, status) of notebook 00."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    few = {"output": str(folder), "train_iters": 4, "problems": 300, "nproc": 1}
+    return folder, *run(NOTEBOOKS / "00_quickstart.ipynb", folder, few)
+
+
+def test_the_quickstart_goes_from_nothing_to_a_model_that_answers(quickstart):
+    folder, executed, status = quickstart
+    assert status == json.loads((folder / "status.json").read_text())
+    assert status["scores"].keys() == {"think", "short"}
+    assert "loss" in status["summary"] and str(folder / "exported") in status["summary"]
+    assert AutoModelForCausalLM.from_pretrained(folder / "exported").config.vocab_size == 512
+    text = "Ben has two apples.<short>Answer: two"
+    patched = AutoTokenizer.from_pretrained(folder / "exported")
+    assert patched.decode(patched(text)["input_ids"]) == text
+    assert pictures(executed)
+
+
+def test_the_steps_on_their_own_chain_through_their_folders(steps):
+    assert {status["status"] for status in steps.status.values()} == {"done"}
+    assert steps.status["02_convert_checkpoint"]["differing_tensors"] == []
+    assert steps.status["05_train"]["iteration"] == STEPS
+    assert (steps.folder / "curves" / "losses.png").stat().st_size > 10_000
+    assert AutoModelForCausalLM.from_pretrained(steps.folder / "out").config.model_type == "qwen2"
+
+
+def test_no_cell_writes_to_stderr(steps, quickstart):
+    for executed in (quickstart[1], *steps.executed.values()):
+        assert [output.text for output in outputs(executed) if output.get("name") == "stderr"] == [], executed.name
+
+
+def test_a_finished_training_notebook_runs_again_and_finds_it_done(steps):
+    config = json.loads((steps.folder / "run" / "config.json").read_text())
+    metrics = (steps.folder / "run" / "metrics.jsonl").read_bytes()
+    _, again = run(NOTEBOOKS / "05_train.ipynb", steps.folder / "again", config | {"nproc": 2})
+    assert again["last_loss"] == steps.status["05_train"]["last_loss"]
+    assert (steps.folder / "run" / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_a_run_that_fails_does_not_keep_the_status_of_the_one_before(steps):
+    folder = steps.folder
+    assert (folder / "run" / "status.json").exists()
+    given = {"output": str(folder / "run"), "checkpoint": str(folder / "megatron"), "data": str(folder / "nowhere")}
+    with pytest.raises(RuntimeError, match="nowhere does not exist"):
+        run(NOTEBOOKS / "05_train.ipynb", folder / "failed", given)
+    assert not (folder / "run" / "status.json").exists()
+
+
+@pytest.fixture(scope="module")
+def lab(steps, quickstart, tmp_path_factory):
+    """JupyterLab on a copy of the project whose notebooks 04 and 05 have what was made by default."""
+    from playwright.sync_api import sync_playwright
+
+    project, private = copy_project(tmp_path_factory.mktemp("project")), tmp_path_factory.mktemp("private")
+    for name, changed in {
+        "04_tokenize_and_inspect": {},
+        # Many steps, so that it can only end by being stopped.
+        "05_train": {"output": str(project / "stopped"), "train_iters": 100_000},
+    }.items():
+        set_defaults(project / "notebooks" / f"{name}.ipynb", **steps.given[name] | changed)
+    for executed in (quickstart[1], *steps.executed.values()):
+        lay_open(executed, project, private)
+    with (
+        jupyterlab(project, private) as address,
+        sync_playwright() as playwright,
+        playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"]) as chromium,
+    ):
+        yield Browser(chromium, address, project)
+
+
+def assert_nothing_hostile_ran(page) -> None:
+    assert page.evaluate("String(window.x)") == "undefined" and page.locator("img[src=x]").count() == 0
+
+
+@in_browser
+@pytest.mark.parametrize(
+    ("name", "hostile"),
+    [
+        ("00_quickstart", False), ("06_loss_curves", False), ("07_export_and_generate", True), ("08_loss_lab", True),
+    ],
+)  # fmt: skip
+def test_an_executed_notebook_is_shown_with_its_pictures_and_no_script_of_the_data_runs(
+    lab, steps, quickstart, name, hostile
+):
+    with lab.notebook(f"executed/{name}") as book:
+        assert book.see() == pictures({"00_quickstart": quickstart[1], **steps.executed}[name])
+        assert_nothing_hostile_ran(book.page)
+        assert not hostile or book.page.get_by_text(HOSTILE).count() > 0
+
+
+@pytest.fixture(scope="module")
+def inspected(lab):
+    """Notebook 04, open and run."""
+    with lab.notebook("notebooks/04_tokenize_and_inspect") as book:
+        book.run()
+        yield book
+
+
+@in_browser
+def test_the_slider_of_the_mask_viewer_changes_the_sample(inspected):
+    viewer = inspected.page.locator(".widget-vbox", has=inspected.page.locator(".widget-slider"))
+    shown = viewer.locator(".widget-html")
+    assert "sample 0 of" in shown.text_content()
+    viewer.locator(".widget-slider", has_text="which").locator(".noUi-handle").press("ArrowRight")
+    shown.get_by_text("sample 1 of").wait_for()
+    viewer.locator("select").select_option("short")
+    shown.get_by_text("90 of 180 samples").wait_for()
+
+
+@in_browser
+def test_a_script_in_the_data_is_shown_and_not_run(inspected):
+    assert inspected.page.locator("pre", has_text=HOSTILE).count() > 0
+    assert_nothing_hostile_ran(inspected.page)
+
+
+@in_browser
+def test_the_dashboard_moves_and_its_button_stops_and_saves(lab):
+    with lab.notebook("notebooks/05_train") as book:
+        book.start()
+        board = book.page.locator(".jp-CodeCell", has_text="watch(job)")
+        first = step_beyond(board, 0)
+        second = step_beyond(board, first)
+        book.keep_picture("-running")
+        board.get_by_role("button", name="Stop and save").click()
+        book.wait()
+        shown = board.inner_text()
+    stopped = lab.project / "stopped"
+    checkpoint = newest(stopped)
+    assert checkpoint and second <= int(checkpoint.name.removeprefix("iter_")) < 100_000
+    assert json.loads((stopped / "ended.json").read_text())["reason"] != "finished"
+    assert "Stop and save" not in shown and "saved" in shown
+
+
+def step_beyond(board, step: int) -> int:
+    """The step that the dashboard tells, once it is beyond `step`."""
+    told = board.locator("b", has_text=re.compile(r"^step [\d,]+ of"))
+    for _ in range(5 * PATIENCE):
+        if told.count() and (now := int(re.search(r"step ([\d,]+) of", told.first.text_content())[1].replace(",", ""))):
+            if now > step:
+                return now
+        board.page.wait_for_timeout(200)
+    raise AssertionError(f"the dashboard did not come beyond step {step}: {board.inner_text()}")

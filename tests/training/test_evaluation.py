@@ -1,0 +1,98 @@
+"""The losses on what is not trained are transformers', over exactly those samples.
+
+The model is that of the last checkpoint, exported, and each sample goes through it by itself.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import forked
+import numpy as np
+import pytest
+import torch
+from support import random_store, settings, tiny_model, tiny_tokenizer
+from torch.nn.functional import cross_entropy
+from transformers import Qwen2ForCausalLM
+
+from rsft_lib.checkpoint.convert import convert
+from rsft_lib.checkpoint.export import export
+from rsft_lib.common.artifact import newest
+from rsft_lib.data.store import TokenStore
+from rsft_lib.training.metrics import read_metrics
+
+STEPS, SAMPLES = 12, 60
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    tiny_model(folder / "hf")
+    convert(folder / "hf", folder / "megatron")
+    random_store(folder / "train", SAMPLES)
+    random_store(folder / "held-out", samples=23, seed=1)
+    tiny_tokenizer(folder / "tokenizer")
+    return folder
+
+
+@torch.no_grad()
+def by_transformers(model, store: TokenStore, samples: Sequence[int], normalize_by: str) -> float:
+    """The loss over some samples, one after the other."""
+    total = weight = 0.0
+    for tokens, mask in (store[number] for number in samples):
+        ids, trained = torch.from_numpy(tokens).long(), torch.from_numpy(mask[1:]) > 0
+        losses = cross_entropy(model(ids[None]).logits[0, :-1], ids[1:], reduction="none")[trained].double()
+        total += float(losses.mean() if normalize_by == "sample" else losses.sum())
+        weight += 1 if normalize_by == "sample" else len(losses)
+    return total / weight
+
+
+CASES = {
+    "a folder": (1, {}),
+    "a folder, on two replicas of two stages": (4, {"pipeline_parallel": 2}),
+    "a folder, each sample alone": (2, {"packing": False, "micro_batch_size": 2}),
+    "a folder, by sample": (2, {"normalize_by": "sample"}),
+    "a split": (2, {"split": "6,2,2"}),
+    "a split by sample": (1, {"split": "50,7,3", "normalize_by": "sample"}),
+}
+PARTS = {"6,2,2": (range(36), range(36, 48), range(48, 60)), "50,7,3": (range(50), range(50, 57), range(57, 60))}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_held_out_and_test_loss_are_those_of_transformers_over_exactly_the_samples_that_are_not_trained(
+    case, inputs, tmp_path
+):
+    nproc, changes = CASES[case]
+    place = {"checkpoint": str(inputs / "megatron"), "data": str(inputs / "train"), "output": str(tmp_path / "run")}
+    held_out = {} if "split" in changes else {"eval_data": str(inputs / "held-out")}
+    length = {"train_iters": STEPS, "eval_interval": STEPS, "eval_iters": 99, "lr": 5e-3}
+    forked.train(settings(**place, **held_out, **length, **changes), nproc)
+    last = read_metrics(tmp_path / "run")[-1]
+
+    export(newest(tmp_path / "run"), inputs / "tokenizer", tmp_path / "out")
+    model = Qwen2ForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    of_all, others = TokenStore(inputs / "train"), TokenStore(inputs / "held-out")
+    trained, evaluated, tested = PARTS.get(changes.get("split"), (range(SAMPLES), range(len(others)), None))
+    store, how = others if held_out else of_all, changes.get("normalize_by", "token")
+    assert last["eval_loss"] == pytest.approx(by_transformers(model, store, evaluated, how), rel=1e-5)
+    assert ("test_loss" in last) == (tested is not None)
+    if tested:
+        assert last["test_loss"] == pytest.approx(by_transformers(model, store, tested, how), rel=1e-5)
+    # What is trained has another loss by now, so that nothing could be taken for the other.
+    of_trained = by_transformers(model, of_all, trained, how)
+    assert all(last[name] != pytest.approx(of_trained, rel=1e-3) for name in ("eval_loss", "test_loss") if name in last)
+
+
+def test_an_evaluation_of_a_few_batches_is_of_samples_that_are_not_trained_and_the_same_every_time(inputs, tmp_path):
+    place = {"checkpoint": str(inputs / "megatron"), "data": str(inputs / "train"), "output": str(tmp_path / "run")}
+    still = {"train_iters": 3, "eval_interval": 1, "eval_iters": 2, "lr": 0.0, "min_lr": 0.0, "weight_decay": 0.0}
+    forked.train(settings(**place, **still, eval_data=str(inputs / "held-out"), packing=False), 2)
+    losses = [record["eval_loss"] for record in read_metrics(tmp_path / "run")]
+    assert losses == losses[:1] * 3
+    model, others = (
+        Qwen2ForCausalLM.from_pretrained(inputs / "hf", dtype=torch.float32),
+        TokenStore(inputs / "held-out"),
+    )
+    first = (
+        np.random.default_rng([1234, 0]).permutation(len(others))[:8].tolist()
+    )  # two batches of four, in random order
+    assert losses[0] == pytest.approx(by_transformers(model, others, first, "token"), rel=1e-5)

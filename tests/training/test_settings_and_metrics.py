@@ -1,0 +1,319 @@
+"""Settings, schedule, metrics and alarms of a run."""
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import yaml
+from support import random_store, settings, tiny_model
+from transformers import Qwen2Config
+
+from rsft_lib.checkpoint.convert import convert
+from rsft_lib.common.paths import ROOT
+from rsft_lib.launch import LaunchOptions
+from rsft_lib.model import engine
+from rsft_lib.model.config import read_config
+from rsft_lib.notebook import declared_parameters
+from rsft_lib.training import alarms, flops, metrics
+from rsft_lib.training.alarms import Alarms
+from rsft_lib.training.build import refuse_misfit
+from rsft_lib.training.config import TrainConfig
+from rsft_lib.training.datasets import split
+from rsft_lib.training.metrics import FILE, MetricsWriter, open_writers, read_metrics
+from rsft_lib.training.optimizer import build_schedule
+from rsft_lib.training.preflight import GIB, memory, preflight
+
+R1 = Qwen2Config(
+    vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
+    num_key_value_heads=2, tie_word_embeddings=False,
+)  # fmt: skip
+
+
+def config(**changes):
+    return settings(checkpoint="c", data="d", output="o", **changes)
+
+
+def test_defaults_are_those_of_the_original():
+    defaults = TrainConfig(checkpoint="c", data="d", output="o")
+    original = {
+        "lr": 1e-5, "min_lr": 1e-6, "warmup_fraction": 0.05, "weight_decay": 0.1, "adam_beta1": 0.9,
+        "adam_beta2": 0.95, "clip_grad": 1.0, "global_batch_size": 128, "micro_batch_size": 1, "seq_length": 16384,
+        "train_iters": 17000, "save_interval": 1000, "log_interval": 10, "eval_interval": 100, "eval_iters": 10,
+        "split": "999,1,0", "precision": "bf16", "overlap": True,
+    }  # fmt: skip
+    assert {name: getattr(defaults, name) for name in original} == original
+
+
+def test_every_setting_is_documented_and_the_training_notebook_has_it_as_a_parameter():
+    fields = {field.name: field.type.__name__ for field in dataclasses.fields(TrainConfig)}
+    source = Path(sys.modules[TrainConfig.__module__].__file__).read_text().splitlines()
+    for name in fields:
+        (line,) = (i for i, text in enumerate(source) if text.startswith(f"    {name}: "))
+        assert source[line + 1].strip().startswith('"""'), name
+    declared = declared_parameters(ROOT / "notebooks" / "05_train.ipynb")
+    options = {field.name: field.type.__name__ for field in dataclasses.fields(LaunchOptions)}
+    assert {name: parameter.kind for name, parameter in declared.items() if name != "nproc"} == fields | options
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_iters": 0}, "train_iters is 0"),
+        ({"global_batch_size": 1.5}, "global_batch_size is 1.5"),
+        ({"global_batch_size": True}, "global_batch_size is True"),
+        ({"packing": 1}, "packing is 1; it must be true or false"),
+        ({"lr": -1.0}, "lr is -1.0"),
+        ({"lr": math.nan}, "lr is nan"),
+        ({"lr": "fast"}, "lr is 'fast'; it must be a number"),
+        ({"backend": None}, "backend is None; it must be a text"),
+        ({"min_lr": 1.0}, "min_lr 1.0 is above lr"),
+        ({"precision": "fp16"}, "precision is 'fp16'; choose 'bf16', 'fp32', 'fp8'"),
+        ({"recompute": "some"}, "choose 'none', 'selective', 'full'"),
+        ({"warmup_fraction": 1.1}, "warmup_fraction is 1.1"),
+        ({"adam_beta2": 1.0}, "adam_beta2 is 1.0; it must be below 1"),
+        ({"precision": "fp8", "backend": "torch"}, "needs Transformer Engine; backend is 'torch'"),
+        ({"backend": "te"}, "backend 'te' has no attention in precision 'fp32'"),
+        ({"moments": "bf16"}, "precision is 'fp32'"),
+        ({"sequence_parallel": True}, "sequence_parallel needs tensor_parallel above 1"),
+        ({"virtual_pipeline": 2}, "virtual_pipeline needs pipeline_parallel above 1"),
+        ({"context_parallel": 5}, "seq_length 96 x micro_batch_size 1 does not divide by 2 x context_parallel 5"),
+        (
+            {"sequence_parallel": True, "tensor_parallel": 5},
+            "the 96 tokens of a context-parallel rank do not divide by tensor_parallel 5",
+        ),
+        ({"keep_every": 5}, "keep_every 5 is no multiple of save_interval 1000"),
+        ({"keep_every": 2000}, "keep_every needs keep_last"),
+        ({"split": "9,1"}, "split is '9,1'; it must be three numbers"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        config(**changes)
+
+
+def test_asking_for_what_is_not_installed_is_refused(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install tensorboard"):
+        config(tensorboard=True)
+    with pytest.raises(ValueError, match="pip install wandb"):
+        config(wandb_project="mine")
+
+
+def test_ranks_that_do_not_fit_are_refused_before_anything_starts():
+    assert config(tensor_parallel=2).data_parallel(8) == 4
+    assert config(tensor_parallel=2, context_parallel=2).data_parallel(8) == 2
+    with pytest.raises(ValueError, match="3 ranks do not divide by tensor_parallel 2 x pipeline_parallel 1"):
+        config(tensor_parallel=2).data_parallel(3)
+    with pytest.raises(ValueError, match="global_batch_size 4 does not divide by micro_batch_size 1 x 3"):
+        config().data_parallel(3)
+    with pytest.raises(ValueError, match="needs the 4 micro-batches of a rank to divide by pipeline_parallel 3"):
+        config(pipeline_parallel=3, virtual_pipeline=2).data_parallel(3)
+
+
+def test_a_model_that_cannot_be_split_that_way_is_refused():
+    refuse_misfit(config(tensor_parallel=4, pipeline_parallel=7, virtual_pipeline=2), R1)
+    with pytest.raises(ValueError, match="28 layers do not divide by pipeline_parallel 4 x virtual_pipeline 2"):
+        refuse_misfit(config(pipeline_parallel=4, virtual_pipeline=2), R1)
+    with pytest.raises(ValueError, match="num_attention_heads 12 does not divide by tensor_parallel 8"):
+        refuse_misfit(config(tensor_parallel=8), R1)
+
+
+def test_settings_come_from_json_and_from_yaml(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config().to_json()))
+    assert TrainConfig.from_file(path) == config()
+    path.write_text(json.dumps(config().to_json() | {"seq_lenght": 1}))
+    with pytest.raises(ValueError, match="unknown setting 'seq_lenght'; did you mean seq_length?"):
+        TrainConfig.from_file(path)
+    text = tmp_path / "run.yaml"
+    text.write_text("checkpoint: c\ndata: d\noutput: o\nlr: 2e-5\npacking: false\n")  # YAML takes 2e-5 for a text
+    read = TrainConfig.from_file(text)
+    assert (read.lr, read.packing) == (2e-5, False)
+    text.write_text("- lr\n")
+    with pytest.raises(ValueError, match="holds a list"):
+        TrainConfig.from_file(text)
+
+
+def test_epochs_become_iterations_when_the_data_is_known():
+    given = TrainConfig(checkpoint="c", data="d", output="o", epochs=1.5, global_batch_size=10)
+    assert given.for_packs(100).train_iters == 15 and given.for_packs(1).train_iters == 1
+    assert config(train_iters=7).for_packs(100).train_iters == 7
+    once = config(train_iters=7, epochs=2.0).for_packs(10)
+    assert (once.train_iters, once.epochs) == (5, 2.0) and once.for_packs(10) == once
+
+
+def test_the_split_is_megatrons():
+    assert [len(part) for part in split(1000, "999,1,0")] == [999, 1, 0]
+    assert [len(part) for part in split(120, "999,1,0")] == [120, 0, 0]
+    parts = split(10, "6,2,2")
+    assert [i for part in parts for i in part] == list(range(10))
+    assert [len(part) for part in parts] == [6, 2, 2]
+
+
+def test_the_schedule_warms_up_and_follows_a_cosine_to_its_end():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    run = config(lr=1.0, min_lr=0.1, train_iters=100, warmup_fraction=0.1)
+    schedule, rates = build_schedule(run, optimizer), []
+    for _ in range(100):
+        rates.append(optimizer.param_groups[0]["lr"])
+        schedule.step(increment=1)
+    assert rates[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
+    cosine = [0.1 + 0.9 * (1 + math.cos(math.pi * (n - 10) / 90)) / 2 for n in range(11, 101)]
+    assert rates[10:] == pytest.approx(cosine)
+
+
+def test_metrics_after_the_checkpoint_that_is_resumed_are_taken_back(tmp_path):
+    writer = MetricsWriter(tmp_path, 0)
+    for iteration in (1, 2, 3):
+        writer.write(iteration=iteration, loss=1 / iteration)
+    MetricsWriter(tmp_path, 2).write(iteration=3, loss=9.0)
+    assert [(r["iteration"], r["loss"]) for r in read_metrics(tmp_path)] == [(1, 1.0), (2, 0.5), (3, 9.0)]
+
+
+def test_a_line_that_is_being_written_is_not_read(tmp_path):
+    MetricsWriter(tmp_path, 0).write(iteration=1, loss=2.5)
+    with (tmp_path / FILE).open("a") as file:
+        file.write('{"iteration": 2, "lo')
+    assert read_metrics(tmp_path) == [{"iteration": 1, "loss": 2.5}]
+    assert read_metrics(tmp_path / "elsewhere") == []
+
+
+def test_what_is_no_number_is_null(tmp_path):
+    MetricsWriter(tmp_path, 0).write(iteration=1, loss=math.nan, lr=math.inf)
+    assert (tmp_path / FILE).read_text() == '{"iteration": 1, "loss": null, "lr": null}\n'
+
+
+def test_tensorboard_and_wandb_are_told_the_same_and_go_on_after_a_resume(tmp_path, monkeypatch):
+    told = []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            told.append((Path(folder).name, purge_step))
+
+        def add_scalar(self, *scalar):
+            told.append(scalar)
+
+        def close(self):
+            told.append("closed")
+
+    class Session:
+        id = "abc"
+        log = staticmethod(lambda values, step: told.append((values, step)))
+        finish = staticmethod(lambda: told.append("finished"))
+
+    asked = []
+    wandb = types.SimpleNamespace(init=lambda **given: asked.append((given["id"], given["resume"])) or Session)
+    board = types.SimpleNamespace(SummaryWriter=Writer)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    for iteration in (0, 5):
+        writers = open_writers(tmp_path, iteration, config(tensorboard=True, wandb_project="mine"))
+        assert [type(writer) for writer in writers] == [MetricsWriter, metrics.TensorBoard, metrics.Wandb]
+        for writer in writers:
+            writer.write(iteration=iteration + 1, loss=2.0, samples_sha256="0f")
+            writer.close()
+    assert told[:2] == [("tensorboard", 1), ("loss", 2.0, 1)]
+    assert ("tensorboard", 6) in told and ("loss", 2.0, 6) in told
+    assert ({"loss": 2.0, "samples_sha256": "0f"}, 6) in told
+    assert asked == [(None, "allow"), ("abc", "allow")]
+
+
+def test_an_alarm_is_raised_for_a_loss_that_jumps_and_not_for_noise():
+    watch = Alarms()
+    noise = [2.0 + 0.05 * math.sin(7 * step) for step in range(50)]
+    assert [watch.look({"loss": loss}) for loss in noise] == [[]] * 50
+    (found,) = watch.look({"loss": 3.0})
+    assert "loss spike: loss 3.0000" in found
+
+
+def test_a_step_of_one_mode_only_is_no_spike_and_a_jump_within_a_mode_is_one():
+    def step(number: int, think: bool = True, short: float = 0.7) -> dict:
+        losses = {"loss_mode_think": 0.1 + 0.01 * math.sin(7 * number)} if think else {}
+        return {"loss": 0.2 if think else short, **losses, "loss_mode_short": short + 0.01 * math.sin(5 * number)}
+
+    watch = Alarms()
+    assert [watch.look(step(number, think=number % 30 != 29)) for number in range(100)] == [[]] * 100
+    (found,) = watch.look(step(0, short=1.4))
+    assert found.startswith("loss spike: loss_mode_short 1.4000 after a mean of ")
+
+
+@pytest.mark.parametrize(("think", "mode"), [(0.999, "<short>"), (0.001, "<think>")])
+def test_an_alarm_is_raised_when_the_model_has_lost_a_mode(think, mode):
+    watch = Alarms()
+    record = {"loss": 1.0, "think_share": 0.4, "p_think_when_think": think, "p_think_when_short": think}
+    said = [watch.look(record) for _ in range(alarms.FEWEST)]
+    assert said[:-1] == [[]] * (alarms.FEWEST - 1)
+    assert f"gives {mode} a probability" in said[-1][0]
+    healthy = Alarms()
+    record |= {"p_think_when_think": 0.4, "p_think_when_short": 0.4}
+    assert [healthy.look(record) for _ in range(100)] == [[]] * 100
+    single = Alarms()  # data of one mode only may well make a model of one mode
+    record = {"loss": 1.0, "think_share": 1.0, "p_think_when_think": 1.0}
+    assert [single.look(record) for _ in range(100)] == [[]] * 100
+
+
+def test_flops_are_counted_as_nvidia_does():
+    assert flops.matmul_parameters(R1) == 1_543_569_408 and flops.parameters(R1) == 1_776_943_104
+    per_token = flops.training_flops(R1, 16384, 16384**2) / 16384
+    assert per_token == pytest.approx(6 * 1_543_569_408 + 6 * 28 * 1536 * 16384)
+
+
+def test_the_memory_estimate_is_that_of_the_ledger():
+    full = memory(TrainConfig(checkpoint="c", data="d", output="o"), R1, ranks=1)
+    assert full.weights + full.gradients + full.optimizer == pytest.approx(16 * 1_776_943_104)
+    assert full.total / GIB == pytest.approx(50, abs=3)
+    for name, expected in (("r1-1.5b", 52), ("r1-1.5b-saving", 30), ("r1-1.5b-smallest", 22)):
+        given = yaml.safe_load((ROOT / "notebooks" / "params" / f"{name}.yaml").read_text(encoding="utf-8"))
+        run = TrainConfig(**{field: value for field, value in given.items() if field in TrainConfig.__annotations__})
+        assert memory(run, R1, ranks=1).total / GIB < expected, name
+    shared = memory(TrainConfig(checkpoint="c", data="d", output="o"), R1, ranks=8)
+    assert shared.optimizer == pytest.approx(full.optimizer / 8)
+
+
+def test_preflight_tells_what_a_run_will_take(tmp_path, monkeypatch):
+    tiny_model(tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "megatron")
+    random_store(tmp_path / "store")
+    run = settings(
+        checkpoint=str(tmp_path / "megatron"), data=str(tmp_path / "store"), output=str(tmp_path / "run" / "new"),
+        train_iters=30, save_interval=10,
+    )  # fmt: skip
+    text = preflight(run, nproc=2)
+    assert (
+        "MiB a rank (weights 0." in text
+        and "2 = 2 data" in text
+        and "30 steps" in text
+        and "3 kept" in text
+        and "384 tokens in 4 packs" in text
+        and "TOO LITTLE" not in text
+    )
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(total=2**16))
+    weights = flops.parameters(read_config(run.checkpoint))
+    (saving,) = (line for line in preflight(run, nproc=2).splitlines() if line.startswith("saving"))
+    assert f"{weights * 28 / 2**20:.1f} MiB of main memory" in saving and "TOO LITTLE" in saving
+    for_epochs = preflight(dataclasses.replace(run, epochs=2.0), nproc=2)
+    assert "13 steps, 2.1 epochs; epochs=2 overrides train_iters=30" in for_epochs
+    with pytest.raises(ValueError, match="does not divide by micro_batch_size 1 x 3"):
+        preflight(run, nproc=3)
+    with pytest.raises(ValueError, match="layers do not divide by pipeline_parallel 3"):
+        preflight(dataclasses.replace(run, pipeline_parallel=3), nproc=3)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(not engine.VERSION.startswith("0.16"), reason="later ones import it themselves")
+def test_without_a_gpu_a_rank_starts_without_torchs_compiler():
+    code = (
+        "import sys, torch, rsft_lib.training.train\n"
+        "with rsft_lib.model.cpu_shim.cuda_on_cpu():\n"
+        "    torch.optim.AdamW([torch.zeros(1, requires_grad=True)])\n"
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0, "every rank takes a second longer to start"
