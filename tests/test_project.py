@@ -126,7 +126,7 @@ def test_cells_are_short_python_without_outputs(notebook):
 def test_a_notebook_says_what_it_takes_and_leads_to_the_next(notebook):
     cells = nbformat.read(notebook, 4).cells
     assert len(cells) <= 25 and cells[0].source.startswith(f"# {notebook.stem[:2]} · ")
-    assert re.search(r"^\| takes \| .*(second|minute)", cells[0].source, re.MULTILINE)
+    assert re.search(r"^\| Time and disk \| .*(second|minute)", cells[0].source, re.MULTILINE)
     assert re.search(r"[Dd]isk|\bMB\b|megabyte", cells[0].source)
     linked = re.findall(r"\]\((\w+)\.ipynb\)", "\n".join(cell.source for cell in cells))
     following = NOTEBOOKS[(NOTEBOOKS.index(notebook.stem) + 1) % len(NOTEBOOKS)]

@@ -1,4 +1,4 @@
-"""Where a training runs, and what becomes of it when its notebook goes: what notebook 05 asks beside the settings."""
+"""Launch options of notebook 05: where a training runs, and what happens to it when the notebook ends."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -15,15 +15,15 @@ class LaunchOptions:
     launcher: str = "local"
     """'local': torchrun on this machine; 'slurm': a batch job."""
     on_interrupt: str = "stop"
-    """When the notebook is interrupted or its kernel ends, however: 'stop' (save and end), or 'leave' (go on)."""
+    """If the notebook is interrupted or its kernel ends for any reason: 'stop' (save and end) or 'leave' (continue)."""
     slurm_nodes: int = 1
     """Machines, each with `nproc` ranks."""
     slurm_partition: str = ""
-    """Empty for the cluster's default."""
+    """Partition; empty for the cluster's default."""
     slurm_time: str = ""
-    """Time limit as Slurm writes it, e.g. '04:00:00'; empty for the partition's."""
+    """Time limit in Slurm's format, e.g. '04:00:00'; empty for the partition's default."""
     slurm_ahead: int = 300
-    """Seconds before the time limit at which the run saves and is queued again."""
+    """Seconds before the time limit at which the run saves and is requeued."""
     slurm_options: str = ""
     """More options for sbatch, as on its command line."""
 
@@ -35,12 +35,16 @@ class LaunchOptions:
             if not getattr(self, name).isprintable():
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one line")
         if self.slurm_nodes < 1 or self.slurm_ahead < 1:
-            raise ValueError(f"slurm_nodes is {self.slurm_nodes}, slurm_ahead {self.slurm_ahead}; both begin at 1")
+            raise ValueError(
+                f"slurm_nodes is {self.slurm_nodes}, slurm_ahead is {self.slurm_ahead}; both must be at least 1"
+            )
         if self.slurm_nodes > 1 and self.launcher != "slurm":
-            raise ValueError(f"slurm_nodes is {self.slurm_nodes}, but launcher is {self.launcher!r}, for one machine")
+            raise ValueError(
+                f"slurm_nodes is {self.slurm_nodes}, but launcher is {self.launcher!r}, which uses one machine"
+            )
 
     def ranks(self, nproc: int) -> int:
-        """Ranks in all, with `nproc` on each machine."""
+        """The total number of ranks, with `nproc` on each machine."""
         return nproc * self.slurm_nodes
 
 
@@ -48,7 +52,7 @@ HERE = LaunchOptions()
 
 
 def split_parameters(parameters: SimpleNamespace) -> tuple[TrainConfig, LaunchOptions]:
-    """The settings among the parameters of a notebook, and how they are launched."""
+    """Split the parameters of a notebook into the settings of the training and its launch options."""
     given = vars(parameters)
     kinds = TrainConfig, LaunchOptions
     return tuple(kind(**{f.name: given[f.name] for f in dataclasses.fields(kind) if f.name in given}) for kind in kinds)

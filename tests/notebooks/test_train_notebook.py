@@ -41,7 +41,7 @@ def test_a_file_of_parameters_is_settings_and_what_it_calls_defaults_are_those(p
     given = checked(yaml.safe_load(path.read_text(encoding="utf-8")), DECLARED)
     values = {name: parameter.default for name, parameter in DECLARED.items()} | given
     TrainConfig(**{name: values[name] for name in SETTINGS}).data_parallel(values["nproc"] * values["slurm_nodes"])
-    _, _, defaults = path.read_text(encoding="utf-8").partition("# defaults of the original's launch script\n")
+    _, _, defaults = path.read_text(encoding="utf-8").partition("# defaults of Reasoning-SFT's launch script\n")
     named = yaml.safe_load(defaults) or {}
     assert named == {name: SETTINGS[name] for name in named} and bool(named) == (path.stem != "tiny")
     assert {"checkpoint", "data", "eval_data", "output"} <= set(given) and path.read_text().startswith("# ")

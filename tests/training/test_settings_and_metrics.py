@@ -71,8 +71,8 @@ def test_every_setting_is_documented_and_the_training_notebook_has_it_as_a_param
         ({"packing": 1}, "packing is 1; it must be true or false"),
         ({"lr": -1.0}, "lr is -1.0"),
         ({"lr": math.nan}, "lr is nan"),
-        ({"lr": "fast"}, "lr is 'fast'; it must be a number"),
-        ({"backend": None}, "backend is None; it must be a text"),
+        ({"lr": "fast"}, "lr is 'fast'; it must be a finite, non-negative number"),
+        ({"backend": None}, "backend is None; it must be a string"),
         ({"min_lr": 1.0}, "min_lr 1.0 is above lr"),
         ({"precision": "fp16"}, "precision is 'fp16'; choose 'bf16', 'fp32', 'fp8'"),
         ({"recompute": "some"}, "choose 'none', 'selective', 'full'"),
@@ -83,12 +83,12 @@ def test_every_setting_is_documented_and_the_training_notebook_has_it_as_a_param
         ({"moments": "bf16"}, "precision is 'fp32'"),
         ({"sequence_parallel": True}, "sequence_parallel needs tensor_parallel above 1"),
         ({"virtual_pipeline": 2}, "virtual_pipeline needs pipeline_parallel above 1"),
-        ({"context_parallel": 5}, "seq_length 96 x micro_batch_size 1 does not divide by 2 x context_parallel 5"),
+        ({"context_parallel": 5}, "seq_length=96 x micro_batch_size=1 is not divisible by 2 x context_parallel=5"),
         (
             {"sequence_parallel": True, "tensor_parallel": 5},
-            "the 96 tokens of a context-parallel rank do not divide by tensor_parallel 5",
+            "the 96 tokens of a context-parallel rank are not divisible by tensor_parallel=5",
         ),
-        ({"keep_every": 5}, "keep_every 5 is no multiple of save_interval 1000"),
+        ({"keep_every": 5}, "keep_every=5 is not a multiple of save_interval=1000"),
         ({"keep_every": 2000}, "keep_every needs keep_last"),
         ({"split": "9,1"}, "split is '9,1'; it must be three numbers"),
     ],
@@ -109,11 +109,11 @@ def test_asking_for_what_is_not_installed_is_refused(monkeypatch):
 def test_ranks_that_do_not_fit_are_refused_before_anything_starts():
     assert config(tensor_parallel=2).data_parallel(8) == 4
     assert config(tensor_parallel=2, context_parallel=2).data_parallel(8) == 2
-    with pytest.raises(ValueError, match="3 ranks do not divide by tensor_parallel 2 x pipeline_parallel 1"):
+    with pytest.raises(ValueError, match="3 ranks are not divisible by tensor_parallel=2 x pipeline_parallel=1"):
         config(tensor_parallel=2).data_parallel(3)
-    with pytest.raises(ValueError, match="global_batch_size 4 does not divide by micro_batch_size 1 x 3"):
+    with pytest.raises(ValueError, match="global_batch_size=4 is not divisible by micro_batch_size=1 x 3"):
         config().data_parallel(3)
-    with pytest.raises(ValueError, match="needs the 4 micro-batches of a rank to divide by pipeline_parallel 3"):
+    with pytest.raises(ValueError, match="needs the 4 micro-batches of a rank to be divisible by pipeline_parallel=3"):
         config(pipeline_parallel=3, virtual_pipeline=2).data_parallel(3)
 
 
@@ -301,7 +301,7 @@ def test_preflight_tells_what_a_run_will_take(tmp_path, monkeypatch):
     assert f"{weights * 28 / 2**20:.1f} MiB of main memory" in saving and "TOO LITTLE" in saving
     for_epochs = preflight(dataclasses.replace(run, epochs=2.0), nproc=2)
     assert "13 steps, 2.1 epochs; epochs=2 overrides train_iters=30" in for_epochs
-    with pytest.raises(ValueError, match="does not divide by micro_batch_size 1 x 3"):
+    with pytest.raises(ValueError, match="is not divisible by micro_batch_size=1 x 3"):
         preflight(run, nproc=3)
     with pytest.raises(ValueError, match="layers do not divide by pipeline_parallel 3"):
         preflight(dataclasses.replace(run, pipeline_parallel=3), nproc=3)
