@@ -1,10 +1,64 @@
-"""Supervised fine-tuning of reasoning models into hybrid ones, on megatron-core."""
+"""Supervised fine-tuning of reasoning models into hybrid ones, on megatron-core.
 
+In the order in which they are used:
+
+    model_folder      a Hugging Face model by folder or Hub name
+    patch_tokenizer   an unused token becomes `<short>`; the chat template keeps the chain of thought
+    load_tokenizer    a tokenizer folder, without running code of it
+    convert           Hugging Face weights -> a `torch_dist` checkpoint of megatron-core
+    build_hybrid      long and short answers to the same problems -> train.jsonl and heldout.jsonl
+    tokenize          a dataset -> tokens and loss mask on disk
+    TokenStore        these, sample by sample
+    TrainConfig       every setting of a training
+    train             train or resume on `nproc` ranks of this machine
+    read_metrics      the metrics of a run folder
+    export            a run -> a Hugging Face folder
+    generate          answers of an exported model with `<think>`, with `<short>`, or as it chooses
+
+Relative paths start at the working directory. The notebooks are these calls with words and pictures between them.
+"""
+
+import importlib
 import logging
 import os
 import sys
 import warnings
+from importlib.metadata import version
 from types import ModuleType
+
+_HOMES = {  # public name -> where it is defined
+    "model_folder": "checkpoint.hub.model_folder",
+    "patch_tokenizer": "tokenizer.patch.patch_tokenizer",
+    "load_tokenizer": "tokenizer.patch.load_tokenizer",
+    "convert": "checkpoint.convert.convert",
+    "build_hybrid": "data.hybrid.build_hybrid",
+    "tokenize": "data.tokenize.tokenize",
+    "TokenStore": "data.store.TokenStore",
+    "TrainConfig": "training.config.TrainConfig",
+    "train": "launch.training.launch_training",
+    "read_metrics": "training.metrics.read_metrics",
+    "export": "checkpoint.export.export",
+    "generate": "evaluation.generate.generate",
+}
+__all__ = [*_HOMES]
+
+
+def __getattr__(name: str):
+    """Import a public name when it is first used: torch and megatron-core take seconds."""
+    if name == "__version__":
+        value = version("rsft-lib")
+    elif name in _HOMES:
+        module, _, attribute = _HOMES[name].rpartition(".")
+        value = getattr(importlib.import_module(f"{__name__}.{module}"), attribute)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})
+
 
 # What megatron-core is told, or tells, several times a rank, and no reader of a log can act upon: what it goes on
 # without, older names of torch's functions, the gradients of its optimizer's shards, which are views, barriers that

@@ -1,0 +1,59 @@
+"""What `import rsft_lib` offers, the examples, and a wheel that is installed by itself."""
+
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import rsft_lib
+from rsft_lib import demo
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def python(folder: Path, *arguments, **environment) -> str:
+    """What a Python says that is started in `folder`."""
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, cwd=folder, env=os.environ | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_every_public_name_is_there_and_in_the_table_of_contents():
+    listed = re.findall(r"^    (\w+)   ", rsft_lib.__doc__, re.MULTILINE)
+    assert listed == rsft_lib.__all__ and set(listed) <= set(dir(rsft_lib))
+    assert all(callable(getattr(rsft_lib, name)) and getattr(rsft_lib, name).__doc__ for name in listed)
+    with pytest.raises(AttributeError, match="has no attribute 'trian'"):
+        rsft_lib.trian  # noqa: B018
+
+
+def test_importing_the_kit_imports_neither_torch_nor_megatron(tmp_path):
+    code = "import sys, rsft_lib; print([name for name in ('torch', 'megatron.core', 'numpy') if name in sys.modules])"
+    assert python(tmp_path, "-c", code, PYTHONPATH=str(EXAMPLES.parent)).strip() == "[]"
+
+
+def test_the_examples_train_and_read_logits_with_paths_relative_to_the_working_directory(tmp_path):
+    demo.make_model(tmp_path / "tiny", seed=1)
+    demo.make_sources(tmp_path / "answers", 40, seed=1)
+    rows = (tmp_path / "answers" / "long.jsonl").read_text().splitlines()[:40]
+    (tmp_path / "data.jsonl").write_text("\n".join(rows) + "\n")
+    where = {"PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"}
+    assert "<think>" in python(tmp_path, EXAMPLES / "train.py", "tiny", "data.jsonl", "out", **where)
+    assert {"megatron", "tokens", "run", "exported"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    said = python(tmp_path, EXAMPLES / "logits.py", "out/exported", "out/megatron", "1 + 1 =", **where)
+    values = [float(line.split()[0]) for line in said.splitlines()[-5:]]
+    assert values == sorted(values, reverse=True)
+
+
+def test_a_wheel_has_every_module_and_the_template(tmp_path):
+    build = ["-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, EXAMPLES.parent]
+    python(tmp_path, *build)
+    (wheel,) = tmp_path.glob("rsft_lib-*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    library = EXAMPLES.parent / "rsft_lib"
+    files = {path for pattern in ("*.py", "*.jinja") for path in library.rglob(pattern)}
+    assert {path.relative_to(library.parent).as_posix() for path in files} <= names
