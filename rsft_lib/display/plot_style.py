@@ -11,7 +11,7 @@ COLORS, DASHES = (BLUE, ORANGE, GREEN, PINK, SKY, BLACK), ("-", "--", "-.", ":",
 MAX_POINTS = 1000  # per line
 
 
-def look(number: int) -> dict:
+def line_style(number: int) -> dict:
     """Colour and dash pattern of line `number`; unique for the first thirty, neighbours differ in both."""
     return {"color": COLORS[number % len(COLORS)], "linestyle": DASHES[number % len(DASHES)]}
 

@@ -125,8 +125,8 @@ def hardest_spans(comparison: Comparison, count: int, width: int) -> list[tuple[
         sums = np.cumsum(np.concatenate([[0.0], np.where(known, values, 0)]), dtype=np.float64)
         counts = np.cumsum(np.concatenate([[0], known]))
         means = np.full(len(values), -np.inf)
-        whole = counts[width:] - counts[:-width] == width if len(values) >= width else np.zeros(0, dtype=bool)
-        means[: len(whole)][whole] = (sums[width:] - sums[:-width])[whole] / width
+        complete = counts[width:] - counts[:-width] == width if len(values) >= width else np.zeros(0, dtype=bool)
+        means[: len(complete)][complete] = (sums[width:] - sums[:-width])[complete] / width
         top = np.maximum.reduceat(means, begins)
         places = _first_places(means == np.repeat(top, comparison.store.lengths[first:last]), begins)
         rows = np.stack([top, np.arange(first, last), places - begins], axis=1)

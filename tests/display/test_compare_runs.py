@@ -12,7 +12,7 @@ from standin import record
 
 from rsft_lib.display.live.metrics_tail import Follower
 from rsft_lib.display.live.run_card import plot_live
-from rsft_lib.display.plot_style import look, smoothed, thinned
+from rsft_lib.display.plot_style import line_style, smoothed, thinned
 from rsft_lib.display.runs.compare_runs import plot_health, plot_losses, plot_modes, save_figures
 from rsft_lib.display.runs.csv_curve import read_published
 from rsft_lib.display.runs.curves import plot_curves
@@ -62,8 +62,8 @@ def test_a_run_on_a_plain_dataset_shows_no_mode_and_no_choice(tmp_path):
     """With the metrics that `loss_stats.metrics` returns if no answer begins with a control token."""
     run = write_run(tmp_path / "plain", 20)
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    gone = ("loss_mode", "loss_span", "p_think", "think_share", "eval_loss_")
-    plain = [{name: value for name, value in r.items() if not name.startswith(gone)} for r in records]
+    prefixes = ("loss_mode", "loss_span", "p_think", "think_share", "eval_loss_")
+    plain = [{name: value for name, value in r.items() if not name.startswith(prefixes)} for r in records]
     plain = [r | {"loss_mode_other": r["loss"], "loss_span_answer": r["loss"], "loss_span_eos": 0.1} for r in plain]
     (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in plain))
     follower = Follower(run)
@@ -141,7 +141,7 @@ def test_every_run_has_its_own_line_in_every_panel(folder, by):
     for figure in (plot_losses(runs, by), plot_modes(runs, by), plot_health(runs, by)):
         assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
         panels = [axes for axes in figure.axes if title(axes) != "loss of the control token"]
-        assert {tuple(strong(axes)) for axes in panels} == {(look(0)["color"], look(1)["color"])}
+        assert {tuple(strong(axes)) for axes in panels} == {(line_style(0)["color"], line_style(1)["color"])}
 
 
 def test_a_panel_without_data_has_a_message(folder):
@@ -151,7 +151,7 @@ def test_a_panel_without_data_has_a_message(folder):
 
 
 def test_thirty_runs_have_distinct_line_styles():
-    assert len({(look(i)["color"], look(i)["linestyle"]) for i in range(30)}) == 30
+    assert len({(line_style(i)["color"], line_style(i)["linestyle"]) for i in range(30)}) == 30
 
 
 def test_downsampling_keeps_extremes_order_and_end():

@@ -108,8 +108,8 @@ def _powers_of_two(samples: Samples) -> list[int]:
     return [2**power for power in range(max(MIN_POWER, top - 4), top + 1)]
 
 
-def _share(part: np.ndarray, whole: np.ndarray) -> float:
-    return float(part.sum(dtype=np.int64) / whole.sum(dtype=np.int64))
+def _share(part: np.ndarray, total: np.ndarray) -> float:
+    return float(part.sum(dtype=np.int64) / total.sum(dtype=np.int64))
 
 
 def _size(count: int) -> str:

@@ -36,16 +36,16 @@ class Follower:
                 text = file.read()
         except FileNotFoundError:
             return False
-        whole = text[: text.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        for line in whole.split(b"\n")[:-1]:
+        complete = text[: text.rfind(b"\n") + 1]
+        self._offset += len(complete)
+        for line in complete.split(b"\n")[:-1]:
             self._number += 1
             record, problem = parse(line)
             if record:
                 self._add(record)
             if problem:
                 self.damaged.append(self._number)
-        return bool(whole)
+        return bool(complete)
 
     @property
     def problem(self) -> str:

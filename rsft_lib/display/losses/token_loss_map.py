@@ -64,9 +64,9 @@ class HeatView:
         """The groups in order: a token, the tokens of one character, or a run of easy tokens of a long sample."""
         many, start = np.isfinite(self.after[self.first : self.last]).sum() > MERGED, self.first
         while start < self.last:
-            end = self.text.whole(start, start + 1, self.last)
+            end = self.text.grapheme_end(start, start + 1, self.last)
             while many and end < self.last and self._easy(start, end) and self._easy(end, end + 1):
-                end = self.text.whole(end, end + 1, self.last)
+                end = self.text.grapheme_end(end, end + 1, self.last)
             yield TokenGroup(start, end, _mean(self.before[start:end]), _mean(self.after[start:end]))
             start = end
 
@@ -146,15 +146,15 @@ def show_losses(
 def around(text: TokenText, start: int, end: int) -> str:
     """Tokens `start` to `end` (exclusive) as ⟦text⟧ with AROUND tokens of context on each side, on one line."""
     size = len(text.ids)
-    start, end = _before(text, start), text.whole(start, end, size)
-    first, last = _before(text, max(0, start - AROUND)), text.whole(start, min(size, end + AROUND), size)
+    start, end = _before(text, start), text.grapheme_end(start, end, size)
+    first, last = _before(text, max(0, start - AROUND)), text.grapheme_end(start, min(size, end + AROUND), size)
     before, hard, after = (one_line(text.between(*part)) for part in ((first, start), (start, end), (end, last)))
     return f"{before}⟦{hard}⟧{after}"
 
 
 def _before(text: TokenText, place: int) -> int:
     """`place`, moved back to a grapheme boundary."""
-    while place and text.whole(place - 1, place, len(text.ids)) != place:
+    while place and text.grapheme_end(place - 1, place, len(text.ids)) != place:
         place -= 1
     return place
 

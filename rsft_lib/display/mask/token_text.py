@@ -53,14 +53,14 @@ class TokenText:
         for cut in sorted(cuts):
             if cut <= start:
                 continue
-            end = self.whole(start, cut, last)
+            end = self.grapheme_end(start, cut, last)
             box = end - start == 1 and start in boxed
             near = box or end <= first + EDGE or start >= last - EDGE
             ids = self.ids[start:end].tolist() if near else []
             yield Piece(start, end, self.between(start, end), ids, box, folds[0] <= start < folds[1])
             start = end
 
-    def whole(self, start: int, end: int, last: int) -> int:
+    def grapheme_end(self, start: int, end: int, last: int) -> int:
         """`end`, moved forward to the next grapheme boundary, at most to `last`."""
         for later in range(end, min(end + LONGEST, last)):
             before = self.between(max(start, later - BYTES), later)

@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from rsft_lib.common.paths import resolve
 from rsft_lib.common.temporary import new_file
 from rsft_lib.display.html import Table, caption
-from rsft_lib.display.plot_style import BLACK, look, plain_numbers, smoothed, thinned, tidy
+from rsft_lib.display.plot_style import BLACK, line_style, plain_numbers, smoothed, thinned, tidy
 from rsft_lib.display.runs.csv_curve import LINES, Published
 from rsft_lib.display.runs.runs import BY, Run
 
@@ -46,7 +46,7 @@ def plot_losses(
     for number, run in enumerate(runs):
         _draw(axes, run, "loss", by, smoothing, number)
         for x in _alarms(run, by):
-            axes.plot(x, 1, "v", color=look(number)["color"], transform=axes.get_xaxis_transform(), clip_on=False)
+            axes.plot(x, 1, "v", color=line_style(number)["color"], transform=axes.get_xaxis_transform(), clip_on=False)
     if published:
         _draw_published(axes, published, by, smoothing)
     axes.set_yscale("log")
@@ -74,7 +74,7 @@ def plot_modes(runs: list[Run], by: str = "step", smoothing: float = 0.9) -> Fig
     for number, run in enumerate(runs):
         for metric, strength in CHOICES.items():
             x, values = run.line(metric, by)
-            choice.plot(*thinned(x, smoothed(values, smoothing)), alpha=strength, **look(number))
+            choice.plot(*thinned(x, smoothed(values, smoothing)), alpha=strength, **line_style(number))
     choice.set_ylim(-0.03, 1.03)
     title = "P(<think>) for <think> samples (strong) and <short> samples (faint)"
     _finish(figure, dict(zip(axes.flat, [*MODES.values(), title], strict=True)), runs, by)
@@ -134,7 +134,7 @@ def _check(by: str, smoothing: float) -> None:
 def _draw(axes: Axes, run: Run, metric: str, by: str, smoothing: float, number: int) -> None:
     """A metric of a run, and its values on held-out data as dots."""
     x, values = run.line(metric, by)
-    style = look(number)
+    style = line_style(number)
     if smoothing:
         axes.plot(*thinned(x, values), color=style["color"], alpha=0.18, linewidth=0.8)
     axes.plot(*thinned(x, smoothed(values, smoothing)), **style)
@@ -166,7 +166,7 @@ def _finish(figure: Figure, titles: dict[Axes, str], runs: list[Run], by: str) -
         tidy(axes)
         if not any(len(line.get_xdata()) for line in axes.lines):
             axes.text(0.5, 0.5, "not recorded in these runs", ha="center", transform=axes.transAxes)
-    handles = [Line2D([], [], label=caption(run.name), **look(number)) for number, run in enumerate(runs)]
+    handles = [Line2D([], [], label=caption(run.name), **line_style(number)) for number, run in enumerate(runs)]
     handles += [line for axes in titles for line in axes.get_legend_handles_labels()[0]]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4), frameon=False)
     plt.close(figure)  # else the notebook shows it twice
