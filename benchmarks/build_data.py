@@ -1,14 +1,14 @@
-"""A ready hybrid dataset through notebooks 03 and 04's steps: time and peak memory, by kind of file and number of rows.
+"""Time and peak memory to build and tokenize a ready hybrid dataset, by file format and number of rows.
 
     RSFT_REAL_DATA=FOLDER python benchmarks/build_data.py [--rows 10000 1000000] [--kinds json jsonl parquet]
 
-FOLDER holds `tokenizers/r1-distill-qwen` and `data/long_planbench_r1.jsonl.gz`, whose traces, cut to 20,000 characters,
-are the long answers; each problem has a short one too. All figures come from one run.
+FOLDER contains `tokenizers/r1-distill-qwen` and `data/long_planbench_r1.jsonl.gz`, whose traces, cut to 20,000
+characters, are the long answers; each problem also has a short one. All figures are from one run.
 
-copy      `shutil.copyfile` of the file with fsync, twice: what building writes, first in the order of reading
+copy      `shutil.copyfile` of the file with fsync, twice, since building writes the data twice
 build     `build_hybrid`: reading, checking, measuring in tokens, comparing, splitting, writing
-tokenize  `tokenize` of the training split that it wrote
-memory    the most that the process held, and each of its workers, over all of the run; 'imports' is what it starts with
+tokenize  `tokenize` of its training split
+memory    peak of the process and of a worker over the whole run; 'imports' is the memory after imports
 """
 
 import argparse
@@ -31,7 +31,7 @@ from rsft_lib.data.tokenize import tokenize
 from rsft_lib.tokenizer.patch import patch_tokenizer
 
 REAL = Path(os.environ["RSFT_REAL_DATA"])
-LONG = 20_000  # characters of a long answer at most, so that a million rows, half of them short, are 8 GB
+LONG = 20_000  # most characters of a long answer, so that a million rows, half of them short, are 8 GB
 
 
 def main() -> None:
@@ -99,21 +99,21 @@ def write(path: Path, rows: int) -> Path:
 
 
 def parts(rows: int, size: int = 1000) -> Iterator[list[dict]]:
-    """The rows of the dataset, a long answer and a short one by turns, `size` at a time."""
+    """Yield the rows, alternating long and short answers, `size` at a time."""
     with gzip.open(REAL / "data" / "long_planbench_r1.jsonl.gz", "rt") as file:
         traces = [json.loads(line) for line in file]
-    found = []
+    chunk = []
     for number in range(rows):
         trace = traces[number // 2 % len(traces)]
         thoughts, _, answer = trace["response"].removeprefix("<think>").partition("</think>")
         prompt = f"Question {number // 2}. {trace['prompt'][:400]}"
         long = f"<think>{thoughts[: LONG - len(answer) - 500]}\n</think>{answer}"
-        found.append({"instruction": prompt, "output": f"<short>{answer.strip()}" if number % 2 else long})
-        if len(found) == size:
-            yield found
-            found = []
-    if found:
-        yield found
+        chunk.append({"instruction": prompt, "output": f"<short>{answer.strip()}" if number % 2 else long})
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
 
 
 def seconds_of_copies(data: Path) -> float:

@@ -1,12 +1,11 @@
-"""How long a model takes into Megatron and back, and how much memory, beside `cp` with fsync of the same bytes.
+"""Time and memory to convert a model to Megatron and back, relative to `cp` with fsync of the same bytes.
 
     python benchmarks/convert.py                 # R1-Distill-Qwen-1.5B's shape, random weights, 3.6 GB
     python benchmarks/convert.py --shape 7b --layers 4
 
-Each step runs in a process of its own, so that its memory is its own: the peak of anonymous memory (RssAnon of
-/proc/self/status), page cache and mapped files not counted. `cp` runs before and after every step, in a process of
-the same kind, and a ratio is to the mean of both. All files are in the page cache when a step begins. Needs four times
-the model's size on disk and no GPU.
+Each step runs in its own process. Memory is the peak of anonymous memory (RssAnon of /proc/self/status), without page
+cache and mapped files. `cp` runs before and after every step, also in its own process; ratios are to the mean of both.
+All files are in the page cache when a step begins. Needs disk space for four copies of the model, and no GPU.
 """
 
 import argparse
@@ -31,7 +30,7 @@ VOCAB = 151_936
 
 
 def make_model(folder: str, shape: str, layers: int) -> None:
-    """A Qwen2 with random bf16 weights, no number of which is infinite, and a tokenizer."""
+    """A Qwen2 with random finite bf16 weights, and a tokenizer."""
     import torch
     from transformers import Qwen2Config
 
@@ -58,7 +57,7 @@ def make_model(folder: str, shape: str, layers: int) -> None:
 
 
 def copy(source: str, destination: str) -> None:
-    """What every step is measured against: `cp`, and fsync of every file."""
+    """The baseline of every step: `cp`, and fsync of every file."""
     subprocess.run(["cp", "-r", source, destination], check=True)
     for path in Path(destination).iterdir():
         descriptor = os.open(path, os.O_RDONLY)
@@ -79,14 +78,14 @@ def out_of_megatron(source: str, destination: str) -> None:
 
 
 def through_transformers(source: str, destination: str) -> None:
-    """What a script that builds the model does: load all of it, and save it."""
+    """The naive baseline: load the whole model with transformers and save it."""
     from transformers import AutoModelForCausalLM
 
     AutoModelForCausalLM.from_pretrained(source).save_pretrained(destination)
 
 
 def hash_only(source: str, destination: str) -> None:
-    """The floor of a step that hashes what it writes on one thread."""
+    """Lower bound of a step that hashes its output on one thread."""
     from rsft_lib.common.artifact import file_hash
 
     for path in Path(source).iterdir():
@@ -94,7 +93,7 @@ def hash_only(source: str, destination: str) -> None:
 
 
 def measured(step, *arguments) -> dict:
-    """Seconds without imports, and peak anonymous memory in bytes, of a step in a fresh process."""
+    """Run a step in a fresh process: seconds without imports, and peak anonymous memory in bytes."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_measure, (step, arguments))
 
@@ -131,7 +130,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="1.5b")
     parser.add_argument("--layers", type=int, default=0, help="layers; 0 for all")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", type=Path, default=ROOT / "outputs", help="where the files go for the time being")
+    parser.add_argument("--folder", type=Path, default=ROOT / "outputs", help="folder for temporary files")
     parser.add_argument("--peers", action="store_true", help="also load and save with transformers")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
@@ -159,25 +158,25 @@ def run(place: Path, arguments) -> dict:
 
 def one_round(step, source: Path, place: Path) -> dict:
     before = once(copy, source, place)
-    found = once(step, source, place)
+    result = once(step, source, place)
     after = once(copy, source, place)
-    return {**found, "cp": (before["seconds"] + after["seconds"]) / 2}
+    return {**result, "cp": (before["seconds"] + after["seconds"]) / 2}
 
 
 def once(step, source: Path, place: Path) -> dict:
-    found = measured(step, str(source), str(place / "out"))
+    result = measured(step, str(source), str(place / "out"))
     shutil.rmtree(place / "out", ignore_errors=True)
-    return found
+    return result
 
 
 def summary(rounds: list[dict]) -> dict:
-    middle = {key: statistics.median(r[key] for r in rounds) for key in rounds[0]}
+    median = {key: statistics.median(r[key] for r in rounds) for key in rounds[0]}
     return {
-        "seconds": round(middle["seconds"], 2),
-        "cp seconds": round(middle["cp"], 2),
+        "seconds": round(median["seconds"], 2),
+        "cp seconds": round(median["cp"], 2),
         "ratio to cp": round(statistics.median(r["seconds"] / r["cp"] for r in rounds), 2),
-        "peak GB": round(middle["peak"] / 1e9, 3),
-        "of it imports GB": round(middle["before"] / 1e9, 3),
+        "peak GB": round(median["peak"] / 1e9, 3),
+        "of it imports GB": round(median["before"] / 1e9, 3),
     }
 
 

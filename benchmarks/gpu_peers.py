@@ -1,4 +1,4 @@
-"""transformers beside this kit, on the same packs and the same GPU; for train_gpu.py."""
+"""transformers compared with this kit, on the same packs and GPU; for train_gpu.py."""
 
 import statistics
 import time
@@ -20,20 +20,20 @@ from rsft_lib.training.build import build_state
 from rsft_lib.training.flops import training_flops
 
 STEPS, SHORT = 3, 8192
-_samples: dict = {}  # boundaries of the pack that is being run, for the attention function below
+_samples: dict = {}  # sample boundaries of the current pack, for `varlen`
 
 
 def by_hf_name(hf: PretrainedConfig, named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors by megatron-core name -> the rows of each Hugging Face tensor."""
+    """Rename tensors from megatron-core names to Hugging Face names, and regroup their rows."""
     parts = {}
     for ours, origins in row_map(hf).items():
         for rows in origins:
             parts.setdefault(rows.name, []).append(named[ours][rows.at : rows.at + rows.count])
-    return {name: torch.cat(found) for name, found in parts.items()}
+    return {name: torch.cat(rows) for name, rows in parts.items()}
 
 
 def varlen(module, query, key, value, attention_mask, scaling=None, **_):
-    """transformers' attention interface on torch's FlashAttention over packed samples."""
+    """torch's variable-length FlashAttention with the attention interface of transformers."""
     from torch.nn.attention.varlen import varlen_attn
 
     rows = [x[0].transpose(0, 1) for x in (query, key, value)]  # [t, heads, d]
@@ -105,10 +105,10 @@ def _forward_backward(network, batch: dict) -> torch.Tensor:
 
 
 def agreement(model: Path, data: Path, layers: int = 6) -> dict:
-    """Errors of loss and gradients in bf16 against transformers in float32: ours, both backends, and of transformers.
+    """Errors of loss and gradients in bf16 against transformers in float32: both of our backends, and transformers.
 
-    The model has the real shape but `layers` layers; the pack is the full one with the shortest samples, which
-    attention without FlashAttention can hold.
+    The model has the real shape but `layers` layers. The pack is the full one with the cheapest attention, so that
+    attention without FlashAttention fits into memory.
     """
     hf = read_config(model)
     hf.num_hidden_layers, hf.layer_types = layers, hf.layer_types[:layers]
@@ -118,14 +118,14 @@ def agreement(model: Path, data: Path, layers: int = 6) -> dict:
     packs = PackedDataset(TokenStore(data), SHORT, 0)
     full = [i for i, samples in enumerate(packs.packs) if packs.store.lengths[samples].sum() > 0.9 * SHORT]
     batch = packs.batch([min(full, key=packs.cost)])
-    found, reference = {}, None
+    errors, reference = {}, None
     for backend in ("te", "torch"):
         losses, gradients, weights = _ours(small, batch, backend, hf)
         if reference is None:
             reference = _theirs(hf, batch, weights, torch.float32)
-            found["transformers"] = _errors(_theirs(hf, batch, weights, torch.bfloat16), reference)
-        found[backend] = _errors((losses, gradients), reference)
-    return found
+            errors["transformers"] = _errors(_theirs(hf, batch, weights, torch.bfloat16), reference)
+        errors[backend] = _errors((losses, gradients), reference)
+    return errors
 
 
 def _ours(model: Path, batch: dict, backend: str, hf: PretrainedConfig):
@@ -172,8 +172,8 @@ def _targets(batch: dict) -> Targets:
     return Targets(positions, batch["labels"][0, positions], batch["loss_mask"][0, positions])
 
 
-def _errors(found, reference) -> dict[str, float]:
-    (losses, gradients), (expected, wanted) = found, reference
+def _errors(results, reference) -> dict[str, float]:
+    (losses, gradients), (expected, wanted) = results, reference
     relative = {
         name: ((gradients[name].float() - grad.float()).norm() / grad.float().norm()).item()
         for name, grad in wanted.items()

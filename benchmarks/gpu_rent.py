@@ -1,4 +1,4 @@
-"""What a hand-written part costs and gains against the best that a library has for it; sections of train_gpu.py."""
+"""Hand-written parts compared with the best library alternative; sections of train_gpu.py."""
 
 import tempfile
 from collections.abc import Callable
@@ -21,14 +21,14 @@ from rsft_lib.training.state import TrainState, load
 
 
 def with_parts(measure: Callable[[], dict], parts: dict) -> dict:
-    """`measure()` with functions of the kit replaced: a function's full name -> what takes its place."""
+    """`measure()` with functions of the kit replaced; `parts` is full name of a function -> its replacement."""
     with ExitStack() as stack:
         for name, other in parts.items():
             stack.enter_context(mock.patch(name, other))
         return measure()
 
 
-# Transformer Engine's FusedAdam, which keeps of float32 what a bf16 weight lacks, in megatron-core's optimizer.
+# Transformer Engine's FusedAdam, which stores the 16 low bits of float32 master weights, in megatron-core's optimizer.
 
 
 def fused_adam(config: TrainConfig, chunks: list) -> MegatronOptimizer:
@@ -57,10 +57,10 @@ FUSED_ADAM = {
 
 
 def resumed(config: TrainConfig, begin: Callable[[TrainState], None], data: PackedDataset) -> dict:
-    """Six steps, and the last three of them again from a checkpoint, with whatever optimizer is in its place.
+    """Run six steps, and the last three again from a checkpoint.
 
     Returns:
-        The losses, and how far the weights are apart at most; 0 for a run that goes on bit for bit.
+        The losses, and the maximum differences of losses and weights; 0 for a run that resumes bit for bit.
     """
     packs, loader, folder = data.step(0, config.global_batch_size), Loader(data, config), config.checkpoint
 

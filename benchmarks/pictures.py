@@ -1,6 +1,6 @@
-"""The pictures of the README, from what `make demo` left in outputs/quickstart: python benchmarks/pictures.py
+"""The pictures of the README, from the output of `make demo` in outputs/quickstart: python benchmarks/pictures.py
 
-Needs Chromium, and the packages of `pip install -e '.[dev]'`.
+Needs Chromium, and `pip install -e '.[dev]'`.
 """
 
 import io
@@ -22,13 +22,13 @@ FONTS = "font-family:system-ui,DejaVu Sans,sans-serif"
 
 
 def small(png: bytes, path: Path) -> None:
-    """A picture of few colours in few bytes."""
+    """Save a picture with 64 colours, and print its size."""
     Image.open(io.BytesIO(png)).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
     print(f"{path}: {path.stat().st_size:,} bytes")
 
 
 def mask(demo: Path) -> bytes:
-    """The first sample of each mode in the mask viewer, as Chromium draws it."""
+    """The first sample of each mode in the mask viewer, rendered by Chromium."""
     store, tokenizer = TokenStore(demo / "tokens-train"), load_tokenizer(demo / "tokenizer")
     first = {}
     for view in (show_sample(store, number, tokenizer) for number in range(50)):
@@ -48,7 +48,7 @@ def curves(demo: Path) -> bytes:
 
 
 if __name__ == "__main__":
-    made = existing("outputs/quickstart", "what `make demo` makes")
+    made = existing("outputs/quickstart", "output of `make demo`")
     IMAGES.mkdir(exist_ok=True)
     small(mask(made), IMAGES / "mask.png")
     small(curves(made), IMAGES / "curves.png")

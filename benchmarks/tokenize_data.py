@@ -1,12 +1,12 @@
-"""Records on disk to a token store on disk, against the bare tokenizer, and packing; with real traces.
+"""Speed of tokenization (records on disk to token store on disk) against the bare tokenizer, and of packing.
 
     RSFT_REAL_DATA=FOLDER python benchmarks/tokenize_data.py [--copies 10] [--peer 'COMMAND {input} {output}']
 
-FOLDER holds `tokenizers/r1-distill-qwen`, `data/long_planbench_r1.jsonl.gz` and `data/short_gsm8k_train.jsonl`. All
-figures come from one run, on all cores. Bytes are those of the rendered texts, for both sides.
+FOLDER contains `tokenizers/r1-distill-qwen`, `data/long_planbench_r1.jsonl.gz` and `data/short_gsm8k_train.jsonl`. All
+figures are from one run on all cores. Bytes are those of the rendered texts, for both sides.
 
 bare      `tokenizers.Tokenizer.encode_batch` on the rendered texts in memory: no reading, rendering, mask or writing
-start-up  `tokenize` on a file of one record: what does not grow with the data (tokenizer, contract, proof, processes)
+start-up  `tokenize` on a file of one record: the fixed cost (tokenizer, contract, proof, processes)
 whole     `tokenize` on the file: start-up, reading, checking, rendering, encoding, mask, writing, hashing, flushing
 net       whole without start-up
 """
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def write_data(folder: Path, copies: int) -> None:
-    """`one.jsonl`, `1x.jsonl` with every record, and `nx.jsonl`: copies of it in other orders with other numbers."""
+    """Write `one.jsonl`, `1x.jsonl` with every record, and `nx.jsonl`: shuffled copies with distinct prompts."""
     rows = gzip.open(REAL / "data" / "long_planbench_r1.jsonl.gz").read().splitlines()
     rows += (REAL / "data" / "short_gsm8k_train.jsonl").read_bytes().splitlines()
     rng = random.Random(0)
@@ -78,7 +78,7 @@ def write_data(folder: Path, copies: int) -> None:
 
 
 def bare_speed(folder: Path) -> tuple[int, float]:
-    """Bytes of the rendered texts, and the least seconds that the bare tokenizer needs for them in two runs."""
+    """Bytes of the rendered texts, and the bare tokenizer's time for them in seconds, the minimum of two runs."""
     loaded = load_tokenizer(folder / "tok")
     template = ChatTemplate.of(loaded)
     rows = read_rows(folder / "1x.jsonl")
@@ -98,7 +98,7 @@ def run(source: Path, tokenizer: Path, out: Path, seconds) -> None:
 
 
 def timed(folder: Path, name: str) -> tuple[float, dict[str, float]]:
-    """Seconds of `tokenize` in a process where it is imported, and the peak memory of each kind of process, in MB."""
+    """Seconds of `tokenize` without imports, and the peak memory of each kind of process, in MB."""
     context = multiprocessing.get_context("spawn")
     seconds = context.Value("d")
     source, out = folder / f"{name}.jsonl", folder / f"out-{name}"
@@ -147,12 +147,12 @@ def compare(folder: Path, rendered: int, bare: float, start: float, copies: int)
     out = folder / "out-1x"
     counts = json.loads((out / "manifest.json").read_text())["counts"]
     size = sum(path.stat().st_size for path in out.iterdir())
-    print(f"on disk                 {size / counts['tokens']:8.2f} bytes a token, 4 for its id and 1 for the mask")
+    print(f"on disk                 {size / counts['tokens']:8.2f} bytes per token: 4 for its id, 1 for the mask")
     return np.load(out / LENGTHS)
 
 
 def peer(command: str, folder: Path) -> None:
-    """Another tool on the same records, as `instruction` and `output`: whole processes, and without their start-up."""
+    """Time another tool on the same records (`instruction`, `output`): whole processes, and without start-up."""
     seconds = {}
     for name in ("one", "1x"):
         rows = (json.loads(line) for line in (folder / f"{name}.jsonl").open())
@@ -193,7 +193,7 @@ def packing(lengths: np.ndarray) -> None:
     least = -(-int(positions.sum()) // SEQ_LENGTH)
     print(
         f"packing 1,000,000       {fill:8.2%} full in {seconds:.2f} s with {(max(peak) - before) / 1e6:,.0f} MB; "
-        f"{len(packs):,} packs, {least:,} would be the least"
+        f"{len(packs):,} packs, lower bound {least:,}"
     )
 
 

@@ -1,11 +1,11 @@
-"""Training on one GPU: speed, memory and learning, beside the floor and beside peers, all in one run.
+"""Training on one GPU: speed, memory and learning, compared with a lower bound (floor) and with other libraries.
 
     RSFT_REAL_DATA=FOLDER python benchmarks/train_gpu.py --output OUT [--sections floor bf16 ...] [--before TREE]
 
 The model is DeepSeek-R1-Distill-Qwen-1.5B's shape with random weights; packs of 16,384 tokens are filled with the real
-traces in RSFT_REAL_DATA; an optimizer step has 8 micro-batches. Each section runs in a process of its own and leaves
-OUT/<section>.json; the table at the end is made from those. What was tried and what it gave is in NOTES.md. With
---before, bf16 and the presets run again with the code of TREE, a checkout of another commit, as before-<section>.
+traces in RSFT_REAL_DATA; an optimizer step has 8 micro-batches. Each section runs in its own process and writes
+OUT/<section>.json, from which the final table is made. NOTES.md records the experiments. With --before, bf16 and the
+presets also run with the code of TREE, a checkout of another commit, as before-<section>.
 """
 
 import argparse
@@ -52,10 +52,10 @@ WARM, STEPS = 2, 4
 
 
 def make_inputs(folder: Path) -> None:
-    """Tokenized datasets from the real files; once.
+    """Tokenize the real files, unless that was done before.
 
-    traces: long answers. pairs: of each problem the long answer, and the short one after its thoughts. hybrid: the long
-    answers with the short ones of GSM8K. mix: the same, up to 8,192 tokens.
+    traces: long answers. pairs: the long answer of each problem, and the short one extracted from it. hybrid: the long
+    answers and the short ones of GSM8K. mix: the same, up to 8,192 tokens.
     """
     if (folder / "ready").exists():
         return
@@ -83,7 +83,7 @@ def settings(folder: Path, **changes) -> TrainConfig:
 
 @torch.no_grad()
 def randomize(state: TrainState, seed: int = 0) -> None:
-    """Weights as a fresh model has them: norms 1, the rest normal with deviation 0.02."""
+    """Initialise the weights: norms 1, biases 0, all others normal with standard deviation 0.02."""
     torch.manual_seed(seed)
     for chunk in state.chunks:
         for name, weight in chunk.named_parameters():
@@ -96,12 +96,12 @@ def randomize(state: TrainState, seed: int = 0) -> None:
 
 
 def measure(config: TrainConfig, steps: int = STEPS, single: bool = False) -> dict:
-    """Median time of a step and the peak memory of a training with `config`, always on the packs of `usual_step`.
+    """Median step time and peak memory of a training with `config`, always on the packs of `usual_step`.
 
-    `epoch_s` is that time for all packs; packs differ little in what they take, and hardly at all where each is padded.
+    `epoch_s` extrapolates the time to all packs, whose costs differ little.
 
     Args:
-        single: whether each pack counts as one sample, padding and all, as attention without packing has it.
+        single: attend over each pack as one sample, padding included, as without packing.
     """
     hf = read_config(config.checkpoint)
     data = PackedDataset(TokenStore(config.data), config.seq_length, 0, packing=config.packing)
@@ -145,14 +145,14 @@ def _joined(column):
 
 
 def usual_step(data: PackedDataset) -> list[int]:
-    """The packs of the step whose attention costs nearest to the mean of all: every section is timed on these."""
+    """The packs of the step whose attention cost is closest to the mean; every section is timed on these."""
     steps = [data.step(number, MICRO_BATCHES) for number in range(len(data) // MICRO_BATCHES)]
     mean = sum(map(data.cost, range(len(data)))) / len(data) * MICRO_BATCHES
     return min(steps, key=lambda packs: abs(sum(map(data.cost, packs)) - mean))
 
 
 def preset_of(name: str) -> dict:
-    """The settings in notebooks/params/<name>.yaml that are not places or lengths."""
+    """The memory settings in notebooks/params/<name>.yaml."""
     given = yaml.safe_load((ROOT / "notebooks" / "params" / f"{name}.yaml").read_text(encoding="utf-8"))
     return {setting: value for setting, value in given.items() if setting in ("recompute", "moments", "gradients")}
 
@@ -166,7 +166,7 @@ def ours(preset: str = "r1-1.5b", **changes):
 
 
 def rent(name: str, **changes):
-    """bf16 with a part of the kit replaced by a library's."""
+    """bf16 with a part of the kit replaced by that of a library."""
 
     def section(folder: Path, output: Path) -> dict:
         import gpu_rent
@@ -178,7 +178,7 @@ def rent(name: str, **changes):
 
 
 def resumes(name: str | None, **changes):
-    """Whether a run of two layers goes on bit for bit from a checkpoint; with a part of the kit replaced, or none."""
+    """Whether a two-layer model resumes bit for bit from a checkpoint, optionally with a part of the kit replaced."""
 
     def section(folder: Path, output: Path) -> dict:
         import gpu_rent
@@ -198,7 +198,7 @@ def resumes(name: str | None, **changes):
 
 
 def padded(data: str):
-    """Every sample padded to 16,384 and attended to with its padding: the original's way."""
+    """Every sample padded to 16,384, with attention over the padding, as in the original code."""
 
     def section(folder: Path, output: Path) -> dict:
         with ranks():
@@ -228,7 +228,7 @@ def head(folder: Path, output: Path) -> dict:
 
 
 def profile(folder: Path, output: Path) -> dict:
-    """Where the GPU's time goes in one step, by kernel, in OUT/profile.txt."""
+    """Profile one step by GPU kernel, in OUT/profile.txt."""
     config = settings(folder)
     with ranks():
         data = PackedDataset(TokenStore(config.data), config.seq_length, 0)
@@ -252,9 +252,9 @@ def profile(folder: Path, output: Path) -> dict:
 
 
 def checkpoint(folder: Path, output: Path) -> dict:
-    """Seconds to write a checkpoint and to go on from it, with megatron-core's own writers beside, and the disk's pace.
+    """Seconds to save and resume a checkpoint, compared with megatron-core's own writers and bare disk writes.
 
-    Training waits for all of the writing, or with `async_save` until the tensors are copied.
+    Training blocks for the whole write, or with `async_save` until the tensors are copied.
     """
     run, seconds = folder / "run", {}
     run.mkdir(parents=True, exist_ok=True)
@@ -357,7 +357,7 @@ COMPARED = ("bf16", "saving", "smallest", "fp8-delayed", "fp8-tensorwise", "fp8-
 
 
 def start_section(name: str, inputs: Path, output: Path, before: Path | None) -> subprocess.Popen:
-    """A process that takes the GPU's memory with it when it ends; it imports, and waits for a line before it begins."""
+    """Start a section in its own process, so that GPU memory is freed; after its imports it waits for a line."""
     script, environment = Path(__file__), {**ENVIRONMENT, **os.environ}
     if name.startswith(BEFORE):
         script = before.resolve() / "benchmarks" / "train_gpu.py"
@@ -369,7 +369,7 @@ def start_section(name: str, inputs: Path, output: Path, before: Path | None) ->
 
 
 def run_sections(names: list[str], inputs: Path, output: Path, before: Path | None) -> None:
-    """Run sections one after the other, while the next one's process imports what it needs."""
+    """Run sections one after the other, while the process of the next one does its imports."""
     places = {name: output / "before" if name.startswith(BEFORE) else output for name in names}
     for place in places.values():
         place.mkdir(exist_ok=True)
@@ -388,17 +388,17 @@ def table(output: Path) -> str:
     floor = read.get("floor", {}).get("total_ms", math.nan)
     columns = ("ms", "/floor", "MFU", "GiB", "tokens/s", "trained/s", "epoch s")
     lines = [" " * 20 + "".join(f"{name:>10}" for name in columns)]
-    for name, found in read.items():
-        if "ms_per_micro_batch" in found:
-            ms = found["ms_per_micro_batch"]
+    for name, result in read.items():
+        if "ms_per_micro_batch" in result:
+            ms = result["ms_per_micro_batch"]
             lines.append(
-                f"{name:20}{ms:10.1f}{ms / floor:10.3f}{found['mfu']:10.3f}{found['peak_gib']:10.1f}"
-                f"{found['tokens_per_second']:10,.0f}{found['trained_tokens_per_second']:10,.0f}"
-                f"{found.get('epoch_s', math.nan):10.0f}"
+                f"{name:20}{ms:10.1f}{ms / floor:10.3f}{result['mfu']:10.3f}{result['peak_gib']:10.1f}"
+                f"{result['tokens_per_second']:10,.0f}{result['trained_tokens_per_second']:10,.0f}"
+                f"{result.get('epoch_s', math.nan):10.0f}"
             )
         else:
-            told = {k: v for k, v in found.items() if not isinstance(v, list)}
-            lines.append(f"{name:20}{json.dumps(told)[:1500]}")
+            scalars = {k: v for k, v in result.items() if not isinstance(v, list)}
+            lines.append(f"{name:20}{json.dumps(scalars)[:1500]}")
     return "\n".join(lines)
 
 
@@ -408,7 +408,7 @@ def main() -> None:
     parser.add_argument("--inputs", type=Path, help="folder for tokenized inputs; in OUTPUT by default")
     parser.add_argument("--sections", nargs="*", default=list(SECTIONS), choices=list(SECTIONS))
     parser.add_argument("--before", type=Path, metavar="TREE", help="a checkout of another commit, to compare with")
-    parser.add_argument("--here", action="store_true", help="run them in this process, after a line of input")
+    parser.add_argument("--here", action="store_true", help="run in this process, after a line of input")
     arguments = parser.parse_args()
     inputs = (arguments.inputs or arguments.output / "inputs").resolve()
     inputs.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,11 @@
-"""What it costs to look: python benchmarks/view.py
+"""Time of the displays: python benchmarks/view.py
 
-Prints, in one run each,
-- the mask view of a sample of 30,000 tokens, beside a view that decodes and marks every token by itself;
-- reading the columns of a store, beside the floor, adding up the bytes of the same files;
-- the pictures and tables of a million samples.
+Prints
+- the mask view of a sample of 30,000 tokens, compared with a view that decodes and marks every token separately;
+- the statistics of a store, compared with the floor, a sum over the same files;
+- the plots and tables of a million samples.
 
-With RSFT_REAL_DATA the tokenizer, texts and lengths are real ones; without it they are the demo's.
+With RSFT_REAL_DATA the tokenizer, texts and lengths are real, otherwise those of the demo.
 """
 
 import html
@@ -35,7 +35,7 @@ TOKENS, SAMPLES = 30_000, 1_000_000
 
 
 def seconds(work: Callable, repeats: int = 5):
-    """(shortest time of `repeats`, what the work gave)."""
+    """(minimum time of `repeats` calls in seconds, result)."""
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -61,7 +61,7 @@ def inputs(folder: Path) -> tuple[object, list[list[dict]]]:
 
 
 def token_by_token(ids: list[int], mask: list[int], tokenizer) -> str:
-    """What most mask views do: every token decoded and marked by itself."""
+    """A simple mask view: every token decoded and marked separately."""
     colours = ("background:#f4f4f4;color:#474747", "background:#e3eff9;color:#08304f")
     return "".join(
         f"<span title='{token}' style='{colours[bool(trained)]}'>{html.escape(tokenizer.decode([token]))}</span>"

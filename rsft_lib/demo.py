@@ -1,4 +1,4 @@
-"""A tiny reasoning model made on the spot: R1's special tokens and template, random weights, arithmetic problems."""
+"""A tiny demo model with random weights and R1's special tokens and chat template, and arithmetic problems."""
 
 import json
 import random
@@ -15,19 +15,19 @@ from rsft_lib.common.paths import resolve
 from rsft_lib.common.progress import without_bars
 from rsft_lib.tokenizer.templates import R1_CHAT_TEMPLATE
 
-MODEL, SOURCES = "assets/checkpoints/tiny", "assets/data/tiny"  # where notebooks 01 and 03 make them
-TINY = {  # settings of rsft_lib.training.config.TrainConfig that suit this model
+MODEL, SOURCES = "assets/checkpoints/tiny", "assets/data/tiny"  # written by notebooks 01 and 03
+TINY = {  # settings of training.config.TrainConfig for this model
     "seq_length": 512, "global_batch_size": 4, "lr": 2e-3, "min_lr": 2e-4, "precision": "fp32",
     "eval_interval": 50, "eval_iters": 4,
 }  # fmt: skip
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
-SPECIAL = {  # as in DeepSeek-R1-Distill-Qwen: the token, and whether it is a special one
+SPECIAL = {  # as in DeepSeek-R1-Distill-Qwen: token -> whether it is special
     EOS: True, "<｜User｜>": False, "<｜Assistant｜>": False, BOS: True, "<|EOT|>": False,
     "<think>": False, "</think>": False, "<|quad_start|>": True, "<|quad_end|>": True,
 }  # fmt: skip
 
-# How Qwen2's tokenizer cuts text into words: https://huggingface.co/Qwen/Qwen2-0.5B, tokenizer.json
+# Pre-tokenization regex of Qwen2: https://huggingface.co/Qwen/Qwen2-0.5B, tokenizer.json
 QWEN2_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -35,7 +35,7 @@ QWEN2_WORDS = (
 NAMES = ["Anna", "Ben", "Carl", "Dora", "Emil", "Fay", "Gus", "Hanna"]
 THINGS = ["apples", "books", "coins", "eggs", "cards", "pens", "shells", "stamps"]
 GAINS, LOSSES = ["buys", "finds", "gets"], ["loses", "sells", "gives away"]
-# As words, so that each is one token; no number in a problem or on the way to its answer is larger.
+# Number words, one token each, up to the largest number in any problem or intermediate step.
 NUMBERS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
     "seventeen eighteen nineteen twenty"
@@ -43,10 +43,10 @@ NUMBERS = (
 
 
 def make_model(folder: str | Path, seed: int) -> Path:
-    """Write the tiny model to `folder`, as a model folder from the Hub would look.
+    """Write the tiny model to `folder`, in the layout of a model folder from the Hub.
 
-    A `Qwen2ForCausalLM` of about two million parameters in fp32: 4 layers, 4 heads in 2 query groups, QKV biases,
-    untied embeddings with more rows than the tokenizer has tokens, as the real model's.
+    A `Qwen2ForCausalLM` with about two million fp32 parameters: 4 layers, 4 heads in 2 query groups, QKV biases, and
+    untied embeddings with more rows than the tokenizer has tokens, as in the real model.
     """
     folder = resolve(folder)
     with new_folder(folder, {"made_by": "demo.make_model", "seed": seed}) as temporary:
@@ -73,7 +73,7 @@ def make_model(folder: str | Path, seed: int) -> Path:
 
 
 def make_sources(folder: str | Path, count: int, seed: int) -> Path:
-    """Write `long.jsonl` and `short.jsonl`: the same `count` problems, answered step by step and at once."""
+    """Write `long.jsonl` and `short.jsonl`: the same `count` problems, with and without chain of thought."""
     folder, made = resolve(folder), list(problems(count, seed))
     with new_folder(folder, {"made_by": "demo.make_sources", "seed": seed, "problems": count}) as temporary:
         for name, field in (("long", "think"), ("short", "short")):
@@ -84,25 +84,25 @@ def make_sources(folder: str | Path, count: int, seed: int) -> Path:
 
 
 def problems(count: int, seed: int) -> Iterator[dict]:
-    """Yield `count` word problems with `problem`, `think`, `short` and `answer`, all texts.
+    """Yield `count` word problems with `problem`, `think`, `short` and `answer`, all strings.
 
-    No two have the same numbers in the same order, so a held-out problem is never a trained one in other words.
+    No two have the same sequence of numbers, so a held-out problem never paraphrases a training problem.
 
     >>> next(problems(1, seed=0))["think"]
     '<think>\\nStart: sixteen. Now: sixteen plus three is nineteen. Now: ...'
 
     Raises:
-        ValueError: there are not as many different problems.
+        ValueError: `count` exceeds the number of distinct problems.
     """
     rng, walks = random.Random(seed), _walks(changes=3)
     if count > len(walks):
-        raise ValueError(f"{count} problems are asked for, but only {len(walks)} have different numbers")
+        raise ValueError(f"{count} problems requested, but only {len(walks)} are distinct")
     for totals in rng.sample(walks, count):
         yield _problem(rng, totals)
 
 
 def _walks(changes: int) -> list[tuple[int, ...]]:
-    """Every way from a total to another in so many changes of one to nine, all within `NUMBERS`."""
+    """All sequences of totals within `NUMBERS` with the given number of changes, each by one to nine."""
     walks = [(start,) for start in range(1, len(NUMBERS))]
     for _ in range(changes):
         walks = [(*w, total) for w in walks for total in range(len(NUMBERS)) if 0 < abs(total - w[-1]) < 10]
@@ -111,15 +111,15 @@ def _walks(changes: int) -> list[tuple[int, ...]]:
 
 def _problem(rng: random.Random, totals: tuple[int, ...]) -> dict:
     name, thing = rng.choice(NAMES), rng.choice(THINGS)
-    told, steps = [f"{name} has {NUMBERS[totals[0]]} {thing}."], [f"Start: {NUMBERS[totals[0]]}."]
+    sentences, steps = [f"{name} has {NUMBERS[totals[0]]} {thing}."], [f"Start: {NUMBERS[totals[0]]}."]
     for before, after in pairwise(totals):
         verb, sign = (rng.choice(GAINS), "plus") if after > before else (rng.choice(LOSSES), "minus")
         change = NUMBERS[abs(after - before)]
-        told.append(f"{name} {verb} {change}.")
+        sentences.append(f"{name} {verb} {change}.")
         steps.append(f"Now: {NUMBERS[before]} {sign} {change} is {NUMBERS[after]}.")
     answer = f"Answer: {NUMBERS[totals[-1]]}"
     return {
-        "problem": " ".join([*told, f"How many {thing} now?"]),
+        "problem": " ".join([*sentences, f"How many {thing} now?"]),
         "think": f"<think>\n{' '.join(steps)}\n</think>\n\n{answer}",
         "short": answer,
         "answer": NUMBERS[totals[-1]],
@@ -127,7 +127,7 @@ def _problem(rng: random.Random, totals: tuple[int, ...]) -> dict:
 
 
 def _train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE that cuts text as Qwen2's does, so that AutoTokenizer, which rebuilds it, agrees."""
+    """Byte-level BPE with Qwen2's pre-tokenization, which AutoTokenizer rebuilds from the model type."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -147,7 +147,7 @@ def _train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
         bos_token=BOS,
         eos_token=EOS,
         pad_token=EOS,
-        unk_token=None,  # said, since AutoTokenizer would add one where the file does not say
+        unk_token=None,  # explicit, since AutoTokenizer would add one by default
         chat_template=R1_CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )

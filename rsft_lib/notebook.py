@@ -1,13 +1,13 @@
-"""A notebook as a run: parameters that are checked, and a status that only its last cell writes.
+"""Notebooks as runs: type-checked parameters, and a status that only the last cell writes.
 
-papermill alone lets a misspelt parameter pass with a warning, leaves `1e-5` from YAML a string, and marks every
-cell completed when the kernel was killed. Run headless with either of
+papermill alone only warns of an unknown parameter, keeps `1e-5` from YAML as a string, and marks every cell completed
+if the kernel was killed. Run headless with either of
 
     python -m rsft_lib.notebook notebooks/05_train.ipynb outputs/executed -p lr 2e-5
     papermill notebooks/05_train.ipynb outputs/executed/05_train.ipynb -p lr 2e-5
 
-The exit code is 0 when all is done, and 75 (sysexits.h: a temporary failure) when it was stopped and can go on;
-papermill exits with 1 then.
+The exit code is 0 on success, and 75 (EX_TEMPFAIL of sysexits.h) if the run was stopped and can be resumed; papermill
+exits with 1 in that case.
 """
 
 import argparse
@@ -35,21 +35,21 @@ KINDS = {"int": int, "float": float, "str": str, "bool": bool}
 
 
 class Parameter(NamedTuple):
-    """What a notebook declares: the name of a type in KINDS, and the default."""
+    """A declared parameter: the name of its type in KINDS, and its default."""
 
     kind: str
     default: Any
 
 
 class Stopped(RuntimeError):
-    """What a notebook was to do was stopped, and goes on when it is run again; told without a traceback."""
+    """The run was stopped and can be resumed by running it again; shown without a traceback."""
 
     def _render_traceback_(self) -> list[str]:
         return [str(self)]
 
 
 class _AboveProgressBar:
-    """Where papermill writes what cells print, while its progress bar stays the last line."""
+    """A stream for cell output that keeps papermill's progress bar on the last line."""
 
     def write(self, text: str) -> None:
         tqdm.write(text, end="")
@@ -61,14 +61,14 @@ class _AboveProgressBar:
 def begin(namespace: dict, name: str, status: str = "") -> SimpleNamespace:
     """Check the parameters of a running notebook, print them with their origin, and return them.
 
-    Call it in the cell after the parameters as `begin(globals(), "05_train")`. The `status.json` of a run before
-    is removed, so that one that is there belongs to this run.
+    Call it in the cell after the parameters as `begin(globals(), "05_train")`. It removes the `status.json` of any
+    earlier run.
 
     Args:
-        status: the parameter whose folder `finish` is given; `outputs/<name>` if empty.
+        status: the parameter that names the folder passed to `finish`; `outputs/<name>` if empty.
 
     Raises:
-        ValueError: a parameter is unknown or has the wrong type; every one is named.
+        ValueError: parameters are unknown or have the wrong type; the message lists all of them.
     """
     declared = declared_parameters(ROOT / "notebooks" / f"{name}.ipynb")
     given = {name: namespace[name] for name in _injected(namespace.get("In", []))}
@@ -82,35 +82,37 @@ def begin(namespace: dict, name: str, status: str = "") -> SimpleNamespace:
 
 
 def finish(folder: str | Path, **facts) -> None:
-    """Write `status.json` into `folder`: the notebook ran to its end. Call it in the last cell.
+    """Write `status.json` into `folder` to record that the notebook ran to its end. Call it in the last cell.
 
     Args:
-        facts: what the run found; `summary`, a text, is what the headless runner prints. With `status` "stopped" it is
-            not done, and `hint` says how to go on.
+        facts: results of the run. The headless runner prints `summary`, a string. A `status` of "stopped" marks a run
+            that is not done, and `hint` explains how to resume it.
 
     Raises:
-        Stopped: it is not done, and nobody sees this but a program, for which an executed notebook would be a success.
+        Stopped: the run was stopped and is headless, so that the exit code is not 0.
     """
     path = resolve(folder) / STATUS_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     status = {"status": "done", "finished": datetime.now(UTC).isoformat(timespec="seconds"), **facts}
     write_json(path, status)
-    told = [facts.get("summary", ""), facts.get("hint", ""), f"{status['status']}: {path}"]
-    display({STATUS: status, "text/plain": "\n".join(filter(None, told))}, raw=True)
+    lines = [facts.get("summary", ""), facts.get("hint", ""), f"{status['status']}: {path}"]
+    display({STATUS: status, "text/plain": "\n".join(filter(None, lines))}, raw=True)
     if status["status"] == "stopped" and not somebody_looks():
         raise Stopped(f"not done: {facts.get('hint', '')}")
 
 
 def run(notebook: str | Path, folder: str | Path, parameters: dict) -> tuple[Path, dict]:
-    """Execute a notebook with papermill: (the executed notebook in `folder`, what its last cell reported).
+    """Execute a notebook with papermill.
 
-    Its `status` is "done", or "stopped" where that is what became of a training.
+    Returns:
+        The path of the executed notebook in `folder`, and the facts passed to `finish`, whose `status` is "done" or
+        "stopped".
 
     Raises:
-        ValueError: a parameter is unknown or has the wrong type; nothing has run then.
-        RuntimeError: a cell failed, or the last one was not reached.
+        ValueError: a parameter is unknown or has the wrong type; nothing was run.
+        RuntimeError: a cell failed, or the last cell was not reached.
     """
-    # Here, since the kernel of every notebook imports this module, and these take longer than all the rest of it.
+    # Imported here, because every notebook kernel imports this module and these imports are slow.
     import nbformat
     import papermill
     from nbclient.exceptions import DeadKernelError
@@ -126,7 +128,7 @@ def run(notebook: str | Path, folder: str | Path, parameters: dict) -> tuple[Pat
     try:
         papermill.execute_notebook(
             notebook, executed, parameters, cwd=str(ROOT), stdout_file=_AboveProgressBar(),
-            config=Config({"KernelManager": {"transport_encryption": "auto"}}),  # else the kernel warns of its absence
+            config=Config({"KernelManager": {"transport_encryption": "auto"}}),  # avoids a warning of the kernel
         )  # fmt: skip
     except PapermillExecutionError as error:
         if error.ename == RunStopped.__name__:
@@ -146,7 +148,7 @@ def run(notebook: str | Path, folder: str | Path, parameters: dict) -> tuple[Pat
 
 
 def declared_parameters(notebook: Path) -> dict[str, Parameter]:
-    """The parameters that a notebook's tagged cell declares, one `name: type = default  # help` a line."""
+    """The parameters declared in a notebook's tagged cell, one `name: type = default  # help` per line."""
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     tagged = ["".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
     return {
@@ -156,16 +158,16 @@ def declared_parameters(notebook: Path) -> dict[str, Parameter]:
 
 
 def checked(given: dict, declared: dict[str, Parameter]) -> dict:
-    """`given` with every value in its declared type.
+    """`given` with every value converted to its declared type.
 
     Raises:
-        ValueError: with a line for each unknown name and each value of another type.
+        ValueError: names are unknown or values have the wrong type; the message has one line for each.
     """
     values, problems = {}, []
     for name, value in given.items():
         if name not in declared:
             near = difflib.get_close_matches(name, declared, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(declared)}"
+            hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(declared)}"
             problems.append(f"unknown parameter {name!r}; {hint}")
             continue
         try:
@@ -178,7 +180,7 @@ def checked(given: dict, declared: dict[str, Parameter]) -> dict:
 
 
 def pairs(text: str) -> dict[str, str]:
-    """A parameter that says what becomes of what.
+    """Parse a parameter that maps strings to strings.
 
     >>> pairs("<|quad_start|> -> <short>, <|quad_end|> -> <long>")
     {'<|quad_start|>': '<short>', '<|quad_end|>': '<long>'}
@@ -186,15 +188,15 @@ def pairs(text: str) -> dict[str, str]:
     Raises:
         ValueError: a part is not of the form `this -> that`.
     """
-    found = [[side.strip() for side in part.split("->")] for part in text.split(",") if part.strip()]
-    for pair in found:
+    parts = [[side.strip() for side in part.split("->")] for part in text.split(",") if part.strip()]
+    for pair in parts:
         if len(pair) != 2 or not all(pair):
-            raise ValueError(f"found {' -> '.join(pair)!r} in {text!r}, expected `this -> that`, parted by commas")
-    return dict(found)
+            raise ValueError(f"found {' -> '.join(pair)!r} in {text!r}, expected `this -> that`, comma-separated")
+    return dict(parts)
 
 
 def _as(kind: str, value):
-    """`value` as the type `kind`; texts are read, since YAML takes 1e-5 for one."""
+    """`value` as the type `kind`; strings are parsed, since YAML reads 1e-5 as a string."""
     if kind == "bool" and isinstance(value, str) and value.lower() in ("true", "false"):
         return value.lower() == "true"
     if isinstance(value, KINDS[kind]) and not (kind == "int" and isinstance(value, bool)):
@@ -207,7 +209,7 @@ def _as(kind: str, value):
 
 
 def _injected(executed_cells: list[str]) -> list[str]:
-    """Names that papermill's injected cell assigns; it begins with a comment of its own."""
+    """Names assigned in the cell that papermill injects, which begins with a fixed comment."""
     names = []
     for source in executed_cells:
         if source.startswith("# Parameters\n"):
@@ -221,7 +223,7 @@ def _read_parameters(file: Path) -> dict:
     except yaml.YAMLError as error:
         raise ValueError(f"{file} is not YAML: {error}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{file} holds a {type(values).__name__}, expected lines of the form `name: value`")
+        raise ValueError(f"{file} contains a {type(values).__name__}, expected lines of the form `name: value`")
     return values
 
 

@@ -1,4 +1,4 @@
-"""JupyterLab in Chromium, for tests that look at notebooks as a person does."""
+"""JupyterLab in Chromium, for tests of notebooks as a user sees them."""
 
 import importlib.util
 import json
@@ -21,26 +21,26 @@ from rsft_lib.common.paths import ROOT
 CHROMIUM = shutil.which("chromium")
 SCREENSHOTS = ROOT / "outputs" / "screenshots"
 TOKEN = "a-token-of-the-tests"
-# Questions that JupyterLab asks whoever opens it first, and the news it would fetch for them.
+# Disable the prompt about news on first start, and the update check.
 SETTINGS = {"apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False}}
-READY = re.compile(r"^Python 3 .*\| Idle$")  # in the status bar; cells that are run before that are lost
-PATIENCE = 900  # seconds for whatever must happen; a machine may be busy with something else
+READY = re.compile(r"^Python 3 .*\| Idle$")  # in the status bar; cells run earlier are lost
+PATIENCE = 900  # timeout in seconds; the machine may be busy
 TALLEST = 12_000  # pixels of a screenshot
-# What is shown last of an executed notebook, and shows that what it holds is run: without it, no script proves nothing.
+# Appended to executed notebooks. It proves that scripts could run, else a test that none did would prove nothing.
 CANARY = "<img src='data:,' onerror='window.canary = 1'>"
-# What may stand in the console as an error or a warning: that JupyterLab took over five seconds for a part of itself.
+# Console messages to ignore: JupyterLab extensions that activate slowly.
 HARMLESS = ("ms to activate.", "is taking too long to activate.")
 
 
 def missing() -> str:
-    """Why notebooks cannot be opened in a browser here; empty where they can."""
+    """Why no browser is available; empty if one is."""
     if not importlib.util.find_spec("playwright"):
         return "playwright is not installed (pip install playwright)"
-    return "" if CHROMIUM else "no chromium is on the PATH (apt install chromium)"
+    return "" if CHROMIUM else "chromium is not on the PATH (apt install chromium)"
 
 
 def copy_project(folder: Path) -> Path:
-    """Library and notebooks as a project of its own, so that what notebooks make by default stays within `folder`."""
+    """Copy library and notebooks to `folder`, so that default outputs of notebooks stay in it."""
     for name in ("rsft_lib", "notebooks"):
         ignored = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
@@ -48,18 +48,18 @@ def copy_project(folder: Path) -> Path:
 
 
 def set_defaults(notebook: Path, **values) -> None:
-    """Give parameters of a notebook other defaults."""
+    """Change the defaults of a notebook's parameters."""
     book = nbformat.read(notebook, 4)
     cell = next(cell for cell in book.cells if "parameters" in cell.metadata.get("tags", []))
     for name, value in values.items():
         line = re.compile(rf"^({name}: \w+ = ).*?(?=  #)", re.MULTILINE)
-        cell.source, found = line.subn(lambda begin, value=value: begin[1] + repr(value), cell.source)
-        assert found == 1, f"{notebook.name} has no parameter {name}"
+        cell.source, replaced = line.subn(lambda begin, value=value: begin[1] + repr(value), cell.source)
+        assert replaced == 1, f"{notebook.name} has no parameter {name}"
     nbformat.write(book, notebook)
 
 
-def lay_open(executed: Path, project: Path, private: Path) -> str:
-    """Lay an executed notebook into `project`, trusted as if it had just been run there: its name for `notebook`."""
+def install_trusted(executed: Path, project: Path, private: Path) -> str:
+    """Copy an executed notebook into `project` and mark it as trusted; returns its name for `Browser.notebook`."""
     book = nbformat.read(executed, 4)
     book.cells.append(
         nbformat.v4.new_code_cell(outputs=[nbformat.v4.new_output("display_data", {"text/html": CANARY})])
@@ -76,7 +76,7 @@ def lay_open(executed: Path, project: Path, private: Path) -> str:
 
 @contextmanager
 def jupyterlab(project: Path, private: Path) -> Iterator[str]:
-    """Serve `project` as `make lab` does: the address. Settings, kernels and history of this user play no part."""
+    """Serve `project` as `make lab` does, isolated from the user's settings and kernels; yields the address."""
     for name, settings in SETTINGS.items():
         file = private / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
         file.parent.mkdir(parents=True)
@@ -97,7 +97,7 @@ def jupyterlab(project: Path, private: Path) -> Iterator[str]:
     try:
         yield _address(server, private)
     finally:
-        server.terminate()  # it ends its kernels first
+        server.terminate()  # it shuts its kernels down first
         server.wait(PATIENCE)
 
 
@@ -106,15 +106,15 @@ def _address(server: subprocess.Popen, private: Path) -> str:
         for file in (private / "runtime").glob("jpserver-*.json"):
             try:
                 return json.loads(file.read_text(encoding="utf-8"))["url"]
-            except ValueError:  # it is being written
+            except ValueError:  # partially written
                 break
         assert server.poll() is None, (private / "server.log").read_text()
         time.sleep(0.2)
-    raise AssertionError(f"JupyterLab is not there:\n{(private / 'server.log').read_text()}")
+    raise AssertionError(f"JupyterLab did not start:\n{(private / 'server.log').read_text()}")
 
 
 class Browser:
-    """A Chromium and the JupyterLab that serves `project` at `address`."""
+    """A Chromium browser, and the JupyterLab that serves `project` at `address`."""
 
     def __init__(self, chromium, address: str, project: Path):
         self.address, self.project = address, project
@@ -125,15 +125,15 @@ class Browser:
 
     @contextmanager
     def notebook(self, name: str) -> Iterator["Notebook"]:
-        """Open a notebook with a fresh kernel, which ends with it; nothing in the page may have complained."""
+        """Open a notebook with a fresh kernel, which is shut down at the end; fails on any error of the page."""
         book = Notebook(self.context.new_page(), Path(name).name)
         try:
             book.page.goto(f"{self.address}lab/workspaces/{book.name}/tree/{name}.ipynb?token={TOKEN}")
             book.page.get_by_text(READY).wait_for()
             yield book
-            assert not book.complaints, f"{name} in the browser:\n" + "\n".join(book.complaints)
+            assert not book.errors, f"{name} in the browser:\n" + "\n".join(book.errors)
         finally:
-            book.keep_picture()
+            book.screenshot()
             book.page.close()
             sessions = f"{self.address}api/sessions"
             for session in self.context.request.get(sessions).json():
@@ -142,16 +142,19 @@ class Browser:
 
 
 class Notebook:
-    """A notebook that is open in a page. `complaints` are errors of the page, of its console and of requests."""
+    """An open notebook. `errors` collects errors of the page, its console and its requests."""
 
     def __init__(self, page, name: str):
-        self.page, self.name, self.complaints = page, name, []
-        page.on("pageerror", lambda error: self._hear(f"page: {error}"))
-        page.on("console", lambda said: said.type in ("error", "warning") and self._hear(f"console: {said.text}"))
-        page.on("response", lambda answer: answer.status >= 400 and self._hear(f"{answer.status}: {answer.url}"))
+        self.page, self.name, self.errors = page, name, []
+        page.on("pageerror", lambda error: self._add_error(f"page: {error}"))
+        page.on(
+            "console",
+            lambda message: message.type in ("error", "warning") and self._add_error(f"console: {message.text}"),
+        )
+        page.on("response", lambda reply: reply.status >= 400 and self._add_error(f"{reply.status}: {reply.url}"))
 
     def run(self) -> None:
-        """Run all cells, and wait until the last has said that it is done."""
+        """Run all cells, and wait until the last one has finished."""
         self.start()
         self.wait()
 
@@ -160,15 +163,15 @@ class Notebook:
             self.page.get_by_role("menuitem", name=entry, exact=True).click()
 
     def wait(self) -> None:
-        """Wait until the last cell has said that it is done. No cell may fail, or write to stderr."""
+        """Wait until the last cell reports its status. No cell may fail or write to stderr."""
         done = self.page.locator(".jp-CodeCell").last.get_by_text(re.compile(r"(done|stopped): \S+status\.json"))
         done.or_(self.output("error")).first.wait_for(state="attached")
         for kind in ("error", "stderr"):
-            found = self.output(kind).all_text_contents()
-            assert found == [], f"{kind} in {self.name}: {found}"
+            texts = self.output(kind).all_text_contents()
+            assert texts == [], f"{kind} in {self.name}: {texts}"
 
-    def see(self) -> int:
-        """Wait until all of an executed notebook is shown: the number of pictures in it."""
+    def count_pictures(self) -> int:
+        """Wait until all of an executed notebook is rendered; returns its number of pictures."""
         self.stretch()
         self.page.wait_for_function("window.canary")
         pictures = self.page.locator(".jp-OutputArea-output img:not([onerror])")
@@ -177,19 +180,19 @@ class Notebook:
     def output(self, kind: str):
         return self.page.locator(f"[data-mime-type='application/vnd.jupyter.{kind}']")
 
-    def keep_picture(self, moment: str = "") -> None:
-        """Keep what the whole notebook looks like."""
+    def screenshot(self, suffix: str = "") -> None:
+        """Save a screenshot of the whole notebook."""
         SCREENSHOTS.mkdir(parents=True, exist_ok=True)
         self.stretch()
-        self.page.screenshot(path=SCREENSHOTS / f"{self.name}{moment}.png")
+        self.page.screenshot(path=SCREENSHOTS / f"{self.name}{suffix}.png")
         self.page.set_viewport_size({"width": 1280, "height": 1000})
 
     def stretch(self) -> None:
-        """Make the window as tall as the notebook, so that all of it is drawn."""
+        """Make the window as tall as the notebook, so that all of it is rendered."""
         height = self.page.evaluate("document.querySelector('.jp-WindowedPanel-outer')?.scrollHeight ?? 0")
         self.page.set_viewport_size({"width": 1280, "height": min(height + 140, TALLEST)})
         self.page.evaluate("document.querySelector('.jp-WindowedPanel-outer')?.scrollTo(0, 0)")
 
-    def _hear(self, text: str) -> None:
-        if not any(harmless in text for harmless in HARMLESS):
-            self.complaints.append(text)
+    def _add_error(self, text: str) -> None:
+        if not any(pattern in text for pattern in HARMLESS):
+            self.errors.append(text)

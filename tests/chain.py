@@ -1,4 +1,4 @@
-"""The notebooks as a chain: what each is given, and what is in an executed one."""
+"""The notebooks as a chain: parameters of each, and outputs of an executed notebook."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ STEPS = 6
 
 
 def chained(folder: Path) -> dict[str, dict]:
-    """Parameters of notebooks 01 to 08, each with what the ones before it made in `folder`."""
+    """Parameters of notebooks 01 to 08; each uses the outputs of earlier ones in `folder`."""
     place = {name: str(folder / name) for name in ("model", "tokenizer", "megatron", "hybrid", "run", "out", "lab")}
     tokens = {split: f"{place['hybrid']}/Tokenized-{split}-tokenizer-513" for split in ("train", "heldout")}
     sources = {name: str(folder / "sources" / f"{name}.jsonl") for name in ("long", "short")}

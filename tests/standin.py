@@ -1,4 +1,4 @@
-"""A training that is none, for tests of what shows one: it writes metrics and a log, and stops when asked."""
+"""A stand-in for a training, for tests of the dashboard: it writes metrics and a log, and stops on request."""
 
 import json
 import math
@@ -10,18 +10,18 @@ from ipywidgets.widgets.widget import _instances
 
 
 class Job:
-    """As `launch` hands one out."""
+    """The interface of the jobs that `launch` returns."""
 
     def __init__(self, folder, train_iters: int, steps: int = 1, pause: float = 0.0, log: str = "a line\n", fail=""):
-        """`steps` are written between two polls, `pause` seconds apart; with `fail` that is raised in the end."""
+        """Write `steps` steps and sleep `pause` seconds between polls; raise `fail` at the end unless it is empty."""
         self.folder, self.train_iters, self.steps, self.pause, self.fail = Path(folder), train_iters, steps, pause, fail
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.log, self.running, self.asked = self.folder / "train.log", True, 0
+        self.log, self.running, self.stop_requests = self.folder / "train.log", True, 0
         self.state = "waits in the queue"
         self.log.write_bytes(log.encode())
 
     def stop(self) -> None:
-        self.asked += 1
+        self.stop_requests += 1
         (self.folder / ".stopping").touch()
 
     def tail(self, lines: int) -> str:
@@ -40,8 +40,8 @@ class Job:
                     done = more[-1]
                     time.sleep(self.pause)
                     poll()
-                    self.tell_of_the_button()
-                    if self.asked:
+                    self.write_button_id()
+                    if self.stop_requests:
                         reason = "SIGTERM"
                         break
         except KeyboardInterrupt:
@@ -52,8 +52,8 @@ class Job:
         if self.fail:
             raise RuntimeError(self.fail)
 
-    def tell_of_the_button(self) -> None:
-        """Leave the id by which a front end would tell the kernel of a click."""
+    def write_button_id(self) -> None:
+        """Write the id of the stop button, with which a front end sends a click to the kernel."""
         for widget in list(_instances.values()):
             if isinstance(widget, ipywidgets.Button) and not (self.folder / "button").exists():
                 (self.folder / ".button").write_text(widget.model_id)
@@ -61,13 +61,13 @@ class Job:
 
 
 def record(step: int, steps: int) -> dict:
-    """A line of metrics of a run that learns."""
-    far = step / steps
-    think, short = 0.3 + 2 * math.exp(-8 * far), 0.6 + 3 * math.exp(-5 * far)
-    found = {
+    """A metrics record with falling losses."""
+    progress = step / steps
+    think, short = 0.3 + 2 * math.exp(-8 * progress), 0.6 + 3 * math.exp(-5 * progress)
+    metrics = {
         "iteration": step, "loss": 0.7 * think + 0.3 * short, "loss_mode_think": think, "loss_mode_short": short,
-        "p_think_when_think": 1 - 0.5 * math.exp(-4 * far), "p_think_when_short": 0.5 * math.exp(-4 * far),
+        "p_think_when_think": 1 - 0.5 * math.exp(-4 * progress), "p_think_when_short": 0.5 * math.exp(-4 * progress),
         "think_share": 0.5, "lr": 1e-5, "grad_norm": 1.0, "trained_tokens": 900, "tokens_per_second": 40000.0,
-        "seconds": 0.5, "memory_gib": 51.25, "mfu": 0.5, "epoch": far,
+        "seconds": 0.5, "memory_gib": 51.25, "mfu": 0.5, "epoch": progress,
     }  # fmt: skip
-    return found | ({"eval_loss": think + 0.1} if step % max(1, steps // 10) == 0 else {})
+    return metrics | ({"eval_loss": think + 0.1} if step % max(1, steps // 10) == 0 else {})

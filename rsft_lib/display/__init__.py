@@ -1,1 +1,1 @@
-"""Tables and pictures for notebooks, a folder for each topic; nothing else imports these."""
+"""Tables and plots for notebooks, one folder per topic."""

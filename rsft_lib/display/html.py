@@ -1,7 +1,7 @@
-"""Text of datasets as HTML: nothing in it acts, hides or reorders. And tables and bars, readable without colour.
+"""Dataset text as inert HTML (no markup, control or bidi characters take effect), and tables and bars.
 
-Styles are inline and of the kind that JupyterLab leaves in untrusted notebooks; GitHub drops all of them, so what
-a colour says is said by a word too.
+Styles are inline and of the kind that JupyterLab keeps in untrusted notebooks. GitHub drops them all, so everything
+that a colour encodes is also written out.
 """
 
 import html
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from rsft_lib.common.visible import HIDDEN, visible
 
-INK, FAINT = "#1f2328", "#59636e"  # text and secondary text; on white
+INK, FAINT = "#1f2328", "#59636e"  # text and secondary text, on white
 PANEL = (
     f"background:#ffffff;color:{INK};border:1px solid #d0d7de;border-radius:6px;padding:10px 14px;"
     "font-size:13px;line-height:1.4"
@@ -23,35 +23,35 @@ BLOCK = (
 )
 CELL = "text-align:left;vertical-align:top;padding:2px 14px 2px 0;border:0"
 RIGHT = ";text-align:right"
-ONE_LINE, SHORT = ";white-space:nowrap", 24  # characters of a cell that stay on one line
+ONE_LINE, SHORT = ";white-space:nowrap", 24  # cells of up to SHORT characters do not wrap
 
-GAP = "⋮"  # a cell of a row that stands for rows that are left out
+GAP = "⋮"  # cell of a row that stands for omitted rows
 
 
 def escaped(text: str) -> str:
-    """`text` as HTML that shows it as it is; line breaks and tabs have a sign before them."""
+    """`text` as HTML for <pre>; a visible sign precedes each line break and tab."""
     return html.escape(visible(text), quote=False).replace("\n", "↵\n").replace("\t", "⇥\t")
 
 
 def inert(text: str) -> str:
-    """`text` as HTML outside of <pre>, where notebooks would set what stands between dollar signs as mathematics."""
+    """`text` as HTML outside of <pre>, where notebooks would typeset text between dollar signs as mathematics."""
     return re.sub(r"[$\\]", r"<span>\g<0></span>", html.escape(visible(text)))
 
 
 def one_line(text: str) -> str:
-    """`text` with signs in place of line breaks and tabs."""
+    """`text` with line breaks and tabs replaced by signs."""
     return visible(text).replace("\n", "↵").replace("\t", "⇥")
 
 
 def caption(text: str) -> str:
-    """`text` for a label in a picture, where matplotlib would set what stands between dollar signs as mathematics."""
-    plain = HIDDEN.sub(lambda found: f"⟨{ord(found[0]):04X}⟩", text)  # fonts have these signs
+    """`text` as a plot label, where matplotlib would typeset text between dollar signs as mathematics."""
+    plain = HIDDEN.sub(lambda match: f"⟨{ord(match[0]):04X}⟩", text)  # fonts have these glyphs
     return one_line(plain).replace("$", r"\$")
 
 
 @dataclass(frozen=True)
 class Table:
-    """A small table: text in a terminal, HTML in a notebook. Columns of numbers stand to the right."""
+    """A small table: text in a terminal, HTML in a notebook. Columns of numbers are right-aligned."""
 
     title: str
     columns: Sequence[str]
@@ -96,7 +96,7 @@ class Table:
 
 
 def bar(parts: Sequence[tuple[float, str, str]]) -> str:
-    """(share, label, style) of each part as a bar to scale, a few pixels at least for each."""
+    """A bar of parts (share, label, style), to scale but a few pixels wide at least."""
     cells = "".join(
         f"<div title='{html.escape(label)}' style='flex:{share:.4f} 1 auto;min-width:3px;height:12px;{style}'></div>"
         for share, label, style in parts

@@ -1,23 +1,25 @@
-"""Shares as horizontal bars, told apart by colour, hatch and a label in each part."""
+"""Stacked horizontal bars of shares, distinguished by colour, hatch and label."""
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
-# Okabe and Ito's colours: every kind of colour vision tells them apart, and the hatches do in grey.
+from rsft_lib.display.plot_style import BLUE, GREEN, ORANGE, SKY
+
+# The hatches distinguish the parts in greyscale.
 LOOK = {
-    "think": {"facecolor": "#0072b2", "hatch": ""},
-    "short": {"facecolor": "#d55e00", "hatch": "//"},
-    "other": {"facecolor": "#009e73", "hatch": ".."},
-    "trained": {"facecolor": "#56b4e9", "hatch": ""},
+    "think": {"facecolor": BLUE, "hatch": ""},
+    "short": {"facecolor": ORANGE, "hatch": "//"},
+    "other": {"facecolor": GREEN, "hatch": ".."},
+    "trained": {"facecolor": SKY, "hatch": ""},
     "context": {"facecolor": "#d0d0d0", "hatch": "//"},
-    "empty": {"facecolor": "#ffffff", "hatch": "xx"},
+    "padding": {"facecolor": "#ffffff", "hatch": "xx"},
 }
 EDGE = {"edgecolor": "#404040", "linewidth": 0.6}
-WIDE, NARROW = 0.13, 0.06  # shares from which on a part has room for its name and share, and for its share alone
+WIDE, NARROW = 0.13, 0.06  # smallest shares with room for name and percentage, and for the percentage alone
 
 
 def draw_bars(axes: Axes, rows: dict[str, dict[str, float]]) -> None:
-    """A bar from 0 to 100 % for each row, the first on top; its parts are names of LOOK and their sizes."""
+    """One bar from 0 to 100 % per row, the first on top; `rows` is row label -> {key of LOOK: size}."""
     for y, parts in enumerate(rows.values()):
         left, total = 0.0, sum(parts.values()) or 1
         for name, size in parts.items():

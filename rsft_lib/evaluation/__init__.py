@@ -1,1 +1,1 @@
-"""What a trained model does: its answers in both modes, and the loss of single tokens."""
+"""Evaluation of a trained model: answers by mode, and token losses."""

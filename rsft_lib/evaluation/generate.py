@@ -1,4 +1,4 @@
-"""Answers from an exported model in either mode, or in the one it chooses, and how good they are."""
+"""Answers of an exported model in a forced mode, or the mode it chooses, and their scores."""
 
 import re
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ MARKS = re.compile("|".join((THINK, END_THINK, SHORT)))
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model wrote: the text from the control token on, its tokens, and whether it ended by itself."""
+    """An answer: its text from the control token on, its length in tokens, and whether it ended with EOS."""
 
     text: str
     tokens: int
@@ -31,10 +31,10 @@ def generate(
     max_new_tokens: int = 256,
     batch_size: int = BATCH,
 ) -> list[Answer]:
-    """Greedy answers of the model in folder `model` to one user message, or conversation, each.
+    """Greedy answers of the model in folder `model`; each prompt is a user message or a conversation.
 
     Args:
-        mode: 'think' or 'short' puts the control token before the answer; None lets the model choose.
+        mode: 'think' or 'short' forces the control token; None lets the model choose.
     """
     return generate_modes(model, prompts, [mode], Sampling(max_new_tokens), batch_size=batch_size)[mode]
 
@@ -50,7 +50,7 @@ def generate_modes(
     """The answers in each of several modes, with the model loaded once.
 
     Args:
-        modes: of 'think', 'short' and None, which lets the model choose; 'other' for one that knows no modes.
+        modes: 'think', 'short', None to let the model choose, or 'other' for a model without modes.
         engine: see `engines.open_engine`.
     """
     folder = existing(model, "exported model")
@@ -58,7 +58,7 @@ def generate_modes(
     answers = {}
     for mode in modes:
         ids = [_prompt_ids(tokenizer, prompt, mode) for prompt in prompts]
-        forced = int(mode in MODES)  # tokens at the end of every prompt that belong to the answer
+        forced = int(mode in MODES)  # control tokens at the end of the prompt, part of the answer
         written = write(ids, sampling)
         answers[mode] = [
             _answer(tokenizer, prompt[len(prompt) - forced :] + more) for prompt, more in zip(ids, written, strict=True)
@@ -67,8 +67,8 @@ def generate_modes(
 
 
 def _prompt_ids(tokenizer, prompt: str | Question, mode: str | None) -> list[int]:
-    asked = Question([{"role": "user", "content": prompt}]) if isinstance(prompt, str) else prompt
-    return prompt_ids(tokenizer, asked.messages, mode if mode in MODES else None, asked.tools)
+    question = Question([{"role": "user", "content": prompt}]) if isinstance(prompt, str) else prompt
+    return prompt_ids(tokenizer, question.messages, mode if mode in MODES else None, question.tools)
 
 
 def _answer(tokenizer, ids: list[int]) -> Answer:
@@ -78,15 +78,15 @@ def _answer(tokenizer, ids: list[int]) -> Answer:
 
 
 def chosen_mode(answer: Answer) -> str:
-    """The mode that an answer began with: 'think', 'short', or 'neither'."""
+    """The mode that an answer begins with: 'think', 'short', or 'neither'."""
     return next((mode for mode, token in MODES.items() if answer.text.startswith(token)), "neither")
 
 
 def well_formed(answer: Answer, mode: str) -> bool:
-    """Whether an answer keeps to its mode and ends.
+    """Whether an answer has the format of its mode and ends with EOS.
 
-    think: `<think>` thoughts `</think>` answer; short: `<short>` answer, with no thoughts; other: an answer without
-    control tokens, of a model that knows no modes.
+    think: `<think>` chain of thought `</think>` answer; short: `<short>` answer; other: an answer without control
+    tokens.
     """
     if mode == "other":
         return answer.ended and bool(answer.text.strip()) and not MARKS.search(answer.text)
@@ -96,24 +96,24 @@ def well_formed(answer: Answer, mode: str) -> bool:
     return answer.ended and begins and MARKS.findall(answer.text) == expected and bool(rest.strip())
 
 
-def is_right(answer: Answer, expected: str) -> bool:
-    """Whether the final answer, after any thoughts, is the expected one; numbers are compared as numbers."""
+def is_correct(answer: Answer, expected: str) -> bool:
+    """Whether the final answer, after any chain of thought, matches; numbers are compared by value."""
     if answer.text.startswith(THINK) and END_THINK not in answer.text:
-        return False  # it was still thinking
-    said = final_answer(answer.text)
-    return said is not None and normalized(said) == normalized(final_answer(expected) or expected)
+        return False  # the chain of thought was cut off
+    final = final_answer(answer.text)
+    return final is not None and normalized(final) == normalized(final_answer(expected) or expected)
 
 
 def score(answers: list[Answer], expected: list[str], mode: str | None) -> dict[str, float]:
-    """Shares of right and of well-formed answers, from 0 to 1, and their mean length in tokens.
+    """Accuracy, share of well-formed answers (both in [0, 1]), and mean length in tokens.
 
     Args:
-        mode: that of all answers; None for the one that each has chosen.
+        mode: the mode of all answers; None for the one that each chose.
     """
     n = len(answers)
-    right = sum(is_right(a, e) for a, e in zip(answers, expected, strict=True))
+    correct = sum(is_correct(a, e) for a, e in zip(answers, expected, strict=True))
     return {
-        "accuracy": right / n,
+        "accuracy": correct / n,
         "well_formed": sum(well_formed(a, mode or chosen_mode(a)) for a in answers) / n,
         "tokens": sum(a.tokens for a in answers) / n,
     }

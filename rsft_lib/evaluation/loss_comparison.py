@@ -1,4 +1,7 @@
-"""The loss of every trained token before and after a training: by sample and by kind, and which samples look wrong."""
+"""Losses of all trained tokens before and after a training: by sample, by kind (mode and span), and suspect samples.
+
+A suspect is a sample whose losses hint at a data error; REASONS lists the criteria.
+"""
 
 import hashlib
 from collections.abc import Iterator
@@ -11,27 +14,27 @@ from rsft_lib.data.span_kinds import KINDS, MODE_NAMES, SPAN_NAMES, control_toke
 from rsft_lib.data.store import TokenStore
 from rsft_lib.evaluation.score import TokenLosses
 
-CHUNK = 1 << 23  # tokens that are looked at together; takes some 500 MB
-ODD = 4.0  # robust standard deviations from the other samples of a mode, in logarithms, from which on one is odd
-LEAST = 0.05  # of a logarithm, as the spread of a mode at least
-ROSE = 1.05  # times the loss before
-TINY = 1e-4  # nats, so that the logarithm of no loss is a number
+CHUNK = 1 << 23  # tokens per chunk; takes some 500 MB
+OUTLIER = 4.0  # robust z-score of a sample's log loss within its mode, above which it is suspect
+MIN_SPREAD = 0.05  # smallest standard deviation assumed for the log losses of a mode
+ROSE = 1.05  # ratio of the loss after to the loss before, above which it has risen
+TINY = 1e-4  # nats, so that the logarithm of a zero loss is finite
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The samples of a store; float32 or int [samples], losses in nats per trained token."""
+    """One entry per sample of a store: float32 or int [samples], losses in nats per trained token."""
 
     before: TokenLosses
     after: TokenLosses
-    trained: np.ndarray  # tokens in the loss
+    trained: np.ndarray  # trained tokens
     loss_before: np.ndarray
     loss_after: np.ndarray
-    worst: np.ndarray  # the largest loss of a token after the training
-    worst_at: np.ndarray  # and its position
-    modes: np.ndarray  # entries of MODE_NAMES
-    same_as: np.ndarray  # the first sample with the same tokens; itself where there is none before it
-    by_kind: np.ndarray  # float64 [3, KINDS]: tokens, sums of losses before and after
+    worst: np.ndarray  # highest token loss after the training
+    worst_at: np.ndarray  # its position
+    modes: np.ndarray  # indices into MODE_NAMES
+    same_as: np.ndarray  # first sample with the same tokens: its own index unless it is a duplicate
+    by_kind: np.ndarray  # float64 [3, KINDS]: token counts, summed losses before, summed losses after
 
     @property
     def store(self) -> TokenStore:
@@ -42,89 +45,90 @@ class Comparison:
 
 
 class Suspect(NamedTuple):
-    """A sample that looks wrong, and why: names of REASONS."""
+    """A suspect sample, and why: keys of REASONS."""
 
     sample: int
     why: tuple[str, ...]
 
 
 REASONS = {
-    "rose": "its loss is higher after the training than before",
-    "outlier": "its loss is far above that of its mode",
-    "surprise": "one of its tokens is far less likely than any in other samples: a wrong digit, a typo",
-    "memorised": "its loss is far below that of its mode",
-    "twice": "an earlier sample has the same tokens",
+    "rose": "its loss rose during the training",
+    "outlier": "its loss is far above the median of its mode",
+    "surprise": "its highest token loss is far above that of other samples, as for a typo or a wrong digit",
+    "memorised": "its loss is far below the median of its mode",
+    "twice": "an earlier sample has the same tokens (duplicate)",
 }
 
 
 def compare(before: TokenLosses, after: TokenLosses) -> Comparison:
-    """Read both once, a part at a time.
+    """Compare two sets of token losses, in chunks.
 
     Raises:
-        ValueError: they are of different data, or of data without a trained token.
+        ValueError: they are of different data, or the data has no trained token.
     """
     if before.manifest["data_sha256"] != after.manifest["data_sha256"]:
-        raise ValueError(f"{before.store.folder} and {after.store.folder} are different data: score both on one")
+        raise ValueError(f"{before.store.folder} and {after.store.folder} are different data: score both on the same")
     by_kind, parts, seen = np.zeros((3, KINDS)), [], {}
     for first, last in _chunks(after.store):
-        columns, found = _part(before, after, first, last)
-        by_kind += found
+        columns, sums = _part(before, after, first, last)
+        by_kind += sums
         parts.append((*columns, _same_as(after.store, first, last, seen)))
     if not by_kind[0].sum():
         raise ValueError(f"{after.store.folder} has no trained token")
     return Comparison(before, after, *(np.concatenate(column) for column in zip(*parts, strict=True)), by_kind)
 
 
-def suspects(found: Comparison) -> list[Suspect]:
-    """The samples with any of REASONS, the oddest first."""
-    high, surprise = _oddness(found, found.loss_after), _oddness(found, found.worst)
-    is_odd = {
-        "rose": found.loss_after > ROSE * found.loss_before,
-        "outlier": high > ODD,
-        "surprise": surprise > ODD,
-        "memorised": high < -ODD,
-        "twice": found.same_as < np.arange(len(found)),
+def suspects(comparison: Comparison) -> list[Suspect]:
+    """The suspect samples: those whose loss rose first, then by decreasing z-score."""
+    high, surprise = (_z_scores(comparison, losses) for losses in (comparison.loss_after, comparison.worst))
+    applies = {
+        "rose": comparison.loss_after > ROSE * comparison.loss_before,
+        "outlier": high > OUTLIER,
+        "surprise": surprise > OUTLIER,
+        "memorised": high < -OUTLIER,
+        "twice": comparison.same_as < np.arange(len(comparison)),
     }
-    assert is_odd.keys() == REASONS.keys()
-    score = np.maximum(np.abs(high), surprise) + 1000 * is_odd["rose"]
-    numbers = np.flatnonzero(np.any(list(is_odd.values()), axis=0))
+    assert applies.keys() == REASONS.keys()
+    score = np.maximum(np.abs(high), surprise) + 1000 * applies["rose"]
+    numbers = np.flatnonzero(np.any(list(applies.values()), axis=0))
     numbers = numbers[np.argsort(-score[numbers], kind="stable")]
-    return [Suspect(i, tuple(why for why, odd in is_odd.items() if odd[i])) for i in numbers.tolist()]
+    return [Suspect(i, tuple(why for why, flags in applies.items() if flags[i])) for i in numbers.tolist()]
 
 
-def chosen(found: list[Suspect], reasons: str) -> list[int]:
-    """The samples that are suspected for one of some reasons, parted by commas.
+def chosen(suspected: list[Suspect], reasons: str) -> list[int]:
+    """The samples suspected for any of `reasons`, which are comma-separated.
 
     Raises:
-        ValueError: there is no such reason.
+        ValueError: a reason is unknown.
     """
     wanted = {reason.strip() for reason in reasons.split(",")} - {""}
     if unknown := wanted - REASONS.keys():
-        raise ValueError(f"no reason is called {', '.join(sorted(unknown))}; there are {', '.join(REASONS)}")
-    return [suspect.sample for suspect in found if wanted & set(suspect.why)]
+        raise ValueError(f"unknown reason {', '.join(sorted(unknown))}; choose from {', '.join(REASONS)}")
+    return [suspect.sample for suspect in suspected if wanted & set(suspect.why)]
 
 
-def typical(found: Comparison) -> list[int]:
-    """Of each mode the sample with the median loss after the training."""
-    by_mode = (np.flatnonzero(found.modes == mode) for mode in np.unique(found.modes))
-    return [int(numbers[np.argsort(found.loss_after[numbers])[len(numbers) // 2]]) for numbers in by_mode]
+def typical(comparison: Comparison) -> list[int]:
+    """The sample with the median loss after the training, for each mode."""
+    by_mode = (np.flatnonzero(comparison.modes == mode) for mode in np.unique(comparison.modes))
+    return [int(numbers[np.argsort(comparison.loss_after[numbers])[len(numbers) // 2]]) for numbers in by_mode]
 
 
-def hardest_spans(found: Comparison, count: int, width: int) -> list[tuple[int, int]]:
-    """(sample, position) of the `count` stretches of `width` trained tokens whose mean loss is highest after the
-    training; one of each sample at most.
+def hardest_spans(comparison: Comparison, count: int, width: int) -> list[tuple[int, int]]:
+    """(sample, position) of the `count` spans of `width` trained tokens with the highest mean loss after the training.
+
+    At most one span per sample.
     """
     best = np.zeros((0, 3))  # mean loss, sample, position
-    for first, last in _chunks(found.store):
-        begins, values = _values(found.after, first, last)
+    for first, last in _chunks(comparison.store):
+        begins, values = _values(comparison.after, first, last)
         known = np.isfinite(values)
         sums = np.cumsum(np.concatenate([[0.0], np.where(known, values, 0)]), dtype=np.float64)
         counts = np.cumsum(np.concatenate([[0], known]))
         means = np.full(len(values), -np.inf)
-        whole = counts[width:] - counts[:-width] == width if len(values) >= width else np.zeros(0, dtype=bool)
-        means[: len(whole)][whole] = (sums[width:] - sums[:-width])[whole] / width
+        complete = counts[width:] - counts[:-width] == width if len(values) >= width else np.zeros(0, dtype=bool)
+        means[: len(complete)][complete] = (sums[width:] - sums[:-width])[complete] / width
         top = np.maximum.reduceat(means, begins)
-        places = _first_places(means == np.repeat(top, found.store.lengths[first:last]), begins)
+        places = _first_places(means == np.repeat(top, comparison.store.lengths[first:last]), begins)
         rows = np.stack([top, np.arange(first, last), places - begins], axis=1)
         rows = np.concatenate([best, rows[np.isfinite(top)]])
         best = rows[np.argsort(-rows[:, 0], kind="stable")][:count]
@@ -132,7 +136,7 @@ def hardest_spans(found: Comparison, count: int, width: int) -> list[tuple[int, 
 
 
 def _chunks(store: TokenStore) -> Iterator[tuple[int, int]]:
-    """(first, last) samples, the last exclusive, of so many at a time."""
+    """(first, last) samples of each chunk, `last` exclusive."""
     begins, sample = store.ends - store.lengths, 0
     while sample < len(store):
         last = max(sample + 1, int(np.searchsorted(store.ends, begins[sample] + CHUNK, side="right")))
@@ -141,14 +145,14 @@ def _chunks(store: TokenStore) -> Iterator[tuple[int, int]]:
 
 
 def _values(losses: TokenLosses, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-    """(where each sample begins, the losses of all their tokens)."""
+    """(start of each sample, losses of all tokens) of samples `first` to `last`."""
     ends, lengths = losses.store.ends[first:last], losses.store.lengths[first:last]
     start = ends[0] - lengths[0]
     return ends - lengths - start, np.array(losses.values[start : ends[-1]])
 
 
 def _part(before: TokenLosses, after: TokenLosses, first: int, last: int) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
-    """(columns of Comparison up to `modes`, sums by kind) of the samples `first` to `last`."""
+    """(columns of Comparison from `trained` to `modes`, sums by kind) of samples `first` to `last`."""
     begins, later = _values(after, first, last)
     earlier, known = _values(before, first, last)[1], np.isfinite(later)
     lengths, counts = after.store.lengths[first:last], np.add.reduceat(known, begins, dtype=np.int64)
@@ -159,19 +163,19 @@ def _part(before: TokenLosses, after: TokenLosses, first: int, last: int) -> tup
     filled = np.where(known, later, -np.inf)
     worst = np.maximum.reduceat(filled, begins)
     worst_at = _first_places(filled == np.repeat(worst, lengths), begins) - begins
-    found = _kinds(after.store, first, last, known)
+    token_kinds = _kinds(after.store, first, last, known)
     first_trained = np.minimum(_first_places(known, begins), len(known) - 1)
-    modes = np.where(counts > 0, found[first_trained] // len(SPAN_NAMES), len(MODE_NAMES) - 1)
-    sums = [np.bincount(found[known], w, minlength=KINDS) for w in (None, earlier[known], later[known])]
+    modes = np.where(counts > 0, token_kinds[first_trained] // len(SPAN_NAMES), len(MODE_NAMES) - 1)
+    sums = [np.bincount(token_kinds[known], w, minlength=KINDS) for w in (None, earlier[known], later[known])]
     return (counts, *means, worst, worst_at, modes), np.array(sums)
 
 
 def _kinds(store: TokenStore, first: int, last: int, trained: np.ndarray) -> np.ndarray:
-    """The kind of each token of the samples `first` to `last`, uint8; one that is not trained has any."""
+    """The kind of each token of samples `first` to `last`, uint8; arbitrary for untrained tokens."""
     control = control_tokens(store)
     if control is None:
         return np.full(len(trained), (len(MODE_NAMES) - 1) * len(SPAN_NAMES) + SPAN_NAMES.index("answer"), np.uint8)
-    # Samples may follow each other without a gap: the first token of each is not trained.
+    # Answers of adjacent samples do not merge, since the first token of a sample is untrained.
     tokens = np.concatenate([store[i][0] for i in range(first, last)])
     return kinds(tokens, trained, control)
 
@@ -182,19 +186,19 @@ def _same_as(store: TokenStore, first: int, last: int, seen: dict[bytes, int]) -
 
 
 def _first_places(wanted: np.ndarray, begins: np.ndarray) -> np.ndarray:
-    """Where the first True at or after each of `begins` is; the length where there is none."""
+    """The position of the first True at or after each of `begins`; `len(wanted)` if there is none."""
     places = np.append(np.flatnonzero(wanted), len(wanted))
     return places[np.searchsorted(places, begins)]
 
 
-def _oddness(found: Comparison, losses: np.ndarray) -> np.ndarray:
-    """How many robust standard deviations each sample is from the median of its mode, in logarithms: float [samples].
+def _z_scores(comparison: Comparison, losses: np.ndarray) -> np.ndarray:
+    """Robust z-score of each sample's log loss within its mode, float [samples].
 
-    The median absolute deviation is 0.6745 standard deviations of a normal distribution, and odd ones do not move it.
+    The scale is the median absolute deviation, which is 0.6745 standard deviations of a normal distribution.
     """
-    logs, odd = np.log(np.maximum(losses, TINY)), np.zeros(len(losses))
-    for mode in np.unique(found.modes):
-        chosen = found.modes == mode
+    logs, scores = np.log(np.maximum(losses, TINY)), np.zeros(len(losses))
+    for mode in np.unique(comparison.modes):
+        chosen = comparison.modes == mode
         off = logs[chosen] - np.median(logs[chosen])
-        odd[chosen] = off / max(np.median(np.abs(off)) / 0.6745, LEAST)
-    return odd
+        scores[chosen] = off / max(np.median(np.abs(off)) / 0.6745, MIN_SPREAD)
+    return scores

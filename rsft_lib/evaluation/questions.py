@@ -1,4 +1,4 @@
-"""Questions that a model is asked: held-out ones with all that comes before the answer, each once."""
+"""Evaluation questions: the distinct prompts of held-out records, with their full conversation."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from rsft_lib.tokenizer.chat import MODES
 
 
 class Question(NamedTuple):
-    """A conversation up to where the model answers, and the final answer that is expected, if it is known."""
+    """A conversation up to the answer, and the expected final answer, if known."""
 
     messages: list[dict]
     tools: list[dict] | None = None
@@ -19,20 +19,20 @@ class Question(NamedTuple):
 
     @property
     def text(self) -> str:
-        """What was asked last."""
+        """The last message."""
         return self.messages[-1]["content"]
 
 
 def held_out_questions(path: str | Path, count: int) -> list[Question]:
-    """The first `count` questions of a file of records; one that several records answer is asked once.
+    """The first `count` distinct questions of a file of records.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a record cannot be read, there is no question, or none is asked for.
+        ValueError: a record is invalid, there is no question, or `count` is below 1.
     """
     if count < 1:
-        raise ValueError(f"questions is {count}; ask at least 1")
-    found: dict[str, Question] = {}
+        raise ValueError(f"questions is {count}; expected at least 1")
+    questions: dict[str, Question] = {}
     for place, record in read_records(existing(path, "held-out records")):
         try:
             messages, tools, _ = conversation(record)
@@ -42,19 +42,19 @@ def held_out_questions(path: str | Path, count: int) -> list[Question]:
             messages = messages[:-1]
         answer = record.get("answer")
         if messages:
-            asked = Question(messages, tools, None if is_empty(answer) else str(answer))
-            found.setdefault(json.dumps(messages), asked)
-        if len(found) == count:
+            question = Question(messages, tools, None if is_empty(answer) else str(answer))
+            questions.setdefault(json.dumps(messages), question)
+        if len(questions) == count:
             break
-    if not found:
-        raise ValueError(f"{path} holds no question")
-    return list(found.values())
+    if not questions:
+        raise ValueError(f"{path} contains no questions")
+    return list(questions.values())
 
 
 def modes_asked(path: str | Path) -> list[str | None]:
-    """In which modes a model that learned from such records is asked, by the field `mode` that notebook 03 writes.
+    """The modes in which to evaluate a model trained on such records, by their field `mode` (from notebook 03).
 
-    In each mode and, as None, in the one that it chooses; or in 'other' alone, where no record has a control token.
+    Each mode, and None for the model's choice; only 'other' if no record has a control token.
     """
     modes = {str(record.get("mode")) for _, record in read_records(existing(path, "held-out records"))}
     return ["other"] if modes == {"other"} else [*MODES, None]

@@ -1,8 +1,8 @@
-"""The loss of every token of a dataset under a checkpoint, written beside nothing else: for maps of before and after.
+"""Per-token loss of a tokenized dataset under a checkpoint.
 
 torchrun ... -m rsft_lib.evaluation.score --checkpoint CHECKPOINT --data TOKENS --output FOLDER
 
-token_loss.bin   float32, one for each token of the store in its order; NaN where nothing was predicted or trained
+token_loss.bin   float32, one per token of the store, in order; NaN for untrained tokens
 manifest.json    checkpoint, data, and the mean loss
 """
 
@@ -36,20 +36,20 @@ FILE = "token_loss.bin"
 
 
 class TokenLosses:
-    """What `score` wrote: `losses[i]` is float32 [n], the loss of each token of sample i, NaN where there is none."""
+    """The output of `score`: `losses[i]` is float32 [n], the loss in nats of each token of sample i; NaN: untrained."""
 
     def __init__(self, folder: str | Path):
         """Open a finished folder.
 
         Raises:
-            FileNotFoundError: it was not finished.
-            ValueError: the data it was made from has changed since.
+            FileNotFoundError: the folder or its data is missing or unfinished.
+            ValueError: the data has changed since.
         """
         folder = existing(folder, "folder of token losses")
         self.manifest = read_manifest(folder)
         self.store = TokenStore(existing(self.manifest["data"], "data"))
         if file_hash(self.store.folder / MANIFEST) != self.manifest["data_sha256"]:
-            raise ValueError(f"{self.store.folder} has changed since {folder} was made: score again")
+            raise ValueError(f"{self.store.folder} has changed since {folder} was written: score again")
         self.values = np.memmap(folder / FILE, dtype=np.float32, mode="r")
 
     def __len__(self) -> int:
@@ -61,11 +61,14 @@ class TokenLosses:
 
 
 def score(checkpoint: str | Path, data: str | Path, output: str | Path, backend: str = "auto") -> Path | None:
-    """Write the losses of all trained tokens, every rank its share of the samples; rank 0 returns the folder.
+    """Write the losses of all trained tokens, with packs distributed over ranks.
+
+    Returns:
+        The folder on rank 0, None on other ranks.
 
     Raises:
         FileNotFoundError: the checkpoint or the data is missing or unfinished.
-        FileExistsError: `output` is something else, or has the losses of other data or another checkpoint.
+        FileExistsError: `output` was not made by scoring, or has losses of other data or another checkpoint.
     """
     checkpoint, store = existing(checkpoint, "checkpoint"), TokenStore(existing(data, "data"))
     longest = int(store.lengths.max()) - 1
@@ -76,7 +79,7 @@ def score(checkpoint: str | Path, data: str | Path, output: str | Path, backend:
     for index in range(rank, len(dataset), world):
         places, values = _pack_losses(model, dataset, index)
         losses[places] = values
-    # Each token is known to one rank; the others say NaN.
+    # Each loss is finite on one rank and NaN on the others.
     known = losses.isfinite()
     losses = losses.where(known, 0.0)
     for part in (losses, counts := known.to(torch.uint8)):
@@ -105,18 +108,18 @@ def _model(checkpoint: Path, longest: int, backend: str) -> ResponseModel:
 
 @torch.no_grad()
 def _pack_losses(model: ResponseModel, dataset: PackedDataset, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(places in the store, losses) of the trained tokens of one pack."""
+    """(positions in the store int64 [n], losses float32 [n]) of the trained tokens of one pack."""
     batch, store = dataset.batch([index]), dataset.store
     positions = (batch["loss_mask"][0] > 0).nonzero()[:, 0]
     targets = Targets(positions, batch["labels"][0, positions], batch["loss_mask"][0, positions])
-    found = model(
+    output = model(
         batch["tokens"].to(device()), batch["position_ids"].to(device()),
         labels=Targets(*(tensor.to(device()) for tensor in targets)),
         samples=packed(batch["cu_seqlens"].tolist(), device()),
     )  # fmt: skip
-    # A position predicts the token after it.
+    # A position predicts the next token.
     labels = [np.arange(store.ends[s] - store.lengths[s] + 1, store.ends[s]) for s in dataset.samples([index])]
-    return torch.from_numpy(np.concatenate(labels))[positions], -found.log_probabilities[:, 0].cpu()
+    return torch.from_numpy(np.concatenate(labels))[positions], -output.log_probabilities[:, 0].cpu()
 
 
 def _sum_over_ranks(values: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Token losses that are made once, and found again as long as checkpoint and data are the same."""
+"""Token losses, cached by checkpoint and data."""
 
 import hashlib
 from pathlib import Path
@@ -10,29 +10,29 @@ from rsft_lib.launch import launch_scoring
 
 
 def scored(checkpoint: str | Path, data: str | Path, folder: str | Path, nproc: int) -> TokenLosses:
-    """The token losses of data under a checkpoint, from `<folder>-<what they are of>` if they are there already.
+    """The token losses of data under a checkpoint, from `<folder>-<key>` if that exists, else computed there.
 
     Raises:
         FileNotFoundError: the checkpoint or the data is missing.
-        RuntimeError: the scoring failed; the message has the traceback.
+        RuntimeError: scoring failed; the message contains the traceback.
     """
     checkpoint, data = existing(checkpoint, "checkpoint"), existing(data, "data")
-    folder = resolve(f"{folder}-{_identity(checkpoint, data)}")
+    folder = resolve(f"{folder}-{_cache_key(checkpoint, data)}")
     try:
         verify(folder)
-        print(f"{folder} is there already, of the same checkpoint and data")
+        print(f"{folder}: using cached losses of this checkpoint and data")
     except (OSError, ValueError):
         launch_scoring(checkpoint, data, folder, nproc)
     return TokenLosses(folder)
 
 
-def _identity(checkpoint: Path, data: Path) -> str:
-    """Twelve digits that are others where the checkpoint or the data is another."""
+def _cache_key(checkpoint: Path, data: Path) -> str:
+    """A 12-hex-digit key that changes with checkpoint or data."""
     digest = hashlib.sha256(str(checkpoint).encode())
     for folder in (checkpoint, data):
         if (folder / MANIFEST).is_file():
             digest.update((folder / MANIFEST).read_bytes())
-        else:  # of somebody else
+        else:  # not written by this kit
             files = sorted(path for path in folder.iterdir() if path.is_file())
             digest.update(repr([(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]).encode())
     return digest.hexdigest()[:12]

@@ -1,4 +1,4 @@
-"""What a run tells by mode and span, and how it is drawn."""
+"""Metrics by mode and span, and their plots."""
 
 import json
 import shutil
@@ -18,8 +18,7 @@ from rsft_lib.data.store import TokenStore
 from rsft_lib.data.tokenize import tokenize
 from rsft_lib.display.live.live import LiveRun
 from rsft_lib.display.plot_style import plain_numbers
-from rsft_lib.display.runs.curves import plot_curves
-from rsft_lib.display.runs.summary import summary
+from rsft_lib.display.runs.curves import plot_curves, summary
 from rsft_lib.notebook import run as run_notebook
 from rsft_lib.tokenizer.patch import load_tokenizer, patch_tokenizer
 from rsft_lib.training.metrics import read_metrics
@@ -31,7 +30,7 @@ CHOICES = {"p_think_when_think", "p_think_when_short", "think_share"}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A hybrid of the demo's problems, and a run on it."""
+    """A hybrid dataset of demo problems, and a run on it."""
     folder = tmp_path_factory.mktemp("modes")
     model = demo.make_model(folder / "model", seed=1)
     patch_tokenizer(model, folder / "tokenizer", {"<|quad_start|>": "<short>"})
@@ -48,7 +47,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_losses_and_the_choice_are_told_by_mode_of_the_samples_of_the_step(folder):
+def test_metrics_by_mode_match_the_samples_of_the_step(folder):
     store, tokenizer = TokenStore(folder / "train"), load_tokenizer(folder / "tokenizer")
     data, records = PackedDataset(store, 256, seed=1234), read_metrics(folder / "run")
     assert len(records) == STEPS
@@ -63,17 +62,17 @@ def test_losses_and_the_choice_are_told_by_mode_of_the_samples_of_the_step(folde
         assert all(0 < value < 1 for name, value in record.items() if name.startswith("p_think"))
 
 
-def test_evaluations_are_told_by_mode(folder):
+def test_evaluations_have_metrics_by_mode(folder):
     evaluated = [record for record in read_metrics(folder / "run") if "eval_loss" in record]
     assert [record["iteration"] for record in evaluated] == [3, 6]
     assert all(record.keys() >= {f"eval_{name}" for name in LOSSES | CHOICES} for record in evaluated)
 
 
-def test_every_picture_of_a_run_has_its_lines(folder, capsys):
+def test_every_panel_of_a_run_has_its_lines(folder, capsys):
     axes = {axis.get_title(loc="left").split(",")[0]: axis for axis in plot_curves(folder / "run").axes}
-    by_kind = axes["loss by mode (line) and by span (dots)"]
-    assert {text.get_text() for text in by_kind.get_legend().get_texts()} >= {"<think>", "<short>", "answer", "end"}
-    assert len(axes["probability of <think> against <short>"].lines) == 3
+    by_kind = axes["loss by mode (solid) and span (dotted)"]
+    assert {text.get_text() for text in by_kind.get_legend().get_texts()} >= {"<think>", "<short>", "answer", "EOS"}
+    assert len(axes["probability of <think> vs. <short>"].lines) == 3
     assert all(axis.lines for axis in axes.values()) and len(axes) == 6
     assert "P(<think>)" in summary(folder / "run", {}, folder / "model")
     live = LiveRun(folder / "run", STEPS)
@@ -83,7 +82,7 @@ def test_every_picture_of_a_run_has_its_lines(folder, capsys):
 
 
 @pytest.mark.parametrize("limits", [(9.8, 12.4), (10.2, 12.3), (0.9, 5.5), (0.06, 12.0), (1e-4, 12.0)])
-def test_a_loss_axis_of_any_length_has_labels_to_read_it_by(limits):
+def test_a_loss_axis_of_any_range_has_readable_labels(limits):
     figure, axes = plt.subplots()
     axes.plot([1, 2], limits)
     axes.set_yscale("log")
@@ -97,7 +96,7 @@ def test_a_loss_axis_of_any_length_has_labels_to_read_it_by(limits):
     plt.close(figure)
 
 
-def test_data_without_modes_is_drawn_too_and_alarms_are_marked(tmp_path, capsys):
+def test_data_without_modes_is_plotted_and_alarms_are_marked(tmp_path, capsys):
     tiny_model(tmp_path / "hf")
     convert(tmp_path / "hf", tmp_path / "megatron")
     store = random_store(tmp_path / "store")
@@ -107,7 +106,7 @@ def test_data_without_modes_is_drawn_too_and_alarms_are_marked(tmp_path, capsys)
     last = json.dumps({**json.loads(last), "alarms": ["loss spike"]}) + "\n"
     (tmp_path / "run" / "metrics.jsonl").write_text("".join([*before, last]))
     axes = {axis.get_title(loc="left").split(",")[0]: axis for axis in plot_curves(tmp_path / "run").axes}
-    assert axes["loss by mode (line) and by span (dots)"].texts[0].get_text() == "the data tells no modes"
+    assert axes["loss by mode (solid) and span (dotted)"].texts[0].get_text() == "the data has no modes"
     assert [line.get_xdata()[0] for line in axes["loss per trained token"].lines[2:]] == [2]
     live = LiveRun(tmp_path / "run", 2)
     live.poll()
@@ -115,12 +114,12 @@ def test_data_without_modes_is_drawn_too_and_alarms_are_marked(tmp_path, capsys)
 
 
 def outputs(path) -> list[dict]:
-    """What the cells of an executed notebook displayed."""
+    """The displayed outputs of an executed notebook."""
     cells = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
     return [output.data for cell in cells for output in cell.outputs if "data" in output]
 
 
-def test_notebook_06_overlays_runs_and_saves_pictures(folder, tmp_path):
+def test_notebook_06_overlays_runs_and_saves_figures(folder, tmp_path):
     shutil.copytree(folder / "run", tmp_path / "other")
     (tmp_path / "other" / "ended.json").unlink()
     given = {"runs": f"{folder / 'run'}, {tmp_path / 'other'}", "by": "token", "output": str(tmp_path / "out")}
@@ -143,7 +142,7 @@ def lab(folder):
     return [run_notebook(notebook, folder / name, given) for name in ("first", "second")]
 
 
-def test_notebook_08_scores_both_checkpoints_as_the_training_did_and_filters_the_data(folder, lab):
+def test_notebook_08_scores_both_checkpoints_and_filters_the_data(folder, lab):
     executed, status = lab[0]
     after = next(r for r in read_metrics(folder / "run") if r["iteration"] == STEPS)
     assert status["losses"]["after"] < status["losses"]["before"] and after["loss"] < status["losses"]["before"]
@@ -159,7 +158,7 @@ def test_notebook_08_scores_both_checkpoints_as_the_training_did_and_filters_the
     assert executed.stat().st_size < 1_000_000
 
 
-def test_notebook_08_run_again_finds_the_scores_and_says_the_same(lab):
+def test_notebook_08_run_again_uses_the_cache_and_reports_the_same(lab):
     (_, first), (executed, second) = lab
     assert {**first, "finished": ""} == {**second, "finished": ""}
-    assert executed.read_text().count("is there already, of the same checkpoint and data") == 2
+    assert executed.read_text().count("using cached losses of this checkpoint and data") == 2

@@ -1,4 +1,4 @@
-"""Statistics of a store, and what lengths cost, against a walk sample by sample."""
+"""Statistics of a store and the cost of length settings, against loops over the samples."""
 
 import io
 from pathlib import Path
@@ -52,7 +52,7 @@ def write_store(folder: Path, samples: list[tuple[list[int], list[int]]], length
 
 
 @pytest.mark.parametrize("chunk", [1, 17, 100, 1 << 24])
-def test_columns_are_those_of_a_walk_over_every_sample(chunk, monkeypatch, tmp_path):
+def test_columns_match_a_loop_over_the_samples(chunk, monkeypatch, tmp_path):
     monkeypatch.setattr(sample_stats, "CHUNK", chunk)
     rng = np.random.default_rng(0)
     written = [random_sample(rng) for _ in range(300)]
@@ -71,7 +71,7 @@ def test_columns_are_those_of_a_walk_over_every_sample(chunk, monkeypatch, tmp_p
 
 
 @pytest.mark.parametrize("mask", [[0, 0, 0, 0], [1, 1, 1, 1], [0, 1, 1, 1], [1, 0, 0, 0]])
-def test_a_sample_of_which_all_or_nothing_is_trained_is_named(mask, tmp_path):
+def test_a_sample_with_all_or_no_targets_trained_is_rejected(mask, tmp_path):
     good = ([1, 9, SHORT, EOS], [0, 0, 1, 1])
     store = write_store(tmp_path / "store", [good, good, ([1, 9, 9, EOS], mask), good])
     with pytest.raises(ValueError, match="in 1 samples all or none of the targets are trained, first in sample 2"):
@@ -90,13 +90,13 @@ def stored(tmp_path: Path, name: str, lengths: list[int], count: int) -> Samples
     return sample_stats.measure(write_store(tmp_path / name, samples, lengths), TOKENIZER)
 
 
-def test_records_that_were_dropped_or_cut_count_with_the_lengths_they_had(tmp_path):
+def test_dropped_and_truncated_records_count_with_their_original_lengths(tmp_path):
     kept = [11 + i for i in range(5)]
     dropped = stored(tmp_path, "dropped", [99, *kept[:2], 40, *kept[2:], 17], 5)
     assert sorted(dropped.dropped.tolist()) == [17, 40, 99] and dropped.lengths.tolist() == kept
     cut = stored(tmp_path, "cut", [*kept[:4], 80], 5)
     assert cut.lengths.tolist() == [*kept[:4], 80] and not len(cut.dropped)
-    with pytest.raises(ValueError, match="do not fit 5 samples: tokenize again"):
+    with pytest.raises(ValueError, match="do not match 5 samples: tokenize again"):
         stored(tmp_path, "wrong", [*kept, 3, 99], 5)
 
     table = overlong_costs(dropped, [16, 40])
@@ -106,12 +106,12 @@ def test_records_that_were_dropped_or_cut_count_with_the_lengths_they_had(tmp_pa
 
 
 def columns(table) -> list[dict]:
-    """The columns of a table but the first, which names what stands beside it."""
+    """The columns of a table, except the first, which has the row labels."""
     names, *rest = zip(table.columns, *table.rows, strict=True)
     return [dict(zip(names, column, strict=True)) for column in rest]
 
 
-def test_costs_are_those_of_cutting_and_dropping_every_sample(tmp_path):
+def test_costs_match_truncating_and_dropping_every_sample(tmp_path):
     rng = np.random.default_rng(1)
     written = [random_sample(rng) for _ in range(200)]
     samples = sample_stats.measure(write_store(tmp_path / "store", written), TOKENIZER)
@@ -133,7 +133,7 @@ def test_costs_are_those_of_cutting_and_dropping_every_sample(tmp_path):
         assert row["truncate: without </think>"] == sum(bool(at) and at[-1] >= limit for at in ended)
 
 
-def test_an_exact_fit_is_not_over_long_and_the_table_goes_up_to_what_holds_all(tmp_path):
+def test_an_exact_fit_is_not_over_long_and_the_largest_limit_holds_all_samples(tmp_path):
     samples = stored(tmp_path, "store", (), 600)
     longest = int(samples.lengths.max())
     assert overlong_costs(samples, [longest, longest - 1]).rows[0][1:] == (0, 1)
@@ -149,18 +149,18 @@ def test_layouts_are_counted_row_by_row():
     batches = [order[i : i + BATCH] for i in range(0, len(order), BATCH)]
     assert batched.positions == sum(max(b) * len(b) for b in batches) and batched.rows == 203
     assert (padded.rows, padded.positions, padded.bytes) == (203, 203 * 512, 203 * 512 * 8)
-    useful = (lengths - 1).sum()
+    used = (lengths - 1).sum()
     table = layout_costs(lengths, 512)
-    assert [row[3] for row in table.rows] == [useful / x.positions for x in (packed, *layouts(lengths, 512)[1:])]
+    assert [row[3] for row in table.rows] == [used / x.positions for x in (packed, *layouts(lengths, 512)[1:])]
     with pytest.raises(ValueError, match="a pack has 100"):
         layouts(lengths, 100)
 
 
-def test_half_of_the_tokens_is_reached_where_the_long_samples_are():
+def test_the_token_weighted_median_is_dominated_by_long_samples():
     assert half_of_tokens(np.array([1, 1, 1, 1, 100])) == 100 and half_of_tokens(np.array([5, 5, 5, 5])) == 5
 
 
-def test_the_picture_has_every_panel_words_for_colours_and_leaves_no_figure_open(tmp_path):
+def test_the_figure_has_all_panels_with_legends_and_is_closed(tmp_path):
     rng = np.random.default_rng(0)
     samples = sample_stats.measure(write_store(tmp_path / "store", [random_sample(rng) for _ in range(80)]), TOKENIZER)
     before = plt.get_fignums()
@@ -172,12 +172,12 @@ def test_the_picture_has_every_panel_words_for_colours_and_leaves_no_figure_open
     for axes in figure.axes:
         assert axes.get_title(loc="left") and axes.get_legend()
         hatches = {handle.get_hatch() for handle in axes.get_legend().legend_handles}
-        assert len(hatches) == len(axes.get_legend().legend_handles)  # told apart without colour
+        assert len(hatches) == len(axes.get_legend().legend_handles)  # distinguishable without colour
     shares = sum(bar.get_height() for bar in figure.axes[0].patches)
     assert shares == pytest.approx(1)
 
 
-def test_one_sample_and_one_mode_are_pictured_too(tmp_path):
+def test_a_single_sample_can_be_plotted(tmp_path):
     samples = sample_stats.measure(write_store(tmp_path / "store", [([1, 9, SHORT, EOS], [0, 0, 1, 1])]), TOKENIZER)
     plot_lengths(samples, 16).savefig(io.BytesIO())
 
@@ -197,12 +197,12 @@ BUILT = {
 }  # fmt: skip
 
 
-def test_a_datasets_tables_and_picture_say_what_was_counted():
-    said = repr(dataset.balance_table(BUILT))
-    assert "90.0%" in said and "10.0%" in said and " 180 " in said and "answer tokens" in said
+def test_dataset_tables_and_plot_have_the_counts():
+    text = repr(dataset.balance_table(BUILT))
+    assert "90.0%" in text and "10.0%" in text and " 180 " in text and "answer tokens" in text
     origin = dict(dataset.origin_table(BUILT).rows)
     assert origin["records read"] == 12 and origin["= samples"] == 12 == 12 - 1 - 2 + 3
-    assert origin["found: final answers differ"] == 1
+    assert origin["finding: final answers differ"] == 1
     before = plt.get_fignums()
     figure = dataset.plot_balance(BUILT)
     texts = [text.get_text() for text in figure.axes[0].texts]

@@ -1,4 +1,4 @@
-"""A training that is watched, with a stand-in for it and real kernels."""
+"""The live dashboard, with a stand-in for the training and real kernels."""
 
 import json
 import time
@@ -18,7 +18,7 @@ from rsft_lib.display.live.run_card import LOG_LINES, Card, duration, log_end, p
 
 
 def watching(folder: Path, more: str = "", **job) -> str:
-    """A cell that watches a stand-in."""
+    """The source of a cell that watches a stand-in."""
     arguments = "".join(f", {name}={value!r}" for name, value in job.items())
     return (
         f"import sys; sys.path.insert(0, {str(TESTS)!r})\n"
@@ -34,7 +34,7 @@ def executed(source: str) -> nbformat.NotebookNode:
 
 @pytest.fixture(scope="module")
 def long(tmp_path_factory):
-    """A notebook that watched 100,000 steps and a log of 100 MB, as papermill runs one."""
+    """A headless notebook that watched 100,000 steps and a log of 100 MB."""
     folder = tmp_path_factory.mktemp("long")
     end = "<script>alert(1)</script>\\n\\x1b[31mred\\x1b[0m 50%\\r99%\\n"
     log = f"('x' * 99 + '\\n') * 1_000_000 + 'z' * 100_000 + '\\n{end}'"
@@ -42,7 +42,7 @@ def long(tmp_path_factory):
     return executed(source), folder
 
 
-def test_however_long_a_run_it_leaves_a_card_a_picture_and_a_few_lines(long):
+def test_a_long_headless_run_leaves_a_card_a_plot_and_a_few_lines(long):
     book, folder = long
     outputs = book.cells[0].outputs
     shown = [output.data for output in outputs if output.output_type == "display_data"]
@@ -54,19 +54,19 @@ def test_however_long_a_run_it_leaves_a_card_a_picture_and_a_few_lines(long):
     assert len(json.dumps(outputs)) < 300_000 and len(shown[0]["text/html"]) < 5_000
 
 
-def test_the_end_of_the_log_is_shown_as_text_and_as_it_stood_on_the_screen(long):
+def test_the_end_of_the_log_is_shown_as_a_terminal_would(long):
     card = long[0].cells[0].outputs[0].data["text/html"]
     assert "<script" not in card and "\x1b" not in card
     assert "\n&lt;script&gt;alert(1)&lt;/script&gt;\n" in card and "red" not in card
     assert card.count("z") < 200 and "\n99%</pre>" in card
 
 
-def test_the_card_says_how_the_run_ended(long):
+def test_the_card_shows_how_the_run_ended(long):
     assert "step 100,000 of 100,000 · 100.0% · finished" in long[0].cells[0].outputs[0].data["text/plain"]
 
 
 class Kernel:
-    """A kernel and a front end that says which cell it runs, as JupyterLab does."""
+    """A kernel, and a front end that sends the cell id, as JupyterLab does."""
 
     def __init__(self):
         self.manager, self.client = start_new_kernel()
@@ -88,14 +88,14 @@ class Kernel:
         self.client.shell_channel.send(message)
 
     def outputs(self, request: str) -> list[dict]:
-        """What the kernel published until it had done with a request."""
-        found = []
+        """Messages that the kernel published for a request, up to its end."""
+        published = []
         while True:
             message = self.client.get_iopub_msg(timeout=120)
             if message["parent_header"].get("msg_id") == request:
-                found.append(message)
+                published.append(message)
                 if message["msg_type"] == "status" and message["content"]["execution_state"] == "idle":
-                    return found
+                    return published
 
 
 @pytest.fixture(scope="module")
@@ -119,27 +119,27 @@ def test_a_click_on_the_button_stops_the_job_while_the_cell_waits(kernel, tmp_pa
     subshell = kernel.subshell() if "subshell" in through else None
     request = kernel.run(watching(tmp_path, train_iters=100_000, pause=0.02))
     kernel.click(wait_for(tmp_path / "button"), subshell)
-    later = kernel.run("print('the next cell')")  # comes while the first one runs
+    later = kernel.run("print('the next cell')")  # arrives while the first cell runs
     published = kernel.outputs(request)
     assert json.loads((tmp_path / "ended.json").read_text())["reason"] == "SIGTERM"
     updates = [m["content"]["data"] for m in published if m["msg_type"] == "update_display_data"]
     cards = [data["text/plain"] for data in updates if "text/html" in data]
     shown = [m["content"]["data"]["text/plain"] for m in published if m["msg_type"] == "display_data"]
     assert "training starts (waits in the queue)" in shown
-    assert "stopped by you and saved; run again to go on" in cards[-1]
-    assert not [m for m in published if m["msg_type"] == "stream"], "somebody looks: no lines are printed"
-    assert "comm_close" in {m["msg_type"] for m in published}, "the button goes"
+    assert "stopped by you and saved; run again to resume" in cards[-1]
+    assert not [m for m in published if m["msg_type"] == "stream"], "interactive: no lines are printed"
+    assert "comm_close" in {m["msg_type"] for m in published}, "the button is removed"
     assert "the next cell" in str(kernel.outputs(later))
 
 
-def test_who_pressed_the_button_sees_no_error_at_the_end(kernel, tmp_path):
+def test_stopping_interactively_ends_without_an_error(kernel, tmp_path):
     finish = f"from rsft_lib import notebook\nnotebook.finish({str(tmp_path)!r}, status='stopped', hint='run again')"
     published = kernel.outputs(kernel.run(finish))
     (shown,) = (m["content"]["data"]["text/plain"] for m in published if m["msg_type"] == "display_data")
     assert shown.startswith("run again\nstopped: ") and "error" not in {m["msg_type"] for m in published}
 
 
-def test_an_interrupt_goes_to_the_job(kernel, tmp_path):
+def test_an_interrupt_reaches_the_job(kernel, tmp_path):
     request = kernel.run(watching(tmp_path, train_iters=100_000, pause=0.02))
     wait_for(tmp_path / "button")
     kernel.manager.interrupt_kernel()
@@ -147,18 +147,18 @@ def test_an_interrupt_goes_to_the_job(kernel, tmp_path):
     assert (tmp_path / "interrupted").exists()
 
 
-def test_what_the_job_raises_is_raised_after_the_last_card(tmp_path):
+def test_the_error_of_the_job_is_raised_after_the_last_card(tmp_path):
     with pytest.raises(Exception, match="a rank failed"):
         executed(watching(tmp_path, train_iters=5, fail="a rank failed"))
 
 
-def test_a_fault_in_showing_does_not_end_the_training(tmp_path, capsys):
+def test_an_error_in_the_display_does_not_stop_the_training(tmp_path, capsys):
     job = Job(tmp_path, 3)
     job.tail = lambda lines: 1 / 0
     live = LiveRun(tmp_path, 3)
     live.run.read = lambda: 1 / 0
     job.wait(live.poll)
-    assert capsys.readouterr().out.count("the dashboard stopped (ZeroDivisionError") == 1
+    assert capsys.readouterr().out.count("the dashboard failed (ZeroDivisionError") == 1
     assert json.loads((tmp_path / "ended.json").read_text())["reason"] == "finished"
 
 
@@ -167,7 +167,7 @@ def write(path: Path, text: str, how: str = "a") -> None:
         file.write(text)
 
 
-def test_a_file_that_grows_is_read_once_and_anew_when_another_takes_its_place(tmp_path):
+def test_a_growing_file_is_read_once_and_again_if_replaced(tmp_path):
     run, path = Follower(tmp_path), tmp_path / "metrics.jsonl"
     assert not run.read()
     lines = [json.dumps({"iteration": i, "loss": i / 10, "eval_loss": None}) + "\n" for i in range(1, 6)]
@@ -180,13 +180,13 @@ def test_a_file_that_grows_is_read_once_and_anew_when_another_takes_its_place(tm
     assert run.read() and list(run.lines["loss"][1]) == [0.1, 0.4, 0.5]
 
 
-def test_the_start_of_a_run_that_goes_on_is_no_part_of_its_pace(tmp_path, capsys, monkeypatch):
+def test_the_startup_of_a_resumed_run_does_not_count_towards_its_speed(tmp_path, capsys, monkeypatch):
     clock, path = [0.0], tmp_path / "metrics.jsonl"
     monkeypatch.setattr("rsft_lib.display.live.live.time.monotonic", lambda: clock[0])
     lines = [json.dumps(record(step, 12)) + "\n" for step in range(1, 13)]
     write(path, "".join(lines[:6]))
     live = LiveRun(tmp_path, 12, types.SimpleNamespace(state="waits", tail=lambda lines: ""), widgets=False)
-    for count in (6, 4, 5, 6, 7):  # as it was found, as it is cut to the checkpoint, and then step by step
+    for count in (6, 4, 5, 6, 7):  # as left by the earlier run, cut back to the checkpoint, then step by step
         write(tmp_path / "new", "".join(lines[:count]), "w")
         (tmp_path / "new").replace(path)
         live.poll()
@@ -198,7 +198,7 @@ def test_the_start_of_a_run_that_goes_on_is_no_part_of_its_pace(tmp_path, capsys
     assert "training starts (waits)" in repr(LiveRun(tmp_path, 12, live.job, widgets=False)._card())
 
 
-def test_many_alarms_are_counted_and_the_last_are_told(tmp_path):
+def test_many_alarms_are_counted_and_the_last_are_shown(tmp_path):
     run = Follower(tmp_path)
     for step in range(1, 101):
         write(tmp_path / "metrics.jsonl", json.dumps({"iteration": step, "loss": 1.0, "alarms": ["<b>spike"]}) + "\n")
@@ -209,7 +209,7 @@ def test_many_alarms_are_counted_and_the_last_are_told(tmp_path):
     assert "about 1 min 30 s left" in repr(card) and repr(card).count("ALARM") == 3
 
 
-def test_a_value_that_the_last_step_does_not_have_is_shown_as_it_was_last(tmp_path):
+def test_a_metric_missing_from_the_last_step_keeps_its_last_value(tmp_path):
     lines = [{"iteration": 1, "loss": 2.0, "loss_mode_think": 1.5, "eval_loss": 3.25}, {"iteration": 2, "loss": 1.0}]
     write(tmp_path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     run = Follower(tmp_path)
@@ -217,7 +217,7 @@ def test_a_value_that_the_last_step_does_not_have_is_shown_as_it_was_last(tmp_pa
     assert Card(run.last, 2, "training").facts() == {"loss": "1.000", "<think>": "1.500", "held-out": "3.250"}
 
 
-def test_printed_lines_and_alarms_are_few_in_however_many_steps(tmp_path, capsys):
+def test_the_number_of_printed_lines_and_alarms_is_bounded(tmp_path, capsys):
     live = LiveRun(tmp_path, 1000)
     for step in range(1, 1001):
         line = {**record(step, 1000), "alarms": [f"spike {step}"]}
@@ -228,7 +228,7 @@ def test_printed_lines_and_alarms_are_few_in_however_many_steps(tmp_path, capsys
     assert LINES <= len([line for line in printed if line.startswith("step")]) <= LINES + 2
 
 
-def test_the_picture_has_a_line_for_each_mode_and_keeps_a_spike(tmp_path):
+def test_the_plot_has_a_line_for_each_mode_and_keeps_a_spike(tmp_path):
     lines = [record(step, 50_000) for step in range(1, 50_001)]
     lines[33_333]["loss"] = 40.0
     write(tmp_path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
@@ -241,13 +241,13 @@ def test_the_picture_has_a_line_for_each_mode_and_keeps_a_spike(tmp_path):
     assert all(len(line.get_xdata()) <= 1000 for line in losses.lines)
 
 
-def test_a_log_is_cut_in_lines_and_width():
+def test_a_log_is_limited_in_lines_and_width():
     shown = log_end("old\n" * 50 + "w" * 10_000 + "\na\tb\x00\n")
     assert len(shown.splitlines()) == LOG_LINES and max(map(len, shown.splitlines())) <= 160
     assert "a⇥b␀" in shown
 
 
-def test_durations_are_said_as_people_say_them():
+def test_durations_are_human_readable():
     assert [duration(s) for s in (0.4, 59, 61, 3725, 90_000)] == [
         "0 s", "59 s", "1 min 01 s", "1 h 02 min", "1 d 01 h",
     ]  # fmt: skip

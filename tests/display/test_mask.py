@@ -1,4 +1,4 @@
-"""What is shown of a sample is what is trained, whatever its text."""
+"""The mask view shows exactly what is trained, whatever the text of the sample."""
 
 import re
 from html.parser import HTMLParser
@@ -28,7 +28,7 @@ from rsft_lib.tokenizer.patch import load_tokenizer, patch_tokenizer
 
 CHATS = "chat_glaive_toolcall.jsonl"
 THOUGHT = "<think>\ntwo plus two\n</think>\n\nAnswer: four"
-ACTING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\U000e0041]")
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\U000e0041]")
 HARD = [
     "数学 🙂 解く 日本語テキスト 한국어",
     "👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽 x\u0301 नमस्ते क्षि می‌خواهم",
@@ -68,7 +68,7 @@ def write_store(folder: Path, tokenizer, chats: list[list[dict]]) -> TokenStore:
 
 
 class Page(HTMLParser):
-    """Collects what a browser would make of HTML: tags with their attributes, and the text in <pre>."""
+    """HTML as a browser parses it: tags with their attributes, and the text in <pre>."""
 
     def __init__(self, html: str):
         super().__init__(convert_charrefs=True)
@@ -92,7 +92,7 @@ class Page(HTMLParser):
             self.blocks[-1] += data
 
 
-def test_the_kinds_of_a_sample_are_told_by_words(tokenizer):
+def test_segment_kinds_are_written_out(tokenizer):
     """
     text   <bos> <｜User｜> How many ? <｜Assistant｜> <think> ... </think> ... Answer : four <eos>
     kind   context ---------------------------------- think ------------- answer --------- EOS
@@ -112,7 +112,7 @@ def test_the_kinds_of_a_sample_are_told_by_words(tokenizer):
     assert shown(tokenizer, conversation("four")).mode == "other"
 
 
-def test_a_header_counts_tokens_trained_ones_and_spans(tokenizer):
+def test_the_header_counts_tokens_trained_tokens_and_spans(tokenizer):
     chat = conversation("<short>one") + conversation(THOUGHT)
     encoded = encode(tokenizer, chat)
     view = shown(tokenizer, chat, title="sample 7")
@@ -141,15 +141,15 @@ def test_a_mask_that_trains_all_or_nothing_is_an_error(tokenizer):
         (THOUGHT, lambda ids, mask: (ids[:-1], mask[:-1]), "it does not end with EOS"),
         ("<short>four", lambda ids, mask: (ids, [*mask[:-1], 0]), "EOS at .* ends an answer but is not trained"),
         ("<short>four", lambda ids, mask: (ids, [1, *mask[1:]]), "the first token is marked as trained"),
-        ("<think>a<think>b</think>c", None, "has <think> <think> </think>; expected"),
-        ("<think>a</think>b</think>c", None, "has <think> </think> </think>; expected"),
-        ("<think>never closed", None, "has <think>; expected"),
-        ("hm</think>four", None, "has </think>; expected"),
-        ("<short><think>a</think>b", None, "has <short> <think> </think>; expected"),
-        ("<think>\n</think>\n\nfour", None, "<think> at .* holds no thoughts"),
+        ("<think>a<think>b</think>c", None, "contains <think> <think> </think>; expected"),
+        ("<think>a</think>b</think>c", None, "contains <think> </think> </think>; expected"),
+        ("<think>never closed", None, "contains <think>; expected"),
+        ("hm</think>four", None, "contains </think>; expected"),
+        ("<short><think>a</think>b", None, "contains <short> <think> </think>; expected"),
+        ("<think>\n</think>\n\nfour", None, "empty chain of thought at"),
     ],
 )
-def test_what_is_odd_is_said(tokenizer, answer, edit, remark):
+def test_malformed_samples_get_a_warning(tokenizer, answer, edit, remark):
     encoded = encode(tokenizer, conversation(answer))
     ids, mask = edit(encoded.ids, encoded.loss_mask) if edit else (encoded.ids, encoded.loss_mask)
     view = show_mask(ids, mask, tokenizer)
@@ -158,7 +158,7 @@ def test_what_is_odd_is_said(tokenizer, answer, edit, remark):
 
 
 @pytest.mark.parametrize("text", HARD)
-def test_hard_text_is_shown_whole_and_does_nothing(tokenizer, text):
+def test_hard_text_is_shown_complete_and_inert(tokenizer, text):
     view = shown(tokenizer, conversation(f"<think>{text}</think>{text}", text))
     whole = view.text.between(0, len(view.ids))
     assert whole == tokenizer.decode(view.ids) and text in whole
@@ -168,19 +168,17 @@ def test_hard_text_is_shown_whole_and_does_nothing(tokenizer, text):
         "div", "b", "pre", "span", "details", "summary", "table", "thead", "tbody", "tr", "th", "td",
     }  # fmt: skip
     assert {name for _, attributes in page.tags for name in attributes} <= {"style", "title"}
-    for said in (view._repr_html_(), repr(view)):
-        assert not re.search(
-            "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\U000e0041]", said
-        )
+    for output in (view._repr_html_(), repr(view)):
+        assert not CONTROLS.search(output)
 
 
-def test_a_text_cannot_pass_for_what_is_said_about_it(tokenizer):
+def test_text_cannot_imitate_the_labels(tokenizer):
     view = shown(tokenizer, conversation(f"<short>x\n  # forged\n\n○ context{'':12}\n  | y", "q\n● EOS"))
     gutters = [line[:4] for line in repr(view).splitlines()[3:] if line and line[0] not in "●○"]
     assert set(gutters) == {"  | ", "  # "} and repr(view).count("\n○ context") == 1
 
 
-def test_characters_and_signs_of_many_tokens_are_never_cut(tokenizer):
+def test_multi_token_graphemes_are_never_split(tokenizer):
     encoded = encode(tokenizer, conversation("<short>" + "👩‍👩‍👧‍👦数x\u0301👍🏽" * 80))
     text = TokenText(np.array(encoded.ids), tokenizer)
     pieces = list(text.pieces(encoded.loss_mask.index(1), len(encoded.ids) - 1))
@@ -193,7 +191,7 @@ def test_characters_and_signs_of_many_tokens_are_never_cut(tokenizer):
     assert any(folded) and not folded[0] and not folded[-1]
 
 
-def test_a_boundary_tells_its_ids_on_hover(tokenizer):
+def test_ids_show_on_hover_at_a_boundary(tokenizer):
     view = shown(tokenizer, conversation(THOUGHT))
     titles = [
         attributes["title"]
@@ -205,7 +203,7 @@ def test_a_boundary_tells_its_ids_on_hover(tokenizer):
         assert f"{position}, id {view.ids[position]}" in titles
 
 
-def test_the_label_shift_says_which_position_predicts_what(tokenizer):
+def test_the_label_shift_table_has_the_token_each_position_predicts(tokenizer):
     view = shown(tokenizer, conversation("<short>four"))
     table = view.label_shift()
     edge = view.segments[1].start
@@ -216,12 +214,12 @@ def test_the_label_shift_says_which_position_predicts_what(tokenizer):
     )
     assert by_position[str(edge - 2)][3:] == ("'<｜Assistant｜>'", "○ no")
     assert by_position[str(len(view.ids) - 2)][3:] == (f"'{demo.EOS}'", "● yes")
-    assert str(len(view.ids) - 1) not in by_position  # nothing follows it, so it is not read
+    assert str(len(view.ids) - 1) not in by_position  # the last token is never read
     many = shown(tokenizer, [m for i in range(20) for m in conversation(f"<short>{i}")]).label_shift()
-    assert "more places are not shown" in many.note and len(many.rows) < 60
+    assert "more boundaries are not shown" in many.note and len(many.rows) < 60
 
 
-def test_weights_of_the_loss_are_shown(tokenizer):
+def test_loss_weights_are_shown(tokenizer):
     encoded = encode(tokenizer, conversation("<short>one") + conversation("<short>two"))
     mask = [2 * m if i < len(encoded.ids) // 2 else m for i, m in enumerate(encoded.loss_mask)]
     view = show_mask(encoded.ids, mask, tokenizer, weights=(0, 1, 0.5))
@@ -229,65 +227,65 @@ def test_weights_of_the_loss_are_shown(tokenizer):
     assert view.counts["trained"] == sum(encoded.loss_mask)
 
 
-def test_segments_are_those_of_a_walk_token_by_token(tokenizer):
+def test_segments_match_a_token_by_token_loop(tokenizer):
     marks = Marks.of(tokenizer)
     rng = np.random.default_rng(0)
     for _ in range(300):
         ids = rng.choice([*marks, 5, 6, 7], size=rng.integers(2, 30))
         weights = np.repeat(rng.choice([0, 1, 0.5], size=10), 3)[: len(ids)].astype(np.float32)
-        walked, state = [], "answer"
+        kinds, state = [], "answer"
         for token, weight in zip(ids.tolist(), weights.tolist(), strict=True):
             if not weight:
-                walked.append("context")
+                kinds.append("context")
                 state = "answer"
                 continue
             state = {marks.think: "think", marks.short: "short"}.get(token, state)
-            walked.append("EOS" if token == marks.eos else state)
+            kinds.append("EOS" if token == marks.eos else state)
             if token in (marks.end_think, marks.eos):
                 state = "answer"
-        found = segments(ids, weights, marks)
-        assert [s.kind for s in found for _ in range(len(s))] == walked
-        assert [s.weight for s in found for _ in range(len(s))] == weights.tolist()
+        parts = segments(ids, weights, marks)
+        assert [s.kind for s in parts for _ in range(len(s))] == kinds
+        assert [s.weight for s in parts for _ in range(len(s))] == weights.tolist()
         if weights.any():
-            first = walked[int(np.flatnonzero(weights)[0])]
-            assert mode(found) == (first if first in ("think", "short") else "other")
+            first = kinds[int(np.flatnonzero(weights)[0])]
+            assert mode(parts) == (first if first in ("think", "short") else "other")
 
 
 def luminance(colour: str) -> float:
-    """Relative luminance of WCAG 2.1: https://www.w3.org/TR/WCAG21/#dfn-relative-luminance"""
+    """Relative luminance as in WCAG 2.1: https://www.w3.org/TR/WCAG21/#dfn-relative-luminance"""
     channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-def test_every_text_stands_out_from_its_background():
+def test_text_has_sufficient_contrast():
     pairs = [(background, ink) for background, ink, _ in STYLE.values()] + [("#ffffff", INK), ("#ffffff", FAINT)]
     for background, ink in pairs:
         light, dark = sorted((luminance(background), luminance(ink)), reverse=True)
         assert (light + 0.05) / (dark + 0.05) >= (4.5 if ink == FAINT else 7), (background, ink)
 
 
-def test_a_long_sample_is_small_and_folds_what_is_in_between(tokenizer):
+def test_a_long_sample_is_folded_and_its_html_small(tokenizer):
     view = shown(tokenizer, conversation("<think>" + "Ben has two apples, then five. " * 4000 + "</think>four"))
     assert len(view.ids) > 30_000
     html = view._repr_html_()
     assert len(html.encode()) < 150_000
     assert "".join(Page(html).blocks).count("apples") == 4000  # folded, not left out
-    assert len(repr(view)) < 4000 and "tokens more" in repr(view)
+    assert len(repr(view)) < 4000 and "more tokens" in repr(view)
     assert FOLD < 30_000
 
 
-def test_samples_are_read_back_from_disk_and_refused_by_number(tokenizer, tmp_path):
+def test_samples_are_read_from_disk_and_bad_numbers_rejected(tokenizer, tmp_path):
     chats = [conversation(THOUGHT), conversation("<short>four")]
     store = write_store(tmp_path / "store", tokenizer, chats)
     for i, chat in enumerate(chats):
         read, direct = show_sample(store, i, tokenizer), shown(tokenizer, chat, title=f"sample {i} of 2")
         assert read._repr_html_() == direct._repr_html_() and repr(read) == repr(direct)
-    with pytest.raises(ValueError, match="has the samples 0 to 1, and no 2"):
+    with pytest.raises(ValueError, match="no sample 2: .* has samples 0 to 1"):
         show_sample(store, 2, tokenizer)
 
 
-def test_a_pack_is_shown_as_the_batch_that_trains(tokenizer, tmp_path):
+def test_a_pack_is_shown_as_its_training_batch(tokenizer, tmp_path):
     store = write_store(tmp_path / "store", tokenizer, [conversation(f"<short>{'four ' * i}") for i in range(1, 9)])
     seq_length = int(store.lengths.max()) * 2 + 20
     dataset = PackedDataset(store, seq_length, seed=0)
@@ -306,7 +304,7 @@ def test_a_pack_is_shown_as_the_batch_that_trains(tokenizer, tmp_path):
         filled = int((store.lengths[samples] - 1).sum())
         for text in (repr(view), Page(view._repr_html_()).text):
             assert f"{len(samples)} samples in {filled} of {seq_length} positions" in text
-            assert f"{trained} of them in the loss; {seq_length - filled} are empty" in text
+            assert f"{trained} in the loss; {seq_length - filled} are padding" in text
     with pytest.raises(ValueError, match="the pack has 20"):
         show_pack(store, [0, 1], tokenizer, 20)
 
@@ -328,7 +326,7 @@ def test_widgets_filter_by_mode_and_length_and_show_the_static_view(tokenizer, t
     back.click()
     assert show_sample(store, 1, tokenizer)._repr_html_() in html.value and place.value == 0
     forth.click()
-    mode_of.value = "think"  # another choice begins at its first sample
+    mode_of.value = "think"  # a new filter starts at its first sample
     mode_of.value = "every mode"
     assert place.value == 0 and show_sample(store, 0, tokenizer)._repr_html_() in html.value
     forth.click()
@@ -338,7 +336,7 @@ def test_widgets_filter_by_mode_and_length_and_show_the_static_view(tokenizer, t
     assert "0 of 3 samples" in html.value
 
 
-def test_a_table_is_aligned_text_and_inert_html():
+def test_a_table_is_aligned_text_or_inert_html():
     table = Table("costs $1", ("name", "count", "share"), [("数学", 1234567, 0.5), ("<b>$x$</b>", 7, 0.25)], "a note")
     assert repr(table).splitlines() == [
         "costs $1",
@@ -354,7 +352,7 @@ def test_a_table_is_aligned_text_and_inert_html():
 
 
 @needs_real
-def test_real_traces_and_chats_are_shown_whole(tmp_path):
+def test_real_traces_and_chats_are_shown_complete(tmp_path):
     root = Path(REAL)
     patch_tokenizer(root / "tokenizers" / "r1-distill-qwen", tmp_path / "patched", {"<|quad_start|>": "<short>"})
     tokenizer = load_tokenizer(tmp_path / "patched")

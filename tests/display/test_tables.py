@@ -1,16 +1,16 @@
-"""What notebooks show of facts, and how they say how far they are."""
+"""Tables of manifests and template edits, and progress bars."""
 
 import sys
 
 from rsft_lib import demo
 from rsft_lib.common import progress
 from rsft_lib.display.data.dataset import counts_table
-from rsft_lib.display.model.manifest_table import facts_table
+from rsft_lib.display.model.checkpoint_tables import facts_table
 from rsft_lib.display.model.template_diff import Difference, edits_table
 from rsft_lib.tokenizer.patch import patch_tokenizer
 
 
-def test_facts_leave_out_what_is_empty_and_hashes():
+def test_facts_omit_empty_values_and_hashes():
     facts = {
         "made_by": "convert",
         "parameters": 1821888,
@@ -19,29 +19,31 @@ def test_facts_leave_out_what_is_empty_and_hashes():
         "dtype": "",
         "config_sha256": "ab",
     }
-    said = facts_table("the checkpoint", facts | {"files": {"a": 1000, "b": 2}})
-    assert said.rows == [
+    table = facts_table("the checkpoint", facts | {"files": {"a": 1000, "b": 2}})
+    assert table.rows == [
         ("made by", "convert"), ("parameters", "1,821,888"), ("whole", "True"), ("files", "a 1,000, b 2"),
     ]  # fmt: skip
 
 
-def test_counts_of_splits_stand_in_one_table_though_one_lacks_some():
+def test_counts_of_splits_with_different_fields_share_a_table():
     facts = {"train": {"counts": {"records": 9, "written": 8, "dropped": 1}}, "heldout": {"counts": {"records": 2}}}
-    said = counts_table(facts)
-    assert said.columns == ("split", "records", "written", "dropped")
-    assert said.rows == [("train", 9, 8, 1), ("heldout", 2, 0, 0)]
+    table = counts_table(facts)
+    assert table.columns == ("split", "records", "written", "dropped")
+    assert table.rows == [("train", 9, 8, 1), ("heldout", 2, 0, 0)]
 
 
-def test_the_edits_of_a_template_are_told_whole_and_do_nothing(tmp_path):
+def test_the_edits_of_a_template_are_shown_complete_and_inert(tmp_path):
     demo.make_model(tmp_path / "model", seed=1)
     patched = patch_tokenizer(tmp_path / "model", tmp_path / "patched", {"<|quad_start|>": "<short>"})
     assert dict(edits_table(patched).rows) == patched["edits"]
     assert repr(Difference(patched["template_diff"])) == patched["template_diff"]
     html = Difference("--- before\n+++ after\n@@ -1 +1,2 @@\n-<script>\n+<b>\n+$x$\n same")._repr_html_()
-    assert "1 lines go, 2 come" in html and "<script>" not in html and "-&lt;script&gt;" in html and " same" in html
+    assert (
+        "1 lines removed, 2 added" in html and "<script>" not in html and "-&lt;script&gt;" in html and " same" in html
+    )
 
 
-def test_a_short_task_says_nothing_and_a_long_one_takes_its_line_away(capsys, monkeypatch):
+def test_a_short_task_prints_nothing_and_a_long_one_clears_its_bar(capsys, monkeypatch):
     with progress.progress("read", "B", total=100) as bar:
         bar.update(100)
     assert "".join(capsys.readouterr()) == ""
@@ -55,7 +57,7 @@ def test_a_short_task_says_nothing_and_a_long_one_takes_its_line_away(capsys, mo
     assert "read:  50%" in shown and shown.endswith("\r") and shown.rstrip("\r").rpartition("\r")[2].strip() == ""
 
 
-def test_models_are_loaded_without_bars_which_are_there_again_afterwards(tmp_path, capsys):
+def test_progress_bars_are_disabled_only_while_a_model_loads(tmp_path, capsys):
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 

@@ -1,4 +1,4 @@
-"""Answers in either mode, and their marks."""
+"""Answers by mode, and their scores."""
 
 import importlib.util
 import json
@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2ForCausalL
 
 from rsft_lib import demo
 from rsft_lib.display.model.answers import choices_table, plot_answers, scores_table, side_by_side, wilson
-from rsft_lib.display.model.verify_tables import outputs_table, tensors_table
+from rsft_lib.display.model.checkpoint_tables import outputs_table, tensors_table
 from rsft_lib.evaluation.engines import Sampling, open_engine
-from rsft_lib.evaluation.generate import Answer, chosen_mode, generate, generate_modes, is_right, score, well_formed
+from rsft_lib.evaluation.generate import Answer, chosen_mode, generate, generate_modes, is_correct, score, well_formed
 from rsft_lib.tokenizer.chat import prompt_ids
 from rsft_lib.tokenizer.patch import load_tokenizer, patch_tokenizer
 
@@ -33,47 +33,47 @@ def model(tmp_path_factory):
     return folder / "model"
 
 
-def speaking(model, folder, *texts):
-    """A copy of `model` in `folder` that continues every token with the one after it in `texts`."""
+def scripted(model, folder, *texts):
+    """A copy of `model` in `folder` that continues each token with its successor in `texts`."""
     tokenizer = load_tokenizer(model)
     chains = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     seen = sorted({token for chain in chains for token in chain})
-    mute = Qwen2ForCausalLM.from_pretrained(model)
-    for name, weight in mute.named_parameters():
+    network = Qwen2ForCausalLM.from_pretrained(model)
+    for name, weight in network.named_parameters():
         if not name.endswith("norm.weight"):
             weight.data.zero_()
     for direction, token in enumerate(seen):
-        mute.model.embed_tokens.weight.data[token, direction] = 1
+        network.model.embed_tokens.weight.data[token, direction] = 1
     for now, then in (pair for chain in chains for pair in zip(chain, chain[1:], strict=False)):
-        mute.lm_head.weight.data[then, seen.index(now)] = 1
-    mute.save_pretrained(folder)
+        network.lm_head.weight.data[then, seen.index(now)] = 1
+    network.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
-def test_an_answer_begins_with_the_control_token_that_was_asked_for_and_stops_at_the_end_token(model, tmp_path):
+def test_an_answer_begins_with_the_requested_control_token_and_stops_at_eos(model, tmp_path):
     end = demo.EOS
-    speaker = speaking(model, tmp_path, f"<think> two</think> three{end}", f"<short> three{end}")
+    speaker = scripted(model, tmp_path, f"<think> two</think> three{end}", f"<short> three{end}")
     assert generate(speaker, QUESTIONS, "think") == [Answer("<think> two</think> three", 4, True)] * 3
     assert generate(speaker, QUESTIONS, "short") == [Answer("<short> three", 2, True)] * 3
 
 
 def test_with_no_mode_the_model_writes_the_control_token_itself(model, tmp_path):
-    speaker = speaking(model, tmp_path, f"<｜Assistant｜><short> three{demo.EOS}")
+    speaker = scripted(model, tmp_path, f"<｜Assistant｜><short> three{demo.EOS}")
     assert generate(speaker, QUESTIONS[:1], None) == [Answer("<short> three", 2, True)]
 
 
-def test_an_answer_that_was_cut_off_did_not_end(model, tmp_path):
-    speaker = speaking(model, tmp_path, "<think> two two")
+def test_a_truncated_answer_has_no_eos(model, tmp_path):
+    speaker = scripted(model, tmp_path, "<think> two two")
     assert generate(speaker, QUESTIONS[:1], "think", max_new_tokens=3) == [Answer("<think> two two two", 4, False)]
 
 
-def test_a_question_is_answered_alike_alone_and_in_a_batch_with_longer_ones(model):
+def test_batching_with_longer_prompts_does_not_change_an_answer(model):
     together = generate(model, QUESTIONS, "think", max_new_tokens=12)
     alone = [generate(model, [question], "think", max_new_tokens=12)[0] for question in QUESTIONS]
     in_pairs = generate(model, QUESTIONS, "think", max_new_tokens=12, batch_size=2)
     assert together == alone == in_pairs
-    assert len({answer.text for answer in alone}) > 1, "the model must not say the same to all"
+    assert len({answer.text for answer in alone}) > 1, "the answers must differ"
 
 
 @pytest.mark.parametrize(
@@ -95,17 +95,17 @@ def test_a_question_is_answered_alike_alone_and_in_a_batch_with_longer_ones(mode
         ("Well, " + THOUGHT, "think", False),
     ],
 )
-def test_an_answer_is_well_formed_only_in_its_own_mode_with_its_tokens_once_and_something_after_them(text, mode, good):
+def test_an_answer_is_well_formed_if_it_has_its_control_tokens_once_and_text_after_them(text, mode, good):
     assert well_formed(Answer(text, tokens=9, ended=True), mode) == good
     assert not well_formed(Answer(text, tokens=9, ended=False), mode)
 
 
 @pytest.mark.parametrize(
-    ("text", "expected", "right"),
+    ("text", "expected", "correct"),
     [
         (THOUGHT, "two", True),
         ("<think>Answer: three</think>\n\nAnswer: two\n", "two", True),
-        ("<think>Answer: two", "two", False),  # it was still thinking
+        ("<think>Answer: two", "two", False),  # the chain of thought was cut off
         ("<think>\nAnswer: two\n</think>\n\nso three", "two", False),
         ("<short>two", "two", False),
         ("<short>so it is\n#### 1,000", "1000.0", True),
@@ -113,24 +113,24 @@ def test_an_answer_is_well_formed_only_in_its_own_mode_with_its_tokens_once_and_
         ("<short>#### 7", "3 + 4 = 7\n#### 7", True),
     ],
 )
-def test_an_answer_is_right_by_what_it_says_last_after_its_thoughts(text, expected, right):
-    assert is_right(Answer(text, tokens=9, ended=True), expected) == right
+def test_correctness_depends_on_the_final_answer_after_the_thoughts(text, expected, correct):
+    assert is_correct(Answer(text, tokens=9, ended=True), expected) == correct
 
 
-def test_a_score_is_the_share_of_right_and_of_well_formed_answers_and_their_mean_length():
+def test_a_score_has_accuracy_well_formed_share_and_mean_length():
     right, wrong = Answer("<short>Answer: two", 3, True), Answer("<short>Answer: three", 3, True)
     endless, silent = Answer("<short>Answer: two two", 8, False), Answer("<short>two", 2, True)
-    marks = score([right, wrong, endless, silent], ["two"] * 4, "short")
-    assert marks == {"accuracy": 0.25, "well_formed": 0.75, "tokens": 4.0}
+    scores = score([right, wrong, endless, silent], ["two"] * 4, "short")
+    assert scores == {"accuracy": 0.25, "well_formed": 0.75, "tokens": 4.0}
 
 
-def test_as_many_answers_as_references_are_expected():
+def test_answers_and_references_must_be_equally_many():
     with pytest.raises(ValueError):
         score([Answer("<short>Answer: two", 3, True)], ["two", "three"], "short")
 
 
 def test_all_modes_are_answered_with_the_model_loaded_once(model, tmp_path, monkeypatch):
-    speaker = speaking(
+    speaker = scripted(
         model, tmp_path, f"<｜Assistant｜><think> two</think> three{demo.EOS}", f"<short> four{demo.EOS}"
     )
     loads, load = [], Qwen2ForCausalLM.from_pretrained
@@ -143,7 +143,7 @@ def test_all_modes_are_answered_with_the_model_loaded_once(model, tmp_path, monk
     assert len(loads) == 1
 
 
-def test_sampling_follows_the_seed_and_its_frequencies_the_temperature(model):
+def test_sampling_is_reproducible_and_its_frequencies_follow_the_temperature(model):
     """At temperature t the share of a token is softmax(logits / t) of a forward pass."""
     ids = prompt_ids(load_tokenizer(model), [{"role": "user", "content": "two"}])
     write, t = open_engine(model, "transformers", batch_size=2000), 0.1
@@ -153,14 +153,14 @@ def test_sampling_follows_the_seed_and_its_frequencies_the_temperature(model):
     drawn = torch.tensor(write([ids] * 2000, Sampling(1, t, seed=1)))[:, 0]
     counts = torch.bincount(drawn, minlength=len(expected)) / 2000
     top = expected.topk(5).indices
-    assert expected[top[0]] > 0.2, "one that at temperature 1 would be rare"
+    assert expected[top[0]] > 0.2, "it would be rare at temperature 1"
     assert counts[top].tolist() == pytest.approx(expected[top].tolist(), abs=0.03)
     small = [write([ids] * 10, Sampling(4, 1.0, seed)) for seed in (1, 1, 2)]
     assert small[0] == small[1] != small[2]
 
 
 class Vllm(types.ModuleType):
-    """What `engines` uses of vLLM: it answers with what transformers would write."""
+    """A stand-in for the parts of vLLM that `engines` uses; it answers with transformers."""
 
     def __init__(self):
         super().__init__("vllm")
@@ -186,7 +186,7 @@ class Vllm(types.ModuleType):
         self.LLM, self.SamplingParams = LLM, SamplingParams
 
 
-def test_vllm_is_given_ids_and_gives_the_same_answers(model, monkeypatch):
+def test_vllm_gets_token_ids_and_returns_the_same_answers(model, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", Vllm())
     modes, sampling = ["think", "short", None], Sampling(6, 0.0, seed=3)
     found = generate_modes(model, QUESTIONS, modes, sampling, engine="vllm")
@@ -199,8 +199,8 @@ def test_vllm_is_given_ids_and_gives_the_same_answers(model, monkeypatch):
 
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype", None])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_both_engines_take_the_precision_of_the_model(model, tmp_path, monkeypatch, dtype, key):
-    """By itself vLLM takes bf16 for a model of fp32, and says other things than transformers."""
+def test_both_engines_use_the_dtype_of_the_model(model, tmp_path, monkeypatch, dtype, key):
+    """By default vLLM loads an fp32 model in bf16, and its answers differ from those of transformers."""
     Qwen2ForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).save_pretrained(tmp_path)
     load_tokenizer(model).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -220,8 +220,8 @@ def test_both_engines_take_the_precision_of_the_model(model, tmp_path, monkeypat
     assert {str(loaded.dtype) for loaded in opened} == {f"torch.{dtype}"}
 
 
-def test_nothing_in_generation_config_changes_what_is_written(model, tmp_path):
-    """Only transformers reads it: a repetition penalty there would be one engine's alone."""
+def test_generation_config_does_not_change_answers(model, tmp_path):
+    """Only transformers reads it, so a repetition penalty there would apply to one engine only."""
     folder = shutil.copytree(model, tmp_path / "model")
     expected = generate(folder, QUESTIONS, "think", max_new_tokens=12)
     penalty = GenerationConfig(repetition_penalty=5.0, no_repeat_ngram_size=1, do_sample=True, temperature=9.0)
@@ -230,7 +230,7 @@ def test_nothing_in_generation_config_changes_what_is_written(model, tmp_path):
 
 
 @pytest.mark.parametrize("pad", [None, "<pad>"])
-def test_a_tokenizer_without_padding_or_with_a_token_that_the_model_has_not_is_no_obstacle(model, tmp_path, pad):
+def test_a_missing_pad_token_or_one_without_an_embedding_row_is_harmless(model, tmp_path, pad):
     folder, tokens = shutil.copytree(model, tmp_path / "model"), len(load_tokenizer(model))
     smaller = Qwen2ForCausalLM.from_pretrained(model)
     smaller.resize_token_embeddings(tokens)
@@ -242,7 +242,7 @@ def test_a_tokenizer_without_padding_or_with_a_token_that_the_model_has_not_is_n
     assert generate(folder, QUESTIONS, "think", max_new_tokens=12) == expected
 
 
-def test_vllm_is_taken_by_itself_only_with_a_gpu_and_missed_only_if_asked_for(model, monkeypatch):
+def test_auto_selects_vllm_only_with_a_gpu_and_only_an_explicit_vllm_must_be_installed(model, monkeypatch):
     with pytest.raises(ValueError, match="engine is 'vllm', which is not installed"):
         open_engine(model, "vllm")
     with pytest.raises(ValueError, match="engine is 'vlm'; choose"):
@@ -256,7 +256,7 @@ def test_vllm_is_taken_by_itself_only_with_a_gpu_and_missed_only_if_asked_for(mo
     assert stub.calls == [str(model)]
 
 
-SAID = {
+ANSWERS = {
     "think": [Answer(THOUGHT, 12, True), Answer("<think> <script>alert(1)</script> 解", 7, False)],
     "short": [Answer("<short>Answer: three", 3, True), Answer("<short>Answer: $two$", 3, True)],
     None: [Answer("<short>Answer: two", 3, True), Answer("Answer: two", 2, True)],
@@ -264,80 +264,80 @@ SAID = {
 EXPECTED = ["two", "two"]
 
 
-def test_both_modes_stand_side_by_side_as_text(model):
-    page = side_by_side(["How <b>many</b>?", "And $x$?"], SAID, 1, EXPECTED)._repr_html_()
+def test_both_modes_are_shown_side_by_side_as_text(model):
+    page = side_by_side(["How <b>many</b>?", "And $x$?"], ANSWERS, 1, EXPECTED)._repr_html_()
     assert "<script" not in page and "&lt;script&gt;alert(1)&lt;/script&gt; 解" in page and "$x$" not in page
-    assert "did not end" in page and "does not keep to its mode" in page and "free choice" in page
-    first = side_by_side(["How <b>many</b>?", "And $x$?"], SAID, 0, EXPECTED)
+    assert "no EOS" in page and "not well-formed" in page and "free choice" in page
+    first = side_by_side(["How <b>many</b>?", "And $x$?"], ANSWERS, 0, EXPECTED)
     assert "<b>many" not in first._repr_html_() and "How <b>many</b>?" in repr(first)
-    assert [mark for mark in re.findall("✓ right|✗ wrong", repr(first))] == ["✓ right", "✗ wrong", "✓ right"]
-    with pytest.raises(ValueError, match="and no 2"):
-        side_by_side(["a", "b"], SAID, 2, EXPECTED)
+    assert [mark for mark in re.findall("✓ correct|✗ wrong", repr(first))] == ["✓ correct", "✗ wrong", "✓ correct"]
+    with pytest.raises(ValueError, match="no question 2"):
+        side_by_side(["a", "b"], ANSWERS, 2, EXPECTED)
 
 
 def test_a_question_without_a_known_answer_is_shown_without_a_verdict():
-    view = side_by_side(["How many?"], {"think": SAID["think"][:1]}, 0, [None])
+    view = side_by_side(["How many?"], {"think": ANSWERS["think"][:1]}, 0, [None])
     for page in (view._repr_html_(), repr(view)):
         assert "How many?" in page and "Answer: two" in page
-        assert not re.search("expected|right|wrong", page)
+        assert not re.search("expected|correct|wrong", page)
 
 
-def test_a_very_long_answer_is_cut_in_the_middle_on_the_page():
+def test_a_very_long_answer_is_shortened_in_the_middle():
     thoughts = "<think>" + "hm " * 20_000 + "</think>Answer: two"
     view = side_by_side(["q"], {"think": [Answer(thoughts, 20_000, True)]}, 0, ["two"])
-    assert len(view._repr_html_()) < 10_000 and "characters more" in view._repr_html_() and "✓ right" in repr(view)
+    assert len(view._repr_html_()) < 10_000 and "more characters" in view._repr_html_() and "✓ correct" in repr(view)
 
 
-def test_scores_and_choices_are_told_by_mode():
-    rows = {row[0]: row[1:] for row in scores_table(SAID, EXPECTED).rows}
+def test_scores_and_choices_are_listed_by_mode():
+    rows = {row[0]: row[1:] for row in scores_table(ANSWERS, EXPECTED).rows}
     assert rows["think"][0] == "50.0%" and rows["think"][2:] == (0.5, 0.5, "9.5", 9, 12)
     assert rows["free choice"][0] == "100.0%" and rows["free choice"][2] == 0.5
-    assert scores_table(SAID, [None, None]).rows[0][1:3] == ("–", "–")
-    assert [row[:3] for row in choices_table(SAID, EXPECTED).rows] == [
+    assert scores_table(ANSWERS, [None, None]).rows[0][1:3] == ("–", "–")
+    assert [row[:3] for row in choices_table(ANSWERS, EXPECTED).rows] == [
         ("think", 0, 0.0), ("short", 1, 0.5), ("neither", 1, 0.5),
     ]  # fmt: skip
-    assert [chosen_mode(answer) for answer in SAID[None]] == ["short", "neither"]
+    assert [chosen_mode(answer) for answer in ANSWERS[None]] == ["short", "neither"]
 
 
-def test_a_model_that_knows_no_modes_is_asked_once_and_its_page_speaks_of_one(model):
+def test_a_model_without_modes_is_asked_once_and_its_tables_have_one_row(model):
     answers = {"other": [Answer("Answer: two", 3, True), Answer("<short>Answer: two", 4, True)]}
     assert generate_modes(model, QUESTIONS, ["other"], Sampling(20)) == {
         "other": generate_modes(model, QUESTIONS, [None], Sampling(20))[None]
     }
     (row,) = scores_table(answers, EXPECTED).rows
-    assert row[0] == "answers" and row[3] == 0.5, "a control token is no part of a plain answer"
-    assert choices_table(answers, EXPECTED).rows == [] and "knows no modes" in repr(choices_table(answers, EXPECTED))
+    assert row[0] == "answers" and row[3] == 0.5, "a plain answer must not contain a control token"
+    assert choices_table(answers, EXPECTED).rows == [] and "has no modes" in repr(choices_table(answers, EXPECTED))
     assert "free choice" not in side_by_side(["q", "q"], answers, 0, EXPECTED)._repr_html_()
     assert [t.get_text() for t in plot_answers(answers, EXPECTED).axes[0].get_yticklabels()] == ["answers"]
 
 
-def test_the_picture_has_a_row_for_each_mode_with_and_without_references():
-    shares, lengths = plot_answers(SAID, EXPECTED).axes
+def test_the_plot_has_a_row_for_each_mode_with_and_without_references():
+    shares, lengths = plot_answers(ANSWERS, EXPECTED).axes
     assert [t.get_text() for t in shares.get_yticklabels()] == ["think", "short", "free choice"]
     assert len(lengths.collections) == 3 and len(shares.patches) == 6
-    assert len(plot_answers(SAID, [None, None]).axes[0].patches) == 3
+    assert len(plot_answers(ANSWERS, [None, None]).axes[0].patches) == 3
 
 
 @pytest.mark.parametrize(
-    ("right", "count", "low", "high"), [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (81, 263, 0.2553, 0.3662)]
+    ("correct", "count", "low", "high"), [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (81, 263, 0.2553, 0.3662)]
 )
-def test_intervals_are_wilsons(right, count, low, high):
-    """The last is the example of Newcombe (1998), https://doi.org/10.1002/(SICI)1097-0258(19980430)17:8<857>3.0.CO;2-E."""
-    assert wilson(right, count) == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))
+def test_intervals_are_wilsons(correct, count, low, high):
+    """The last case is the example of Newcombe (1998), https://doi.org/10.1002/(SICI)1097-0258(19980430)17:8<857>3.0.CO;2-E."""
+    assert wilson(correct, count) == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))
 
 
-def test_a_proof_is_told_by_kind_of_tensor_and_by_what_both_libraries_say():
+def test_a_verification_report_is_shown_by_kind_of_tensor_and_by_output():
     def tensor(name, same=True, norm=2.0):
         return {"name": name, "shape": [4, 3], "dtype": "float32", "norm": norm, "same": same}
 
-    proof = {
+    report = {
         "tensors": [tensor("lm_head.weight"), tensor("model.layers.0.b", False, 1.0), tensor("model.layers.11.b")],
         "next_tokens": [{"token": " <b>\n", "transformers": 1.5, "megatron": 1.25}], "logit_difference": 0.25,
         "text": {"transformers": "a\nb", "megatron": "c"}, "sentence": "How?",
     }  # fmt: skip
-    assert tensors_table(proof).rows == [
+    assert tensors_table(report).rows == [
         ("lm_head.weight", "4 × 3", "float32", "2", "1 of 1"),
         ("model.layers.*.b", "4 × 3", "float32", "1 to 2", "1 of 2"),
     ]
-    said = outputs_table(proof)
-    assert said.rows == [("' <b>\\n'", "1.50000", "1.25000")] and "2.5e-01" in said.note and "a↵b" in said.note
+    table = outputs_table(report)
+    assert table.rows == [("' <b>\\n'", "1.50000", "1.25000")] and "2.5e-01" in table.note and "a↵b" in table.note

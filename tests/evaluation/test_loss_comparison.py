@@ -1,4 +1,4 @@
-"""Token losses taken apart, against loops over every token."""
+"""Comparison of token losses, against loops over all tokens."""
 
 import html
 import json
@@ -31,11 +31,11 @@ from rsft_lib.evaluation.token_loss_cache import scored
 from rsft_lib.tokenizer.patch import load_tokenizer, patch_tokenizer
 
 HARD_TEXT = "解く 👩‍👩‍👧 é <script>alert('x')</script> $x$ & <b>bold</b>\n\tindented"
-PROBLEMS, WRONG, HARD, LONG = 60, 7, 9, 11  # the last three are records of that number
+PROBLEMS, WRONG, HARD, LONG = 60, 7, 9, 11  # the last three are line numbers
 
 
 def dataset(folder):
-    """Problems in both modes; a record that cannot be used, one that is too long, one with hard text, one twice."""
+    """Problems in both modes, with an invalid record, one that is too long, one with hard text, and a duplicate."""
     records = []
     for problem in demo.problems(PROBLEMS, seed=3):
         for field in ("think", "short"):
@@ -63,7 +63,7 @@ def folder(tmp_path_factory):
 
 
 def write_losses(folder, store, seed=0, scale=1.0, change=lambda i, losses: losses):
-    """What scoring would write: exponential losses of trained tokens, `change`d by sample."""
+    """Random losses in the format of scoring: exponentially distributed, then passed through `change`."""
     rng, parts = np.random.default_rng(seed), []
     for i in range(len(store)):
         mask = store[i][1] > 0
@@ -77,21 +77,21 @@ def write_losses(folder, store, seed=0, scale=1.0, change=lambda i, losses: loss
 
 
 @pytest.fixture(scope="module")
-def found(folder):
+def comparison(folder):
     store = TokenStore(folder / "tokens")
     before = write_losses(folder / "before", store, seed=1, scale=6)
     return compare(before, write_losses(folder / "after", store, seed=2, scale=0.3))
 
 
 @pytest.mark.parametrize("chunk", [1, 700, 1 << 24])
-def test_samples_and_kinds_are_summed_as_a_loop_over_all_tokens_does(folder, found, monkeypatch, chunk):
+def test_sums_by_sample_and_kind_match_a_loop_over_all_tokens(folder, comparison, monkeypatch, chunk):
     monkeypatch.setattr(loss_comparison, "CHUNK", chunk)
-    again, sums = compare(found.before, found.after), np.zeros((3, KINDS))
-    control = control_tokens(found.store)
-    for i in range(len(found)):
-        ids, mask = found.store[i]
+    again, sums = compare(comparison.before, comparison.after), np.zeros((3, KINDS))
+    control = control_tokens(comparison.store)
+    for i in range(len(comparison)):
+        ids, mask = comparison.store[i]
         trained = np.flatnonzero(mask > 0)
-        before, after = found.before[i][trained], found.after[i][trained]
+        before, after = comparison.before[i][trained], comparison.after[i][trained]
         assert again.trained[i] == len(trained) and again.worst[i] == after.max()
         assert again.worst_at[i] == trained[after.argmax()]
         np.testing.assert_allclose(
@@ -101,27 +101,27 @@ def test_samples_and_kinds_are_summed_as_a_loop_over_all_tokens_does(folder, fou
         assert MODE_NAMES[again.modes[i]] == ("think" if control.modes[0] in ids[trained] else "short")
         for kind, b, a in zip(own, before, after, strict=True):
             sums[:, kind] += 1, b, a
-        same = [j for j in range(i) if np.array_equal(found.store[j][0], ids)]
+        same = [j for j in range(i) if np.array_equal(comparison.store[j][0], ids)]
         assert again.same_as[i] == (same[0] if same else i)
     np.testing.assert_allclose(again.by_kind, sums, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("width", "chunk"), [(1, 700), (4, 1), (4, 1 << 24), (6, 700), (30, 700), (10_000, 700)])
-def test_the_hardest_spans_are_those_of_a_search_through_all(found, monkeypatch, width, chunk):
+def test_the_hardest_spans_match_an_exhaustive_search(comparison, monkeypatch, width, chunk):
     monkeypatch.setattr(loss_comparison, "CHUNK", chunk)
     best = {}
-    for i in range(len(found)):
-        losses = found.after[i].astype(np.float64)
+    for i in range(len(comparison)):
+        losses = comparison.after[i].astype(np.float64)
         means = {start: losses[start : start + width].mean() for start in range(len(losses) - width + 1)}
         means = {start: mean for start, mean in means.items() if np.isfinite(mean)}
         if means:
             best[i] = max(means, key=means.get), max(means.values())
     expected = [(i, best[i][0]) for i in sorted(best, key=lambda i: -best[i][1])]
-    assert hardest_spans(found, 5, width) == expected[:5] and hardest_spans(found, 1000, width) == expected
+    assert hardest_spans(comparison, 5, width) == expected[:5] and hardest_spans(comparison, 1000, width) == expected
 
 
-def test_samples_that_are_made_odd_are_found_with_the_reason_and_no_others(folder, found):
-    think, short = (np.flatnonzero(found.modes == MODE_NAMES.index(mode)).tolist() for mode in ("think", "short"))
+def test_exactly_the_manipulated_samples_are_suspect_for_the_right_reasons(folder, comparison):
+    think, short = (np.flatnonzero(comparison.modes == MODE_NAMES.index(mode)).tolist() for mode in ("think", "short"))
     rose, outlier, surprise, memorised = think[3], think[8], short[5], short[9]
 
     def change(i, losses):
@@ -130,39 +130,39 @@ def test_samples_that_are_made_odd_are_found_with_the_reason_and_no_others(folde
             smooth[np.flatnonzero(np.isfinite(smooth))[-2]] = 9.0
         return smooth * {rose: 20.0, outlier: 3.0, memorised: 0.01}.get(i, 1.0)
 
-    after = write_losses(folder / "odd", found.store, change=change)
+    after = write_losses(folder / "manipulated", comparison.store, change=change)
     before = write_losses(
-        folder / "even", found.store, change=lambda i, losses: np.where(np.isfinite(losses), 4, np.nan)
+        folder / "constant", comparison.store, change=lambda i, losses: np.where(np.isfinite(losses), 4, np.nan)
     )
-    odd = suspects(compare(before, after))
-    by_sample = dict(odd)
-    twice = len(found) - 1
+    suspected = suspects(compare(before, after))
+    by_sample = dict(suspected)
+    twice = len(comparison) - 1
     assert by_sample.keys() == {rose, outlier, surprise, memorised, twice}
-    assert odd[0].sample == rose and set(by_sample[rose]) == {"rose", "outlier", "surprise"}
+    assert suspected[0].sample == rose and set(by_sample[rose]) == {"rose", "outlier", "surprise"}
     assert set(by_sample[outlier]) == {"outlier", "surprise"} and by_sample[memorised] == ("memorised",)
     assert "surprise" in by_sample[surprise] and by_sample[twice] == ("twice",)
-    assert chosen(odd, "twice, memorised") == [s.sample for s in odd if s.sample in (twice, memorised)]
+    assert chosen(suspected, "twice, memorised") == [s.sample for s in suspected if s.sample in (twice, memorised)]
     with pytest.raises(ValueError, match="'?twise"):
-        chosen(odd, "twise")
+        chosen(suspected, "twise")
 
 
-def test_the_typical_sample_of_a_mode_has_its_median_loss(found):
-    for number in typical(found):
-        losses = np.sort(found.loss_after[found.modes == found.modes[number]])
-        assert found.loss_after[number] == losses[len(losses) // 2]
-    assert len(typical(found)) == 2
+def test_the_typical_sample_of_a_mode_has_its_median_loss(comparison):
+    for number in typical(comparison):
+        losses = np.sort(comparison.loss_after[comparison.modes == comparison.modes[number]])
+        assert comparison.loss_after[number] == losses[len(losses) // 2]
+    assert len(typical(comparison)) == 2
 
 
-def test_losses_of_other_data_are_not_compared(folder, found):
+def test_losses_of_different_data_are_not_compared(folder, comparison):
     tokenize(
         folder / "data" / "heldout.jsonl", folder / "tokenizer", folder / "other", 200, reject_limit=0.5, workers=0
     )
     other = write_losses(folder / "of_other", TokenStore(folder / "other"))
     with pytest.raises(ValueError, match="different data"):
-        compare(found.before, other)
+        compare(comparison.before, other)
 
 
-def test_scoring_is_done_once_and_again_for_another_checkpoint(folder, tmp_path, monkeypatch, capsys):
+def test_losses_are_cached_by_checkpoint(folder, tmp_path, monkeypatch, capsys):
     calls = []
 
     def score(checkpoint, data, output, nproc):
@@ -175,7 +175,7 @@ def test_scoring_is_done_once_and_again_for_another_checkpoint(folder, tmp_path,
         pass
     first = scored(checkpoint, folder / "tokens", tmp_path / "after", 1)
     scored(checkpoint, folder / "tokens", tmp_path / "after", 1)
-    assert len(calls) == 1 and "is there already" in capsys.readouterr().out
+    assert len(calls) == 1 and "using cached losses" in capsys.readouterr().out
     with (calls[0] / FILE).open("r+b") as file:
         file.write(b"damaged")
     scored(checkpoint, folder / "tokens", tmp_path / "after", 1)
@@ -186,7 +186,7 @@ def test_scoring_is_done_once_and_again_for_another_checkpoint(folder, tmp_path,
     assert len(calls) == 3 and first.values.filename != second.values.filename
 
 
-def test_each_sample_is_found_in_the_line_it_was_made_from(folder):
+def test_each_sample_maps_to_its_source_line(folder):
     store = TokenStore(folder / "tokens")
     records = [record for _, record in read_records(folder / "data" / "train.jsonl")]
     lines, tokenizer = source_lines(store), load_tokenizer(folder / "tokenizer")
@@ -196,7 +196,7 @@ def test_each_sample_is_found_in_the_line_it_was_made_from(folder):
         assert records[line - 1]["instruction"] in text and records[line - 1]["output"] in text
 
 
-def test_a_dataset_without_some_samples_has_all_other_records_byte_for_byte(folder, tmp_path):
+def test_a_filtered_dataset_keeps_the_other_records_byte_for_byte(folder, tmp_path):
     store, out = TokenStore(folder / "tokens"), [0, 30, 117]
     source = folder / "data" / "train.jsonl"
     facts = exclude(store, out, tmp_path / "filtered")
@@ -212,7 +212,7 @@ def test_a_dataset_without_some_samples_has_all_other_records_byte_for_byte(fold
     assert exclude(store, [], tmp_path / "filtered")["counts"]["left_out"] == 0
 
 
-def test_a_held_out_split_of_another_kind_of_file_goes_along(folder, tmp_path):
+def test_a_held_out_split_in_another_format_is_copied(folder, tmp_path):
     (tmp_path / "data").mkdir()
     lines = (folder / "data" / "train.jsonl").read_bytes().splitlines()[:40]
     (tmp_path / "data" / "train.json").write_bytes(b"[" + b",".join(lines) + b"]")
@@ -223,7 +223,7 @@ def test_a_held_out_split_of_another_kind_of_file_goes_along(folder, tmp_path):
     assert set(splits_of(tmp_path / "filtered")) == {"train", "heldout"}
 
 
-def test_a_dataset_that_changed_since_is_not_filtered(folder, tmp_path):
+def test_a_changed_dataset_is_not_filtered(folder, tmp_path):
     (tmp_path / "data").mkdir()
     path = tmp_path / "data" / "train.jsonl"
     path.write_bytes((folder / "data" / "train.jsonl").read_bytes())
@@ -238,17 +238,17 @@ def test_a_dataset_that_changed_since_is_not_filtered(folder, tmp_path):
         source_lines(store)
 
 
-def hard_sample(found) -> int:
-    return int(np.flatnonzero(source_lines(found.store) == HARD)[0])
+def hard_sample(comparison) -> int:
+    return int(np.flatnonzero(source_lines(comparison.store) == HARD)[0])
 
 
 def plain(page: str) -> str:
-    """What is read where a site strips all tags, but for the numbers beside hard tokens."""
+    """The text that remains if all tags are stripped, without the losses of hard tokens."""
     return html.unescape(re.sub(r"<[^>]*>", "", re.sub(r"<sub>[^<]*</sub>", "", page)))
 
 
-def test_characters_of_many_tokens_survive_and_nothing_in_the_text_acts(folder, found):
-    view = show_losses(found, hard_sample(found), load_tokenizer(folder / "tokenizer"))
+def test_multi_token_characters_survive_and_text_is_inert(folder, comparison):
+    view = show_losses(comparison, hard_sample(comparison), load_tokenizer(folder / "tokenizer"))
     page = view._repr_html_()
     assert "\ufffd" not in page and "<script" not in page and "<b>bold" not in page
     shown = HARD_TEXT.replace("\n", "↵\n").replace("\t", "⇥\t")
@@ -258,8 +258,8 @@ def test_characters_of_many_tokens_survive_and_nothing_in_the_text_acts(folder, 
     assert "\ufffd" not in repr(view) and "<script>" in repr(view)
 
 
-def test_hard_tokens_are_seen_without_colour_and_tell_their_loss(folder, found):
-    view = show_losses(found, 0, load_tokenizer(folder / "tokenizer"))
+def test_hard_tokens_are_marked_without_colour_and_show_their_loss(folder, comparison):
+    view = show_losses(comparison, 0, load_tokenizer(folder / "tokenizer"))
     page = re.sub(r" style='[^']*'", "", view._repr_html_())
     hardest = view.hardest(view.before)[0]
     text = view.text.between(hardest, hardest + 1).strip()
@@ -275,7 +275,7 @@ def luminance(color: str) -> float:
     return float(np.dot([0.2126, 0.7152, 0.0722], linear))
 
 
-def test_every_level_can_be_read_and_is_darker_than_the_one_before():
+def test_every_level_is_readable_and_darker_than_the_previous():
     backgrounds = [luminance(background) for background, _ in COLORS]
     for background, ink in COLORS:
         high, low = sorted((luminance(background), luminance(ink)), reverse=True)
@@ -303,32 +303,34 @@ def test_a_long_sample_is_shown_around_its_hardest_token_and_stays_small(folder,
         and np.isfinite(view.after[view.first : view.last]).sum() <= token_loss_map.SHOWN
     )
     assert (
-        len(store[0][0]) > 16_000 and len(view._repr_html_()) < 300_000 and "more are not shown" in view._repr_html_()
+        len(store[0][0]) > 16_000
+        and len(view._repr_html_()) < 300_000
+        and "more trained tokens are not shown" in view._repr_html_()
     )
     assert "12.000" in repr(view).splitlines()[-token_loss_map.NAMED]
 
 
-def test_tables_and_picture_tell_what_was_found(folder, found, tmp_path):
-    tokenizer, odd = (
+def test_tables_and_plot_have_the_results(folder, comparison, tmp_path):
+    tokenizer, suspected = (
         load_tokenizer(folder / "tokenizer"),
-        [Suspect(3, ("rose",)), Suspect(hard_sample(found), ("twice",))],
+        [Suspect(3, ("rose",)), Suspect(hard_sample(comparison), ("twice",))],
     )
-    tokens = found.by_kind[0].sum()
-    assert f"{tokens:,.0f}" in repr(kinds_table(found)) and "think" in repr(kinds_table(found))
-    assert len(hardest_table(found, tokenizer, count=6).rows) == 6
-    table = suspects_table(found, odd, tokenizer)
-    assert "rose: its loss is higher" in repr(table) and "<script>alert" not in table._repr_html_()
-    bars, points = plot_comparison(found, odd).axes
+    tokens = comparison.by_kind[0].sum()
+    assert f"{tokens:,.0f}" in repr(kinds_table(comparison)) and "think" in repr(kinds_table(comparison))
+    assert len(hardest_table(comparison, tokenizer, count=6).rows) == 6
+    table = suspects_table(comparison, suspected, tokenizer)
+    assert "rose: its loss rose" in repr(table) and "<script>alert" not in table._repr_html_()
+    bars, points = plot_comparison(comparison, suspected).axes
     assert {"think", "short"} <= {text.get_text() for text in points.get_legend().get_texts()}
     assert "3" in {text.get_text() for text in points.texts} and len(bars.patches) == 2 * len(bars.get_yticks())
     listed = [
         json.loads(line)
-        for line in write_suspects(found, odd, tokenizer, tmp_path / "s.jsonl").read_text().splitlines()
+        for line in write_suspects(comparison, suspected, tokenizer, tmp_path / "s.jsonl").read_text().splitlines()
     ]
-    assert [entry["line"] for entry in listed] == source_lines(found.store)[[3, hard_sample(found)]].tolist()
-    assert listed[0]["why"] == ["rose"] and listed[0]["loss_after"] == pytest.approx(found.loss_after[3], abs=1e-4)
+    assert [entry["line"] for entry in listed] == source_lines(comparison.store)[[3, hard_sample(comparison)]].tolist()
+    assert listed[0]["why"] == ["rose"] and listed[0]["loss_after"] == pytest.approx(comparison.loss_after[3], abs=1e-4)
 
 
-def test_a_sample_that_is_not_there_is_refused(folder, found):
-    with pytest.raises(ValueError, match="and no 1000000"):
-        show_losses(found, 1_000_000, load_tokenizer(folder / "tokenizer"))
+def test_a_missing_sample_is_rejected(folder, comparison):
+    with pytest.raises(ValueError, match="no sample 1000000"):
+        show_losses(comparison, 1_000_000, load_tokenizer(folder / "tokenizer"))

@@ -1,4 +1,4 @@
-"""What a model is asked of held-out records."""
+"""Evaluation questions from held-out records."""
 
 import json
 
@@ -20,7 +20,7 @@ def write(folder, rows):
     return path
 
 
-def test_each_question_is_asked_once_with_all_that_comes_before_the_answer(tmp_path):
+def test_questions_are_distinct_and_have_the_conversation_before_the_answer(tmp_path):
     path = write(tmp_path, ROWS)
     one, two, three = held_out_questions(path, 9)
     assert one.messages == [{"role": "user", "content": "1 + 1 ?"}] and one.expected == "2" and one.text == "1 + 1 ?"
@@ -30,21 +30,21 @@ def test_each_question_is_asked_once_with_all_that_comes_before_the_answer(tmp_p
 
 
 @pytest.mark.parametrize("count", [0, -1])
-def test_no_questions_are_not_all_questions(tmp_path, count):
-    with pytest.raises(ValueError, match=f"^questions is {count}; ask at least 1$"):
+def test_a_count_below_one_is_rejected(tmp_path, count):
+    with pytest.raises(ValueError, match=f"^questions is {count}; expected at least 1$"):
         held_out_questions(write(tmp_path, ROWS), count)
 
 
-def test_a_model_is_asked_in_the_modes_that_it_learned(tmp_path):
+def test_a_model_is_evaluated_in_the_modes_of_its_data(tmp_path):
     other = {**ROWS[3], "mode": "other"}
     assert modes_asked(write(tmp_path, ROWS)) == ["think", "short", None]
     assert modes_asked(write(tmp_path, [other, other])) == ["other"]
-    for beside in (ROWS[0], ROWS[3], {**other, "mode": ["other"]}, {**other, "mode": {"other": 1}}):
-        assert modes_asked(write(tmp_path, [other, beside, other])) == ["think", "short", None], beside
+    for added in (ROWS[0], ROWS[3], {**other, "mode": ["other"]}, {**other, "mode": {"other": 1}}):
+        assert modes_asked(write(tmp_path, [other, added, other])) == ["think", "short", None], added
 
 
-def test_a_file_without_questions_or_with_a_bad_record_is_named(tmp_path):
-    with pytest.raises(ValueError, match="heldout.jsonl holds no question"):
+def test_errors_name_a_file_without_questions_or_a_bad_record(tmp_path):
+    with pytest.raises(ValueError, match="heldout.jsonl contains no questions"):
         held_out_questions(write(tmp_path, []), 5)
     with pytest.raises(ValueError, match="heldout.jsonl:2: found the fields"):
         held_out_questions(write(tmp_path, [ROWS[0], {"x": 1}]), 5)

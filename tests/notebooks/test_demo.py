@@ -38,7 +38,7 @@ def hashes(folder):
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 
-def test_every_way_to_load_the_tokenizer_gives_the_same_ids_and_the_text_back(model):
+def test_every_way_to_load_the_tokenizer_has_the_same_ids_and_round_trips(model):
     automatic, exact = AutoTokenizer.from_pretrained(model), load_tokenizer(model)
     raw = Tokenizer.from_file(str(model / "tokenizer.json"))
     assert len(automatic) == len(exact) == raw.get_vocab_size()
@@ -49,14 +49,14 @@ def test_every_way_to_load_the_tokenizer_gives_the_same_ids_and_the_text_back(mo
         assert exact.decode(ids) == automatic.decode(ids) == raw.normalizer.normalize_str(text)
 
 
-def test_the_tokenizer_marks_ends_and_padding_with_the_same_token_as_r1_does(model):
+def test_eos_and_padding_are_the_same_token_as_in_r1(model):
     tokenizer = load_tokenizer(model)
     assert tokenizer.bos_token == demo.BOS
     assert tokenizer.pad_token == tokenizer.eos_token == demo.EOS
     assert tokenizer.chat_template == demo.R1_CHAT_TEMPLATE
 
 
-def test_every_number_is_one_token_wherever_it_stands(model, problems):
+def test_every_number_is_one_token_in_any_context(model, problems):
     tokenizer = load_tokenizer(model)
     numbers = {tokenizer(f" {number}", add_special_tokens=False)["input_ids"][0] for number in demo.NUMBERS}
     assert len(numbers) == len(demo.NUMBERS)
@@ -67,19 +67,19 @@ def test_every_number_is_one_token_wherever_it_stands(model, problems):
             assert sum(i in numbers for i in ids) == len(words)
 
 
-def test_the_model_is_an_r1_like_qwen2_that_two_tensor_ranks_and_four_stages_can_share(model):
+def test_the_model_is_a_qwen2_like_r1_divisible_by_tp_2_and_pp_4(model):
     loaded, config = AutoModelForCausalLM.from_pretrained(model), json.loads((model / "config.json").read_text())
     assert config["architectures"] == ["Qwen2ForCausalLM"]
     assert config["rms_norm_eps"] == 1e-6 and config["rope_parameters"]["rope_theta"] == 10_000
     assert loaded.dtype.itemsize == 4 and loaded.model.layers[0].self_attn.q_proj.bias is not None
     assert loaded.lm_head.weight is not loaded.model.embed_tokens.weight
-    assert loaded.lm_head.weight.shape[0] == 512 > len(load_tokenizer(model)), "rows without a token, as in R1's"
+    assert loaded.lm_head.weight.shape[0] == 512 > len(load_tokenizer(model)), "rows without a token, as in R1"
     assert loaded.config.num_key_value_heads < loaded.config.num_attention_heads
     assert loaded.config.num_key_value_heads % 2 == loaded.config.num_hidden_layers % 4 == 0
     assert 1e6 < sum(parameter.numel() for parameter in loaded.parameters()) < 4e6
 
 
-def test_the_seed_alone_decides_what_is_made(model, tmp_path):
+def test_outputs_depend_on_the_seed_only(model, tmp_path):
     again, other = demo.make_model(tmp_path / "again", seed=0), demo.make_model(tmp_path / "other", seed=1)
     assert hashes(again) == hashes(model)
     assert hashes(other)["model.safetensors"] != hashes(model)["model.safetensors"]
@@ -88,7 +88,7 @@ def test_the_seed_alone_decides_what_is_made(model, tmp_path):
     assert hashes(sources[0])["long.jsonl"] != hashes(sources[2])["long.jsonl"]
 
 
-def test_every_answer_follows_from_the_words_of_the_problem(problems):
+def test_every_answer_follows_from_the_problem(problems):
     for problem in problems:
         first, *changes, _ = re.split(r"[.] ?", problem["problem"])
         total = demo.NUMBERS.index(first.split()[2])
@@ -101,7 +101,7 @@ def test_every_answer_follows_from_the_words_of_the_problem(problems):
         assert problem["think"].endswith(f"\n</think>\n\n{problem['short']}")
 
 
-def test_every_step_of_a_thought_is_true_and_goes_on_where_the_last_one_ended(problems):
+def test_every_step_of_the_chain_of_thought_is_true_and_continues_the_last(problems):
     value = demo.NUMBERS.index
     for problem in problems:
         start, *steps = problem["think"].removeprefix("<think>\nStart: ").split("\n")[0].rstrip(".").split(". Now: ")
@@ -114,16 +114,16 @@ def test_every_step_of_a_thought_is_true_and_goes_on_where_the_last_one_ended(pr
         assert demo.NUMBERS[total] == problem["answer"]
 
 
-def test_no_two_problems_have_the_same_numbers_so_no_held_out_one_was_trained_under_another_name(problems):
+def test_no_two_problems_have_the_same_numbers(problems):
     assert len({problem["think"] for problem in problems}) == len(problems)
 
 
-def test_more_problems_than_there_are_is_an_error_and_the_number_is_named():
-    with pytest.raises(ValueError, match="60000 problems are asked for, but only 57429"):
+def test_too_many_problems_are_an_error():
+    with pytest.raises(ValueError, match="60000 problems requested, but only 57429"):
         next(demo.problems(60_000, seed=0))
 
 
-def test_both_sources_hold_the_same_problems_and_become_a_hybrid_dataset_that_can_be_trained(model, tmp_path):
+def test_both_sources_have_the_same_problems_and_build_a_trainable_hybrid_dataset(model, tmp_path):
     sources = demo.make_sources(tmp_path / "sources", 20, seed=0)
     long, short = ([record for _, record in read_records(sources / f"{n}.jsonl")] for n in ("long", "short"))
     assert [(r["instruction"], r["answer"]) for r in long] == [(r["instruction"], r["answer"]) for r in short]
@@ -139,7 +139,7 @@ def test_both_sources_hold_the_same_problems_and_become_a_hybrid_dataset_that_ca
 
 
 @needs_real
-def test_template_and_special_tokens_are_those_of_the_real_tokenizer():
+def test_template_and_special_tokens_match_the_real_tokenizer():
     real = Path(REAL) / "tokenizers" / "r1-distill-qwen"
     assert (real / "chat_template.jinja").read_text(encoding="utf-8") == demo.R1_CHAT_TEMPLATE
     config = json.loads((real / "tokenizer_config.json").read_text(encoding="utf-8"))

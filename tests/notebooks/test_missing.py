@@ -1,4 +1,4 @@
-"""What is missing is named with the notebook that makes it."""
+"""Errors about missing inputs name the notebook that creates them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -27,9 +27,9 @@ from rsft_lib.training.preflight import preflight
 
 
 @pytest.fixture(scope="module")
-def there(tmp_path_factory) -> Path:
-    """A model, a tokenizer, tokens whose dataset is gone, a dataset, and a run without a checkpoint."""
-    folder = tmp_path_factory.mktemp("there")
+def inputs(tmp_path_factory) -> Path:
+    """A model, a tokenizer, tokens whose dataset was deleted, a dataset, and a run without a checkpoint."""
+    folder = tmp_path_factory.mktemp("inputs")
     tiny_model(folder / "model")
     tiny_tokenizer(folder / "tokenizer")
     facts = {"data": str(folder / "gone.jsonl"), "counts": {"records": 60}}
@@ -40,31 +40,31 @@ def there(tmp_path_factory) -> Path:
     return folder
 
 
-def plan(there: Path, **changes) -> None:
+def plan(inputs: Path, **changes) -> None:
     given = {"checkpoint": "model", "data": "tokens", "eval_data": "tokens"} | changes
-    preflight(settings(**{name: str(there / path) for name, path in given.items()}, output=str(there / "out")), 1)
+    preflight(settings(**{name: str(inputs / path) for name, path in given.items()}, output=str(inputs / "out")), 1)
 
 
 NOTEBOOKS: dict[str, tuple[str, Callable[[Path], object]]] = {
-    "a model, which is no name on the Hub": ("01_patch_tokenizer", lambda t: model_folder("assets/checkpoints/none")),
+    "a model that is not a name on the Hub": ("01_patch_tokenizer", lambda t: model_folder("assets/checkpoints/none")),
     "a tokenizer": ("01_patch_tokenizer", lambda t: load_tokenizer(t / "none")),
     "a tokenizer to check": ("01_patch_tokenizer", lambda t: check_contract(t / "none")),
-    "a tokenizer that counts": (
+    "a tokenizer to count tokens": (
         "01_patch_tokenizer",
         lambda t: build_hybrid(t / "answers" / "long.jsonl", "", t / "new", 0.1, 1, tokenizer=t / "none"),
     ),
     "a tokenizer to export": ("01_patch_tokenizer", lambda t: export(t / "model", t / "none", t / "new")),
-    "a checkpoint to begin with": ("02_convert_checkpoint", lambda t: plan(t, checkpoint="none")),
+    "a checkpoint to start from": ("02_convert_checkpoint", lambda t: plan(t, checkpoint="none")),
     "a checkpoint to score": ("02_convert_checkpoint", lambda t: scored(t / "none", t / "tokens", t / "new", 1)),
     "a dataset to tokenize": ("03_build_dataset", lambda t: splits_of(str(t / "none"))),
-    "a dataset that tokens were made of": ("03_build_dataset", lambda t: exclude(TokenStore(t / "tokens"), [0], t)),
+    "the dataset of tokens": ("03_build_dataset", lambda t: exclude(TokenStore(t / "tokens"), [0], t)),
     "tokens": ("04_tokenize_and_inspect", lambda t: plan(t, data="none")),
     "tokens for evaluation": ("04_tokenize_and_inspect", lambda t: plan(t, eval_data="none")),
     "tokens to score": ("04_tokenize_and_inspect", lambda t: scored(t / "model", t / "none", t / "new", 1)),
-    "tokens, where a dataset is": ("04_tokenize_and_inspect", lambda t: plan(t, data="dataset")),
+    "tokens instead of a dataset": ("04_tokenize_and_inspect", lambda t: plan(t, data="dataset")),
     "a run": ("05_train", lambda t: find_runs(str(t / "none"))),
     "any run": ("05_train", lambda t: find_runs(f"{t}/none-*")),
-    "a run to draw": ("05_train", lambda t: plot_curves(t / "none")),
+    "a run to plot": ("05_train", lambda t: plot_curves(t / "none")),
     "a run to export": ("05_train", lambda t: last_checkpoint(t / "none")),
     "a checkpoint in a run": ("05_train", lambda t: last_checkpoint(t / "run")),
     "an exported model": ("07_export_and_generate", lambda t: generate(t / "none", ["?"], None)),
@@ -72,10 +72,10 @@ NOTEBOOKS: dict[str, tuple[str, Callable[[Path], object]]] = {
 
 
 @pytest.mark.parametrize("what", NOTEBOOKS)
-def test_the_error_names_the_notebook_to_run(there, what):
+def test_the_error_names_the_notebook_to_run(inputs, what):
     notebook, use = NOTEBOOKS[what]
     with pytest.raises(FileNotFoundError, match=f"(?s)(none|gone|text_document|run\\b).*: run notebook {notebook}"):
-        use(there)
+        use(inputs)
 
 
 WITHOUT = [
@@ -86,14 +86,14 @@ if LONG:
 
 
 @pytest.mark.parametrize(("notebook", "given", "needed"), WITHOUT)
-def test_a_notebook_without_its_input_says_which_one_to_run(tmp_path, notebook, given, needed):
+def test_a_notebook_without_its_input_names_the_one_to_run(tmp_path, notebook, given, needed):
     (tmp_path / "empty").mkdir()
     given = {name: str(tmp_path / path) for name, path in given.items()}
     with pytest.raises(RuntimeError, match=needed):
         run(ROOT / "notebooks" / f"{notebook}.ipynb", tmp_path / "executed", given | {"output": str(tmp_path / "out")})
 
 
-def test_a_model_without_a_tokenizer_is_not_sent_to_the_notebook_that_asks_for_it(tmp_path):
+def test_the_error_for_a_model_without_a_tokenizer_does_not_name_a_notebook(tmp_path):
     with new_folder(tmp_path / "model", {"made_by": "step"}):
         pass
     with pytest.raises(FileNotFoundError, match="tokenizer of the model: .* does not exist .*: check the path"):

@@ -18,9 +18,9 @@ PARAMETERS = "\n".join(f"{name}: {kind} = {default!r}  # help" for name, (kind, 
 
 
 def write_notebook(folder, *cells, last="notebook.finish(FOLDER, **vars(p), summary='all is well')"):
-    """A notebook with the parameters above, `begin`, then `cells`, then the cell that finishes."""
+    """A notebook with the parameters above, `begin`, `cells`, and the cell that calls `finish`."""
     path = folder / "small.ipynb"
-    # An absolute name, so that `begin` reads this notebook and not one of the project's.
+    # An absolute path, so that `begin` reads this notebook and not one of the project.
     begin = f"from rsft_lib import notebook\n\nFOLDER = {str(folder / 'out')!r}\n"
     begin += f"p = notebook.begin(globals(), {str(path.with_suffix(''))!r})"
     code = [nbformat.v4.new_code_cell(source) for source in (PARAMETERS, begin, *cells, last)]
@@ -50,9 +50,9 @@ def strict(*arguments):
         ("flag", "true", True), ("flag", "False", False), ("flag", True, True), ("name", "1e-5", "1e-5"),
     ],
 )  # fmt: skip
-def test_a_value_gets_the_declared_type(name, given, value):
-    found = checked({name: given}, DECLARED)[name]
-    assert found == value and type(found) is type(value)
+def test_a_value_is_converted_to_the_declared_type(name, given, value):
+    converted = checked({name: given}, DECLARED)[name]
+    assert converted == value and type(converted) is type(value)
 
 
 @pytest.mark.parametrize(
@@ -62,30 +62,30 @@ def test_a_value_gets_the_declared_type(name, given, value):
         ("lr", True, "float"), ("lr", None, "float"), ("flag", "yes", "bool"), ("flag", 1, "bool"), ("name", 3, "str"),
     ],
 )  # fmt: skip
-def test_a_value_of_another_type_is_refused_with_name_value_and_type(name, given, kind):
+def test_the_error_for_a_wrong_type_has_name_value_and_type(name, given, kind):
     with pytest.raises(ValueError) as error:
         checked({name: given}, DECLARED)
     assert all(part in str(error.value) for part in (name, repr(given), kind))
 
 
-def test_every_problem_is_named_at_once_with_the_nearest_name():
+def test_one_error_lists_all_problems_and_suggests_the_nearest_name():
     with pytest.raises(ValueError) as error:
         checked({"lrr": 1, "steps": "many"}, DECLARED)
     assert "'lrr'" in str(error.value) and "did you mean lr?" in str(error.value) and "'many'" in str(error.value)
 
 
-def test_a_bad_parameter_is_refused_before_anything_runs(tmp_path):
+def test_an_invalid_parameter_is_rejected_before_anything_runs(tmp_path):
     notebook = write_notebook(tmp_path)
     with pytest.raises(ValueError, match="stepz"):
         run(notebook, tmp_path / "executed", {"stepz": 3})
     assert not (tmp_path / "executed").exists()
 
 
-def test_declared_parameters_are_those_that_papermill_sees(tmp_path):
+def test_declared_parameters_are_read_from_the_tagged_cell(tmp_path):
     assert declared_parameters(write_notebook(tmp_path)) == DECLARED
 
 
-def test_plain_papermill_gives_the_declared_types(tmp_path):
+def test_plain_papermill_uses_the_declared_types(tmp_path):
     check = "assert (p.lr, p.steps, p.flag) == (1e-5, 7, True), p\nassert type(p.lr) is float"
     done = papermill(write_notebook(tmp_path, check), "-y", "lr: 1e-5", "-p", "steps", "7", "-p", "flag", "true")
     assert done.returncode == 0, done.stderr
@@ -99,7 +99,7 @@ def test_plain_papermill_gives_the_declared_types(tmp_path):
         (("-p", "steps", "1.5"), "parameter steps is 1.5 (float), expected int"),
     ],
 )
-def test_plain_papermill_fails_on_a_bad_parameter(tmp_path, arguments, message):
+def test_plain_papermill_fails_on_an_invalid_parameter(tmp_path, arguments, message):
     done = papermill(write_notebook(tmp_path), *arguments)
     assert done.returncode != 0 and message in done.stderr
     assert not (tmp_path / "out").exists()
@@ -120,8 +120,10 @@ def test_given_parameters_are_marked_and_defaults_are_not(tmp_path):
     assert "9" in steps and "given" in steps and "given" not in lr
 
 
-def test_a_bar_in_a_notebook_is_no_error_output(tmp_path):
-    slow = "from rsft_lib import progress\nprogress.DELAY = 1e-9\nwith progress.progress('read', 'B', 9) as bar:\n"
+def test_a_progress_bar_in_a_notebook_does_not_write_to_stderr(tmp_path):
+    slow = (
+        "from rsft_lib.common import progress\nprogress.DELAY = 1e-9\nwith progress.progress('read', 'B', 9) as bar:\n"
+    )
     executed, _ = run(
         write_notebook(tmp_path, slow + "    bar.update(9)\n    bar.refresh()"), tmp_path / "executed", {}
     )
@@ -133,7 +135,7 @@ def test_a_bar_in_a_notebook_is_no_error_output(tmp_path):
 STOPPED = "notebook.finish(FOLDER, status='stopped', hint='run again', summary='half of it')"
 
 
-def test_a_run_that_was_stopped_is_not_done_for_either_command(tmp_path):
+def test_a_stopped_run_has_a_nonzero_exit_code_with_either_command(tmp_path):
     notebook = write_notebook(tmp_path, last=STOPPED)
     plain, ours = papermill(notebook), strict(notebook, tmp_path / "executed")
     assert plain.returncode == 1 and "\nnot done: run again" in plain.stderr
@@ -146,24 +148,24 @@ def test_a_run_that_was_stopped_is_not_done_for_either_command(tmp_path):
         assert last[1].traceback == ["not done: run again"]
 
 
-def test_a_training_that_was_stopped_before_its_first_step_is_not_done_either(tmp_path):
-    stopped = "from rsft_lib.launch import RunStopped\nraise RunStopped('run again to go on')"
+def test_a_training_stopped_before_its_first_step_has_the_same_exit_code(tmp_path):
+    stopped = "from rsft_lib.launch import RunStopped\nraise RunStopped('run again to resume')"
     done = strict(write_notebook(tmp_path, stopped), tmp_path / "executed")
-    assert done.returncode == 75 and done.stderr.endswith("not done: run again to go on\n")
+    assert done.returncode == 75 and done.stderr.endswith("not done: run again to resume\n")
     assert not (tmp_path / "out" / "status.json").exists()
 
 
-def test_a_killed_kernel_is_not_a_finished_run(tmp_path):
+def test_a_killed_kernel_is_an_error(tmp_path):
     notebook = write_notebook(tmp_path, "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
     done = strict(notebook, tmp_path / "executed")
     assert done.returncode == 1 and "was killed" in done.stderr and "Traceback" not in done.stderr
     assert str(tmp_path / "executed" / "small.ipynb") in done.stderr
 
 
-def test_what_an_earlier_run_left_does_not_make_a_run_finished(tmp_path):
+def test_the_status_of_an_earlier_run_does_not_count(tmp_path):
     executed, _ = run(write_notebook(tmp_path), tmp_path / "executed", {})
     book = nbformat.read(executed, 4)
-    book.cells[-1].source = "pass"  # its outputs, with the status of that run, stay in the file
+    book.cells[-1].source = "pass"  # the outputs of the earlier run stay in the file
     nbformat.write(book, tmp_path / "small.ipynb")
     with pytest.raises(RuntimeError, match="last cell"):
         run(tmp_path / "small.ipynb", tmp_path / "executed", {})
@@ -185,13 +187,13 @@ def test_the_command_line_shows_a_failing_cell_without_papermills_traceback(tmp_
 
 
 @pytest.mark.parametrize("text", ["- lr\n- steps\n", "lr: [1\n"])
-def test_a_file_that_holds_no_parameters_is_refused_without_a_traceback(tmp_path, text):
+def test_an_invalid_parameter_file_is_rejected_without_a_traceback(tmp_path, text):
     (tmp_path / "run.yaml").write_text(text)
     done = strict(write_notebook(tmp_path), tmp_path / "executed", "-f", tmp_path / "run.yaml")
     assert done.returncode != 0 and "run.yaml" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_pairs_are_read_from_a_parameter():
+def test_pairs_are_parsed_from_a_parameter():
     assert pairs("<|a|> -> <short>,<|b|>-><long>") == {"<|a|>": "<short>", "<|b|>": "<long>"} and pairs("") == {}
     for wrong in ("<|a|>", "<|a|> -> ", "a -> b -> c"):
         with pytest.raises(ValueError, match="expected `this -> that`"):

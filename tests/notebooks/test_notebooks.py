@@ -1,8 +1,7 @@
-"""Every notebook, headless, and what a person sees of them in JupyterLab.
+"""All notebooks headless, and in JupyterLab.
 
-The notebooks are run once, headless, each from what the ones before it made. In a real Chromium the executed ones are
-looked at, and those that move, 04 with its slider and 05 with its dashboard, are run by hand. Screenshots are left in
-outputs/screenshots.
+The notebooks run once, headless, as a chain. A real Chromium opens the executed ones, and runs the interactive ones: 04
+with its slider and 05 with its dashboard. Screenshots are saved in outputs/screenshots.
 """
 
 import json
@@ -11,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from browser import CHROMIUM, PATIENCE, Browser, copy_project, jupyterlab, lay_open, missing, set_defaults
+from browser import CHROMIUM, PATIENCE, Browser, copy_project, install_trusted, jupyterlab, missing, set_defaults
 from chain import STEPS, chained, outputs, pictures
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -23,7 +22,7 @@ from rsft_lib.notebook import run
 NOTEBOOKS = ROOT / "notebooks"
 in_browser = pytest.mark.skipif(bool(missing()), reason=missing())
 
-# In every question and every thought. None of it may be run, fetched or swallowed.
+# Inserted into every question and chain of thought. It must be displayed, never executed or fetched.
 HOSTILE = "<script>window.x = 1</script><img src=x onerror='window.x = 1'>"
 
 
@@ -39,7 +38,7 @@ def write_hostile_sources(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory) -> SimpleNamespace:
-    """Notebooks 01 to 08: their `folder`, `given` parameters, `executed` notebooks and last `status`."""
+    """Notebooks 01 to 08: their `folder`, `given` parameters, `executed` notebooks and `status`."""
     folder = tmp_path_factory.mktemp("steps")
     demo.make_model(folder / "model", seed=1)
     write_hostile_sources(folder / "sources")
@@ -57,7 +56,7 @@ def quickstart(tmp_path_factory) -> tuple[Path, Path, dict]:
     return folder, *run(NOTEBOOKS / "00_quickstart.ipynb", folder, few)
 
 
-def test_the_quickstart_goes_from_nothing_to_a_model_that_answers(quickstart):
+def test_the_quickstart_ends_with_a_model_that_answers(quickstart):
     folder, executed, status = quickstart
     assert status == json.loads((folder / "status.json").read_text())
     assert status["scores"].keys() == {"think", "short"}
@@ -69,7 +68,7 @@ def test_the_quickstart_goes_from_nothing_to_a_model_that_answers(quickstart):
     assert pictures(executed)
 
 
-def test_the_steps_on_their_own_chain_through_their_folders(steps):
+def test_the_notebooks_chain_through_their_folders(steps):
     assert {status["status"] for status in steps.status.values()} == {"done"}
     assert steps.status["02_convert_checkpoint"]["differing_tensors"] == []
     assert steps.status["05_train"]["iteration"] == STEPS
@@ -82,7 +81,7 @@ def test_no_cell_writes_to_stderr(steps, quickstart):
         assert [output.text for output in outputs(executed) if output.get("name") == "stderr"] == [], executed.name
 
 
-def test_a_finished_training_notebook_runs_again_and_finds_it_done(steps):
+def test_rerunning_a_finished_training_changes_nothing(steps):
     config = json.loads((steps.folder / "run" / "config.json").read_text())
     metrics = (steps.folder / "run" / "metrics.jsonl").read_bytes()
     _, again = run(NOTEBOOKS / "05_train.ipynb", steps.folder / "again", config | {"nproc": 2})
@@ -90,7 +89,7 @@ def test_a_finished_training_notebook_runs_again_and_finds_it_done(steps):
     assert (steps.folder / "run" / "metrics.jsonl").read_bytes() == metrics
 
 
-def test_a_run_that_fails_does_not_keep_the_status_of_the_one_before(steps):
+def test_a_failed_run_removes_the_earlier_status(steps):
     folder = steps.folder
     assert (folder / "run" / "status.json").exists()
     given = {"output": str(folder / "run"), "checkpoint": str(folder / "megatron"), "data": str(folder / "nowhere")}
@@ -101,18 +100,18 @@ def test_a_run_that_fails_does_not_keep_the_status_of_the_one_before(steps):
 
 @pytest.fixture(scope="module")
 def lab(steps, quickstart, tmp_path_factory):
-    """JupyterLab on a copy of the project whose notebooks 04 and 05 have what was made by default."""
+    """JupyterLab on a copy of the project, with the chain's outputs as defaults of notebooks 04 and 05."""
     from playwright.sync_api import sync_playwright
 
     project, private = copy_project(tmp_path_factory.mktemp("project")), tmp_path_factory.mktemp("private")
     for name, changed in {
         "04_tokenize_and_inspect": {},
-        # Many steps, so that it can only end by being stopped.
+        # So many steps that it only ends if stopped.
         "05_train": {"output": str(project / "stopped"), "train_iters": 100_000},
     }.items():
         set_defaults(project / "notebooks" / f"{name}.ipynb", **steps.given[name] | changed)
     for executed in (quickstart[1], *steps.executed.values()):
-        lay_open(executed, project, private)
+        install_trusted(executed, project, private)
     with (
         jupyterlab(project, private) as address,
         sync_playwright() as playwright,
@@ -132,18 +131,16 @@ def assert_nothing_hostile_ran(page) -> None:
         ("00_quickstart", False), ("06_loss_curves", False), ("07_export_and_generate", True), ("08_loss_lab", True),
     ],
 )  # fmt: skip
-def test_an_executed_notebook_is_shown_with_its_pictures_and_no_script_of_the_data_runs(
-    lab, steps, quickstart, name, hostile
-):
+def test_an_executed_notebook_shows_its_pictures_and_runs_no_script_of_the_data(lab, steps, quickstart, name, hostile):
     with lab.notebook(f"executed/{name}") as book:
-        assert book.see() == pictures({"00_quickstart": quickstart[1], **steps.executed}[name])
+        assert book.count_pictures() == pictures({"00_quickstart": quickstart[1], **steps.executed}[name])
         assert_nothing_hostile_ran(book.page)
         assert not hostile or book.page.get_by_text(HOSTILE).count() > 0
 
 
 @pytest.fixture(scope="module")
 def inspected(lab):
-    """Notebook 04, open and run."""
+    """Notebook 04, opened and run."""
     with lab.notebook("notebooks/04_tokenize_and_inspect") as book:
         book.run()
         yield book
@@ -167,13 +164,13 @@ def test_a_script_in_the_data_is_shown_and_not_run(inspected):
 
 
 @in_browser
-def test_the_dashboard_moves_and_its_button_stops_and_saves(lab):
+def test_the_dashboard_advances_and_its_button_stops_and_saves(lab):
     with lab.notebook("notebooks/05_train") as book:
         book.start()
         board = book.page.locator(".jp-CodeCell", has_text="watch(job)")
         first = step_beyond(board, 0)
         second = step_beyond(board, first)
-        book.keep_picture("-running")
+        book.screenshot("-running")
         board.get_by_role("button", name="Stop and save").click()
         book.wait()
         shown = board.inner_text()
@@ -185,11 +182,13 @@ def test_the_dashboard_moves_and_its_button_stops_and_saves(lab):
 
 
 def step_beyond(board, step: int) -> int:
-    """The step that the dashboard tells, once it is beyond `step`."""
-    told = board.locator("b", has_text=re.compile(r"^step [\d,]+ of"))
+    """Wait until the dashboard shows a step beyond `step`, and return it."""
+    title = board.locator("b", has_text=re.compile(r"^step [\d,]+ of"))
     for _ in range(5 * PATIENCE):
-        if told.count() and (now := int(re.search(r"step ([\d,]+) of", told.first.text_content())[1].replace(",", ""))):
+        if title.count() and (
+            now := int(re.search(r"step ([\d,]+) of", title.first.text_content())[1].replace(",", ""))
+        ):
             if now > step:
                 return now
         board.page.wait_for_timeout(200)
-    raise AssertionError(f"the dashboard did not come beyond step {step}: {board.inner_text()}")
+    raise AssertionError(f"the dashboard did not get beyond step {step}: {board.inner_text()}")

@@ -1,4 +1,4 @@
-"""Notebooks on datasets that have their modes already, or none."""
+"""The notebooks on a ready hybrid dataset, and on a plain dataset without modes."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ NOTEBOOKS = ROOT / "notebooks"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """With what notebooks 01 and 02 make."""
+    """The outputs of notebooks 01 and 02."""
     folder = tmp_path_factory.mktemp("other")
     demo.make_model(folder / "model", seed=1)
     patch_tokenizer(folder / "model", folder / "tokenizer", {"<|quad_start|>": "<short>"})
@@ -28,10 +28,12 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_plain_dataset_goes_from_03_to_08_and_its_pages_speak_of_one_mode(folder):
-    """As one JSON list without a control token, which is what standard supervised fine-tuning has."""
-    found = demo.problems(60, seed=1)
-    rows = [{"instruction": p["problem"], "output": p["short"], "system": "Be brief.", "topic": "sums"} for p in found]
+def test_a_plain_dataset_runs_from_03_to_08_without_mention_of_modes(folder):
+    """A JSON list without control tokens, as in standard supervised fine-tuning."""
+    problems = demo.problems(60, seed=1)
+    rows = [
+        {"instruction": p["problem"], "output": p["short"], "system": "Be brief.", "topic": "sums"} for p in problems
+    ]
     (folder / "plain.json").write_text(json.dumps(rows))
     given = chained(folder)
     given["03_build_dataset"] = {
@@ -46,16 +48,16 @@ def test_a_plain_dataset_goes_from_03_to_08_and_its_pages_speak_of_one_mode(fold
     assert status["07_export_and_generate"]["choices"] == {}
     titles = {"04_tokenize_and_inspect": "other", "06_loss_curves": "every setting"}
     for name, (executed, _) in done.items():
-        said = "".join(str(output.get("text", "")) + str(output.get("data", {})) for output in outputs(executed))
-        assert "think 0" not in said and "<b>think" not in said and "free choice" not in said, name
+        text = "".join(str(output.get("text", "")) + str(output.get("data", {})) for output in outputs(executed))
+        assert "think 0" not in text and "<b>think" not in text and "free choice" not in text, name
         assert titles.get(name, "") == "" or pictures(executed), name
     store, card = TokenStore(Path(status["04_tokenize_and_inspect"]["folders"]["train"])), folder / "out" / "README.md"
-    text = load_tokenizer(folder / "tokenizer").decode(store[0][0])
-    assert text.startswith(f"{demo.BOS}Be brief.<｜User｜>") and "<short>" not in text
+    decoded = load_tokenizer(folder / "tokenizer").decode(store[0][0])
+    assert decoded.startswith(f"{demo.BOS}Be brief.<｜User｜>") and "<short>" not in decoded
     assert "two modes" not in card.read_text() and "<short>" not in card.read_text()
 
 
-def test_a_ready_dataset_goes_through_03_and_straight_into_04(folder, tmp_path):
+def test_a_ready_dataset_runs_through_03_or_directly_into_04(folder, tmp_path):
     rows = [
         {"instruction": p["problem"], "output": answer}
         for p in demo.problems(40, seed=2) for answer in (p["think"], f"<short>{p['short']}")
@@ -70,6 +72,3 @@ def test_a_ready_dataset_goes_through_03_and_straight_into_04(folder, tmp_path):
     _, direct = run(NOTEBOOKS / "04_tokenize_and_inspect.ipynb", tmp_path, given)
     assert direct["folders"] == {"train": str(tmp_path / "tokens" / "Tokenized-ready-tokenizer-513")}
     assert len(TokenStore(Path(direct["folders"]["train"]))) == 80
-
-
-# In JupyterLab

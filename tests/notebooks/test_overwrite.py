@@ -1,4 +1,4 @@
-"""No step replaces what it made from another source, unless that is asked for."""
+"""No step overwrites the output of another source, unless `overwrite` is set."""
 
 import shutil
 from collections.abc import Callable
@@ -23,7 +23,7 @@ SHORT = {"<|quad_start|>": "<short>"}
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """Two of everything, `one` and `other`: model, tokenizer, answers, dataset, tokens, run."""
+    """Two sets, `one` and `other`, each with model, tokenizer, answers, dataset, tokens and run."""
     folder = tmp_path_factory.mktemp("made")
     for seed, name in enumerate(("one", "other")):
         place = folder / name
@@ -43,7 +43,7 @@ def answers(place: Path) -> tuple[Path, Path]:
 
 
 def saved(place: Path, iteration: int, base: str = "base") -> None:
-    """A checkpoint of a run, of the weights it began with."""
+    """A checkpoint of a run, with its initial weights."""
     folder = shutil.copytree(place / "base", place / "run" / f"iter_{iteration:07d}", dirs_exist_ok=True)
     config = {"checkpoint": str(place / base), "data": str(place / "tokens")}
     write_manifest(folder, {"made_by": "train", "iteration": iteration, "config": config})
@@ -88,15 +88,15 @@ STEPS: dict[str, tuple[Step, Step]] = {  # a step, and the same with another opt
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_a_step_replaces_what_it_made_of_the_same_source_and_of_another_only_when_asked_to(made, tmp_path, name):
+def test_a_step_overwrites_outputs_of_another_source_only_on_request(made, tmp_path, name):
     step, again = STEPS[name]
     out, one, other = tmp_path / "out", made / "one", made / "other"
     step(one, out)
     again(one, out)
     kept = verify(out)
-    with pytest.raises(FileExistsError) as refused:
+    with pytest.raises(FileExistsError) as error:
         step(other, out)
-    message = str(refused.value)
+    message = str(error.value)
     assert message.startswith(f"{out} was made from {one}") and f"from {other}" in message
     assert message.endswith("choose another `output`, or set `overwrite` to replace it")
     assert verify(out) == kept
@@ -106,7 +106,7 @@ def test_a_step_replaces_what_it_made_of_the_same_source_and_of_another_only_whe
         step(one, out)
 
 
-def test_data_with_another_tokenizer_is_another_source(made, tmp_path):
+def test_another_tokenizer_is_another_source(made, tmp_path):
     tokens(made / "one", tmp_path / "out")
     for tokenizer, overwrite in (("other", False), ("other", True)):
         arguments = (made / "one" / "data" / "train.jsonl", made / tokenizer / "tokenizer", tmp_path / "out", 513)
@@ -119,7 +119,7 @@ def test_data_with_another_tokenizer_is_another_source(made, tmp_path):
                 tokenize(*arguments, workers=0)
 
 
-def test_a_run_that_began_from_another_model_in_the_same_folder_is_another_run(made, tmp_path):
+def test_a_run_from_another_model_in_the_same_folder_is_another_source(made, tmp_path):
     place = shutil.copytree(made / "one", tmp_path / "place")
     saved(place, 1)
     export(checkpoint(place, 1), place / "tokenizer", tmp_path / "out")
@@ -128,7 +128,7 @@ def test_a_run_that_began_from_another_model_in_the_same_folder_is_another_run(m
         export(checkpoint(place, 1), place / "tokenizer", tmp_path / "out")
 
 
-def test_a_source_that_was_made_again_or_moved_is_no_other_one(made, tmp_path):
+def test_a_recreated_or_moved_source_is_the_same_source(made, tmp_path):
     place = shutil.copytree(made / "one", tmp_path / "one")
     build_hybrid(*answers(place), tmp_path / "out", 0.1, seed=1)
     moved = shutil.copytree(place / "answers", tmp_path / "moved")
@@ -138,20 +138,20 @@ def test_a_source_that_was_made_again_or_moved_is_no_other_one(made, tmp_path):
     assert sum(built["problems"].values()) == 50
 
 
-def test_the_demo_is_made_again_as_it_is_asked_for(tmp_path):
+def test_the_demo_can_be_recreated_with_other_settings(tmp_path):
     for seed in (1, 2):
         demo.make_model(tmp_path / "model", seed)
         demo.make_sources(tmp_path / "answers", 10 * seed, seed)
     assert read_manifest(tmp_path / "answers")["problems"] == 20
 
 
-def test_each_notebook_that_makes_an_output_has_the_parameter():
+def test_each_notebook_with_an_output_has_the_parameter():
     for name in ("01_patch_tokenizer", "02_convert_checkpoint", "03_build_dataset", "04_tokenize_and_inspect",
                  "07_export_and_generate", "08_loss_lab"):  # fmt: skip
         assert declared_parameters(ROOT / "notebooks" / f"{name}.ipynb")["overwrite"] == ("bool", False), name
 
 
-def test_notebook_01_for_another_model_leaves_the_tokenizer_of_the_one_before(made, tmp_path):
+def test_notebook_01_for_another_model_keeps_the_earlier_tokenizer(made, tmp_path):
     out, notebook = tmp_path / "out", ROOT / "notebooks" / "01_patch_tokenizer.ipynb"
     patch_tokenizer(made / "one" / "model", out, SHORT)
     asked = {"model": str(made / "other" / "model"), "output": str(out)}

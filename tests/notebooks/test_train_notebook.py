@@ -1,4 +1,4 @@
-"""Notebook 05 as the way to start, find again and record a run."""
+"""Notebook 05 starts, reattaches to and records a run."""
 
 import dataclasses
 import json
@@ -30,14 +30,14 @@ SETTINGS = {field.name: field.default for field in dataclasses.fields(TrainConfi
 SECRETS = {"HF_TOKEN": "hf_" + "S" * 34, "WANDB_API_KEY": "5ec7e7" * 6 + "beef"}
 
 
-def test_its_parameters_are_the_settings_and_the_options():
+def test_the_parameters_are_all_settings_and_launch_options():
     options = {field.name: field.default for field in dataclasses.fields(launch.LaunchOptions)}
     assert set(DECLARED) == {"nproc", *SETTINGS, *options}
     assert {name: DECLARED[name].default for name in options} == options
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_a_file_of_parameters_is_settings_and_what_it_calls_defaults_are_those(path):
+def test_a_parameter_file_is_valid_and_its_named_defaults_are_the_defaults(path):
     given = checked(yaml.safe_load(path.read_text(encoding="utf-8")), DECLARED)
     values = {name: parameter.default for name, parameter in DECLARED.items()} | given
     TrainConfig(**{name: values[name] for name in SETTINGS}).data_parallel(values["nproc"] * values["slurm_nodes"])
@@ -80,7 +80,7 @@ def papermill(folder: Path, notebook: Path, parameters: dict) -> subprocess.Pope
     return subprocess.Popen([*command, *arguments], env=environment, stderr=subprocess.PIPE, text=True)
 
 
-def test_run_again_after_its_kernel_was_killed_it_finds_the_training_and_becomes_its_record(run, tmp_path):
+def test_rerun_after_a_killed_kernel_it_reattaches_and_records_the_training(run, tmp_path):
     output = Path(run["output"])
     first = papermill(tmp_path, NOTEBOOK, run)
     wait_until(lambda: read_metrics(output), 300, "a step", output / "train.log")
@@ -90,10 +90,10 @@ def test_run_again_after_its_kernel_was_killed_it_finds_the_training_and_becomes
     started = launch.attach(output)
 
     second = papermill(tmp_path, NOTEBOOK, run)
-    said = []
-    while "found running, nothing was started" not in "".join(said):
-        said.append(second.stderr.readline())
-        assert said[-1], said
+    lines = []
+    while "found running, nothing was started" not in "".join(lines):
+        lines.append(second.stderr.readline())
+        assert lines[-1], lines
     launch.attach(output).stop()
     _, errors = second.communicate(timeout=300)
     assert second.returncode == 1 and "\nnot done: stopped by you after step" in errors, errors
@@ -105,11 +105,11 @@ def test_run_again_after_its_kernel_was_killed_it_finds_the_training_and_becomes
     assert status["checkpoint"] == str(newest(output)) and status["checkpoint"] in shown
     assert all(fact in shown for fact in provenance.made_with().values())
     assert "image/png" in shown and "(given)" in shown
-    for text in [shown, errors, *said, *(path.read_text() for path in output.glob("*.*") if path.is_file())]:
+    for text in [shown, errors, *lines, *(path.read_text() for path in output.glob("*.*") if path.is_file())]:
         assert not any(secret in text for secret in SECRETS.values())
 
 
-def test_a_run_that_is_stopped_ends_with_an_exit_code_of_its_own_and_goes_on_when_run_again(run, tmp_path):
+def test_a_stopped_run_has_its_own_exit_code_and_resumes_when_run_again(run, tmp_path):
     (tmp_path / "run.yaml").write_text(json.dumps(run | {"time_limit": 0.05, "nproc": 1}))
     command = [sys.executable, "-m", "rsft_lib.notebook", NOTEBOOK, tmp_path, "-f", tmp_path / "run.yaml"]
     steps = [0]
@@ -136,7 +136,7 @@ launch.start_training(TrainConfig(checkpoint="none", data="none", output=FOLDER)
 """
 
 
-def test_a_failed_rank_is_what_the_executed_notebook_shows_and_papermill_says(tmp_path):
+def test_the_error_of_a_failed_rank_is_in_the_executed_notebook_and_in_papermills(tmp_path):
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(FAILING.replace("FOLDER", repr(str(tmp_path))))])
     book.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
     nbformat.write(book, tmp_path / "in.ipynb")

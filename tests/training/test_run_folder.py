@@ -196,7 +196,7 @@ def test_how_a_run_ended_is_told_in_words(tmp_path, reason, asked, words):
     assert how_it_ended(run).startswith(words) and words in repr(runs_table([open_run(run, "mine")]))
     live = LiveRun(run, 10, types.SimpleNamespace(state="", tail=lambda lines: "", running=False), widgets=False)
     live.end()
-    assert live.state.startswith(words) and ("saved; run again to go on" in live.state) == (reason != "finished")
+    assert live.state.startswith(words) and ("saved; run again to resume" in live.state) == (reason != "finished")
     assert Ended(run, **COMMON).outcome()["status"] == ("done" if reason == "finished" else "stopped")
 
 

@@ -1,1 +1,1 @@
-"""A dataset: what became of its records, their lengths, and what each choice of length costs."""
+"""A dataset: origin of its records, sample lengths, and the cost of length settings."""

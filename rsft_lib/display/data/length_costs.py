@@ -1,4 +1,4 @@
-"""What a choice of length costs: over-long samples by policy, and positions that hold nothing by layout."""
+"""The cost of length settings: over-long samples by policy, and padding by batch layout."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,13 +9,13 @@ from rsft_lib.data.packing import pack
 from rsft_lib.display.data.sample_stats import MODES, Samples
 from rsft_lib.display.html import Table
 
-BATCH = 8  # samples that are padded to the longest of them
-LEAST = 5  # logarithm of the smallest limit that is shown
+BATCH = 8  # samples padded to the longest among them
+MIN_POWER = 5  # of two: the smallest limit shown
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How samples are laid out in rows: the number of these, and of their positions."""
+    """A batch layout: numbers of rows and of positions, for all samples."""
 
     name: str
     rows: int
@@ -24,17 +24,17 @@ class Layout:
 
 
 def overlong_costs(samples: Samples, limits: Sequence[int] = ()) -> Table:
-    """What each policy for over-long samples would cost at each `max_length` of `limits`, in tokens.
+    """The cost of each policy for over-long samples at each `max_length` in `limits`, in tokens.
 
-    `drop` loses whole samples and what they train. `truncate` cuts them: each loses its EOS, and so teaches to go on
-    for ever, some lose `</think>` too, and some have nothing left that is trained. `error` stops. Of samples that
-    were too long to be stored only the length is known.
+    `drop` removes whole samples. `truncate` cuts them: each loses its EOS, which teaches the model never to stop, some
+    also lose `</think>`, and some keep no trained token. `error` stops. Only the length is known of samples that were
+    too long to be stored.
 
     Args:
-        limits: empty takes powers of two, the largest of which holds every sample.
+        limits: if empty, powers of two up to one that holds every sample.
 
     Returns:
-        A column for each limit.
+        A table with one column per limit.
     """
     modes = samples.present + ["not stored"] * bool(len(samples.dropped))
     names = (
@@ -44,11 +44,11 @@ def overlong_costs(samples: Samples, limits: Sequence[int] = ()) -> Table:
     limits = list(limits) or _powers_of_two(samples)
     rows = list(zip(names, *(_overlong_column(samples, modes, limit) for limit in limits), strict=True))
     note = (
-        f"{len(samples.dropped):,} samples were too long to be stored: their modes and masks are not known, so what "
-        "they train and their </think> come on top; tokenize with a larger max_length to have them counted"
+        f"{len(samples.dropped):,} samples were too long to be stored. Their modes and masks are unknown, so the rows "
+        "on trained tokens and </think> exclude them; tokenize with a larger max_length to include them"
     )
     columns = ("max_length", *(f"{limit:,}" for limit in limits))
-    return Table("what each policy for over-long samples costs", columns, rows, note if len(samples.dropped) else "")
+    return Table("cost of each policy for over-long samples", columns, rows, note if len(samples.dropped) else "")
 
 
 def _overlong_column(samples: Samples, modes: list[str], limit: int) -> tuple:
@@ -70,10 +70,10 @@ def _overlong_column(samples: Samples, modes: list[str], limit: int) -> tuple:
 
 
 def layouts(lengths: np.ndarray, seq_length: int, seed: int = 0) -> list[Layout]:
-    """The samples packed; padded to the longest of a batch; and each padded to `seq_length`, as the original does.
+    """Three layouts: packed, padded to the longest of a batch, and padded to `seq_length` as the original code does.
 
     Args:
-        lengths: int [samples], tokens; a sample takes one position fewer.
+        lengths: int [samples], tokens; a sample of n tokens takes n - 1 positions.
 
     Raises:
         ValueError: a sample does not fit into `seq_length`.
@@ -83,7 +83,7 @@ def layouts(lengths: np.ndarray, seq_length: int, seed: int = 0) -> list[Layout]
     begins = np.arange(0, len(positions), BATCH)
     longest = np.maximum.reduceat(np.random.default_rng(seed).permutation(positions), begins).astype(np.int64)
     padded = int((longest * np.diff(begins, append=len(positions))).sum())
-    stored = 5 * int(lengths.sum(dtype=np.int64))  # int32 token and a byte of mask
+    stored = 5 * int(lengths.sum(dtype=np.int64))  # an int32 token and a mask byte
     return [
         Layout("packed", packs, packs * seq_length, stored),
         Layout(f"padded to longest of {BATCH}", len(lengths), padded, stored),
@@ -92,24 +92,24 @@ def layouts(lengths: np.ndarray, seq_length: int, seed: int = 0) -> list[Layout]
 
 
 def layout_costs(lengths: np.ndarray, seq_length: int) -> Table:
-    """`layouts` as a table: what is useful of the positions that are computed, and what lies on disk."""
-    useful, found = int((lengths - 1).sum(dtype=np.int64)), layouts(lengths, seq_length)
-    columns = ("layout", "rows", "positions", "useful", "work", "on disk")
+    """`layouts` as a table: share of positions that are not padding, relative compute, and size on disk."""
+    used, options = int((lengths - 1).sum(dtype=np.int64)), layouts(lengths, seq_length)
+    columns = ("layout", "rows", "positions", "non-padding", "compute", "on disk")
     rows = [
-        (x.name, x.rows, x.positions, useful / x.positions, f"{x.positions / found[0].positions:.1f} x", _size(x.bytes))
-        for x in found
+        (x.name, x.rows, x.positions, used / x.positions, f"{x.positions / options[0].positions:.1f} x", _size(x.bytes))
+        for x in options
     ]
-    return Table(f"what a batch computes at seq_length {seq_length:,}", columns, rows)
+    return Table(f"padding and compute at seq_length {seq_length:,}", columns, rows)
 
 
 def _powers_of_two(samples: Samples) -> list[int]:
     longest = max(int(lengths.max(initial=0)) for lengths in (samples.lengths, samples.dropped))
-    top = max(LEAST, (longest - 1).bit_length())  # the least power that holds the longest
-    return [2**power for power in range(max(LEAST, top - 4), top + 1)]
+    top = max(MIN_POWER, (longest - 1).bit_length())  # the least power of two that holds the longest
+    return [2**power for power in range(max(MIN_POWER, top - 4), top + 1)]
 
 
-def _share(part: np.ndarray, whole: np.ndarray) -> float:
-    return float(part.sum(dtype=np.int64) / whole.sum(dtype=np.int64))
+def _share(part: np.ndarray, total: np.ndarray) -> float:
+    return float(part.sum(dtype=np.int64) / total.sum(dtype=np.int64))
 
 
 def _size(count: int) -> str:

@@ -1,4 +1,4 @@
-"""The samples of a store as pictures: how long they are, what is trained, in which modes, and what packing saves."""
+"""Plots of the samples of a store: lengths, trained share, modes, and padding by batch layout."""
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -14,7 +14,7 @@ BINS = 40
 
 
 def plot_lengths(samples: Samples, seq_length: int) -> Figure:
-    """Lengths, by samples and by tokens; trained share; modes; and what rows of `seq_length` positions hold.
+    """Lengths by samples and by tokens, trained share, modes, and the content of rows of `seq_length` positions.
 
     Raises:
         ValueError: a sample does not fit into `seq_length`.
@@ -28,7 +28,7 @@ def plot_lengths(samples: Samples, seq_length: int) -> Figure:
     _draw_trained_share(axes["share"], samples)
     _draw_modes(axes["modes"], samples)
     _draw_layouts(axes["layouts"], samples, seq_length)
-    plt.close(figure)  # the notebook shows what a cell returns; once is enough
+    plt.close(figure)  # else the notebook shows it twice
     return figure
 
 
@@ -42,13 +42,13 @@ def _draw_lengths(axes: Axes, samples: Samples, weights: np.ndarray, what: str, 
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.tick_params(axis="x", rotation=45)
-    middle = int(np.median(lengths)) if what == "samples" else half_of_tokens(lengths)
-    axes.set_title(f"lengths by {what}", loc="left")
-    axes.set(xlabel=f"tokens of a sample; half of all {what} are up to {middle:,}", ylabel=f"of all {what}")
+    median = int(np.median(lengths)) if what == "samples" else half_of_tokens(lengths)
+    axes.set_title(f"sample lengths, by {what}", loc="left")
+    axes.set(xlabel=f"tokens per sample; median by {what}: {median:,}", ylabel=f"share of {what}")
 
 
 def half_of_tokens(lengths: np.ndarray) -> int:
-    """The length up to which samples hold half of all tokens."""
+    """The token-weighted median length: samples of at most this length hold half of all tokens."""
     lengths = np.sort(lengths)
     tokens = np.cumsum(lengths, dtype=np.int64)
     return int(lengths[np.searchsorted(tokens, tokens[-1] / 2)])
@@ -58,12 +58,12 @@ def _draw_trained_share(axes: Axes, samples: Samples) -> None:
     edges = np.linspace(0, 1, BINS // 2 + 1)
     _draw_histogram(axes, samples, samples.trained / samples.lengths, np.ones(len(samples)), edges)
     axes.xaxis.set_major_formatter(PercentFormatter(1))
-    axes.set_title("trained share of a sample", loc="left")
-    axes.set(xlabel="trained tokens of its tokens", ylabel="of all samples")
+    axes.set_title("trained share of each sample", loc="left")
+    axes.set(xlabel="trained tokens / tokens", ylabel="share of samples")
 
 
 def _draw_histogram(axes: Axes, samples: Samples, values: np.ndarray, weights: np.ndarray, edges: np.ndarray) -> None:
-    """Bars by mode, one upon the other, as shares of all weights."""
+    """A histogram stacked by mode, as shares of the total weight."""
     below, total = np.zeros(len(edges) - 1), weights.sum(dtype=np.float64)
     for mode in samples.present:
         chosen = samples.of(mode)
@@ -89,12 +89,12 @@ def _draw_modes(axes: Axes, samples: Samples) -> None:
 def _draw_layouts(axes: Axes, samples: Samples, seq_length: int) -> None:
     trained = int(samples.trained.sum(dtype=np.int64))
     context = int((samples.lengths - 1).sum(dtype=np.int64)) - trained
-    found = layouts(samples.lengths, seq_length)
+    options = layouts(samples.lengths, seq_length)
     rows = {
         f"{layout.name}\n{layout.rows:,} rows": {
-            "trained": trained, "context": context, "empty": layout.positions - trained - context,
-        } for layout in found
+            "trained": trained, "context": context, "padding": layout.positions - trained - context,
+        } for layout in options
     }  # fmt: skip
     draw_bars(axes, rows)
-    filled = (trained + context) / found[0].positions
-    axes.set_title(f"what is computed at seq_length {seq_length:,}; packs are {filled:.2%} full", loc="left")
+    filled = (trained + context) / options[0].positions
+    axes.set_title(f"positions at seq_length {seq_length:,}; packs are {filled:.2%} full", loc="left")

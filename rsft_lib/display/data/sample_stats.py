@@ -1,4 +1,4 @@
-"""The samples of a store as columns of numbers, read once from mask and tokens, from which every statistic comes."""
+"""Per-sample statistics of a token store, computed in one pass over tokens and mask."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,40 +10,40 @@ from rsft_lib.data.store import MASK, NAME, TokenStore
 from rsft_lib.display.mask.segments import DEFAULT_WEIGHTS, Marks
 
 MODES = ("think", "short", "other")
-CHUNK = 1 << 24  # tokens that are looked at together; takes some 150 MB
+CHUNK = 1 << 24  # tokens per chunk; takes some 150 MB
 LENGTHS = "lengths.npy"
 
 
 @dataclass(frozen=True)
 class Samples:
-    """One entry per sample of a store; all int32 [samples] in tokens, unless said otherwise."""
+    """One entry per sample of a store; int32 [samples] in tokens unless stated otherwise."""
 
-    lengths: np.ndarray  # before an over-long one was cut, if any was
+    lengths: np.ndarray  # before truncation
     trained: np.ndarray  # targets in the loss
-    first: np.ndarray  # position of the first of them
-    closed: np.ndarray  # tokens up to and with the last trained </think>, 0 where there is none
+    first: np.ndarray  # position of the first trained token
+    closed: np.ndarray  # tokens up to and including the last trained </think>, 0 if there is none
     ended: np.ndarray  # bool: the last token is EOS
     modes: np.ndarray  # uint8, entries of MODES, by the first trained token
-    dropped: np.ndarray  # int32 [records]: lengths of those that were too long to be stored
+    dropped: np.ndarray  # int32 [records]: lengths of records that were too long to be stored
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     @property
     def present(self) -> list[str]:
-        """The modes that any sample is of."""
+        """The modes that occur."""
         return [mode for mode in MODES if self.of(mode).any()]
 
     def of(self, mode: str) -> np.ndarray:
-        """Which samples are of a mode, bool [samples]."""
+        """Which samples are in `mode`, bool [samples]."""
         return self.modes == MODES.index(mode)
 
 
 def measure(store: TokenStore, tokenizer: PreTrainedTokenizerBase) -> Samples:
-    """Read a whole store once, some 200 million tokens a second.
+    """Read a whole store once, at some 200 million tokens per second.
 
     Raises:
-        ValueError: the mask trains nothing or everything of a sample.
+        ValueError: all or none of a sample's targets are trained.
     """
     marks = Marks.of(tokenizer)
     parts = [_measure(*chunk, marks) for chunk in _chunks(store)]
@@ -60,22 +60,22 @@ def measure(store: TokenStore, tokenizer: PreTrainedTokenizerBase) -> Samples:
 
 
 def _chunks(store: TokenStore) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """(tokens, whether each is trained, where each sample begins) of so many samples at a time."""
+    """Chunks of samples: tokens int32 [tokens], trained bool [tokens], sample starts int64 [samples]."""
     tokens = np.memmap(store.folder / f"{NAME}.bin", dtype=np.int32, mode="r")
     mask = np.memmap(store.folder / MASK, dtype=np.uint8, mode="r")
-    weighs = np.asarray(getattr(store, "weights", DEFAULT_WEIGHTS)) != 0
+    in_loss = np.asarray(getattr(store, "weights", DEFAULT_WEIGHTS)) != 0
     begins = store.ends - store.lengths
     sample = 0
     while sample < len(store):
         after = max(sample + 1, int(np.searchsorted(store.ends, begins[sample] + CHUNK, side="right")))
         start, end = begins[sample], store.ends[after - 1]
-        yield tokens[start:end], weighs[mask[start:end]], begins[sample:after] - start
+        yield tokens[start:end], in_loss[mask[start:end]], begins[sample:after] - start
         sample = after
 
 
 def _measure(tokens: np.ndarray, trained: np.ndarray, begins: np.ndarray, marks: Marks) -> tuple[np.ndarray, ...]:
-    """The columns of the samples that begin at `begins`, int64 [samples]."""
-    trained[begins] = False  # a first token is nobody's target
+    """The columns `trained` to `modes` of the samples that begin at `begins`, int64 [samples]."""
+    trained[begins] = False  # no position predicts a first token
     ends = np.append(begins[1:], len(tokens))
     counts = np.add.reduceat(trained, begins, dtype=np.int32)
     starts = np.append(np.flatnonzero(trained[1:] & ~trained[:-1]) + 1, len(tokens) - 1)
@@ -90,12 +90,12 @@ def _measure(tokens: np.ndarray, trained: np.ndarray, begins: np.ndarray, marks:
 
 
 def _rendered(store: TokenStore) -> tuple[np.ndarray, np.ndarray]:
-    """(lengths of the stored samples before any was cut, lengths of the records that were dropped)."""
+    """(lengths of the stored samples before truncation, lengths of the dropped records)."""
     path = store.folder / LENGTHS
     lengths = np.load(path) if path.is_file() else store.lengths
     if len(lengths) == len(store):
         return lengths, lengths[:0]
-    dropped = lengths > store.lengths.max()  # what is too long to be stored is longer than all that is
+    dropped = lengths > store.lengths.max()  # too long to be stored: longer than every stored sample
     if len(lengths) - dropped.sum() != len(store):
-        raise ValueError(f"{path} has {len(lengths)} lengths, which do not fit {len(store)} samples: tokenize again")
+        raise ValueError(f"{path} has {len(lengths)} lengths, which do not match {len(store)} samples: tokenize again")
     return store.lengths, lengths[dropped]

@@ -1,1 +1,1 @@
-"""A training while it runs: a card that is rewritten, and a button that stops it."""
+"""A running training: a dashboard that is updated in place, with a stop button."""

@@ -1,23 +1,23 @@
-"""What a cell that runs for long can know of whoever looks at it: whether there is one, and what was clicked."""
+"""Front-end events for long-running cells: whether a user is present, and which widgets were clicked."""
 
 import zmq
 from IPython import get_ipython
 
 
 def somebody_looks() -> bool:
-    """Whether a person runs this cell: JupyterLab and VS Code tell the kernel which one it is, papermill does not."""
+    """Whether a person runs this cell: JupyterLab and VS Code send the kernel its cell id, papermill does not."""
     kernel = getattr(get_ipython(), "kernel", None)
     return kernel is not None and "cellId" in (kernel.get_parent().get("metadata") or {})
 
 
-def hear_widgets() -> None:
-    """Handle what widgets have sent while this cell runs; all else that has come is handled after it, in its order.
+def process_widget_events() -> None:
+    """Handle queued widget messages while a cell runs; all other messages stay queued, in order, until it ends.
 
-    It waits where the kernel would find it once the cell has ended. JupyterLab sends it to a thread of its own (a
-    subshell, https://github.com/jupyter/enhancement-proposals/pull/91); ipykernel from 7.4 on brings it to this one.
+    JupyterLab sends widget messages to a separate thread (a subshell,
+    https://github.com/jupyter/enhancement-proposals/pull/91); ipykernel >= 7.4 routes them to the main thread.
     """
     kernel = getattr(get_ipython(), "kernel", None)
-    if not getattr(kernel, "shell_channel_thread", None):  # no notebook, or ipykernel before 7
+    if not getattr(kernel, "shell_channel_thread", None):  # not in a notebook, or ipykernel < 7
         return
     socket = kernel.shell_channel_thread.manager.get_shell_channel_to_subshell_pair(None).to_socket
     while True:
@@ -30,8 +30,8 @@ def hear_widgets() -> None:
 
 
 def _handled(kernel, frames: list[zmq.Frame]) -> bool:
-    """Pass a message on if it is for a widget; whether it is."""
-    if len(frames) == 1:  # the kernel's own sign that it may run cells again
+    """Dispatch a message if it is for a widget, and return whether it was."""
+    if len(frames) == 1:  # the kernel's own signal that it may run cells again
         return False
     identities, parts = kernel.session.feed_identities(frames, copy=False)
     kind = kernel.session.deserialize(parts, content=False, copy=False)["msg_type"]

@@ -1,4 +1,4 @@
-"""One output of a cell that is rewritten while the cell runs."""
+"""A cell output that is updated in place while the cell runs."""
 
 import time
 from base64 import b64encode
@@ -9,13 +9,13 @@ from IPython import get_ipython
 from IPython.display import display
 from matplotlib.figure import Figure
 
-EFFORT = 0.1  # largest share of the time that making it may take
+EFFORT = 0.1  # largest share of the time spent on updates
 
 
-class Rewritten:
-    """What `make` returns, MIME type -> data, as one output; made anew at most every `seconds`, and only if it changed.
+class LiveOutput:
+    """One output with the content that `make` returns (MIME type -> data), refreshed at most every `seconds`.
 
-    Outside of notebooks, where nothing can be rewritten, it shows nothing.
+    Outside of notebooks, where outputs cannot be updated, it shows nothing.
     """
 
     def __init__(self, make: Callable[[], dict], seconds: float):
@@ -23,14 +23,14 @@ class Rewritten:
         self.handle, self.content = None, None
 
     def refresh(self, now: bool = False) -> None:
-        """Make and show it if that is due, or `now`."""
+        """Update the output if that is due, or if `now`."""
         began = time.monotonic()
         if get_ipython() is None or (began < self.due and not now):
             return
         content = self.make()
         ended = time.monotonic()
         self.due = ended + self.seconds
-        if self.handle is None:  # the first takes long, since what it needs is loaded
+        if self.handle is None:  # the first call includes imports, so its time does not count
             self.handle = display(content, raw=True, display_id=True)
         else:
             self.due = max(self.due, ended + (ended - began) / EFFORT)
@@ -40,7 +40,7 @@ class Rewritten:
 
 
 def png(figure: Figure) -> str:
-    """A figure as notebooks keep one."""
+    """A figure as base64-encoded PNG, as notebooks store it."""
     file = BytesIO()
     figure.savefig(file, format="png", dpi=96)
     return b64encode(file.getvalue()).decode()

@@ -1,4 +1,4 @@
-"""A run folder that is being written, read as it grows: each line of `metrics.jsonl` once, however long the run."""
+"""Incremental reader of a growing `metrics.jsonl`: each line is read once, however long the run."""
 
 import os
 from array import array
@@ -11,11 +11,11 @@ DRAWN = (
     "loss", "loss_mode_think", "loss_mode_short", "eval_loss", "p_think_when_think", "p_think_when_short",
     "think_share",
 )  # fmt: skip
-ALARMS = 3  # the last ones, whose words are kept
+ALARMS = 3  # most recent alarms kept
 
 
 class Follower:
-    """What is known of a run: `last`, the newest value of each metric, and of those in DRAWN all steps and values."""
+    """Metrics of a run: `last` has the newest value of each, `lines` all steps and values of those in DRAWN."""
 
     def __init__(self, folder: str | Path):
         self.path = Path(folder) / FILE
@@ -25,43 +25,43 @@ class Follower:
         self.last: dict = {}
         self.lines = {name: (array("d"), array("d")) for name in DRAWN}  # steps, values
         self.alarms: deque[str] = deque(maxlen=ALARMS)
-        self.damaged: list[int] = []  # numbers of lines that cannot be read as they are
+        self.damaged: list[int] = []  # numbers of unreadable lines
         self.alarm_count, self._offset, self._file, self._number = 0, 0, 0, 0
 
     def read(self) -> bool:
-        """Take in what was written since, and say whether there was anything. A line that is half written waits."""
+        """Read the lines added since the last call and return whether there were any; an incomplete line is left."""
         try:
             with self.path.open("rb") as file:
-                self._go_on(file)
+                self._seek(file)
                 text = file.read()
         except FileNotFoundError:
             return False
-        whole = text[: text.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        for line in whole.split(b"\n")[:-1]:
+        complete = text[: text.rfind(b"\n") + 1]
+        self._offset += len(complete)
+        for line in complete.split(b"\n")[:-1]:
             self._number += 1
             record, problem = parse(line)
             if record:
                 self._add(record)
             if problem:
                 self.damaged.append(self._number)
-        return bool(whole)
+        return bool(complete)
 
     @property
     def problem(self) -> str:
-        """What is wrong with the file, in one sentence; empty if nothing is."""
+        """A message about damaged lines; empty if there are none."""
         if not self.damaged:
             return ""
         first, *others = self.damaged
         more = f" and {len(others)} more" if others else ""
         return f"{FILE}: line {first}{more} damaged; the training is not affected"
 
-    def _go_on(self, file) -> None:
-        """Seek where reading ended; in a file that was put in its place, as a run that resumes does, the beginning."""
-        found = os.fstat(file.fileno())
-        if found.st_ino != self._file or found.st_size < self._offset:
+    def _seek(self, file) -> None:
+        """Seek to where reading ended, or to the start if the file was replaced, as a resumed run does."""
+        stat = os.fstat(file.fileno())
+        if stat.st_ino != self._file or stat.st_size < self._offset:
             self._begin()
-            self._file = found.st_ino
+            self._file = stat.st_ino
         file.seek(self._offset)
 
     def _add(self, record: dict) -> None:

@@ -1,4 +1,4 @@
-"""How far a run is, as a card and a picture that need no widgets: what a dashboard shows, and what it leaves behind."""
+"""Progress of a run as a card and a plot without widgets, for the live dashboard and the saved notebook."""
 
 import re
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from rsft_lib.display.html import BLOCK, FAINT, PANEL, escaped, inert, one_line,
 from rsft_lib.display.live.metrics_tail import Follower
 from rsft_lib.display.plot_style import BLACK, BLUE, ORANGE, plain_numbers, smoothed, thinned, tidy
 
-LOG_LINES, LOG_WIDTH = 6, 160  # of the log's end that are shown
+LOG_LINES, LOG_WIDTH = 6, 160  # shown of the end of the log
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 SMOOTHING = 0.9
 
@@ -22,15 +22,15 @@ LOSSES = {
     "loss": ("all", {"color": BLACK, "linestyle": ":"}),
 }
 CHOICES = {
-    "p_think_when_think": ("where the data thinks", {"color": BLUE, "linestyle": "-"}),
-    "p_think_when_short": ("where it answers at once", {"color": ORANGE, "linestyle": "--"}),
-    "think_share": ("share of thinking in the data", {"color": BLACK, "linestyle": ":"}),
+    "p_think_when_think": ("for <think> samples", {"color": BLUE, "linestyle": "-"}),
+    "p_think_when_short": ("for <short> samples", {"color": ORANGE, "linestyle": "--"}),
+    "think_share": ("share of <think> samples", {"color": BLACK, "linestyle": ":"}),
 }
 
 
 @dataclass(frozen=True)
 class Card:
-    """A run at one moment; `left` is seconds to its end, None where that is not known."""
+    """The state of a run; `left` is the estimated seconds to its end, None if unknown."""
 
     record: dict
     train_iters: int
@@ -48,14 +48,14 @@ class Card:
 
     @property
     def head(self) -> str:
-        """Step, share and time, in words."""
+        """Step, percentage, state and remaining time."""
         if not self.record:
             return self.state
         left = "" if self.left is None else f" · about {duration(self.left)} left"
         return f"step {self.done:,} of {self.train_iters:,} · {self.done / self.train_iters:.1%} · {self.state}{left}"
 
     def facts(self) -> dict[str, str]:
-        """Names and values of what the newest record tells."""
+        """Labels and formatted values of the newest record."""
         shown = {
             "loss": ("loss", ".3f"), "<think>": ("loss_mode_think", ".3f"), "<short>": ("loss_mode_short", ".3f"),
             "held-out": ("eval_loss", ".3f"), "P(<think>) if think": ("p_think_when_think", ".1%"),
@@ -63,8 +63,8 @@ class Card:
             "memory, GiB": ("memory_gib", ".1f"), "grad norm": ("grad_norm", ".2f"), "lr": ("lr", ".2e"),
             "epoch": ("epoch", ".2f"),
         }  # fmt: skip
-        found = {name: (self.record.get(key), form) for name, (key, form) in shown.items()}
-        return {name: format(value, form) for name, (value, form) in found.items() if value is not None}
+        values = {name: (self.record.get(key), form) for name, (key, form) in shown.items()}
+        return {name: format(value, form) for name, (value, form) in values.items() if value is not None}
 
     def __repr__(self) -> str:
         lines = [self.head, "   ".join(f"{name} {value}" for name, value in self.facts().items())]
@@ -94,14 +94,14 @@ class Card:
 
 
 def log_end(log: str) -> str:
-    """The last lines of a log as HTML: few, short, and as text whatever they hold."""
+    """The last lines of a log as escaped HTML, limited in number and width."""
     lines = log.rstrip("\n").split("\n")[-LOG_LINES:]
     last = [ANSI.sub("", line.rstrip("\r")).rpartition("\r")[2] for line in lines]
     return "\n".join(escaped(one_line(line[:LOG_WIDTH])) for line in last)
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them.
+    """Seconds in human-readable form.
 
     >>> duration(3725)
     '1 h 02 min'
@@ -117,9 +117,9 @@ def duration(seconds: float) -> str:
 
 
 def plot_live(run: Follower, train_iters: int) -> Figure:
-    """Loss by mode, with the held-out loss, and how sure the model is of the mode, up to now.
+    """Training loss by mode, held-out loss, and the probability of the correct mode, so far.
 
-    The loss alone where no answer has begun with a control token.
+    Only the loss if no answer so far begins with a control token.
     """
     modes = not run.lines["loss"][0] or any(run.lines[name][0] for name in (*LOSSES, *CHOICES) if name != "loss")
     figure = plt.figure(figsize=(11, 3.4), layout="constrained")
@@ -134,13 +134,13 @@ def plot_live(run: Follower, train_iters: int) -> Figure:
     for axes in choices:
         _draw(axes, run, CHOICES)
         axes.set(ylim=(-0.03, 1.03))
-        axes.set_title("probability of <think> against <short>", loc="left")
+        axes.set_title("probability of <think> vs. <short>", loc="left")
     for axes in (losses, *choices):
         axes.set(xlabel="step", xlim=(0, train_iters))
         tidy(axes)
         if axes.lines:
             axes.legend(fontsize="small", framealpha=0.85, edgecolor="none")
-    plt.close(figure)  # the notebook shows what a cell displays; once is enough
+    plt.close(figure)  # else the notebook shows it twice
     return figure
 
 

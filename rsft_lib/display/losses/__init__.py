@@ -1,1 +1,1 @@
-"""The loss of single tokens before and after a training."""
+"""Token losses before and after a training."""

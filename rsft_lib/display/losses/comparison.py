@@ -1,4 +1,4 @@
-"""Token losses before and after a training as tables and pictures: by kind, by sample, and what looks wrong."""
+"""Token losses before and after a training as tables and plots: by mode and span, by sample, and suspect samples."""
 
 import json
 from pathlib import Path
@@ -20,14 +20,14 @@ from rsft_lib.display.plot_style import BLACK, plain_numbers
 from rsft_lib.display.stacked_bars import EDGE, LOOK
 from rsft_lib.evaluation.loss_comparison import REASONS, Comparison, Suspect, hardest_spans
 
-POINTS = 20_000  # samples in a picture, evenly picked
-RINGED = 10  # suspects that are named in it
-LEAST = 1e-3  # nats, below which a logarithmic axis shows no difference
+POINTS = 20_000  # most samples in the scatter plot, evenly spaced
+RINGED = 10  # suspects marked in it
+LEAST = 1e-3  # nats: the smallest loss drawn on a logarithmic axis
 
 
-def kinds_table(found: Comparison) -> Table:
-    """Loss per token by mode and place in the answer, and its share in what is left to learn."""
-    tokens, before, after = found.by_kind
+def kinds_table(losses: Comparison) -> Table:
+    """Loss per token by mode and span, and the share of each in the loss after the training."""
+    tokens, before, after = losses.by_kind
     rows = []
     for kind in np.flatnonzero(tokens).tolist():
         mode, span = divmod(kind, len(SPAN_NAMES))
@@ -37,73 +37,78 @@ def kinds_table(found: Comparison) -> Table:
         ))  # fmt: skip
     total = tokens.sum()
     rows.append(("all", "", int(total), f"{before.sum() / total:.3f}", f"{after.sum() / total:.3f}", 1.0, 1.0))
-    columns = ("mode", "span", "tokens", "before", "after", "of the tokens", "of the loss after")
+    columns = ("mode", "span", "tokens", "before", "after", "share of tokens", "share of loss after")
     return Table("loss per trained token, in nats", columns, rows)
 
 
-def plot_comparison(found: Comparison, odd: list[Suspect]) -> Figure:
-    """Loss by kind before and after, and each sample as a point: below the diagonal it was learned."""
+def plot_comparison(losses: Comparison, suspects: list[Suspect]) -> Figure:
+    """Loss by mode and span before and after, and a point for each sample; below the diagonal the loss fell."""
     figure, (bars, points) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
-    _draw_kinds(bars, found)
-    _draw_samples(points, found, odd)
+    _draw_kinds(bars, losses)
+    _draw_samples(points, losses, suspects)
     for axes in (bars, points):
         axes.spines[["top", "right"]].set_visible(False)
-    plt.close(figure)  # the notebook shows what a cell returns; once is enough
+    plt.close(figure)  # else the notebook shows it twice
     return figure
 
 
-def hardest_table(found: Comparison, tokenizer: PreTrainedTokenizerBase, count: int = 8, width: int = 4) -> Table:
-    """The stretches of `width` tokens that are least likely after the training, one of a sample at most."""
+def hardest_table(losses: Comparison, tokenizer: PreTrainedTokenizerBase, count: int = 8, width: int = 4) -> Table:
+    """The spans of `width` tokens with the highest loss after the training, at most one per sample."""
     rows = []
-    for sample, start in hardest_spans(found, count, width):
+    for sample, start in hardest_spans(losses, count, width):
         part = slice(start, start + width)
-        text = TokenText(found.store[sample][0], tokenizer)
+        text = TokenText(losses.store[sample][0], tokenizer)
         rows.append((
-            str(sample), MODE_NAMES[found.modes[sample]], str(start), f"{found.before[sample][part].mean():.3f}",
-            f"{found.after[sample][part].mean():.3f}", around(text, start, start + width),
+            str(sample), MODE_NAMES[losses.modes[sample]], str(start), f"{losses.before[sample][part].mean():.3f}",
+            f"{losses.after[sample][part].mean():.3f}", around(text, start, start + width),
         ))  # fmt: skip
-    columns = ("sample", "mode", "position", "before", "after", "in ⟦ ⟧ what is hard")
-    return Table(f"the hardest {width} tokens in a row, after the training", columns, rows)
+    columns = ("sample", "mode", "position", "before", "after", "hardest span in ⟦ ⟧")
+    return Table(f"hardest spans of {width} tokens after the training", columns, rows)
 
 
-def suspects_table(found: Comparison, odd: list[Suspect], tokenizer: PreTrainedTokenizerBase, count: int = 12) -> Table:
-    """The oddest samples, why they are, and where their hardest token is."""
+def suspects_table(
+    losses: Comparison, suspects: list[Suspect], tokenizer: PreTrainedTokenizerBase, count: int = 12
+) -> Table:
+    """The most suspect samples, the reasons, and the token with the highest loss of each."""
     rows = []
-    for sample, why in odd[:count]:
-        place, text = int(found.worst_at[sample]), TokenText(found.store[sample][0], tokenizer)
+    for sample, why in suspects[:count]:
+        position, text = int(losses.worst_at[sample]), TokenText(losses.store[sample][0], tokenizer)
         rows.append((
-            str(sample), ", ".join(why), MODE_NAMES[found.modes[sample]], f"{found.loss_before[sample]:.3f}",
-            f"{found.loss_after[sample]:.3f}", f"{found.worst[sample]:.2f}", around(text, place, place + 1),
+            str(sample), ", ".join(why), MODE_NAMES[losses.modes[sample]], f"{losses.loss_before[sample]:.3f}",
+            f"{losses.loss_after[sample]:.3f}", f"{losses.worst[sample]:.2f}", around(text, position, position + 1),
         ))  # fmt: skip
-    counts = {why: sum(why in suspect.why for suspect in odd) for why in REASONS}
+    counts = {why: sum(why in suspect.why for suspect in suspects) for why in REASONS}
     note = "; ".join(f"{why}: {REASONS[why]} ({count:,})" for why, count in counts.items() if count)
-    columns = ("sample", "why", "mode", "before", "after", "worst token", "in ⟦ ⟧ the worst token")
-    return Table(f"{len(odd):,} of {len(found):,} samples look odd", columns, rows, note)
+    columns = ("sample", "why", "mode", "before", "after", "worst token", "worst token in ⟦ ⟧")
+    return Table(f"{len(suspects):,} of {len(losses):,} samples are suspect", columns, rows, note)
 
 
-def write_suspects(found: Comparison, odd: list[Suspect], tokenizer: PreTrainedTokenizerBase, path: str | Path) -> Path:
-    """Write the suspects as JSON Lines, the oddest first: sample, line of the dataset, reasons, losses, worst token.
+def write_suspects(
+    losses: Comparison, suspects: list[Suspect], tokenizer: PreTrainedTokenizerBase, path: str | Path
+) -> Path:
+    """Write the suspects as JSON Lines, the most suspect first: sample, dataset line, reasons, losses, worst token.
 
     Raises:
-        ValueError: the store does not tell which records its samples were made from.
+        ValueError: the store does not record which lines its samples come from.
     """
-    path, lines = resolve(path), source_lines(found.store)
+    path, lines = resolve(path), source_lines(losses.store)
     path.parent.mkdir(parents=True, exist_ok=True)
     with new_file(path) as file:
-        for sample, why in odd:
-            place, text = int(found.worst_at[sample]), TokenText(found.store[sample][0], tokenizer)
+        for sample, why in suspects:
+            position, text = int(losses.worst_at[sample]), TokenText(losses.store[sample][0], tokenizer)
             entry = {
-                "sample": sample, "line": int(lines[sample]), "data": found.store.manifest["data"], "why": list(why),
-                "same_as": int(found.same_as[sample]), "loss_before": round(float(found.loss_before[sample]), 4),
-                "loss_after": round(float(found.loss_after[sample]), 4), "worst": round(float(found.worst[sample]), 4),
-                "worst_at": place, "around": around(text, place, place + 1),
+                "sample": sample, "line": int(lines[sample]), "data": losses.store.manifest["data"], "why": list(why),
+                "same_as": int(losses.same_as[sample]), "loss_before": round(float(losses.loss_before[sample]), 4),
+                "loss_after": round(float(losses.loss_after[sample]), 4),
+                "worst": round(float(losses.worst[sample]), 4), "worst_at": position,
+                "around": around(text, position, position + 1),
             }  # fmt: skip
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")
     return path
 
 
-def _draw_kinds(axes: Axes, found: Comparison) -> None:
-    tokens, before, after = found.by_kind
+def _draw_kinds(axes: Axes, losses: Comparison) -> None:
+    tokens, before, after = losses.by_kind
     kinds = np.flatnonzero(tokens).tolist()
     for y, kind in enumerate(kinds):
         for shift, sums, label, look in ((-0.2, before, "before", "context"), (0.2, after, "after", "trained")):
@@ -125,24 +130,24 @@ def _draw_kinds(axes: Axes, found: Comparison) -> None:
     axes.legend(frameon=False, fontsize="small", loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0)
 
 
-def _draw_samples(axes: Axes, found: Comparison, odd: list[Suspect]) -> None:
-    chosen = np.unique(np.linspace(0, len(found) - 1, min(POINTS, len(found))).astype(int))
+def _draw_samples(axes: Axes, losses: Comparison, suspects: list[Suspect]) -> None:
+    chosen = np.unique(np.linspace(0, len(losses) - 1, min(POINTS, len(losses))).astype(int))
     for mode, marker in zip(range(len(MODE_NAMES)), "osx", strict=True):
-        part = chosen[found.modes[chosen] == mode]
+        part = chosen[losses.modes[chosen] == mode]
         if len(part):
             color = LOOK[MODE_NAMES[mode]]["facecolor"]
             axes.scatter(
-                found.loss_before[part], np.maximum(found.loss_after[part], LEAST), s=10, alpha=0.35, marker=marker,
+                losses.loss_before[part], np.maximum(losses.loss_after[part], LEAST), s=10, alpha=0.35, marker=marker,
                 color=color, label=MODE_NAMES[mode], linewidths=0,
             )  # fmt: skip
-    for sample, _ in odd[:RINGED]:
-        place = found.loss_before[sample], max(found.loss_after[sample], LEAST)
-        axes.plot(*place, "o", markersize=9, markerfacecolor="none", color=BLACK)
-        axes.annotate(str(sample), place, textcoords="offset points", xytext=(7, 3), fontsize="small")
+    for sample, _ in suspects[:RINGED]:
+        point = losses.loss_before[sample], max(losses.loss_after[sample], LEAST)
+        axes.plot(*point, "o", markersize=9, markerfacecolor="none", color=BLACK)
+        axes.annotate(str(sample), point, textcoords="offset points", xytext=(7, 3), fontsize="small")
     low, high = axes.get_xlim()
-    axes.plot([low, high], [low, high], ":", color=BLACK, linewidth=1, label="as before")
+    axes.plot([low, high], [low, high], ":", color=BLACK, linewidth=1, label="unchanged")
     axes.set(xlim=(low, high), yscale="log", xlabel="loss before", ylabel="loss after")
     plain_numbers(axes)
-    axes.set_title("samples; ringed and numbered: the oddest", loc="left", fontsize="medium")
+    axes.set_title("samples; circles: the most suspect", loc="left", fontsize="medium")
     for handle in axes.legend(fontsize="small", markerscale=2).legend_handles:
         handle.set_alpha(1)

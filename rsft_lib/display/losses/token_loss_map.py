@@ -1,4 +1,4 @@
-"""The loss of each token over the text of a sample, before and after a training: a heat map that needs no colour."""
+"""Heat map of token losses over the text of a sample, before and after a training, readable without colour."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,21 +14,21 @@ from rsft_lib.display.mask.sample import chip
 from rsft_lib.display.mask.token_text import TokenText
 from rsft_lib.evaluation.loss_comparison import REASONS, Comparison, Suspect
 
-# Nats from which on a token is of the next level, its probability in per cent, and background, text and tags: what is
-# hard is underlined, then bold, then tells its loss, so that it is seen without colour too. Contrast 7 : 1 at least.
+# Lower bound of each level in nats, and its (background, text) colours and tags. Hard tokens are also underlined, then
+# bold, and the hardest have their loss as a subscript. Contrast is at least 7 : 1.
 LEVELS = (0.0, 0.1, 0.5, 1.5, 4.0)
 COLORS = (("#ffffff", "#474747"), ("#fdeee2", "#474033"), ("#f9cfa6", "#3d2600"), ("#f0a060", "#2b1700"),
           ("#7a2e00", "#ffffff"))  # fmt: skip
 TAGS = ("{}", "{}", "<u>{}</u>", "<b><u>{}</u></b>", "<b><u>{}</u></b>")
-NAMED = 8  # of the hardest tokens, which tell their loss
-SHOWN = 1200  # trained tokens that are shown at most
-MERGED = 300  # more of them than this, and easy ones next to each other become one piece
-CONTEXT = 240  # characters of the text before an answer that are shown
-AROUND = 24  # tokens on either side of a hard one in `around`
+NAMED = 8  # hardest tokens, shown with their loss
+SHOWN = 1200  # most trained tokens shown
+MERGED = 300  # with more trained tokens than this, adjacent easy ones are merged
+CONTEXT = 240  # characters shown before the answer
+AROUND = 24  # tokens of context on each side in `around`
 
 
-class Warm(NamedTuple):
-    """Tokens `start` to `end` (exclusive) shown as one; `before` and `after` are means of their losses."""
+class TokenGroup(NamedTuple):
+    """Tokens `start` to `end` (exclusive), displayed together, with their mean loss `before` and `after`."""
 
     start: int
     end: int
@@ -38,7 +38,7 @@ class Warm(NamedTuple):
 
 @dataclass(frozen=True)
 class HeatView:
-    """A sample: losses float32 [tokens], NaN where none is; its trained tokens `first` to `last` are shown."""
+    """A sample; losses are float32 [tokens], NaN if untrained; tokens `first` to `last` (exclusive) are shown."""
 
     title: str
     mode: str
@@ -56,18 +56,18 @@ class HeatView:
         return f"{self.title}: loss {before:.3f} → {after:.3f} over {known.sum():,} trained tokens"
 
     def hardest(self, losses: np.ndarray, count: int = NAMED) -> list[int]:
-        """Positions of the tokens with the highest losses, the highest first."""
+        """Positions of the tokens with the highest losses, in descending order."""
         order = np.argsort(-np.nan_to_num(losses, nan=-1.0), kind="stable")
         return [i for i in order[:count].tolist() if np.isfinite(losses[i])]
 
-    def pieces(self) -> Iterator[Warm]:
-        """What is shown as one: a token, so many as make a character, or easy ones of a long sample."""
+    def pieces(self) -> Iterator[TokenGroup]:
+        """The groups in order: a token, the tokens of one character, or a run of easy tokens of a long sample."""
         many, start = np.isfinite(self.after[self.first : self.last]).sum() > MERGED, self.first
         while start < self.last:
-            end = self.text.whole(start, start + 1, self.last)
+            end = self.text.grapheme_end(start, start + 1, self.last)
             while many and end < self.last and self._easy(start, end) and self._easy(end, end + 1):
-                end = self.text.whole(end, end + 1, self.last)
-            yield Warm(start, end, _mean(self.before[start:end]), _mean(self.after[start:end]))
+                end = self.text.grapheme_end(end, end + 1, self.last)
+            yield TokenGroup(start, end, _mean(self.before[start:end]), _mean(self.after[start:end]))
             start = end
 
     def _easy(self, start: int, end: int) -> bool:
@@ -87,11 +87,11 @@ class HeatView:
             for level, low in enumerate(LEVELS)
         )
         left_out = int(np.isfinite(self.after).sum() - np.isfinite(self.after[self.first : self.last]).sum())
-        more = f"<div style='color:{FAINT}'>{left_out:,} trained tokens more are not shown</div>" if left_out else ""
+        more = f"<div style='color:{FAINT}'>{left_out:,} more trained tokens are not shown</div>" if left_out else ""
         return (
             f"<div style='{PANEL}'>{chip(self.mode)} &nbsp; <b>{inert(self.head)}</b>"
-            f"<div style='color:{FAINT}'>loss of a token, and how likely it was, from {legend}; "
-            f"position, id and both losses on hover</div>{''.join(warning(REASONS[why]) for why in self.why)}{more}"
+            f"<div style='color:{FAINT}'>token loss (and probability) from {legend}; "
+            f"hover for position, id and both losses</div>{''.join(warning(REASONS[why]) for why in self.why)}{more}"
             f"<div style='display:flex;flex-wrap:wrap;margin-top:6px'>{self._map('before')}{self._map('after')}</div>"
             "</div>"
         )
@@ -108,7 +108,7 @@ class HeatView:
             f"<pre style='{BLOCK};line-height:1.9;background:#ffffff;color:#474747'>{body}</pre></div>"
         )
 
-    def _piece(self, piece: Warm, loss: float, named: set[int]) -> str:
+    def _piece(self, piece: TokenGroup, loss: float, named: set[int]) -> str:
         text = escaped(self.text.between(piece.start, piece.end))
         if not np.isfinite(loss):
             return f"<span style='color:#8c959f'>{text}</span>"
@@ -118,58 +118,58 @@ class HeatView:
 
 
 def show_losses(
-    found: Comparison, number: int, tokenizer: PreTrainedTokenizerBase, odd: Sequence[Suspect] = ()
+    comparison: Comparison, number: int, tokenizer: PreTrainedTokenizerBase, suspects: Sequence[Suspect] = ()
 ) -> HeatView:
-    """Sample `number` with the loss of each token; of a long one the part around its hardest token.
+    """Sample `number` with the loss of each token; of a long sample, the part around its hardest token.
 
     Args:
-        number: -1 for the first of `odd`, or of all where there is none.
-        odd: what `loss_comparison.suspects` found; why the sample is among them is told.
+        number: -1 for the first of `suspects`, or sample 0 if there are none.
+        suspects: from `loss_comparison.suspects`; the reasons are shown with the sample.
 
     Raises:
         ValueError: there is no such sample.
     """
     if number == -1:
-        number = odd[0].sample if odd else 0
-    if not 0 <= number < len(found):
-        raise ValueError(f"{found.store.folder} has the samples 0 to {len(found) - 1}, and no {number}")
-    why = next((suspect.why for suspect in odd if suspect.sample == number), ())
-    ids, losses = found.store[number][0], found.after[number]
+        number = suspects[0].sample if suspects else 0
+    if not 0 <= number < len(comparison):
+        raise ValueError(f"no sample {number}: {comparison.store.folder} has samples 0 to {len(comparison) - 1}")
+    why = next((suspect.why for suspect in suspects if suspect.sample == number), ())
+    ids, losses = comparison.store[number][0], comparison.after[number]
     trained = np.flatnonzero(np.isfinite(losses))
-    hardest = int(np.searchsorted(trained, found.worst_at[number]))
+    hardest = int(np.searchsorted(trained, comparison.worst_at[number]))
     shown = trained[max(0, min(hardest - SHOWN // 2, len(trained) - SHOWN)) :][:SHOWN]
-    title, mode = f"sample {number:,} of {len(found):,}", MODE_NAMES[found.modes[number]]
+    title, mode = f"sample {number:,} of {len(comparison):,}", MODE_NAMES[comparison.modes[number]]
     first, last = int(shown[0]), int(shown[-1]) + 1
-    return HeatView(title, mode, found.before[number], losses, TokenText(ids, tokenizer), why, first, last)
+    return HeatView(title, mode, comparison.before[number], losses, TokenText(ids, tokenizer), why, first, last)
 
 
 def around(text: TokenText, start: int, end: int) -> str:
-    """Tokens `start` to `end` (exclusive) as ⟦text⟧ between what stands before and after them, on one line."""
+    """Tokens `start` to `end` (exclusive) as ⟦text⟧ with AROUND tokens of context on each side, on one line."""
     size = len(text.ids)
-    start, end = _before(text, start), text.whole(start, end, size)
-    first, last = _before(text, max(0, start - AROUND)), text.whole(start, min(size, end + AROUND), size)
+    start, end = _before(text, start), text.grapheme_end(start, end, size)
+    first, last = _before(text, max(0, start - AROUND)), text.grapheme_end(start, min(size, end + AROUND), size)
     before, hard, after = (one_line(text.between(*part)) for part in ((first, start), (start, end), (end, last)))
     return f"{before}⟦{hard}⟧{after}"
 
 
 def _before(text: TokenText, place: int) -> int:
-    """`place`, moved back until it is none within a character."""
-    while place and text.whole(place - 1, place, len(text.ids)) != place:
+    """`place`, moved back to a grapheme boundary."""
+    while place and text.grapheme_end(place - 1, place, len(text.ids)) != place:
         place -= 1
     return place
 
 
 def level_of(loss: float) -> int:
-    """The place in LEVELS that a loss belongs to."""
+    """The index in LEVELS of a loss."""
     return int(np.searchsorted(LEVELS, max(loss, 0.0), side="right")) - 1
 
 
 def _marked(text: str, level: int, title: str = "", number: str = "") -> str:
     background, ink = COLORS[level]
-    said = f" title='{title}'" if title else ""
-    rest = text.rstrip("\n")  # a number stands before the line breaks
+    hover = f" title='{title}'" if title else ""
+    rest = text.rstrip("\n")  # put the number before trailing line breaks
     marked = f"{TAGS[level].format(rest)}{number}{text[len(rest) :]}"
-    return f"<span{said} style='background:{background};color:{ink}'>{marked}</span>"
+    return f"<span{hover} style='background:{background};color:{ink}'>{marked}</span>"
 
 
 def _mean(values: np.ndarray) -> float:

@@ -1,1 +1,1 @@
-"""A sample as it will be trained: its segments, its tokens as text, and the pack it lies in."""
+"""Samples as they will be trained: segments, token text, and packs."""

@@ -1,4 +1,4 @@
-"""The samples of a store one after the other, with widgets; each is shown by `mask.sample`."""
+"""A widget to browse the samples of a store; each is shown by `mask.sample`."""
 
 import ipywidgets as widgets
 import numpy as np
@@ -13,28 +13,28 @@ EVERY = "every mode"
 
 
 def browse(store: TokenStore, tokenizer: PreTrainedTokenizerBase, samples: Samples) -> widgets.VBox:
-    """A slider over the samples that are of a mode and within a range of lengths, and the chosen one under it."""
+    """A slider over the samples of a mode and length range, and the selected sample below it."""
     longest = int(store.lengths.max())
     mode = widgets.Dropdown(options=[EVERY, *samples.present], description="mode")
     lengths = widgets.IntRangeSlider(value=(0, longest), max=longest, description="tokens", continuous_update=False)
     place = widgets.IntSlider(description="which", continuous_update=False, layout={"width": "40em"})
     back, forth = (widgets.Button(description=sign, layout={"width": "3em"}) for sign in ("◀", "▶"))
-    shown, found = widgets.HTML(), np.arange(len(store))
+    shown, matching = widgets.HTML(), np.arange(len(store))
 
     def filter_samples(_=None) -> None:
-        nonlocal found
+        nonlocal matching
         low, high = lengths.value
         chosen = (store.lengths >= low) & (store.lengths <= high)
-        found = np.flatnonzero(chosen if mode.value == EVERY else chosen & samples.of(mode.value))
-        place.max, place.value = max(0, len(found) - 1), 0
+        matching = np.flatnonzero(chosen if mode.value == EVERY else chosen & samples.of(mode.value))
+        place.max, place.value = max(0, len(matching) - 1), 0
         show()
 
     def show(_=None) -> None:
         try:
-            sample = show_sample(store, int(found[place.value]), tokenizer)._repr_html_() if len(found) else ""
+            sample = show_sample(store, int(matching[place.value]), tokenizer)._repr_html_() if len(matching) else ""
         except ValueError as error:
             sample = warning(str(error))
-        shown.value = f"<p>{len(found):,} of {len(store):,} samples</p>{sample}"
+        shown.value = f"<p>{len(matching):,} of {len(store):,} samples</p>{sample}"
 
     def step(by: int) -> None:
         place.value = min(max(place.value + by, 0), place.max)

@@ -1,4 +1,4 @@
-"""A pack as it will be trained: whose samples lie in it, where they meet, and what is left over."""
+"""A pack as it will be trained: its samples, their boundaries, and the padding."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,16 +12,16 @@ from rsft_lib.display.html import FAINT, GAP, PANEL, Table, bar, one_line
 from rsft_lib.display.mask.sample import SHIFT, STYLE, MaskView, show_sample
 from rsft_lib.display.mask.segments import ANSWER
 
-JUNCTIONS = 2  # places where two samples meet that are shown
-ROWS = 12  # samples that are listed before the rest is folded
-TOKENS, CHARACTERS = 24, 48  # of a sample's beginning and end that are shown
+JUNCTIONS = 2  # sample boundaries shown
+ROWS = 12  # samples listed before the rest is folded
+TOKENS, CHARACTERS = 24, 48  # shown of a sample's beginning and end
 SEAM = "border-right:1px solid #ffffff"
-EMPTY = "background:repeating-linear-gradient(135deg,#ffffff 0 4px,#b0b0b0 4px 6px)"
+PADDING = "background:repeating-linear-gradient(135deg,#ffffff 0 4px,#b0b0b0 4px 6px)"
 
 
 @dataclass(frozen=True)
 class PackView:
-    """The samples `numbers` of a store, one after the other in `seq_length` positions."""
+    """The samples `numbers` of a store, packed into `seq_length` positions."""
 
     numbers: list[int]
     samples: list[MaskView]
@@ -29,7 +29,7 @@ class PackView:
 
     @cached_property
     def cu_seqlens(self) -> list[int]:
-        """Where each sample begins, and the end; what is left over is a sample of its own that trains nothing."""
+        """Cumulative sequence lengths: each sample's start and the end; padding is a last, untrained sample."""
         ends = np.cumsum([0, *(len(view.ids) - 1 for view in self.samples)]).tolist()
         return ends + [self.seq_length] * (ends[-1] < self.seq_length)
 
@@ -39,11 +39,11 @@ class PackView:
         trained = sum(int(np.count_nonzero(view.weights[1:])) for view in self.samples)
         return (
             f"{len(self.samples):,} samples in {filled:,} of {self.seq_length:,} positions "
-            f"({filled / self.seq_length:.1%}), {trained:,} of them in the loss; {self.seq_length - filled:,} are empty"
+            f"({filled / self.seq_length:.1%}), {trained:,} in the loss; {self.seq_length - filled:,} are padding"
         )
 
     def contents(self, first: int = 0, last: int | None = None) -> Table:
-        """The samples `first` to `last` of the pack, and where they lie."""
+        """Samples `first` to `last` of the pack and their positions."""
         rows, every = [], list(zip(self.numbers, self.samples, pairwise(self.cu_seqlens), strict=False))
         for number, view, (start, end) in every[first:last]:
             n, last = view.counts, len(view.ids)
@@ -51,12 +51,12 @@ class PackView:
             shown = (f"{one_line(begins)[:CHARACTERS]} …", f"… {one_line(ends)[-CHARACTERS:]}")
             places = (f"{start:,} to {end - 1:,}", f"0 to {end - start - 1:,}")
             rows.append((str(number), view.mode, *places, n["tokens"], n["trained"], *shown))
-        columns = ("sample", "mode", "in the pack", "position ids", "tokens", "trained", "begins", "ends")
+        columns = ("sample", "mode", "positions in pack", "position ids", "tokens", "trained", "begins", "ends")
         note = f"cu_seqlens {_listed(self.cu_seqlens)}: attention stays within a sample"
-        return Table("a sample of n tokens takes n - 1 positions", columns, rows, note)
+        return Table("samples of the pack; n tokens take n - 1 positions", columns, rows, note)
 
     def junctions(self) -> Table:
-        """The last and the first positions where a sample ends and the next begins."""
+        """The last positions of a sample and the first of the next, at the first boundaries."""
         rows = []
         for k, end in enumerate(self.cu_seqlens[1 : len(self.samples)][:JUNCTIONS], start=1):
             before, after = self.samples[k - 1], self.samples[k]
@@ -65,8 +65,8 @@ class PackView:
             near += [(k, after, i, end + i) for i in range(min(2, len(after.ids) - 1))]
             rows += [(f"{place:,}", str(i), str(self.numbers[j]), *view.shift(i)) for j, view, i, place in near]
             rows.append((GAP,) * (len(SHIFT) + 3))
-        title = "where samples meet, position ids restart, and EOS is predicted but never read"
-        return Table(title, ("in the pack", "position id", "sample", *SHIFT), rows[:-1])
+        title = "sample boundaries: position ids restart, and EOS is predicted but never read"
+        return Table(title, ("position in pack", "position id", "sample", *SHIFT), rows[:-1])
 
     def __repr__(self) -> str:
         return "\n\n".join([self.header, repr(self.junctions()), repr(self.contents())])
@@ -76,22 +76,22 @@ class PackView:
             (len(view.ids) - 1, f"sample {number}, {view.mode}", f"{_colour(view)};{SEAM}")
             for number, view in zip(self.numbers, self.samples, strict=True)
         ]
-        empty = self.seq_length - self.cu_seqlens[len(self.samples)]
-        parts += [(empty, f"{empty:,} empty positions", EMPTY)] * bool(empty)
+        padding = self.seq_length - self.cu_seqlens[len(self.samples)]
+        parts += [(padding, f"{padding:,} padding positions", PADDING)] * bool(padding)
         more = len(self.samples) - ROWS
-        rest = f"<details><summary>{more} samples more</summary>{self.contents(ROWS)._repr_html_()}</details>"
+        rest = f"<details><summary>{more} more samples</summary>{self.contents(ROWS)._repr_html_()}</details>"
         return (
             f"<div style='{PANEL}'><b>{self.header}</b>{bar(parts)}"
-            f"<div style='color:{FAINT}'>the bar has a part for each sample; a striped one is empty</div>"
+            f"<div style='color:{FAINT}'>each part of the bar is a sample; striped: padding</div>"
             f"{self.junctions()._repr_html_()}{self.contents(0, ROWS)._repr_html_()}{rest if more > 0 else ''}</div>"
         )
 
 
 def show_pack(store: TokenStore, numbers: list[int], tokenizer: PreTrainedTokenizerBase, seq_length: int) -> PackView:
-    """A pack of `data.packing.pack`: the samples `numbers` of a store in `seq_length` positions.
+    """A pack from `data.packing.pack`: samples `numbers` of a store in `seq_length` positions.
 
     Raises:
-        ValueError: they do not fit, or the mask of one of them is wrong.
+        ValueError: they do not fit, or a sample's mask is wrong.
     """
     needed = int((store.lengths[numbers] - 1).sum())
     if needed > seq_length:

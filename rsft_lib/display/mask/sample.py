@@ -1,7 +1,7 @@
-"""A sample as it will be trained, in HTML that survives papermill, GitHub and a missing colour.
+"""The loss mask of a sample, as HTML that stays readable under papermill, on GitHub and without colour.
 
-The mask belongs to targets: position i reads token i and predicts token i + 1, and the loss counts that where token
-i + 1 is trained. What is shown as trained is what is predicted in the loss.
+The mask applies to targets: position i reads token i and predicts token i + 1, and its loss counts if token i + 1 is
+trained. Tokens shown as trained are the targets in the loss.
 """
 
 from collections.abc import Iterable, Sequence
@@ -29,24 +29,25 @@ from rsft_lib.display.mask.segments import (
     segments,
 )
 from rsft_lib.display.mask.token_text import Piece, TokenText
+from rsft_lib.display.plot_style import BLUE, GREEN, ORANGE, PINK
 
-PLACES = 8  # where training begins or ends that the table of the label shift shows
+BOUNDARIES = 8  # mask boundaries shown in the label-shift table
 SHIFT = ("reads id", "reads", "predicts id", "predicts", "in the loss")
-LEGEND = "● trained · ○ not trained · ↵ line break · boxed: added tokens · ids on hover, where a segment begins or ends"
+LEGEND = "● trained · ○ not trained · ↵ line break · boxed: added tokens · hover over segment boundaries for ids"
 
-# Background, text (contrast 7 : 1 at least) and edge of each kind; the edges are Okabe and Ito's colours.
+# Background, text (contrast at least 7 : 1) and edge of each segment kind.
 STYLE = {
     CONTEXT: ("#f4f4f4", "#474747", "#b0b0b0"),
-    THOUGHT: ("#e3eff9", "#08304f", "#0072b2"),
-    ANSWER: ("#e0f3ec", "#063f2e", "#009e73"),
-    SHORT_ANSWER: ("#fdeee2", "#552a00", "#d55e00"),
-    END: ("#f8e8f1", "#4b1231", "#cc79a7"),
+    THOUGHT: ("#e3eff9", "#08304f", BLUE),
+    ANSWER: ("#e0f3ec", "#063f2e", GREEN),
+    SHORT_ANSWER: ("#fdeee2", "#552a00", ORANGE),
+    END: ("#f8e8f1", "#4b1231", PINK),
 }
 
 
 @dataclass(frozen=True)
 class MaskView:
-    """A sample: `ids` int [tokens], `weights` float [tokens] of the loss, and what they consist of."""
+    """A sample: `ids` int [tokens], `weights` float [tokens] (loss weight as a target), and its segments."""
 
     ids: np.ndarray
     weights: np.ndarray
@@ -57,7 +58,7 @@ class MaskView:
 
     @cached_property
     def counts(self) -> dict[str, int]:
-        """Tokens, trained tokens, and stretches of these."""
+        """Numbers of tokens, trained tokens, and contiguous trained spans."""
         trained = self.weights != 0
         begins = np.diff(trained.astype(np.int8), prepend=0) == 1
         return {"tokens": len(self.ids), "trained": int(trained.sum()), "spans": int(begins.sum())}
@@ -74,17 +75,17 @@ class MaskView:
 
     @property
     def ends(self) -> str:
-        """The first and the last token that is trained."""
+        """The first and the last trained token."""
         first, last = np.flatnonzero(self.weights)[[0, -1]].tolist()
-        said = (f"{self.text.token(i)} at {i:,} (id {self.ids[i]})" for i in (first, last))
-        return "first trained {}, last {}".format(*said)
+        tokens = (f"{self.text.token(i)} at {i:,} (id {self.ids[i]})" for i in (first, last))
+        return "first trained {}, last {}".format(*tokens)
 
     def label_shift(self) -> Table:
-        """What positions read and predict around the places where training begins or ends."""
+        """What positions read and predict around the boundaries of the mask."""
         changes = (np.flatnonzero(np.diff(self.weights != 0)) + 1).tolist()  # the first token after the change
-        places = {*changes[: PLACES - 1], *changes[-1:], len(self.ids) - 1}
+        places = {*changes[: BOUNDARIES - 1], *changes[-1:], len(self.ids) - 1}
         near = {i for place in places for i in range(place - 3, place + 2) if 0 <= i < len(self.ids) - 1}
-        note = f"{len(changes) - PLACES} more places are not shown" if len(changes) > PLACES else ""
+        note = f"{len(changes) - BOUNDARIES} more boundaries are not shown" if len(changes) > BOUNDARIES else ""
         rows: list[tuple[str, ...]] = []
         for i in sorted(near):
             if rows and i - 1 not in near:
@@ -93,7 +94,7 @@ class MaskView:
         return Table("position i reads token i and predicts token i + 1", ("position", *SHIFT), rows, note)
 
     def shift(self, i: int) -> tuple[str, ...]:
-        """What position `i` reads, what it predicts, and whether that is in the loss: cells under SHIFT."""
+        """Cells for the columns SHIFT: what position `i` reads and predicts, and whether that is in the loss."""
         weight = self.weights[i + 1]
         counts = "○ no" if not weight else "● yes" if weight == 1 else f"● times {weight:g}"
         return str(self.ids[i]), self.text.token(i), str(self.ids[i + 1]), self.text.token(i + 1), counts
@@ -103,13 +104,13 @@ class MaskView:
         lines = [head, self.ends, *(f"! {remark}" for remark in self.remarks)]
         for segment in self.segments:
             lines += ["", f"{_label(segment):<20} {_extent(segment)}"]
-            gutter = "  # " if segment.trained else "  | "  # before every line, so that no text can pass for it
+            gutter = "  # " if segment.trained else "  | "  # on every line, so that text cannot imitate a label
             lines += [gutter + line for line in _unfolded(self.text.pieces(segment.start, segment.end)).split("\n")]
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
         title = f"{inert(self.title)} &nbsp; " if self.title else ""
-        summary = "label shift: which position predicts which token, where training begins and ends"
+        summary = "label shift: what each position predicts at the boundaries of the mask"
         return (
             f"<div style='{PANEL}'>{chip(self.mode)} &nbsp; {title}<b>{self.header}</b>"
             f"<div style='color:{FAINT}'>{inert(self.ends)}</div>"
@@ -119,18 +120,18 @@ class MaskView:
         )
 
     def body(self) -> str:
-        """The segments as HTML, one under the other."""
+        """The segments as HTML, top to bottom."""
         return "".join(_segment_html(s, self.text.pieces(s.start, s.end)) for s in self.segments)
 
 
 def show_sample(store: TokenStore, number: int, tokenizer: PreTrainedTokenizerBase) -> MaskView:
-    """Sample `number` of a store, as it was written to disk.
+    """Sample `number` of a store, as written to disk.
 
     Raises:
-        ValueError: there is no such sample, or all or nothing of it is trained.
+        ValueError: there is no such sample, or all or none of its targets are trained.
     """
     if not 0 <= number < len(store):
-        raise ValueError(f"{store.folder} has the samples 0 to {len(store) - 1}, and no {number}")
+        raise ValueError(f"no sample {number}: {store.folder} has samples 0 to {len(store) - 1}")
     title = f"sample {number:,} of {len(store):,}"
     return show_mask(*store[number], tokenizer, weights=getattr(store, "weights", DEFAULT_WEIGHTS), title=title)
 
@@ -143,26 +144,27 @@ def show_mask(
     weights: Sequence[float] = DEFAULT_WEIGHTS,
     title: str = "",
 ) -> MaskView:
-    """A sample with what is trained told from what is not.
+    """A sample divided into trained and untrained segments.
 
     Args:
-        loss_mask: for each token the entry of `weights` by which its loss counts as a target.
+        ids: int [tokens].
+        loss_mask: int [tokens], index into `weights`: the weight of each token as a target.
 
     Raises:
-        ValueError: nothing or everything is trained, which is never meant.
+        ValueError: all or none of the targets are trained.
     """
     ids, targets = np.asarray(ids), np.asarray(weights, dtype=np.float32)[np.asarray(loss_mask)]
-    trained = np.count_nonzero(targets[1:])  # the first token is nobody's target
+    trained = np.count_nonzero(targets[1:])  # no position predicts the first token
     if trained in (0, len(ids) - 1):
         raise ValueError(
             f"{title or 'this sample'}: {trained} of {len(ids) - 1} targets are trained, so the mask is wrong; check "
             "the chat template (notebook 01_patch_tokenizer)"
         )
     marks = Marks.of(tokenizer)
-    said = ["the first token is marked as trained, but nothing predicts it"] * bool(targets[0])
+    warnings = ["the first token is marked as trained, but no position predicts it"] * bool(targets[0])
     targets[0] = 0
-    found = segments(ids, targets, marks)
-    return MaskView(ids, targets, found, said + remarks(ids, found, marks), TokenText(ids, tokenizer), title)
+    parts = segments(ids, targets, marks)
+    return MaskView(ids, targets, parts, warnings + remarks(ids, parts, marks), TokenText(ids, tokenizer), title)
 
 
 def chip(kind: str) -> str:
@@ -187,7 +189,7 @@ def _segment_html(segment: Segment, pieces: Iterable[Piece]) -> str:
         group = list(group)
         block = f"<pre style='{BLOCK};background:{background};color:{ink}'>{''.join(map(_piece_html, group))}</pre>"
         if folded:
-            more = f"{group[-1].end - group[0].start:,} tokens more, {group[0].start:,} to {group[-1].end - 1:,}"
+            more = f"{group[-1].end - group[0].start:,} more tokens, {group[0].start:,} to {group[-1].end - 1:,}"
             block = f"<details><summary style='padding-left:8px'>{more}</summary>{block}</details>"
         blocks.append(block)
     return (
@@ -209,6 +211,6 @@ def _unfolded(pieces: Iterable[Piece]) -> str:
     text = []
     for folded, group in groupby(pieces, lambda piece: piece.folded):
         group = list(group)
-        more = f"\n... {group[-1].end - group[0].start:,} tokens more ...\n"
+        more = f"\n... {group[-1].end - group[0].start:,} more tokens ...\n"
         text.append(more if folded else visible("".join(piece.text for piece in group)))
     return "".join(text)

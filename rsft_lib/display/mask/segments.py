@@ -1,4 +1,4 @@
-"""What a tokenized sample consists of: context, thoughts, answer and end, and what is odd about it."""
+"""The segments of a tokenized sample (context, chain of thought, answer, EOS), and warnings about its structure."""
 
 from dataclasses import dataclass
 from itertools import groupby
@@ -9,11 +9,11 @@ import numpy as np
 from rsft_lib.tokenizer.chat import END_THINK, SHORT, THINK
 
 CONTEXT, THOUGHT, ANSWER, SHORT_ANSWER, END = "context", "think", "answer", "short", "EOS"
-DEFAULT_WEIGHTS = (0.0, 1.0)  # what the bytes of a mask stand for, unless its store says
+DEFAULT_WEIGHTS = (0.0, 1.0)  # loss weight by mask byte, unless the store defines others
 
 
 class Marks(NamedTuple):
-    """Ids of the tokens that structure a sample; -1 for those that the tokenizer does not have."""
+    """Ids of the tokens that structure a sample; -1 if the tokenizer lacks one."""
 
     think: int
     end_think: int
@@ -29,7 +29,7 @@ class Marks(NamedTuple):
 
 @dataclass(frozen=True)
 class Segment:
-    """Tokens `start` to `end` (exclusive) of one kind; `weight` multiplies their loss, 0 where they are not trained."""
+    """Tokens `start` to `end` (exclusive) of one kind; `weight` multiplies their loss, 0 if untrained."""
 
     kind: str
     start: int
@@ -45,7 +45,7 @@ class Segment:
 
 
 def segments(ids: np.ndarray, weights: np.ndarray, marks: Marks) -> list[Segment]:
-    """The sample in order, without gaps.
+    """Partition a sample into segments, in order and without gaps.
 
         text     <bos> <｜User｜> 2 + 2 ? <｜Assistant｜> <think> hm </think> 4 <eos>
         weight     0      0     0 0 0 0       0           1    1     1    1   1
@@ -53,12 +53,12 @@ def segments(ids: np.ndarray, weights: np.ndarray, marks: Marks) -> list[Segment
 
     Args:
         ids: int [tokens].
-        weights: float [tokens], the weight of each token as a target; 0 where it is not trained.
+        weights: float [tokens], the weight of each token as a target; 0 if untrained.
     """
-    marked = np.flatnonzero(np.isin(ids, marks))  # each is a piece of its own below
+    marked = np.flatnonzero(np.isin(ids, marks))  # each starts and ends a slice below
     changed = np.flatnonzero(np.diff(weights)) + 1
     cuts = np.unique(np.concatenate([[0], changed, marked, marked + 1, [len(ids)]]))
-    found: list[Segment] = []
+    parts: list[Segment] = []
     state = ANSWER
     for start, end in zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True):
         weight, token = float(weights[start]), int(ids[start])
@@ -68,42 +68,42 @@ def segments(ids: np.ndarray, weights: np.ndarray, marks: Marks) -> list[Segment
             state = {marks.think: THOUGHT, marks.short: SHORT_ANSWER}.get(token, state)
             state = ANSWER if state == CONTEXT else state
             kind = END if token == marks.eos else state
-        if found and (found[-1].kind, found[-1].weight) == (kind, weight):
-            found[-1] = Segment(kind, found[-1].start, end, weight)
+        if parts and (parts[-1].kind, parts[-1].weight) == (kind, weight):
+            parts[-1] = Segment(kind, parts[-1].start, end, weight)
         else:
-            found.append(Segment(kind, start, end, weight))
+            parts.append(Segment(kind, start, end, weight))
         if token in (marks.end_think, marks.eos):
             state = ANSWER
-    return found
+    return parts
 
 
-def mode(found: list[Segment]) -> str:
-    """`think`, `short` or `other`, by the first thing that is trained."""
-    first = next(segment.kind for segment in found if segment.trained)
+def mode(parts: list[Segment]) -> str:
+    """`think`, `short` or `other`, by the first trained segment."""
+    first = next(segment.kind for segment in parts if segment.trained)
     return first if first in (THOUGHT, SHORT_ANSWER) else "other"
 
 
-def remarks(ids: np.ndarray, found: list[Segment], marks: Marks) -> list[str]:
-    """What is odd about a sample, in words; nothing for one that is as it should be."""
-    said = []
-    for start, end in _answers(found):
+def remarks(ids: np.ndarray, parts: list[Segment], marks: Marks) -> list[str]:
+    """Warnings about malformed answers and missing EOS; empty for a well-formed sample."""
+    warnings = []
+    for start, end in _answers(parts):
         tags = [token for token in ids[start:end].tolist() if token in marks[:3]]
         if tags not in ([marks.think, marks.end_think], [marks.short], []):
             names = dict(zip(marks, (THINK, END_THINK, SHORT), strict=False))
             have = " ".join(names[tag] for tag in tags)
-            said.append(f"the answer at {start:,} has {have}; expected {THINK} {END_THINK} or {SHORT}, once")
+            warnings.append(f"the answer at {start:,} contains {have}; expected {THINK} {END_THINK} or {SHORT}, once")
         if tags[:2] == [marks.think, marks.end_think]:
             opened, closed = (start + ids[start:end].tolist().index(tag) for tag in tags[:2])
             if closed - opened <= 2:  # at most a line break
-                said.append(f"{THINK} at {opened:,} holds no thoughts")
+                warnings.append(f"empty chain of thought at {opened:,}")
         if end < len(ids) and ids[end] == marks.eos:
-            said.append(f"EOS at {end:,} ends an answer but is not trained")
+            warnings.append(f"EOS at {end:,} ends an answer but is not trained")
     if ids[-1] != marks.eos:
-        said.append("it does not end with EOS: it was cut, or the template writes none")
-    return said
+        warnings.append("it does not end with EOS: it was truncated, or the template writes none")
+    return warnings
 
 
-def _answers(found: list[Segment]) -> list[tuple[int, int]]:
-    """(start, end) of every stretch of trained tokens."""
-    stretches = (list(group) for trained, group in groupby(found, lambda s: s.trained) if trained)
-    return [(stretch[0].start, stretch[-1].end) for stretch in stretches]
+def _answers(parts: list[Segment]) -> list[tuple[int, int]]:
+    """(start, end) of each contiguous span of trained tokens."""
+    spans = (list(group) for trained, group in groupby(parts, lambda s: s.trained) if trained)
+    return [(span[0].start, span[-1].end) for span in spans]

@@ -1,1 +1,1 @@
-"""A model: its template, embedding norms, manifest, verification and answers."""
+"""A model: chat template, embedding norms, manifest, verification and answers."""

@@ -1,4 +1,4 @@
-"""Answers of a model in both modes: side by side, how many are right, how long they are, and what it chooses itself."""
+"""Answers of a model by mode: side by side, accuracy, length, and the mode that the model chooses itself."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ from rsft_lib.common.visible import visible
 from rsft_lib.display.html import BLOCK, FAINT, PANEL, Table, escaped, inert
 from rsft_lib.display.mask.sample import STYLE, chip
 from rsft_lib.display.stacked_bars import EDGE, LOOK
-from rsft_lib.evaluation.generate import Answer, chosen_mode, is_right, well_formed
+from rsft_lib.evaluation.generate import Answer, chosen_mode, is_correct, well_formed
 from rsft_lib.tokenizer.chat import END_THINK, MODES, THINK
 
-SHOWN = 3000  # characters of a text that are shown, half of them from its end
-Answers = dict[str | None, list[Answer]]  # by the mode that was asked for; None where the model chose
+SHOWN = 3000  # most characters shown of a text, half of them from its end
+Answers = dict[str | None, list[Answer]]  # by requested mode; None if the model chose
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,13 @@ class SideBySide:
     expected: str | None = None
 
     def __repr__(self) -> str:
-        said = f"expected: {visible(self.expected)}" if self.expected else ""
+        expected = f"expected: {visible(self.expected)}" if self.expected else ""
         parts = [f"{_name(mode)}  {self._remark(mode)}\n{visible(_cut(a.text))}" for mode, a in self.answers.items()]
-        return "\n\n".join(filter(None, [f"question: {visible(self.question)}", said, *parts]))
+        return "\n\n".join(filter(None, [f"question: {visible(self.question)}", expected, *parts]))
 
     def _repr_html_(self) -> str:
-        known = self.expected or ""
-        expected = f" &nbsp; <span style='color:{FAINT}'>expected</span> <b>{inert(known)}</b>" if known else ""
+        reference = self.expected or ""
+        expected = f" &nbsp; <span style='color:{FAINT}'>expected</span> <b>{inert(reference)}</b>" if reference else ""
         return (
             f"<div style='{PANEL}'><b>{inert(self.question)}</b>{expected}"
             f"<div style='display:flex;flex-wrap:wrap;margin-top:6px'>{''.join(map(self._column, self.answers))}</div>"
@@ -52,116 +52,116 @@ class SideBySide:
 
     def _remark(self, mode: str | None) -> str:
         answer = self.answers[mode]
-        said = [f"{answer.tokens:,} tokens"]
+        notes = [f"{answer.tokens:,} tokens"]
         if self.expected is not None:
-            said.append("✓ right" if is_right(answer, self.expected) else "✗ wrong")
+            notes.append("✓ correct" if is_correct(answer, self.expected) else "✗ wrong")
         if not answer.ended:
-            said.append("did not end")
+            notes.append("no EOS")
         elif not well_formed(answer, mode or chosen_mode(answer)):
-            said.append("does not keep to its mode")
-        return " · ".join(said)
+            notes.append("not well-formed")
+        return " · ".join(notes)
 
 
 def side_by_side(questions: Sequence[str], answers: Answers, number: int, expected: Sequence[str | None]) -> SideBySide:
-    """Question `number` and what was answered.
+    """Question `number` and its answers.
 
     Raises:
         ValueError: there is no such question.
     """
     if not 0 <= number < len(questions):
-        raise ValueError(f"there are the questions 0 to {len(questions) - 1}, and no {number}")
-    return SideBySide(questions[number], {mode: found[number] for mode, found in answers.items()}, expected[number])
+        raise ValueError(f"no question {number}: there are questions 0 to {len(questions) - 1}")
+    return SideBySide(questions[number], {mode: given[number] for mode, given in answers.items()}, expected[number])
 
 
 def scores_table(answers: Answers, expected: Sequence[str | None]) -> Table:
-    """For each mode how many answers are right, with the range in which 95 % of such samples lie, and their lengths."""
+    """Accuracy with its 95 % Wilson interval, share of well-formed answers, and answer lengths, by mode."""
     rows = []
-    for mode, found in answers.items():
-        right, known = _right(found, expected)
-        low, high = wilson(right, known)
-        lengths = np.array([answer.tokens for answer in found])
+    for mode, given in answers.items():
+        correct, known = _correct(given, expected)
+        low, high = wilson(correct, known)
+        lengths = np.array([answer.tokens for answer in given])
         rows.append((
-            _name(mode), f"{right / known:.1%}" if known else "–", f"{low:.0%} to {high:.0%}" if known else "–",
-            np.mean([well_formed(a, mode or chosen_mode(a)) for a in found]).item(),
-            np.mean([a.ended for a in found]).item(), f"{lengths.mean():,.1f}", int(np.median(lengths)),
+            _name(mode), f"{correct / known:.1%}" if known else "–", f"{low:.0%} to {high:.0%}" if known else "–",
+            np.mean([well_formed(a, mode or chosen_mode(a)) for a in given]).item(),
+            np.mean([a.ended for a in given]).item(), f"{lengths.mean():,.1f}", int(np.median(lengths)),
             int(lengths.max()),
         ))  # fmt: skip
-    columns = ("mode", "right", "95 % interval", "well formed", "ended", "tokens, mean", "median", "longest")
-    return Table(f"answers to {len(found):,} questions", columns, rows)
+    columns = ("mode", "accuracy", "95 % interval", "well-formed", "with EOS", "tokens, mean", "median", "max")
+    return Table(f"answers to {len(given):,} questions", columns, rows)
 
 
 def choices_table(answers: Answers, expected: Sequence[str | None]) -> Table:
-    """Which modes the model chose, and how it fared in them; a model that knows no modes was not let choose."""
+    """The modes that the model chose, with accuracy and length; empty for a model without modes."""
     free, rows = answers.get(None, []), []
     if not free:
-        return Table("the model knows no modes, so there is nothing to choose", (), [])
+        return Table("the model has no modes to choose from", (), [])
     for mode in (*MODES, "neither"):
         picked = [i for i, answer in enumerate(free) if chosen_mode(answer) == mode]
-        right, known = _right([free[i] for i in picked], [expected[i] for i in picked])
+        correct, known = _correct([free[i] for i in picked], [expected[i] for i in picked])
         tokens = np.mean([free[i].tokens for i in picked]) if picked else 0
-        share = f"{right / known:.1%}" if known else "–"
+        share = f"{correct / known:.1%}" if known else "–"
         rows.append((mode, len(picked), len(picked) / len(free), share, f"{tokens:,.1f}"))
-    return Table("what the model chose", ("mode", "answers", "of all", "right", "tokens, mean"), rows)
+    return Table("modes chosen by the model", ("mode", "answers", "share", "accuracy", "tokens, mean"), rows)
 
 
 def plot_answers(answers: Answers, expected: Sequence[str | None]) -> Figure:
-    """Shares of right and well-formed answers with their intervals, and how long the answers are."""
+    """Shares of correct and of well-formed answers with their 95 % intervals, and answer lengths."""
     figure, (shares, lengths) = plt.subplots(1, 2, figsize=(11, 3.4), layout="constrained")
     names = [_name(mode) for mode in answers]
-    for y, (mode, found) in enumerate(answers.items()):
-        right, known = _right(found, expected)
-        formed = sum(well_formed(answer, mode or chosen_mode(answer)) for answer in found)
-        _draw_share(shares, y - 0.2, right, known, "right", LOOK[mode or "other"])
-        _draw_share(shares, y + 0.2, formed, len(found), "well formed", LOOK["context"])
+    for y, (mode, given) in enumerate(answers.items()):
+        correct, known = _correct(given, expected)
+        formed = sum(well_formed(answer, mode or chosen_mode(answer)) for answer in given)
+        _draw_share(shares, y - 0.2, correct, known, "correct", LOOK[mode or "other"])
+        _draw_share(shares, y + 0.2, formed, len(given), "well-formed", LOOK["context"])
     shares.set_yticks(range(len(names)), names)
     shares.invert_yaxis()
     shares.set_xlim(0, 1.3)
     shares.set_xticks([0, 0.25, 0.5, 0.75, 1])
     shares.xaxis.set_major_formatter(PercentFormatter(1))
-    shares.set_title("right, and (grey) well formed; lines: 95 % interval", loc="left", fontsize="medium")
-    for y, (mode, found) in enumerate(answers.items()):
-        _draw_lengths(lengths, y, np.array([answer.tokens for answer in found]), LOOK[mode or "other"]["facecolor"])
+    shares.set_title("correct, and (grey) well-formed; lines: 95 % interval", loc="left", fontsize="medium")
+    for y, (mode, given) in enumerate(answers.items()):
+        _draw_lengths(lengths, y, np.array([answer.tokens for answer in given]), LOOK[mode or "other"]["facecolor"])
     lengths.set_yticks(range(len(names)), names)
     lengths.set_ylim(len(names) - 0.5, -0.5)
     lengths.set_xlim(left=0)
-    lengths.set_title("tokens of each answer; the bar is the median", loc="left", fontsize="medium")
+    lengths.set_title("tokens per answer; bar: median", loc="left", fontsize="medium")
     for axes in (shares, lengths):
         axes.spines[["top", "right"]].set_visible(False)
-    plt.close(figure)  # the notebook shows what a cell returns; once is enough
+    plt.close(figure)  # else the notebook shows it twice
     return figure
 
 
-def wilson(right: int, count: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share, https://doi.org/10.1080/01621459.1927.10502953; (0, 1) of nothing."""
+def wilson(correct: int, count: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share, https://doi.org/10.1080/01621459.1927.10502953; (0, 1) if `count` is 0."""
     if not count:
         return 0.0, 1.0
-    z, share = 1.96, right / count
+    z, share = 1.96, correct / count
     middle, width = share + z**2 / (2 * count), z * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
     return float((middle - width) / (1 + z**2 / count)), float((middle + width) / (1 + z**2 / count))
 
 
-def _draw_share(axes: Axes, y: float, right: int, count: int, what: str, style: dict) -> None:
+def _draw_share(axes: Axes, y: float, correct: int, count: int, what: str, style: dict) -> None:
     if not count:
-        axes.text(0.01, y, "not known", va="center")
+        axes.text(0.01, y, "no references", va="center")
         return
-    share, (low, high) = right / count, wilson(right, count)
+    share, (low, high) = correct / count, wilson(correct, count)
     axes.barh(y, share, height=0.36, **style, **EDGE)
     axes.plot([low, high], [y, y], color="black", linewidth=1.5)
     axes.text(max(share, high) + 0.02, y, f"{share:.0%} {what}", va="center", fontsize="small")
 
 
 def _draw_lengths(axes: Axes, y: int, tokens: np.ndarray, color: str) -> None:
-    spread = np.random.default_rng(0).uniform(-0.22, 0.22, len(tokens))  # so that equal ones do not hide each other
+    spread = np.random.default_rng(0).uniform(-0.22, 0.22, len(tokens))  # jitter, so that equal lengths do not overlap
     axes.scatter(tokens, y + spread, s=12, color=color, alpha=0.4, linewidths=0)
-    middle = np.median(tokens)
-    axes.plot([middle, middle], [y - 0.32, y + 0.32], color="black", linewidth=2)
-    axes.text(middle, y - 0.36, f"{middle:,.0f}", ha="center", va="bottom", fontsize="small")
+    median = np.median(tokens)
+    axes.plot([median, median], [y - 0.32, y + 0.32], color="black", linewidth=2)
+    axes.text(median, y - 0.36, f"{median:,.0f}", ha="center", va="bottom", fontsize="small")
 
 
-def _right(answers: list[Answer], expected: Sequence[str | None]) -> tuple[int, int]:
-    """(how many are right, of how many it is known what is)."""
+def _correct(answers: list[Answer], expected: Sequence[str | None]) -> tuple[int, int]:
+    """(number of correct answers, number of answers with a reference)."""
     known = [(a, e) for a, e in zip(answers, expected, strict=True) if e is not None]
-    return sum(is_right(a, e) for a, e in known), len(known)
+    return sum(is_correct(a, e) for a, e in known), len(known)
 
 
 def _name(mode: str | None) -> str:
@@ -169,7 +169,7 @@ def _name(mode: str | None) -> str:
 
 
 def _text_html(text: str) -> str:
-    """An answer; what it thinks stands apart from what it says."""
+    """An answer, with its chain of thought in a block of its own."""
     thoughts, closed, rest = text.rpartition(END_THINK)
     blocks = [("think", thoughts + closed), ("answer", rest)] if closed else [("answer", rest)]
     if not closed and text.startswith(THINK):
@@ -183,4 +183,4 @@ def _text_html(text: str) -> str:
 def _cut(text: str) -> str:
     if len(text) <= SHOWN:
         return text
-    return f"{text[: SHOWN // 2]}\n… {len(text) - SHOWN:,} characters more …\n{text[-SHOWN // 2 :]}"
+    return f"{text[: SHOWN // 2]}\n… {len(text) - SHOWN:,} more characters …\n{text[-SHOWN // 2 :]}"

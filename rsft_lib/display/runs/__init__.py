@@ -1,1 +1,1 @@
-"""Finished and running trainings: curves of one run, and several runs compared."""
+"""Trainings: curves of one run, and comparisons of several."""

@@ -1,4 +1,4 @@
-"""Several runs in one picture: loss, loss and choice by mode, and how they ran; each run has a colour and a stroke."""
+"""Plots that compare runs: loss, loss and choice by mode, and training health; each run has its own line style."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from rsft_lib.common.paths import resolve
 from rsft_lib.common.temporary import new_file
 from rsft_lib.display.html import Table, caption
-from rsft_lib.display.plot_style import BLACK, look, plain_numbers, smoothed, thinned, tidy
+from rsft_lib.display.plot_style import BLACK, line_style, plain_numbers, smoothed, thinned, tidy
 from rsft_lib.display.runs.csv_curve import LINES, Published
 from rsft_lib.display.runs.runs import BY, Run
 
@@ -20,11 +20,11 @@ MODES = {
     "loss_mode_think": "loss of <think> answers", "loss_mode_short": "loss of <short> answers",
     "loss_span_control": "loss of the control token",
 }  # fmt: skip
-CHOICES = {"p_think_when_think": 1.0, "p_think_when_short": 0.45}  # and how strong the line is
-ONE_MODE = {"loss_span_answer": "loss of the answers", "loss_span_eos": "loss of the token that ends them"}
+CHOICES = {"p_think_when_think": 1.0, "p_think_when_short": 0.45}  # metric -> opacity of its line
+ONE_MODE = {"loss_span_answer": "loss of answer tokens", "loss_span_eos": "loss of EOS"}
 HEALTH = {
     "grad_norm": "gradient norm, before clipping", "lr": "learning rate", "tokens_per_second": "tokens per second",
-    "memory_gib": "memory at most, GiB",
+    "memory_gib": "peak memory, GiB",
 }  # fmt: skip
 THEIRS = {"loss": {"color": BLACK, "linewidth": 1.2}, "held_out": {"color": BLACK, "linewidth": 1.2, "dashes": (1, 1)}}
 
@@ -32,31 +32,31 @@ THEIRS = {"loss": {"color": BLACK, "linewidth": 1.2}, "held_out": {"color": BLAC
 def plot_losses(
     runs: list[Run], by: str = "step", smoothing: float = 0.9, published: Published | None = None
 ) -> Figure:
-    """Training and held-out loss of every run, and a published curve beside them.
+    """Training and held-out loss of every run, and of a published curve if given.
 
     Args:
-        by: what the x axis is, one of `runs.BY`.
-        smoothing: weight of the past in the running mean of the training loss, from 0 (none) to below 1.
+        by: x axis, a key of `runs.BY`.
+        smoothing: decay of the moving average of the training loss, in [0, 1); 0 for none.
 
     Raises:
-        ValueError: `by` or `smoothing` is none of these, or the published curve has no such column.
+        ValueError: `by` or `smoothing` is invalid, or the published curve lacks the columns for `by`.
     """
     _check(by, smoothing)
     figure, axes = plt.subplots(figsize=(11, 5.2), layout="constrained")
     for number, run in enumerate(runs):
         _draw(axes, run, "loss", by, smoothing, number)
         for x in _alarms(run, by):
-            axes.plot(x, 1, "v", color=look(number)["color"], transform=axes.get_xaxis_transform(), clip_on=False)
+            axes.plot(x, 1, "v", color=line_style(number)["color"], transform=axes.get_xaxis_transform(), clip_on=False)
     if published:
         _draw_published(axes, published, by, smoothing)
     axes.set_yscale("log")
     plain_numbers(axes)
-    _finish(figure, {axes: "loss per trained token: line smoothed, faint raw, dots held-out, ▼ alarm"}, runs, by)
+    _finish(figure, {axes: "loss per trained token (line: smoothed; faint: raw; dots: held-out; ▼: alarm)"}, runs, by)
     return figure
 
 
 def plot_modes(runs: list[Run], by: str = "step", smoothing: float = 0.9) -> Figure:
-    """What the loss is made of, and how sure the model is of the mode; without modes, answers and their ends.
+    """Losses by mode and the probability of the correct mode; for data without modes, losses of answers and EOS.
 
     Raises:
         ValueError: as `plot_losses`.
@@ -74,15 +74,15 @@ def plot_modes(runs: list[Run], by: str = "step", smoothing: float = 0.9) -> Fig
     for number, run in enumerate(runs):
         for metric, strength in CHOICES.items():
             x, values = run.line(metric, by)
-            choice.plot(*thinned(x, smoothed(values, smoothing)), alpha=strength, **look(number))
+            choice.plot(*thinned(x, smoothed(values, smoothing)), alpha=strength, **line_style(number))
     choice.set_ylim(-0.03, 1.03)
-    title = "P(<think>): strong where the data thinks, faint where it is short"
+    title = "P(<think>) for <think> samples (strong) and <short> samples (faint)"
     _finish(figure, dict(zip(axes.flat, [*MODES.values(), title], strict=True)), runs, by)
     return figure
 
 
 def _plot_each(runs: list[Run], metrics: dict[str, str], by: str, smoothing: float) -> Figure:
-    """A picture for each loss, beside each other."""
+    """One panel per metric, side by side."""
     figure, axes = plt.subplots(1, len(metrics), figsize=(11, 3.9), layout="constrained")
     for place, metric in zip(axes, metrics, strict=True):
         for number, run in enumerate(runs):
@@ -94,7 +94,7 @@ def _plot_each(runs: list[Run], metrics: dict[str, str], by: str, smoothing: flo
 
 
 def plot_health(runs: list[Run], by: str = "step", smoothing: float = 0.9) -> Figure:
-    """Gradient norm, learning rate, speed and memory.
+    """Gradient norm, learning rate, throughput and memory.
 
     Raises:
         ValueError: as `plot_losses`.
@@ -111,15 +111,15 @@ def plot_health(runs: list[Run], by: str = "step", smoothing: float = 0.9) -> Fi
 
 
 def save_figures(figures: dict[str, Figure], folder: str | Path) -> Table:
-    """Write each figure as PNG and as SVG, and list the files."""
+    """Write each figure as PNG and SVG, and return a table of the files."""
     folder = resolve(folder)
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for name, figure in figures.items():
-        for kind, how in (("png", {"dpi": 150}), ("svg", {"metadata": {"Date": None}})):
+        for kind, options in (("png", {"dpi": 150}), ("svg", {"metadata": {"Date": None}})):
             path = folder / f"{name}.{kind}"
             with new_file(path, "wb") as file:
-                figure.savefig(file, format=kind, **how)
+                figure.savefig(file, format=kind, **options)
             rows.append((str(path), f"{path.stat().st_size / 1000:,.0f} kB"))
     return Table("pictures", ("file", "size"), rows)
 
@@ -128,17 +128,17 @@ def _check(by: str, smoothing: float) -> None:
     if by not in BY:
         raise ValueError(f"by is {by!r}; choose one of {', '.join(BY)}")
     if not 0 <= smoothing < 1:
-        raise ValueError(f"smoothing is {smoothing}; it is the weight of the past, from 0 to below 1")
+        raise ValueError(f"smoothing is {smoothing}; expected a value in [0, 1)")
 
 
 def _draw(axes: Axes, run: Run, metric: str, by: str, smoothing: float, number: int) -> None:
-    """A metric of a run, and what it is on held-out data."""
+    """A metric of a run, and its values on held-out data as dots."""
     x, values = run.line(metric, by)
-    how = look(number)
+    style = line_style(number)
     if smoothing:
-        axes.plot(*thinned(x, values), color=how["color"], alpha=0.18, linewidth=0.8)
-    axes.plot(*thinned(x, smoothed(values, smoothing)), **how)
-    axes.plot(*thinned(*run.line(f"eval_{metric}", by)), "o", color=how["color"], markersize=4)
+        axes.plot(*thinned(x, values), color=style["color"], alpha=0.18, linewidth=0.8)
+    axes.plot(*thinned(x, smoothed(values, smoothing)), **style)
+    axes.plot(*thinned(*run.line(f"eval_{metric}", by)), "o", color=style["color"], markersize=4)
 
 
 def _draw_published(axes: Axes, published: Published, by: str, smoothing: float) -> None:
@@ -150,7 +150,7 @@ def _draw_published(axes: Axes, published: Published, by: str, smoothing: float)
         axes.plot(x, values, label=caption(f"{published.name}, {LINES[what]}"), **THEIRS[what])
     if not any(len(published.line(what, by)[0]) for what in LINES):
         raise ValueError(
-            f"{published.name} tells {', '.join(published.columns)}, and nothing to draw it by {by}: choose another"
+            f"{published.name} has the columns {', '.join(published.columns)}, which cannot be plotted by {by!r}"
         )
 
 
@@ -159,14 +159,14 @@ def _alarms(run: Run, by: str) -> Iterable[float]:
 
 
 def _finish(figure: Figure, titles: dict[Axes, str], runs: list[Run], by: str) -> None:
-    """Titles, axes, and one legend under all."""
+    """Set titles, axes, and one legend below all panels."""
     for axes, title in titles.items():
         axes.set_title(title, loc="left", fontsize="medium")
         axes.set_xlabel(BY[by])
         tidy(axes)
         if not any(len(line.get_xdata()) for line in axes.lines):
-            axes.text(0.5, 0.5, "not told by these runs", ha="center", transform=axes.transAxes)
-    handles = [Line2D([], [], label=caption(run.name), **look(number)) for number, run in enumerate(runs)]
+            axes.text(0.5, 0.5, "not recorded in these runs", ha="center", transform=axes.transAxes)
+    handles = [Line2D([], [], label=caption(run.name), **line_style(number)) for number, run in enumerate(runs)]
     handles += [line for axes in titles for line in axes.get_legend_handles_labels()[0]]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4), frameon=False)
-    plt.close(figure)  # the notebook shows what a cell returns; once is enough
+    plt.close(figure)  # else the notebook shows it twice

@@ -1,4 +1,4 @@
-"""Somebody else's loss curve, from a CSV file with columns of any name."""
+"""A published loss curve, read from a CSV file with arbitrary column names."""
 
 import csv
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ LINES = {"loss": "train", "held_out": "held-out"}
 
 @dataclass(frozen=True)
 class Published:
-    """`columns` has a float64 [rows] for each of BY and LINES that the file has; NaN where a row has no number."""
+    """`columns` has float64 [rows] for each key of BY and LINES in the file; NaN in empty cells."""
 
     name: str
     columns: dict[str, np.ndarray]
 
     def line(self, what: str, by: str) -> tuple[np.ndarray, np.ndarray]:
-        """(x, values) of `loss` or `held_out`; empty where the file has none, or nothing to draw it by."""
+        """(x, values) of `loss` or `held_out`; empty if the file lacks that column or the x axis."""
         if what not in self.columns:
             return np.zeros(0), np.zeros(0)
         x = self._x(by)
@@ -35,36 +35,36 @@ class Published:
 
 
 def read_published(path: str | Path, columns: dict[str, str]) -> Published:
-    """A curve from a CSV file whose first line names its columns.
+    """Read a curve from a CSV file with a header.
 
     Args:
-        columns: what the file calls them, e.g. {'step': 'total_steps', 'loss': 'train_loss', 'held_out': 'val_loss'}.
+        columns: our name -> theirs, e.g. {'step': 'total_steps', 'loss': 'train_loss', 'held_out': 'val_loss'}.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it lacks a column, a value is no number, or `columns` names no line or nothing to draw it by.
+        ValueError: a column is missing, a value is not a number, or `columns` lacks a loss or an x axis.
     """
     path = existing(path, "published curve")
     unknown = columns.keys() - {*BY, *LINES}
     if unknown or not columns.keys() & BY.keys() or not columns.keys() & LINES.keys():
         raise ValueError(
-            f"the columns of {path} are given as {columns}; expected at least one of {', '.join(BY)} and one of "
+            f"columns of {path} are {columns}; expected at least one of {', '.join(BY)} and one of "
             f"{', '.join(LINES)}, as in `step -> total_steps, loss -> train_loss`"
         )
     with path.open(newline="", encoding="utf-8-sig") as file:
         rows = csv.DictReader(file)
         missing = [theirs for theirs in columns.values() if theirs not in (rows.fieldnames or [])]
         if missing:
-            raise ValueError(f"{path} has the columns {rows.fieldnames}, but not {', '.join(missing)}")
+            raise ValueError(f"{path} has columns {rows.fieldnames}, but not {', '.join(missing)}")
         values = [[_number(row[theirs], path, rows.line_num) for theirs in columns.values()] for row in rows]
     if not values:
-        raise ValueError(f"{path} has no line under its header")
+        raise ValueError(f"{path} has no rows")
     return Published(path.stem, dict(zip(columns, np.array(values).T, strict=True)))
 
 
 def _number(text: str | None, path: Path, line: int) -> float:
     if not (text or "").strip():
-        return np.nan  # not measured after this step
+        return np.nan  # not measured at this step
     try:
         return float(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""The course of one run as a picture, drawn from its `metrics.jsonl`; `compare_runs` draws several."""
+"""One run: its curves as a figure, and a text summary, from `metrics.jsonl`; `compare_runs` plots several runs."""
 
 from pathlib import Path
 
@@ -9,29 +9,30 @@ from matplotlib.figure import Figure
 from rsft_lib.common.paths import existing
 from rsft_lib.display.plot_style import BLACK, BLUE, GREEN, ORANGE, PINK, SKY, plain_numbers, smoothed, thinned, tidy
 from rsft_lib.display.runs.runs import Run, open_run
+from rsft_lib.training.metrics import read_metrics
 
-NOTHING = 1e-3  # nats, below which a loss is none
+LEAST = 1e-3  # nats: lower limit of the loss axes
 KINDS = {
     "loss_mode_think": ("<think>", BLUE, "-"), "loss_mode_short": ("<short>", ORANGE, "-"),
     "loss_mode_other": ("other", BLACK, "-"), "loss_span_control": ("control token", PINK, ":"),
     "loss_span_think": ("chain of thought", SKY, ":"), "loss_span_answer": ("answer", GREEN, ":"),
-    "loss_span_eos": ("end", BLACK, ":"),
+    "loss_span_eos": ("EOS", BLACK, ":"),
 }  # fmt: skip
 SPANS = {name: KINDS[name] for name in ("loss_span_answer", "loss_span_eos")}
 CHOICES = {
-    "p_think_when_think": ("where the data thinks", BLUE, "-"),
-    "p_think_when_short": ("where it answers at once", ORANGE, "--"),
-    "think_share": ("share of thinking in the data", BLACK, ":"),
+    "p_think_when_think": ("for <think> samples", BLUE, "-"),
+    "p_think_when_short": ("for <short> samples", ORANGE, "--"),
+    "think_share": ("share of <think> samples", BLACK, ":"),
 }
 
 
 def plot_curves(run: str | Path, smoothing: float = 0.9) -> Figure:
-    """Loss, also by mode and span, choice of the mode, gradient norm, learning rate and speed of a run, by step.
+    """Loss, loss by mode and span, choice of the mode, gradient norm, learning rate and throughput of a run, by step.
 
-    The raw values stay visible behind the smoothed ones; nothing is smoothed in the file.
+    Raw values are drawn faintly behind the smoothed ones.
 
     Args:
-        smoothing: weight of the past in the running mean, from 0 (none) to below 1.
+        smoothing: decay of the moving average, in [0, 1); 0 for none.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -45,8 +46,8 @@ def plot_curves(run: str | Path, smoothing: float = 0.9) -> Figure:
     if opened.of_one_mode:
         _draw_lines(next(places), opened, SPANS, "loss by span", smoothing)
     else:
-        _draw_lines(next(places), opened, KINDS, "loss by mode (line) and by span (dots)", smoothing)
-        _draw_lines(next(places), opened, CHOICES, "probability of <think> against <short>", smoothing)
+        _draw_lines(next(places), opened, KINDS, "loss by mode (solid) and span (dotted)", smoothing)
+        _draw_lines(next(places), opened, CHOICES, "probability of <think> vs. <short>", smoothing)
     _draw(next(places), opened, "grad_norm", "gradient norm", smoothing)
     _draw(next(places), opened, "lr", "learning rate", 0)
     _draw(next(places), opened, "tokens_per_second", f"tokens per second{_mfu(opened)}", smoothing)
@@ -55,17 +56,44 @@ def plot_curves(run: str | Path, smoothing: float = 0.9) -> Figure:
     for place in axes[0]:
         if place.lines:
             place.set_yscale("log")
-            place.set_ylim(bottom=max(place.get_ylim()[0], NOTHING))
+            place.set_ylim(bottom=max(place.get_ylim()[0], LEAST))
             plain_numbers(place)
     for place in figure.axes:
         place.set_xlabel("step")
         tidy(place)
-    plt.close(figure)  # the notebook shows what a cell returns; once is enough
+    plt.close(figure)  # else the notebook shows it twice
     return figure
 
 
+def summary(run: Path, scores: dict[str, dict[str, float]], model: Path) -> str:
+    """Loss, throughput and time of a run folder, scores by mode (from `generate.score`), and the model's path."""
+    records = read_metrics(run)
+    seconds = sum(record["seconds"] for record in records)
+    speed = sum(record["seconds"] * record["tokens_per_second"] for record in records) / seconds
+    lines = [
+        f"loss             {records[0]['loss']:.3f} at the first step, {records[-1]['loss']:.3f} at the last",
+        f"training         {len(records)} steps, {seconds:,.0f} seconds, {speed:,.0f} tokens/s",
+        *_choice(records[-1]),
+        "mode             accuracy   well-formed   tokens",
+    ]
+    for mode, s in scores.items():
+        lines.append(
+            f"  <{mode}>".ljust(17) + f"{s['accuracy']:>8.1%}   {s['well_formed']:>11.1%}   {s['tokens']:>6.1f}"
+        )
+    return "\n".join([*lines, f"exported model   {model}"])
+
+
+def _choice(record: dict) -> list[str]:
+    """The last probabilities of <think>, if the data has both modes."""
+    names = ("p_think_when_think", "p_think_when_short")
+    if not all(name in record for name in names):
+        return []
+    think, short = (record[name] for name in names)
+    return [f"P(<think>)       {think:.1%} for <think> samples, {short:.1%} for <short> samples, at the last step"]
+
+
 def _draw_loss(axes: Axes, run: Run, smoothing: float) -> None:
-    """Training loss, the held-out loss as dots, and upright lines at alarms."""
+    """Training loss, held-out loss as dots, and a vertical line for each of the last alarms."""
     _draw(axes, run, "loss", "loss per trained token", smoothing)
     steps, values = run.line("eval_loss", "step")
     if len(steps):
@@ -84,7 +112,7 @@ def _draw(axes: Axes, run: Run, metric: str, title: str, smoothing: float) -> No
 
 
 def _draw_lines(axes: Axes, run: Run, lines: dict[str, tuple[str, str, str]], title: str, smoothing: float) -> None:
-    """Several metrics in one picture; a step that has no token of a kind has no value of it."""
+    """Several metrics in one panel; a step without tokens of a kind has no value for it."""
     for metric, (label, color, style) in lines.items():
         steps, values = run.line(metric, "step")
         if len(steps):
@@ -93,7 +121,7 @@ def _draw_lines(axes: Axes, run: Run, lines: dict[str, tuple[str, str, str]], ti
     if axes.lines:
         axes.legend(fontsize="small", framealpha=0.85, edgecolor="none")
     else:
-        axes.text(0.5, 0.5, "the data tells no modes", ha="center", transform=axes.transAxes)
+        axes.text(0.5, 0.5, "the data has no modes", ha="center", transform=axes.transAxes)
 
 
 def _mfu(run: Run) -> str:

@@ -1,4 +1,4 @@
-"""Runs to be compared: their metrics as columns, how far they are, and in which settings they differ."""
+"""Runs to be compared: metrics as columns, progress, and differing settings."""
 
 import re
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from rsft_lib.training.metrics import FILE, scan_metrics
 from rsft_lib.training.run_folder import CONFIG, how_it_ended, read_record
 
 BY = {
-    "step": "step", "token": "trained tokens", "time": "minutes of training", "share": "share of the run, in per cent",
+    "step": "step", "token": "trained tokens", "time": "minutes of training", "share": "percent of the run",
 }  # fmt: skip
 MISSING = "–"
 PATTERN = re.compile(r"[*?[]")
@@ -23,7 +23,7 @@ PATTERN = re.compile(r"[*?[]")
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder: `columns` has a float64 [steps] for each metric, NaN where a step has none."""
+    """A run folder: `columns` has float64 [steps] for each metric, NaN where a step lacks it."""
 
     name: str
     folder: Path
@@ -32,19 +32,19 @@ class Run:
     ended: str
     alarms: list[int]
     problems: list[str]
-    """What cannot be read of it."""
+    """Messages about unreadable files or lines."""
 
     def __len__(self) -> int:
         return len(self.columns["iteration"])
 
     @property
     def of_one_mode(self) -> bool:
-        """Whether it is known that none of its answers begins with a control token."""
+        """Whether its data has no control tokens: the only loss by mode is that of 'other'."""
         known = {name for name in self.columns if name.startswith("loss_mode_") and self.last(name) is not None}
         return known == {"loss_mode_other"}
 
     def x(self, by: str) -> np.ndarray:
-        """What each step is drawn at; `by` is one of BY."""
+        """The x value of each step, float64 [steps]; `by` is a key of BY."""
         steps = self.columns["iteration"]
         if by == "share":
             return 100 * steps / (_planned(self) or steps[-1])
@@ -55,7 +55,7 @@ class Run:
         return np.cumsum(self.column("seconds")) / 60
 
     def column(self, metric: str) -> np.ndarray:
-        """Its value at each step; NaN where no step has it."""
+        """A metric, float64 [steps]; all NaN if no step has it."""
         return self.columns.get(metric, np.full(len(self), np.nan))
 
     def line(self, metric: str, by: str) -> tuple[np.ndarray, np.ndarray]:
@@ -70,25 +70,25 @@ class Run:
 
 
 def find_runs(runs: str) -> list[Run]:
-    """The runs that a text names: folders, or patterns such as `outputs/checkpoints/*`, comma-separated.
+    """Open the runs given as comma-separated folders or patterns such as `outputs/checkpoints/*`.
 
-    A folder whose own name has a comma or looks like a pattern is found by it.
+    A folder whose name contains a comma or wildcard is found by its name.
 
     Raises:
-        FileNotFoundError: a folder is missing, or a pattern finds no run.
-        ValueError: a folder holds no run, or one that has not finished a step yet.
+        FileNotFoundError: a folder is missing, or a pattern matches no run.
+        ValueError: no run is given, or a folder has no metrics yet.
     """
     folders: dict[Path, None] = {}  # as a set that keeps the order
     for part in _parts(runs):
-        found = [existing(part, "run folder")] if _is_folder(part) or not PATTERN.search(part) else _matching(part)
-        folders |= dict.fromkeys(path.resolve() for path in found)
+        paths = [existing(part, "run folder")] if _is_folder(part) or not PATTERN.search(part) else _matching(part)
+        folders |= dict.fromkeys(path.resolve() for path in paths)
     if not folders:
-        raise ValueError("no run is named; give a run folder, several that are comma-separated, or a pattern")
+        raise ValueError("no run given; expected run folders or patterns, comma-separated")
     return [open_run(folder, name) for folder, name in zip(folders, _names(list(folders)), strict=True)]
 
 
 def _parts(runs: str) -> Iterator[str]:
-    """What stands between the commas, where no folder has them in its name: of several readings the longest."""
+    """Split at commas, but not inside the name of an existing folder; the longest such name wins."""
     pieces = runs.split(",")
     while pieces:
         ends = range(len(pieces), 0, -1)
@@ -104,20 +104,20 @@ def _is_folder(text: str) -> bool:
 
 
 def _matching(pattern: str) -> list[Path]:
-    """The run folders that a pattern finds; what exists of its path is no pattern."""
+    """The run folders that match a pattern; its existing parent folders are taken literally."""
     path = resolve(pattern)
-    there = next(parent for parent in path.parents if parent.is_dir())
-    found = sorted(glob(f"{path.relative_to(there)}/{FILE}", root_dir=there))
-    if not found:
+    base = next(parent for parent in path.parents if parent.is_dir())
+    matches = sorted(glob(f"{path.relative_to(base)}/{FILE}", root_dir=base))
+    if not matches:
         raise FileNotFoundError(
-            f"{pattern!r} finds no folder with {FILE} (relative patterns start at {ROOT}): run notebook 05_train"
+            f"{pattern!r} matches no folder with {FILE} (relative patterns start at {ROOT}): run notebook 05_train"
         )
-    return [(there / path).parent for path in found]
+    return [(base / path).parent for path in matches]
 
 
 def open_run(folder: Path, name: str) -> Run:
-    found = scan_metrics(folder)
-    records, problems = found.records, found.problems
+    scan = scan_metrics(folder)
+    records, problems = scan.records, scan.problems
     if not records:
         why = "; ".join(problems) or "train first (notebook 05_train)"
         raise ValueError(f"{folder} has no metrics yet: {why}")
@@ -132,7 +132,7 @@ def open_run(folder: Path, name: str) -> Run:
 
 
 def runs_table(runs: list[Run]) -> Table:
-    """How far each run is, what came out, and what of its files cannot be read."""
+    """Progress, losses, throughput and alarms of each run, and problems with its files."""
     rows = []
     for run in runs:
         seconds, tokens = np.nansum(run.column("seconds")), np.nansum(run.column("trained_tokens"))
@@ -154,8 +154,8 @@ def runs_table(runs: list[Run]) -> Table:
 
 
 def differences_table(runs: list[Run]) -> Table:
-    """The settings in which the runs are not all alike."""
-    different = [name for name in _settings(runs) if len({_said(run, name) for run in runs}) > 1]
+    """The settings in which the runs differ."""
+    different = [name for name in _settings(runs) if len({_value(run, name) for run in runs}) > 1]
     title = "settings that differ" if different else "the runs have the same settings"
     return _table(title, runs, different)
 
@@ -166,22 +166,21 @@ def settings_table(runs: list[Run]) -> Table:
 
 
 def _table(title: str, runs: list[Run], names: list[str]) -> Table:
-    return Table(
-        title, ("setting", *(run.name for run in runs)), [(name, *(_said(run, name) for run in runs)) for name in names]
-    )
+    rows = [(name, *(_value(run, name) for run in runs)) for name in names]
+    return Table(title, ("setting", *(run.name for run in runs)), rows)
 
 
 def _settings(runs: list[Run]) -> list[str]:
     return list(dict.fromkeys(name for run in runs for name in run.config))
 
 
-def _said(run: Run, name: str) -> str:
+def _value(run: Run, name: str) -> str:
     value = run.config.get(name, MISSING)
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _names(folders: list[Path]) -> list[str]:
-    """The last part of each path, or so many parts that no two are alike."""
+    """The shortest path suffixes that distinguish the folders."""
     for count in range(1, max(len(folder.parts) for folder in folders) + 1):
         names = ["/".join(folder.parts[-count:]) for folder in folders]
         if len(set(names)) == len(names):
@@ -194,7 +193,7 @@ def _number(value) -> float:
 
 
 def _planned(run: Run) -> int:
-    """Its steps in all; 0 where its settings do not tell."""
+    """Its configured number of steps; 0 if unknown."""
     steps = run.config.get("train_iters")
     return steps if type(steps) is int and steps > 0 else 0
 
