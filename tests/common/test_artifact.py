@@ -93,7 +93,7 @@ def test_on_a_file_system_without_locks_all_works_and_nothing_of_others_is_remov
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", none)
-    locks.TOLD.clear()
+    locks.REPORTED.clear()
     others = [".out.tmp-0123abcd", ".out.tmp-0123abcd.lock"]
     (tmp_path / others[0]).mkdir()
     (tmp_path / others[1]).touch()
@@ -283,7 +283,7 @@ def test_what_was_made_from_another_source_is_replaced_only_if_that_is_asked_for
     replaced(final, ["model"], **made | {"option": 2})
     replaced(final, ["model"], **made | {"model_sha256": "2"})  # the same name: made again
     replaced(final, ["model"], **made | {"model": "/moved", "model_sha256": "2"})  # the same content
-    with pytest.raises(FileExistsError, match="out was made from /moved and is not replaced by what is made from /b: "):
+    with pytest.raises(FileExistsError, match="out was made from /moved and is not replaced by output made from /b: "):
         replaced(final, ["model"], model="/b", model_sha256="3")
     with pytest.raises(FileExistsError, match="choose another `output`, or set `overwrite`"):
         replaced(final, ["model"], model="/b", model_sha256=None)
@@ -309,13 +309,13 @@ def test_each_of_several_sources_counts_and_a_folder_that_names_none_is_not_repl
         with pytest.raises(FileExistsError, match="choose another `output`"):
             replaced(final, ["sources", "tokenizer"], **other)
     replaced(final, [])
-    with pytest.raises(FileExistsError, match="was made from something else"):
+    with pytest.raises(FileExistsError, match="was made from an unknown source"):
         replaced(final, ["tokenizer"], tokenizer="/t")
 
 
 def test_of_two_that_make_one_folder_from_different_sources_the_second_to_end_is_refused(tmp_path):
     with (
-        pytest.raises(FileExistsError, match="was made from /b and is not replaced by what is made from /a"),
+        pytest.raises(FileExistsError, match="was made from /b and is not replaced by output made from /a"),
         new_folder(tmp_path / "out", {"made_by": "step", "model": "/a"}, source=["model"]),
     ):
         replaced(tmp_path / "out", ["model"], model="/b")
@@ -331,7 +331,9 @@ def test_files_that_somebody_put_into_a_folder_are_lost_only_if_that_is_asked_fo
     filled(final / "tokens", "tokens")
     (final / "within").mkdir()
     (final / name).symlink_to(tmp_path) if name == "a link" else (final / name).write_text("mine")
-    with pytest.raises(FileExistsError, match=f"holds what step did not write: {name}. Move .* or set `overwrite`"):
+    with pytest.raises(
+        FileExistsError, match=f"contains files that step did not write: {name}. Move .* or set `overwrite`"
+    ):
         filled(final, "new")
     assert (final / name).exists() and (final / "file").read_text() == "old" and os.listdir(tmp_path) == ["out"]
     with new_folder(final, {"made_by": "step"}, overwrite=True) as folder:
@@ -369,7 +371,9 @@ def test_a_damaged_manifest_is_named_as_such_and_nothing_is_replaced(tmp_path, t
     final = tmp_path / "out"
     filled(final, "old")
     (final / "manifest.json").write_text(text)
-    with pytest.raises(FileExistsError, match=f"{final} (exists and was not written by|was made from something else)"):
+    with pytest.raises(
+        FileExistsError, match=f"{final} (exists and was not written by|was made from an unknown source)"
+    ):
         replaced(final, ["model"], model="/a", model_sha256="1")
     with pytest.raises(ValueError, match="manifest.json is damaged or was edited"):
         verify(final)

@@ -96,7 +96,7 @@ def test_every_step_says_what_a_full_disk_lacks_and_leaves_nothing(tmp_path):
     for name, (number, message, left, free) in told.items():
         final = place / (f"{name}_TP1PP1" if name == "legacy" else name)
         assert number == errno.ENOSPC and f" {final} was not made; " in message, message
-        assert f" MB are free in {place} now" in message and " were written and are removed again" in message
+        assert f" MB are free in {place} now" in message and " were written and have been removed" in message
         written, whole = map(float, re.search(r" ([\d.,]+) MB of ([\d.,]+) MB were written", message).groups())
         # Building has its scratch file beside it, whose space was counted as taken and not as written.
         assert 2.1 < whole < 9 and written <= 2.1 and (written > 1 or name == "build"), message

@@ -312,7 +312,7 @@ def test_a_tokenizer_with_another_template_of_your_own_is_another_one(model, tmp
     mine.write_text(NEW + "{# mine #}")
     other.write_text(NEW + "{# other #}")
     patch_tokenizer(model, tmp_path / "out", SHORT)
-    with pytest.raises(FileExistsError, match="is not replaced by what is made from .*mine.jinja: .*set `overwrite`"):
+    with pytest.raises(FileExistsError, match="is not replaced by output made from .*mine.jinja: .*set `overwrite`"):
         patch_tokenizer(model, tmp_path / "out", SHORT, template=mine)
     patch_tokenizer(model, tmp_path / "out", SHORT, template=mine, overwrite=True)
     with pytest.raises(FileExistsError, match="out was made from .*mine.jinja and is not .* made from no template: "):
