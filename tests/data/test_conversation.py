@@ -237,7 +237,7 @@ REFUSED = {
     "a tool that is none": ({**GOOD, "tools": ["add"]}, "tools[0] is 'add', expected an object"),
     "two system prompts": (
         {"messages": [{"role": "system", "content": "ONE"}, {"role": "system", "content": "TWO"}, *ASKED]},
-        "message 0 (system): the chat template drops it, changes it or puts it elsewhere: 'ONE'",
+        "message 0 (system): the chat template drops, changes or moves it: 'ONE'",
     ),
     "a late system prompt": (
         {"messages": [*ASKED, {"role": "system", "content": "LATE"}, *ASKED]},

@@ -192,7 +192,7 @@ def reason(tokenizer: Path, record: dict, template: str = "", row_seconds: float
 
 def test_a_mask_of_nothing_or_of_everything_is_refused(patched):
     everything = "{% generation %}{% for m in messages %}{{ m.content }}{% endfor %}{{ eos_token }}{% endgeneration %}"
-    assert "message 0 (user): the chat template drops it, changes it or puts it elsewhere" in reason(
+    assert "message 0 (user): the chat template drops, changes or moves it" in reason(
         patched, json.loads(GOOD), everything
     )
 

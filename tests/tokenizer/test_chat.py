@@ -150,7 +150,7 @@ def test_a_template_from_which_the_answer_cannot_be_told_is_refused(template, me
 
 
 def test_a_token_across_the_edge_of_an_answer_is_refused_by_both_encoders(tokenizer):
-    with pytest.raises(ValueError, match="lies across the edge"):
+    with pytest.raises(ValueError, match="crosses the boundary"):
         mask_of([(0, 3), (3, 6)], [Span(4, 6)], "abcdef")
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}"
     tokenizer.chat_template += "{% endif %}{% endfor %}"
@@ -158,7 +158,7 @@ def test_a_token_across_the_edge_of_an_answer_is_refused_by_both_encoders(tokeni
     text, spans = trained_text(ChatTemplate.of(tokenizer), messages)
     for encoder in encoders(tokenizer):
         (found,) = encoder.encode([text], [spans])
-        assert isinstance(found, ValueError) and "lies across the edge" in str(found)
+        assert isinstance(found, ValueError) and "crosses the boundary" in str(found)
 
 
 def encoders(tokenizer) -> list:

@@ -259,7 +259,7 @@ def test_a_corpus_is_compared_line_by_line(small, tmp_path):
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text("a plain line\nzebra\none that names <short>\n", encoding="utf-8")
     details = {check.name: check.detail for check in check_contract(small, corpus)}
-    assert details["other text as before"] == "10 texts are the same tokens; 1 that name a replaced token left out"
+    assert details["other text as before"] == "10 texts give the same tokens; 1 that contain a replaced token skipped"
     with pytest.raises(FileNotFoundError, match="corpus: .*none.txt does not exist"):
         check_contract(small, tmp_path / "none.txt")
 
@@ -285,7 +285,7 @@ def test_a_template_that_would_take_all_time_or_memory_is_ended_and_named(demo_f
     patch_tokenizer(demo_folder.with_name("source"), tmp_path / "out", SHORT, template=own)
     (failed,) = check_contract(tmp_path / "out").failed
     assert failed.name == "template renders"
-    assert any(word in failed.detail for word in ("more than 4 seconds", "more than 512 MiB", "ended by signal"))
+    assert any(word in failed.detail for word in ("more than 4 seconds", "more than 512 MiB", "killed by signal"))
 
 
 ESCAPES = [

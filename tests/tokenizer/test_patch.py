@@ -153,7 +153,7 @@ def test_patching_twice_gives_the_same_bytes(source, patched):
 
 def test_a_patched_folder_is_taken_as_it_is_and_that_is_said(patched, tmp_path, capsys):
     facts = patch_tokenizer(patched, tmp_path / "again", SHORT)
-    assert "'<short>' is there already" in capsys.readouterr().out
+    assert "'<short>' already exists" in capsys.readouterr().out
     assert facts["edits"] == {} and facts["template_diff"] == ""
     old, new = hashes(patched), hashes(tmp_path / "again")
     assert old.pop("manifest.json") and new.pop("manifest.json") and old == new
@@ -231,16 +231,16 @@ def refuse(model: Path, tmp_path: Path, message: str, replacements=SHORT, **opti
 
 
 def test_tokens_that_cannot_be_replaced_are_refused_with_a_reason(model, tmp_path):
-    refuse(model, tmp_path, "no added token '<none>' to replace; there are", {"<none>": "<short>"})
+    refuse(model, tmp_path, "no added token '<none>' to replace; the added tokens are", {"<none>": "<short>"})
     refuse(
         model,
         tmp_path,
-        r"'<think>' is a token already \(id \d+\), beside '<\|quad_start\|>'",
+        r"cannot rename '<\|quad_start\|>' \(id \d+\): '<think>' is already a token \(id \d+\)",
         {"<|quad_start|>": "<think>"},
     )
     refuse(model, tmp_path, "is the tokenizer's (eos|pad)_token; choose", {"<｜end▁of▁sentence｜>": "<short>"})
-    refuse(model, tmp_path, "two tokens cannot become the same", SHORT | {"<|quad_end|>": "<short>"})
-    refuse(model, tmp_path, "'<short>' should be one token but is", {"<|quad_start|>": "<long>"})
+    refuse(model, tmp_path, "two tokens cannot be renamed to the same", SHORT | {"<|quad_end|>": "<short>"})
+    refuse(model, tmp_path, "'<short>' should be one token but has ids", {"<|quad_start|>": "<long>"})
 
 
 def test_a_token_that_only_the_config_names_is_named(model, tmp_path):
@@ -254,7 +254,7 @@ def test_a_vocabulary_of_sentencepiece_that_names_the_token_is_refused_and_anoth
     patch_tokenizer(model, tmp_path / "fine", SHORT)
     assert (tmp_path / "fine" / "tokenizer.model").read_bytes() == (model / "tokenizer.model").read_bytes()
     (model / "tokenizer.model").write_bytes(b"\n\x0e<|quad_start|>\x15")
-    refuse(model, tmp_path, "in a vocabulary of sentencepiece, which cannot be renamed")
+    refuse(model, tmp_path, "in a sentencepiece vocabulary, which cannot be edited")
 
 
 def test_files_that_disagree_as_the_originals_do_are_refused_until_a_replacement_settles_it(base, tmp_path):
@@ -281,16 +281,16 @@ def set_template(folder: Path, template: str) -> None:
 
 def test_other_templates_are_refused_with_what_to_do_and_one_of_your_own_is_taken_as_it_is(model, tmp_path):
     set_template(model, "{% for m in messages %}<|start_header_id|>{{ m.content | trim }}{% endfor %}")
-    refuse(model, tmp_path, "is that of Llama-3, which trims answers.*give that as `template`")
+    refuse(model, tmp_path, "is that of Llama-3, which trims answers.*set `template` to the file")
     set_template(model, "{{ messages }}")
-    refuse(model, tmp_path, "none that this kit can edit, which are those of R1, Qwen2.5 and Qwen3")
+    refuse(model, tmp_path, "this kit cannot edit the chat template; it can edit those of R1, Qwen2.5 and Qwen3")
     set_template(model, R1_CHAT_TEMPLATE.replace("{%- if message['role'] == 'tool' %}", "{% if 1 %}"))
     refuse(model, tmp_path, "looks like that of R1, but the edit 'assistant turn' does not find")
     (tmp_path / "own.jinja").write_text(NEW + "{# mine #}", encoding="utf-8")
     patch_tokenizer(model, tmp_path / "out", SHORT, template=tmp_path / "own.jinja")
     assert load_tokenizer(tmp_path / "out").chat_template == NEW + "{# mine #}"
     (model / "chat_template.jinja").unlink()
-    refuse(model, tmp_path, "has no chat template; give a file with one")
+    refuse(model, tmp_path, "has no chat template; set `template` to a file with one")
 
 
 @pytest.mark.parametrize("differing", ["config.json", "chat_template.jinja"])
@@ -326,7 +326,7 @@ def test_a_tokenizer_with_another_template_of_your_own_is_another_one(model, tmp
 def test_several_templates_are_refused(model, tmp_path):
     (model / "additional_chat_templates").mkdir()
     (model / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
-    refuse(model, tmp_path, r"has several chat templates \(.*tool_use.*\); what is served must be what was trained")
+    refuse(model, tmp_path, r"has several chat templates \(.*tool_use.*\); training and serving must use the same one")
 
 
 def test_the_newline_of_the_originals_prompts_is_in_training_text_too(base, tmp_path):

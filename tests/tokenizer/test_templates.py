@@ -221,7 +221,9 @@ def test_qwens_templates_keep_thoughts_make_up_none_and_mark_answers_with_their_
 
 
 def test_a_template_that_lacks_a_part_or_cannot_have_a_newline_is_refused():
-    with pytest.raises(ValueError, match="trailing_newline is for R1's template; this is that of Qwen2.5 and Qwen3"):
+    with pytest.raises(
+        ValueError, match="trailing_newline is for R1's template; this template is of family Qwen2.5 and Qwen3"
+    ):
         patch_template(LIKE_QWEN3, trailing_newline=True)
     with pytest.raises(ValueError, match="'generation prompt' does not find '{%- if add_generation_prompt %}'"):
         patch_template(LIKE_QWEN3.replace("{%- if add_generation_prompt %}", "{% if add_generation_prompt %}"))
