@@ -148,9 +148,9 @@ BAD_LONG = {
     "": "expected text that is not empty",
 }
 BAD_SHORT = {
-    "<think>hm</think>4": "must not hold <think> </think>",
-    "<short><short>4": "must not hold <short>",
-    "4</think>": "must not hold </think>",
+    "<think>hm</think>4": "must not contain <think> </think>",
+    "<short><short>4": "must not contain <short>",
+    "4</think>": "must not contain </think>",
 }
 
 
@@ -313,11 +313,11 @@ def test_a_dataset_that_is_asked_for_again_is_kept_with_the_tokens_in_its_folder
     tokens.write_bytes(b"tokens")
     write_manifest(tokens.parent, {"made_by": "tokenize"})
     assert build(tmp_path, long, held_out=0.2).items() >= first.items()
-    assert tokens.exists() and "is there already" in capsys.readouterr().out
+    assert tokens.exists() and "already exists" in capsys.readouterr().out
     (tmp_path / "out" / "train.jsonl").write_text("damaged")
     for other in ({"held_out": 0.2}, {"held_out": 0.2, "seed": 1}, {"held_out": 0.2, "empty_think": True}):
         build(tmp_path, long, **other)
-        assert len(read(tmp_path)) == 32 and "is there already" not in capsys.readouterr().out
+        assert len(read(tmp_path)) == 32 and "already exists" not in capsys.readouterr().out
     build(tmp_path, [*long, record("new", think("a", "Answer: 1"))], **other)
     assert len(read(tmp_path)) == 34 and not tokens.exists()
 
@@ -419,7 +419,7 @@ def test_where_answers_declare_their_mode_one_that_does_not_is_rejected(tmp_path
     rejects = [json.loads(line) for line in (tmp_path / "out.rejected.jsonl").read_text().splitlines()]
     reasons = {row["line"]: row["reason"] for row in rejects}
     assert "begins with neither <think> nor <short>, as 2 others of this dataset do" in reasons[3]
-    assert "holds <think> and begins with none of them" in reasons[4]
+    assert "contains <think> but begins with" in reasons[4]
     with pytest.raises(ValueError, match="2 of 4 records are rejected"):
         build_hybrid("", "", tmp_path / "other", 0, 0, hybrid=path)
 
@@ -457,9 +457,9 @@ def test_answers_to_one_question_stay_on_one_side_also_with_other_system_prompts
 UNUSABLE = {
     "an answer that is only a call": (
         {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [
-            {"function": {"name": "f", "arguments": {}}}]}]}, "an answer calls a tool; notebook 04 takes such",
+            {"function": {"name": "f", "arguments": {}}}]}]}, "an answer calls a tool; notebook 04 accepts such",
     ),
-    "no answer": ({"messages": [{"role": "user", "content": "x"}]}, "found the roles user; expected a question and"),
+    "no answer": ({"messages": [{"role": "user", "content": "x"}]}, "found the roles user; expected alternating user and"),
     "an infinite answer": ('{"instruction": "x", "output": "<short>y", "answer": Infinity}', "not a JSON number"),
     "an id that is half a character": (record("x", "<short>y", id="\ud800"), "cannot be written as JSON"),
     "an empty short answer": (record("x", "<short> "), "empty answer after <short>"),
@@ -480,9 +480,9 @@ def test_a_record_that_raises_anything_is_rejected_and_the_others_are_built(name
 def test_an_input_that_holds_no_records_is_named(tmp_path):
     good, empty = write(tmp_path / "good.jsonl", [record("2 ?", think("hm", "2"))]), write(tmp_path / "empty.jsonl", [])
     for inputs, message in [
-        ((good, empty), "short answers: .*empty.jsonl holds no records"),
-        ((empty, ""), "long answers: .*empty.jsonl holds no records"),
-        ((good, good), "(?s)a short answer must not hold.*1 of 2 records"),
+        ((good, empty), "short answers: .*empty.jsonl contains no records"),
+        ((empty, ""), "long answers: .*empty.jsonl contains no records"),
+        ((good, good), "(?s)a short answer must not contain.*1 of 2 records"),
     ]:
         with pytest.raises(ValueError, match=message):
             build_hybrid(*inputs, tmp_path / "out", 0, 0)

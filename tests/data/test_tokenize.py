@@ -101,7 +101,7 @@ def test_what_is_there_from_the_same_inputs_is_kept_and_anything_else_is_made_an
 
     data = lines(tmp_path, GOOD)
     first = inode()
-    assert inode() == first and "there already" in capsys.readouterr().out
+    assert inode() == first and "already exists" in capsys.readouterr().out
     changed = inode(max_length=999)
     assert changed != first
     lines(tmp_path, GOOD, GOOD)
@@ -119,7 +119,7 @@ def test_missing_files_and_options_that_do_not_exist_are_named(patched, tmp_path
     for option, message in [
         ({"overlong": "cut"}, "overlong is 'cut'; choose one of drop, truncate, error"),
         ({"turns": "first"}, "turns is 'first'; choose one of all, last"),
-        ({"reject_limit": 2}, "reject_limit is 2; it is a share"),
+        ({"reject_limit": 2}, "reject_limit is 2; it must be a fraction"),
         ({"max_length": 1}, "max_length is 1"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -186,7 +186,7 @@ def job_for(tokenizer: Path, template: str = "") -> Job:
 def reason(tokenizer: Path, record: dict, template: str = "", row_seconds: float = 0) -> str:
     """Why a worker rejects a record."""
     worker = Worker(job_for(tokenizer, template), row_seconds)
-    (reject,) = worker.block([Row(1, record)], ReferenceEncoder.name).fates.rejects
+    (reject,) = worker.block([Row(1, record)], ReferenceEncoder.name).outcomes.rejects
     return reject.reason
 
 
@@ -320,7 +320,7 @@ def test_a_killed_worker_ends_the_work_with_an_error_and_leaves_nothing(patched,
                 child.send_signal(getattr(signal, name))
             yield block
 
-    monkeypatch.setattr("rsft_lib.data.tokenize.Reading.progress", killing)
+    monkeypatch.setattr("rsft_lib.data.tokenize.InputProgress.show", killing)
     with pytest.raises(RuntimeError, match=f"nothing was written: a tokenizing process was killed by {name}") as error:
         tokenize(problems, patched, tmp_path / "out", workers=2)
     assert ("out of memory?" in str(error.value)) == (name == "SIGKILL")
@@ -439,8 +439,8 @@ def test_no_more_workers_are_started_than_one_reading_process_keeps_busy(
 
     monkeypatch.setattr("rsft_lib.data.pool.Process", Counted)
     monkeypatch.setattr("rsft_lib.data.tokenize.usable_cores", lambda: 64)
-    monkeypatch.setattr("rsft_lib.data.tokenize.HELPFUL", 2)
-    monkeypatch.setattr("rsft_lib.data.tokenize.HELPFUL_WHEN_SLOW", 3)
+    monkeypatch.setattr("rsft_lib.data.tokenize.USEFUL_WORKERS", 2)
+    monkeypatch.setattr("rsft_lib.data.tokenize.USEFUL_WORKERS_WHEN_SLOW", 3)
     monkeypatch.setattr("rsft_lib.data.tokenize._chosen_encoder", chosen)
     tokenize(problems, patched, tmp_path / "out", workers=workers)
     assert len(started) == helpful
@@ -456,7 +456,7 @@ def test_no_more_processes_and_threads_are_started_than_there_are_cores(patched,
             seen.append([psutil.Process().num_threads() - before, *(child.num_threads() for child in children)])
             yield block
 
-    monkeypatch.setattr("rsft_lib.data.tokenize.Reading.progress", counting)
+    monkeypatch.setattr("rsft_lib.data.tokenize.InputProgress.show", counting)
     for name in ("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         monkeypatch.setenv(name, "64")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")

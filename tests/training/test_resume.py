@@ -393,6 +393,6 @@ def test_killed_at_five_random_moments_a_run_ends_bit_for_bit_like_one_left_alon
 
 
 def test_a_failed_rank_leaves_its_reason_and_no_checkpoint(inputs, tmp_path):
-    with pytest.raises(RuntimeError, match="seq_length 16 holds 17: raise seq_length"):
+    with pytest.raises(RuntimeError, match="seq_length 16 allows 17: raise seq_length"):
         run(inputs, tmp_path / "run", 2, seq_length=16)
     assert newest(tmp_path / "run") is None
