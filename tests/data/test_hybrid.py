@@ -459,7 +459,7 @@ UNUSABLE = {
         {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [
             {"function": {"name": "f", "arguments": {}}}]}]}, "an answer calls a tool; notebook 04 accepts such",
     ),
-    "no answer": ({"messages": [{"role": "user", "content": "x"}]}, "found the roles user; expected alternating user and"),
+    "no answer": ({"messages": [{"role": "user", "content": "x"}]}, "found the roles user; expected alternating"),
     "an infinite answer": ('{"instruction": "x", "output": "<short>y", "answer": Infinity}', "not a JSON number"),
     "an id that is half a character": (record("x", "<short>y", id="\ud800"), "cannot be written as JSON"),
     "an empty short answer": (record("x", "<short> "), "empty answer after <short>"),
