@@ -1,4 +1,4 @@
-"""What becomes of every field of a row, on the way into tokens and into a dataset."""
+"""How every field of a row is converted, tokenized and built into a dataset."""
 
 import json
 from datetime import date
@@ -28,7 +28,7 @@ def call(arguments, name="add", **extra) -> dict:
 
 
 def calling(arguments, name="add", **extra) -> dict:
-    """A chat in which a tool is called."""
+    """A chat with a tool call."""
     asks = {"role": "assistant", "content": None, "tool_calls": [call(arguments, name, **extra)]}
     return {"messages": [ASKED[0], asks, {"role": "tool", "content": "4"}, ASKED[1]]}
 
@@ -41,7 +41,7 @@ def patched(tmp_path_factory) -> Path:
 
 
 class Tokenized:
-    """What became of some rows: texts with what is trained in brackets, rejects by line, and the manifest's facts."""
+    """The result of tokenizing rows: texts, trained parts, rejects by line, and the manifest."""
 
     def __init__(self, data: Path, tokenizer: Path, **options):
         out = data.with_name(f"{data.name}-tokens")
@@ -161,7 +161,7 @@ def test_no_control_token_is_trained_behind_a_chain_of_thought_of_its_own_field(
 
 
 def test_what_was_made_by_other_rules_is_made_again(patched, tmp_path, monkeypatch):
-    """As after an update that mended what a row becomes: tokens of before would be kept, wrong as they are."""
+    """As after an update that fixes the conversion of rows: outputs of the old version must be rebuilt."""
     data = write(tmp_path, [GOOD])
     with monkeypatch.context() as before:
         for module in ("tokenize", "hybrid"):
@@ -262,7 +262,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_row_that_cannot_be_trained_as_it_says_is_refused_and_the_rows_beside_it_are_not(name, patched, tmp_path):
+def test_an_unusable_row_is_rejected_and_its_neighbours_are_not(name, patched, tmp_path):
     row, reason = REFUSED[name]
     for file in ("rows.jsonl", "rows.json"):
         found = Tokenized(write(tmp_path, [GOOD, row, GOOD], file), patched)
@@ -272,8 +272,8 @@ def test_a_row_that_cannot_be_trained_as_it_says_is_refused_and_the_rows_beside_
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
 @pytest.mark.parametrize("depth", [100, 900, 100_000])
-def test_a_nest_is_trained_whole_or_costs_its_row_and_no_other(patched, tmp_path, name, depth):
-    """A hundred deep is trained; how much deeper Python's recursion goes depends on its version."""
+def test_deep_nesting_is_trained_or_rejects_only_its_row(patched, tmp_path, name, depth):
+    """A depth of 100 is trained; the maximum depth depends on the Python version."""
     good, nest = json.dumps(GOOD), '{"a": ' * depth + "1" + "}" * depth
     rows = [good, f'{good[:-1]}, "tools": [{nest}]}}', good]
     (tmp_path / name).write_text(f"[{','.join(rows)}]" if name == "rows.json" else "\n".join(rows))

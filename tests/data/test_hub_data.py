@@ -52,6 +52,6 @@ def test_a_dataset_is_read_by_name_at_its_revision(server, tmp_path):
     assert {revision for method, revision in server.requests if method == "GET"} == {"b" * 40}  # the tag's commit
 
 
-def test_a_revision_that_does_not_exist_is_told(server, tmp_path):
+def test_a_revision_that_does_not_exist_is_reported(server, tmp_path):
     done = read(f"{NAME}@none", server, tmp_path)
     assert done.returncode and "no dataset with split 'train' at revision 'none' could be loaded" in done.stderr

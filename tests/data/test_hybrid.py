@@ -1,4 +1,4 @@
-"""Long and short answers to the same problems become one dataset."""
+"""Building one dataset from long and short answers to the same problems."""
 
 import json
 import random
@@ -34,7 +34,7 @@ def write(path: Path, records: list[dict]) -> Path:
 
 
 def build(folder: Path, long: list[dict], short: list[dict] | None = None, **rules) -> dict:
-    """A dataset in folder/out, all of it in the training split unless said otherwise."""
+    """A dataset in folder/out; by default all of it is in the training split."""
     longs = write(folder / "long.jsonl", long)
     shorts = "" if short is None else write(folder / "short.jsonl", short)
     return build_hybrid(longs, shorts, folder / "out", **{"held_out": 0, "seed": 0, **rules})
@@ -168,7 +168,7 @@ def test_an_answer_that_is_not_of_its_mode_is_named_and_kept_with_the_reason(ans
     assert build(tmp_path, files["long"], files["short"], reject_limit=0.4)["records"]["rejected"] == 1
     assert (tmp_path / "out.rejected.jsonl").exists()
     build(tmp_path, [good["long"]], [good["short"]])
-    assert not (tmp_path / "out.rejected.jsonl").exists()  # what an earlier run refused is no news of this one
+    assert not (tmp_path / "out.rejected.jsonl").exists()  # the rejects of an earlier run are removed
 
 
 def test_empty_thoughts_are_accepted_where_that_is_said(tmp_path):
@@ -361,7 +361,7 @@ def test_rules_that_make_no_sense_are_refused(rules, tmp_path):
 
 
 def ready(folder: Path, records: list[dict], name: str) -> Path:
-    """Records as a file of the kind that its name says."""
+    """Records as a file of the format given by its name."""
     path = folder / name
     if path.suffix == ".parquet":
         names = dict.fromkeys(name for found in records for name in found)

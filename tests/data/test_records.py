@@ -1,4 +1,4 @@
-"""What is read as a record, and what is refused."""
+"""Reading records, and rejecting invalid ones."""
 
 import datetime
 import decimal

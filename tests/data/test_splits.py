@@ -1,4 +1,4 @@
-"""What notebook 04 tokenizes, and where the tokens go."""
+"""The splits that notebook 04 tokenizes, and the folders of the tokens."""
 
 import datetime
 import json
@@ -75,7 +75,7 @@ def test_a_folder_without_training_data_names_the_notebook_that_makes_it(tmp_pat
 
 
 def made_from(source: Source, folder, rows: int) -> SimpleNamespace:
-    """What `exclude` looks at in a store of tokens with one sample for each row of `source`."""
+    """The parts of a token store that `exclude` uses, with one sample per row of `source`."""
     np.save(folder / ROWS, np.arange(1, rows + 1))
     return SimpleNamespace(folder=folder, manifest=source.facts())
 

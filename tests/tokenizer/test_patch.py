@@ -1,4 +1,4 @@
-"""Tokens renamed in every file, templates made ready for training.
+"""Renaming tokens in every file, and preparing templates for training.
 
 RSFT_REAL_DATA=FOLDER runs each test on R1's own tokenizer as well.
 """
@@ -151,7 +151,7 @@ def test_patching_twice_gives_the_same_bytes(source, patched):
     assert hashes(patched) == before
 
 
-def test_a_patched_folder_is_taken_as_it_is_and_that_is_said(patched, tmp_path, capsys):
+def test_a_patched_folder_is_copied_unchanged_with_a_message(patched, tmp_path, capsys):
     facts = patch_tokenizer(patched, tmp_path / "again", SHORT)
     assert "'<short>' already exists" in capsys.readouterr().out
     assert facts["edits"] == {} and facts["template_diff"] == ""
@@ -167,7 +167,7 @@ def test_several_tokens_are_replaced_at_once(source, tmp_path):
     assert not check_contract(tmp_path / "out").failed
 
 
-def test_the_manifest_tells_what_was_read_and_edited(source, patched):
+def test_the_manifest_has_the_inputs_and_the_edits(source, patched):
     manifest = read_manifest(patched)
     assert manifest["source"] == str(source) and len(manifest["source_sha256"]) == 64 and manifest["template"] == ""
     assert manifest["template_sha256"] == hashlib.sha256(NEW.encode()).hexdigest()
@@ -179,7 +179,7 @@ def test_the_manifest_tells_what_was_read_and_edited(source, patched):
     }
 
 
-def test_autotokenizer_is_told_to_read_a_byte_level_tokenizer_as_it_is(base, tmp_path):
+def test_autotokenizer_builds_the_byte_level_tokenizer_from_the_patched_config(base, tmp_path):
     folder = shutil.copytree(base, tmp_path / "source")
     config = read(folder / "tokenizer_config.json")
     write(folder / "tokenizer_config.json", config | {"tokenizer_class": "LlamaTokenizerFast"})
@@ -194,7 +194,7 @@ def tiny(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def model(tiny, tmp_path) -> Path:
-    """A copy to spoil."""
+    """A copy to break."""
     return shutil.copytree(tiny, tmp_path / "model")
 
 
@@ -362,7 +362,7 @@ def test_templates_that_were_edited_before_end_as_the_stock_one_does():
 
 
 def plain(template: str) -> str:
-    """The template for engines that do not know the tag which marks answers."""
+    """The template without `{% generation %}`, for engines that do not know it."""
     return re.sub(r"{%-? (end)?generation -?%}", "", template)
 
 

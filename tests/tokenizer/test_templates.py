@@ -1,4 +1,4 @@
-"""What patched templates write and mark, against a second implementation by hand."""
+"""The text and marks of patched templates, compared with a second implementation in Python."""
 
 import json
 import random
@@ -23,7 +23,7 @@ HARD = [
 
 
 def render(template: str, chat: list[dict], prompt: bool = False, **given) -> tuple[str, list[str]]:
-    """The text that transformers renders, and the parts that the template marks as written by the assistant."""
+    """The text that transformers renders, and the parts that the template marks as assistant output."""
     (text,), (spans,) = render_jinja_template(
         [chat], chat_template=template, add_generation_prompt=prompt, return_assistant_tokens_mask=True,
         bos_token=demo.BOS, **given,
@@ -32,7 +32,7 @@ def render(template: str, chat: list[dict], prompt: bool = False, **given) -> tu
 
 
 def by_hand(chat: list[dict], tools: list[dict], header: str) -> list[tuple[str, bool]]:
-    """An R1 conversation as (text, written by the assistant)."""
+    """An R1 conversation as (text, is assistant output)."""
     system = "".join(m["content"] for m in chat if m["role"] == "system")
     parts = [(demo.BOS + system, False)]
     if tools:
