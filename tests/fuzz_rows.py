@@ -1,7 +1,7 @@
-"""Rows of every layout, half of them mutated, through building and tokenizing: python tests/fuzz_rows.py --rows 20000
+"""Fuzz dataset building and tokenization with mutated rows of every layout: python tests/fuzz_rows.py --rows 20000
 
-Whatever a row holds, it ends in exactly one way: written, dropped, filtered, or rejected with file, line and a reason.
-And the rows beside it do not notice: what is written of them has the same bytes as without it.
+Every row is written, dropped, filtered, or rejected with file, line and a reason, and the output of the other rows does
+not change by a byte.
 """
 
 import argparse
@@ -25,7 +25,7 @@ WORDS = ["two ", "eggs\n", "数学", "🙂", "e\u0301", "<b>", "x<", "{{ 1 }}", 
          "\u2028", "a\u0085b"]  # fmt: skip
 
 
-# Rows as they should be
+# Valid rows
 
 
 def text(rng: random.Random) -> str:
@@ -76,7 +76,7 @@ def pair(rng: random.Random, number: int) -> dict:
 
 LAYOUTS: list[Callable[[random.Random, int], dict]] = [messages, sharegpt, alpaca, pair]
 
-# And as they come
+# Invalid values
 
 
 HOSTILE = [
@@ -89,9 +89,9 @@ HOSTILE = [
 
 
 def hostile(rng: random.Random):
-    """A value that does not belong where it is put."""
+    """A value of a wrong type, size or nesting."""
     if rng.random() < 0.95:
-        return copy.deepcopy(rng.choice(HOSTILE))  # which the next mutation may change
+        return copy.deepcopy(rng.choice(HOSTILE))  # copied, since the next mutation may change it
     nested = []
     for _ in range(rng.choice([3, 300, 900])):
         nested = [nested]
@@ -99,13 +99,13 @@ def hostile(rng: random.Random):
 
 
 def places(value, depth: int = 0) -> list:
-    """(container, key) of what is in a row, but for the inside of endless nests."""
+    """(container, key) of every value in a row, down to a nesting depth of 20 lists."""
     keys = value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) and depth < 20 else ()
     return [place for key in keys for place in [(value, key), *places(value[key], depth + 1)]]
 
 
 def mutated(row: dict, rng: random.Random) -> bytes:
-    """A row with one to three values put in the place of others, added, taken out or renamed, or its bytes spoilt."""
+    """A row with one to three values replaced, added, removed or renamed, or with corrupted bytes."""
     for _ in range(rng.randint(1, 3)):
         container, key = rng.choice(places(row) or [(row, "")])
         kind = rng.randrange(5)
@@ -120,20 +120,20 @@ def mutated(row: dict, rng: random.Random) -> bytes:
         elif isinstance(container, dict):
             container[str(key) + rng.choice(["s", "\u200b"])] = container.pop(key, None)
     line = json.dumps(row, ensure_ascii=rng.random() < 0.9).encode("utf-8", "backslashreplace")
-    return spoilt(line, rng) if rng.random() < 0.2 else line
+    return corrupted(line, rng) if rng.random() < 0.2 else line
 
 
-def spoilt(line: bytes, rng: random.Random) -> bytes:
+def corrupted(line: bytes, rng: random.Random) -> bytes:
     place = rng.randrange(len(line) + 1)
     parts = [b"\x00" * 9, b"\xff", b'"', b"{", b'"messages": 1, ', line[:place]]
     return rng.choice([line[:place], line[:place] + rng.choice(parts) + line[place:], b"  ", b""])
 
 
-# What must hold
+# Invariants
 
 
 def fuzz(folder: Path, rows: int, seed: int, workers: int = 2) -> dict[str, Counter]:
-    """Make `rows` rows of each layout and see what becomes of them; the counts by layout and step."""
+    """Generate `rows` rows of each layout, check the invariants, and return the counts by layout and step."""
     patch_tokenizer(demo.make_model(folder / "model", seed=0), folder / "patched", {"<|quad_start|>": "<short>"})
     found = {}
     for layout in LAYOUTS:
@@ -163,7 +163,9 @@ def tokenized(place: Path, tokenizer: Path, good: list[int], filled: list[int], 
     assert samples(place / "list") == samples(place / "good")
     ours, expected = (samples(place / name) for name in ("mixed", "good"))
     for number, sample in expected.items():
-        assert ours[good[number - 1]] == sample, f"row {good[number - 1]} of {place} is written otherwise beside others"
+        assert ours[good[number - 1]] == sample, (
+            f"row {good[number - 1]} of {place} is written differently beside mutated rows"
+        )
     return Counter(counts)
 
 
@@ -176,7 +178,7 @@ def built(place: Path, good: list[int], filled: list[int]) -> Counter:
     assert len(rejects(place / "mixed-built")) == counts["rejected"]
     for line in (*ours, *expected):
         json.loads(line, parse_constant=refuse_constant)
-    assert not Counter(expected) - Counter(ours), "rows of a clean file are written otherwise beside others"
+    assert not Counter(expected) - Counter(ours), "rows of a clean file are written differently beside mutated rows"
     return Counter(counts)
 
 
@@ -185,7 +187,7 @@ def refuse_constant(name: str):
 
 
 def rejects(folder: Path) -> set[int]:
-    """Lines of the rejected rows; each has a reason, and its file."""
+    """Line numbers of the rejected rows; checks that each has a reason and its file."""
     path = folder.with_name(f"{folder.name}.rejected.jsonl")
     rows = [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
     assert all(row["reason"].strip() and row["file"].endswith(".jsonl") for row in rows)
@@ -201,7 +203,7 @@ def samples(folder: Path) -> dict[int, tuple[bytes, bytes]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=20_000, help="rows in all, shared by the four layouts")
+    parser.add_argument("--rows", type=int, default=20_000, help="total number of rows, shared by the four layouts")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""A server that answers as the Hugging Face Hub does, with one repository."""
+"""A fake Hugging Face Hub with one repository."""
 
 import hashlib
 import json
@@ -6,8 +6,8 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 NAME, COMMIT, TAG = "some-org/Tiny-R1-0.1B", "a" * 40, "b" * 40
-FOLDER = "some_org_Tiny_R1_0.1B"  # as the original names it
-CLUTTER = {  # what repositories also hold, and nobody needs here
+FOLDER = "some_org_Tiny_R1_0.1B"  # as in the original
+CLUTTER = {  # files of real repositories that must not be downloaded
     "model-00001-of-00001.safetensors": b"all of it in shards",
     "pytorch_model.bin": b"pickled", "consolidated.safetensors": b"all of it again", "modeling_tiny.py": b"code",
     "original/params.json": b"{}", "onnx/model.onnx": b"onnx", "README.md": b"# Tiny", ".gitattributes": b"*",
@@ -15,7 +15,7 @@ CLUTTER = {  # what repositories also hold, and nobody needs here
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves the files of a folder as one repository with a branch, a tag and, if asked, a token."""
+    """Serves the files of a folder as one repository with a branch, a tag and, optionally, a required token."""
 
     def __init__(self, folder):
         super().__init__(("127.0.0.1", 0), Answer)
@@ -28,7 +28,7 @@ class Hub(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
     def fetched(self):
-        """The files whose content was asked for."""
+        """The files whose content was requested."""
         return {
             path.split(f"/{COMMIT}/")[-1] for method, path in self.requests if method == "GET" and "/resolve/" in path
         }
@@ -53,12 +53,12 @@ class Answer(BaseHTTPRequestHandler):
             return self.send(401, headers={"X-Error-Code": "GatedRepo", "X-Error-Message": "ask for access"})
         parts = path.strip("/").split("/")
         if parts[:2] == ["api", "models"]:
-            return self.tell("/".join(parts[2:4]), parts[4:])
+            return self.send_metadata("/".join(parts[2:4]), parts[4:])
         if "/".join(parts[:2]) == NAME and parts[2] == "resolve":
-            return self.give("/".join(parts[4:]))
+            return self.send_file("/".join(parts[4:]))
         return self.send(404, headers={"X-Error-Code": "RepoNotFound"})
 
-    def tell(self, name, rest):
+    def send_metadata(self, name, rest):
         if name != NAME:
             return self.send(404, headers={"X-Error-Code": "RepoNotFound"})
         revision = rest[1] if rest else "main"
@@ -82,7 +82,7 @@ class Answer(BaseHTTPRequestHandler):
             return git
         return git | {"lfs": {"oid": oid, "sha256": oid, "size": len(data), "pointerSize": 130}}
 
-    def give(self, path):
+    def send_file(self, path):
         data = self.server.files[path].read_bytes()
         headers = {
             "ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes",

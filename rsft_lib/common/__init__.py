@@ -1,1 +1,1 @@
-"""What every folder needs: paths, whole folders with manifests, hashes, locks, limits, progress, models by name."""
+"""Shared utilities: paths, atomic folders with manifests, hashes, locks, resource limits, progress bars."""

@@ -1,4 +1,4 @@
-"""Named checks and their table, which says in words what passed."""
+"""Named checks and the table that shows their results."""
 
 import html
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from rsft_lib.common.visible import visible
 
-SHOWN = 1000  # characters of a detail; a template can write any number
+DETAIL_LIMIT = 1000  # characters of an error that are shown; a template can write any number
 
 MARKS = {True: "ok", False: "FAIL", None: "-"}
 STYLES = {
@@ -16,12 +16,12 @@ STYLES = {
 
 
 class Skip(Exception):
-    """Raised by a check that has nothing to say here; the text says why."""
+    """Raised by a check that does not apply; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the table; `passed` is None where the check was not run."""
+    """One row of the table; `passed` is None if the check was not run."""
 
     name: str
     passed: bool | None
@@ -29,26 +29,26 @@ class Check:
 
 
 class Checks(list[Check]):
-    """A list of checks that shows itself as a table."""
+    """A list of checks, displayed as a table."""
 
     @property
     def failed(self) -> list[Check]:
         return [check for check in self if check.passed is False]
 
     def require(self, what: str) -> None:
-        """Raise a ValueError that names every check that failed, and begins with `what`."""
+        """Raise a ValueError that begins with `what` and lists every failed check."""
         if self.failed:
-            found = "\n".join(f"  {check.name}: {check.detail}" for check in self.failed)
-            raise ValueError(f"{what} breaks the contract between training and serving (notebook 01):\n{found}")
+            failures = "\n".join(f"  {check.name}: {check.detail}" for check in self.failed)
+            raise ValueError(f"{what} breaks the contract between training and serving (notebook 01):\n{failures}")
 
     def run(self, name: str, check: Callable[..., str], *arguments) -> bool:
-        """Add a check: what `check` returns is the detail of a success, its ValueError that of a failure."""
+        """Run a check and append its result: `check` returns the detail of a success, or raises ValueError or Skip."""
         try:
             self.append(Check(name, True, visible(check(*arguments))))
         except Skip as reason:
             self.append(Check(name, None, visible(str(reason))))
         except ValueError as error:
-            self.append(Check(name, False, visible(str(error)[:SHOWN])))
+            self.append(Check(name, False, visible(str(error)[:DETAIL_LIMIT])))
         return bool(self[-1].passed)
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""How many cores this process may use, which on a shared machine or in a container are fewer than there are."""
+"""The number of CPU cores this process may use: on shared machines and in containers, fewer than the machine has."""
 
 import math
 import os
@@ -8,19 +8,19 @@ CONTROL_GROUPS = ("cgroup", "cgroup2")
 
 
 def usable_cores() -> int:
-    """Cores of this process: those of its affinity (taskset, Slurm), or fewer where a control group's quota is less.
+    """Cores in the CPU affinity of this process (taskset, Slurm), capped by the quota of its control groups.
 
-    A quota of one and a half cores counts as two. os.cpu_count() knows neither, os.process_cpu_count() of Python 3.13
-    knows the affinity alone.
+    A quota of 1.5 cores counts as 2. os.cpu_count() ignores both limits; os.process_cpu_count() of Python 3.13
+    respects only the affinity.
     """
     return max(1, math.ceil(min(len(os.sched_getaffinity(0)), cpu_quota())))
 
 
 def cpu_quota(proc: Path = Path("/proc/self")) -> float:
-    """CPU seconds a second that the control groups of this process grant it; infinite without a limit.
+    """CPU quota of the control groups of this process, in cores; infinite without a limit.
 
-    A group has no more than the groups that it is in, so the least of all counts. Where they lie is told by
-    `mountinfo` and `cgroup` (proc(5), cgroups(7)); version 1 and 2, also side by side.
+    Quotas are hierarchical, so the smallest one of a group and its ancestors applies. `mountinfo` and `cgroup` name
+    their folders (proc(5), cgroups(7)). Versions 1 and 2 are supported, also mixed.
     """
     try:
         mounts = [line.split() for line in (proc / "mountinfo").read_text(encoding="utf-8").splitlines()]
@@ -39,13 +39,13 @@ def cpu_quota(proc: Path = Path("/proc/self")) -> float:
 
 
 def _quotas(mount: Path, group: str) -> list[float]:
-    """The quota of a group under a mount, and of each group that it is in; of what is not seen from here, none."""
-    inside = Path() if group.startswith("..") else Path(group)
-    return [_quota(mount / folder) for folder in (inside, *inside.parents)]
+    """Quotas of a group under a mount and of its ancestors; a group outside the mount is replaced by the mount root."""
+    relative = Path() if group.startswith("..") else Path(group)
+    return [_quota(mount / folder) for folder in (relative, *relative.parents)]
 
 
 def _quota(folder: Path) -> float:
-    """Quota over period: version 2 has both in `cpu.max`, version 1 a file for each; 'max' and -1 are no limit."""
+    """Quota / period: both in `cpu.max` (version 2), or one file each (version 1); 'max' and -1 mean no limit."""
     try:
         if (folder / "cpu.max").exists():
             quota, period = (folder / "cpu.max").read_text().split()

@@ -1,4 +1,4 @@
-"""Room on a disk: asked for before something is written, and said afterwards where it was too little."""
+"""Disk space: checked before writing, and reported in a clear error if the disk fills up."""
 
 import errno
 import os
@@ -10,60 +10,63 @@ from pathlib import Path
 from rsft_lib.common.temporary import remove
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-PROBE = 1 << 20  # bytes; a disk on which so many cannot be written is full
+PROBE = 1 << 20  # bytes; a disk that cannot take this many counts as full
 
 
 def require_space(final: Path, size: int) -> None:
-    """Check that the disk on which `final` will lie has `size` bytes left.
+    """Check that the disk of `final` has `size` bytes free.
 
     Raises:
-        OSError: it has not.
+        OSError: it has less.
     """
-    there = _existing_parent(final)
-    free = shutil.disk_usage(there).free
+    parent = _existing_parent(final)
+    free = shutil.disk_usage(parent).free
     if size > free:
-        raise OSError(errno.ENOSPC, f"{final} needs {told(size)}, {there} has {told(free)} left: free some space")
+        raise OSError(
+            errno.ENOSPC,
+            f"{final} needs {format_size(size)}, {parent} has {format_size(free)} left: free some space",
+        )
 
 
 @contextmanager
-def full_disk_told(final: Path, temporary: Path, needed: Callable[[int], int]) -> Iterator[None]:
-    """Run a block that fills the folder `temporary`, which is to become `final`; remove it if the disk is full.
+def explain_full_disk(final: Path, temporary: Path, needed: Callable[[int], int]) -> Iterator[None]:
+    """Run a block that fills the folder `temporary`, later renamed to `final`; if the disk is full, remove it.
 
     Args:
-        needed: bytes that the whole takes, from those that were written until then; 0 where nothing tells.
+        needed: maps bytes written so far to the expected total; 0 if unknown.
 
     Raises:
-        OSError: the disk, or a quota, is full; it names `final`, what was written, is needed and is free.
+        OSError: the disk or a quota is full; the message has `final` and the bytes written, needed and free.
     """
     try:
         yield
     except Exception as error:
         if not _is_full(error, temporary):
             raise
-        found = [path.stat() for path in temporary.rglob("*") if path.is_file()]
-        written = sum(min(file.st_size, 512 * file.st_blocks) for file in found)  # a file may have gaps
+        files = [path.stat() for path in temporary.rglob("*") if path.is_file()]
+        written = sum(min(file.st_size, 512 * file.st_blocks) for file in files)  # a file may be sparse
         remove(temporary)
-        there, whole = _existing_parent(final), needed(written)
-        of_whole = f" of {told(whole)}" if whole else ""
+        parent, total = _existing_parent(final), needed(written)
+        of_total = f" of {format_size(total)}" if total else ""
         raise OSError(
             errno.ENOSPC,
-            f"No space left on device, or in a quota: {final} was not made; {told(written)}{of_whole} were written and "
-            f"are removed again, {told(shutil.disk_usage(there).free)} are free in {there} now. Free some space, "
-            "or choose a folder on another disk",
+            f"No space left on device, or disk quota exceeded: {final} was not made; {format_size(written)}{of_total} "
+            f"were written and have been removed, {format_size(shutil.disk_usage(parent).free)} are free in {parent} "
+            "now. Free some space, or choose a folder on another disk",
         ) from error
 
 
-def told(size: int) -> str:
-    """Bytes as people say them.
+def format_size(size: int) -> str:
+    """A number of bytes in MB or GB.
 
-    >>> told(25_300_000_000)
+    >>> format_size(25_300_000_000)
     '25.3 GB'
     """
     return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
 
 
 def _is_full(error: Exception, folder: Path) -> bool:
-    """Whether an error comes of a full disk, as some libraries (safetensors, NumPy, torch) do not say by a number."""
+    """Whether a full disk caused an error; some libraries (safetensors, NumPy, torch) raise it without an errno."""
     chain: BaseException | None = error
     while chain:
         if isinstance(chain, OSError) and chain.errno in FULL:

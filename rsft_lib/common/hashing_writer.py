@@ -1,4 +1,4 @@
-"""A large file that is written and hashed in one pass."""
+"""Write and hash a large file in one pass."""
 
 import errno
 import fcntl
@@ -8,26 +8,26 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-BUFFER = 16 * 2**20  # bytes that are written at one time
+BUFFER = 16 * 2**20  # bytes per write
 O_DIRECT = getattr(os, "O_DIRECT", 0)  # Linux only
 
 
 class HashedFile:
-    """A large file being written, whose SHA-256 is taken on the way so that no byte is read a second time.
+    """A large file whose SHA-256 is computed while it is written, so that nothing is read again.
 
-    While one buffer is hashed and written by two threads, the next is filled. Writes go around the page cache where
-    the file system lets them: filling it with what nobody reads soon takes longer than hashing.
+    Two threads hash and write one buffer while the next is filled. Writes bypass the page cache (O_DIRECT) where the
+    file system supports it: filling the cache takes longer than hashing.
     """
 
     def __init__(self, path: Path):
         self.path, self.size = path, 0
         self._descriptor = _open_around_cache(path)
-        # Anonymous maps begin at a page, as writing around the cache asks for.
+        # Anonymous maps are page-aligned, as O_DIRECT requires.
         self._buffers, self._filled = [memoryview(mmap.mmap(-1, BUFFER)) for _ in range(2)], 0
         self._digest, self._threads, self._pending = hashlib.sha256(), ThreadPoolExecutor(2), []
 
     def write(self, data) -> int:
-        """Append any object with a buffer, and return its size in bytes."""
+        """Append any object that supports the buffer protocol; return its size in bytes."""
         left = data = memoryview(data).cast("B")
         while left:
             count = min(len(left), BUFFER - self._filled)
@@ -40,10 +40,10 @@ class HashedFile:
         return len(data)
 
     def flush(self) -> None:
-        """For torch.save; everything is written by `close`."""
+        """Do nothing; torch.save calls it. `close` writes everything."""
 
     def close(self) -> None:
-        """Write what is left, and wait until the disk has all of it."""
+        """Write the rest and flush the file to disk."""
         try:
             self._drain()
             self._wait()
@@ -53,7 +53,7 @@ class HashedFile:
             os.close(self._descriptor)
 
     def listing(self) -> dict[str, dict]:
-        """The file's entry in the manifest of its folder, for `facts["files"]`, once it is closed."""
+        """The manifest entry of the closed file, for `facts["files"]`."""
         return {self.path.name: {"bytes": self.size, "sha256": self._digest.hexdigest()}}
 
     def __enter__(self) -> "HashedFile":
@@ -77,7 +77,7 @@ class HashedFile:
         while data:
             try:
                 data = data[os.write(self._descriptor, data) :]
-            except OSError as error:  # the odd end of a file has to go through the cache, on some systems all of it
+            except OSError as error:  # O_DIRECT rejects an unaligned tail, and on some systems every write
                 flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
                 if error.errno != errno.EINVAL or not flags & O_DIRECT:
                     raise

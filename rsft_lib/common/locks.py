@@ -1,7 +1,7 @@
-"""Locks between processes, of one machine or several: a file beside what is locked, there while somebody holds it.
+"""Locks between processes on one or several machines: a `.lock` file beside the path, present while the lock is held.
 
-The file is open for writing, as NFS asks for, which therefore locks no folder. Whoever is killed leaves the file, with
-a lock that nobody holds.
+The lock file is opened for writing, which NFS requires (so NFS cannot lock folders). A killed process leaves the file
+behind, unlocked.
 """
 
 import errno
@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL)  # of a file system
-TOLD: set[int] = set()  # numbers of file systems of which it was said that they have none
+NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL)  # unsupported by a file system
+REPORTED: set[int] = set()  # st_dev of the file systems already reported to lack locks
 
 
 def lock_file(path: Path) -> Path:
@@ -22,18 +22,18 @@ def lock_file(path: Path) -> Path:
 
 @contextmanager
 def locked(path: Path, wait: bool = True) -> Iterator[bool]:
-    """Hold the lock of a file or folder, which need not be there; yields False where the file system has no locks.
+    """Hold the lock of a file or folder, which need not exist; yields False if the file system has no locks.
 
     Raises:
-        BlockingIOError: another process holds it, and `wait` is not set.
+        BlockingIOError: another process holds the lock and `wait` is False.
     """
     lock = lock_file(path)
     made = not lock.exists()
     while True:
         with lock.open("a+") as file:
             held = _take(file, path, wait)
-            if held and not _same(file, lock):
-                continue  # whoever held it has removed it; another one may hold a new file by now
+            if held and not _is_same_file(file, lock):
+                continue  # the previous holder removed the lock file; another process may have created a new one
             try:
                 yield held
             finally:
@@ -55,16 +55,16 @@ def _take(file: IO, path: Path, wait: bool) -> bool:
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
-        if (device := os.fstat(file.fileno()).st_dev) not in TOLD:
-            TOLD.add(device)
+        if (device := os.fstat(file.fileno()).st_dev) not in REPORTED:
+            REPORTED.add(device)
             print(f"no locks in {path.parent} ({error.strerror}): do not start the same step twice at a time, and "
-                  "remove yourself what killed ones leave (.NAME.tmp-...)", flush=True)  # fmt: skip
+                  "remove leftovers of killed processes (.NAME.tmp-...) by hand", flush=True)  # fmt: skip
         return False
     return True
 
 
-def _same(file: IO, lock: Path) -> bool:
+def _is_same_file(file: IO, lock: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(file.fileno()), lock.stat())
-    except OSError:  # it has gone
+    except OSError:  # removed
         return False

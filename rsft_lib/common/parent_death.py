@@ -1,4 +1,4 @@
-"""A process that ends when its parent does, however the parent went."""
+"""End a process when its parent dies, for whatever reason."""
 
 import ctypes
 import os
@@ -8,11 +8,11 @@ PR_SET_PDEATHSIG = 1  # prctl(2), Linux
 
 
 def die_with_parent() -> None:
-    """Have this process sent SIGTERM as soon as its parent is gone. Call it first of all.
+    """Have the kernel send SIGTERM to this process when its parent dies. Call it first.
 
-    It may come more than once: as each thread of the parent ends, another becomes the parent.
+    The signal may arrive more than once: the kernel sends it whenever the parent thread ends, and another becomes it.
     """
     parent = os.getppid()
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:  # it went while we asked
+    if os.getppid() != parent:  # the parent died before prctl took effect
         os.kill(os.getpid(), signal.SIGTERM)

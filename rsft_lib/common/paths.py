@@ -1,11 +1,11 @@
-"""Where things lie: every relative path is read from the project root, never from the current directory."""
+"""Path resolution: relative paths are relative to the project root, never to the current directory."""
 
 import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
-MAKERS = {  # what may be missing -> the notebook that makes it
+MAKERS = {  # missing input -> the notebook that makes it
     "model folder": "01_patch_tokenizer, which makes the tiny one",
     "tokenizer": "01_patch_tokenizer", "tokenizer folder": "01_patch_tokenizer",
     "checkpoint": "02_convert_checkpoint",
@@ -24,20 +24,20 @@ def resolve(path: str | Path) -> Path:
 
 
 def existing(path: str | Path, what: str) -> Path:
-    """The resolved `path`, which must exist; `what` names it in the error, and the notebook that makes it.
+    """The resolved `path`, which must exist; `what` describes it in the error and selects the hint (`MAKERS`).
 
     Raises:
-        FileNotFoundError: nothing is there.
+        FileNotFoundError: the path does not exist.
     """
-    found = resolve(path)
-    if not found.exists():
-        way_out = f"run notebook {MAKERS[what]}, or name what you have" if what in MAKERS else "check the path"
-        raise FileNotFoundError(f"{what}: {found} does not exist (relative paths start at {ROOT}): {way_out}")
-    return found
+    resolved = resolve(path)
+    if not resolved.exists():
+        hint = f"run notebook {MAKERS[what]}, or give an existing path" if what in MAKERS else "check the path"
+        raise FileNotFoundError(f"{what}: {resolved} does not exist (relative paths start at {ROOT}): {hint}")
+    return resolved
 
 
 def folder_name(model: str) -> str:
-    """A hub name as the folder under `assets/checkpoints`.
+    """The folder name of a Hub model under `assets/checkpoints`.
 
     >>> folder_name("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B")
     'deepseek_ai_DeepSeek_R1_Distill_Qwen_1.5B'

@@ -1,4 +1,4 @@
-"""How far a task is. Short tasks say nothing, so that what is kept of a notebook holds no bars."""
+"""Progress bars. Short tasks show none, so that saved notebooks contain no bars."""
 
 import sys
 from collections.abc import Iterator
@@ -11,23 +11,23 @@ DELAY = 3  # seconds before anything is shown
 
 
 def progress(what: str, unit: str, total: int | None = None) -> tqdm:
-    """A bar that takes itself away at the end. Headless, every refresh stays in the notebook, so these are few.
+    """A bar that is cleared at the end. Without a terminal it refreshes rarely, since a headless run keeps them all.
 
-    In a notebook it is no error output, of which an empty red box would stay.
+    In a notebook it writes to stdout: on stderr it would leave an empty red box.
     """
-    file, quiet = (sys.stderr, 1) if sys.stderr.isatty() else (sys.stdout, 10)
+    file, interval = (sys.stderr, 1) if sys.stderr.isatty() else (sys.stdout, 10)
     return tqdm(
-        desc=what, total=total, file=file, unit=unit, unit_scale=True, mininterval=quiet, delay=DELAY, leave=False
+        desc=what, total=total, file=file, unit=unit, unit_scale=True, mininterval=interval, delay=DELAY, leave=False
     )
 
 
 @contextmanager
 def without_bars() -> Iterator[None]:
-    """Have transformers load and save without bars, which notebooks would keep as widgets that stand at 0 %."""
-    shown = logging.is_progress_bar_enabled()
+    """Disable transformers' progress bars, which saved notebooks would keep as widgets stuck at 0 %."""
+    enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
+        if enabled:
             logging.enable_progress_bar()

@@ -1,4 +1,4 @@
-"""What a run was made with: versions, machine, code. No settings of the environment, since those hold secrets."""
+"""The environment of a run: versions, machine, commit. No environment variables, since they can hold secrets."""
 
 import platform
 import shutil
@@ -13,8 +13,8 @@ PACKAGES = ("torch", "megatron-core", "transformer-engine", "transformers", "dat
 
 
 def made_with() -> dict[str, str]:
-    """Name -> version or description, of everything that a result may depend on beside its parameters and inputs."""
-    import torch  # some notebooks do without it
+    """Name -> version or description of everything a result may depend on besides its parameters and inputs."""
+    import torch  # slow, and some notebooks do not need it
 
     memory = psutil.virtual_memory().total / 2**30
     return {
@@ -28,7 +28,7 @@ def made_with() -> dict[str, str]:
 
 
 def listed(facts: dict[str, str]) -> str:
-    """One fact on each line."""
+    """The facts as aligned text, one per line."""
     width = max(map(len, facts))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in facts.items())
 
@@ -43,22 +43,22 @@ def _version(package: str) -> str:
 def _gpus() -> str:
     if not shutil.which("nvidia-smi"):
         return "none"
-    found = _said("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader").splitlines()
-    kinds = [line.replace(", ", ", driver ") for line in found]
+    lines = _output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader").splitlines()
+    kinds = [line.replace(", ", ", driver ") for line in lines]
     return "; ".join(f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds)) or "none"
 
 
 def _commit() -> str:
-    """The commit of the project's code, and how many of its files differ from it."""
-    commit = _said("git", "-C", str(ROOT), "rev-parse", "HEAD").strip()
-    changed = len(_said("git", "-C", str(ROOT), "status", "--porcelain").splitlines())
+    """The commit of the project and the number of files that differ from it."""
+    commit = _output("git", "-C", str(ROOT), "rev-parse", "HEAD").strip()
+    changed = len(_output("git", "-C", str(ROOT), "status", "--porcelain").splitlines())
     if not commit:
-        return "not known"
+        return "unknown"
     return f"{commit}, dirty: {changed} changed files" if changed else f"{commit}, clean"
 
 
-def _said(*command: str) -> str:
-    """What a command printed; nothing where it is missing or fails."""
+def _output(*command: str) -> str:
+    """The stdout of a command; empty if the command is missing or fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
     except (OSError, subprocess.SubprocessError):

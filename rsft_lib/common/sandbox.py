@@ -1,4 +1,4 @@
-"""Limits for code that came with data: a chat template is a program, and one from elsewhere may never end."""
+"""CPU and memory limits for untrusted code: a chat template is a program and may never terminate."""
 
 import math
 import os
@@ -7,18 +7,18 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-SECONDS, MEMORY = 4, 512 << 20  # a thousand times what rendering a conversation takes
+SECONDS, MEMORY = 4, 512 << 20  # a thousand times what rendering a conversation needs
 
 
 @contextmanager
 def limited(what: str, seconds: float = SECONDS, memory: int = MEMORY) -> Iterator[None]:
-    """Run the block with so many seconds of CPU time, and bytes of memory beside those that the process has.
+    """Run the block with at most `seconds` of CPU time and `memory` bytes on top of what the process already uses.
 
-    Both hold for the whole process, so use it in one that does nothing else meanwhile, and in its main thread. A single
-    call into C, such as a power of huge numbers, is not cut short; `end_after` is for that.
+    Both limits apply to the whole process: use it in the main thread of a process that does nothing else. A single
+    call into C, such as a power of huge numbers, is not interrupted; use `end_after` for that.
 
     Raises:
-        ValueError: the block needs more; the message begins with `what`.
+        ValueError: the block exceeds a limit; the message begins with `what`.
     """
     before = resource.getrlimit(resource.RLIMIT_AS)
     limit_memory(memory)
@@ -33,7 +33,7 @@ def limited(what: str, seconds: float = SECONDS, memory: int = MEMORY) -> Iterat
 
 @contextmanager
 def time_limit(what: str, seconds: float = SECONDS) -> Iterator[None]:
-    """The part of `limited` that is about time; it costs two microseconds."""
+    """`limited` without the memory limit; it costs two microseconds."""
     before = signal.signal(signal.SIGPROF, _out_of_time)
     signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
@@ -46,14 +46,14 @@ def time_limit(what: str, seconds: float = SECONDS) -> Iterator[None]:
 
 
 def limit_memory(memory: int) -> None:
-    """Let this process have so many bytes of memory beside those it has; asking for more is a MemoryError."""
+    """Let this process allocate at most `memory` more bytes; beyond that, allocations raise MemoryError."""
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     limit = _address_space() + memory
     resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 
 
 def end_after(seconds: int) -> None:
-    """Have the kernel kill this process when it has used so many more seconds of CPU time, whatever it does then."""
+    """Have the kernel kill this process after `seconds` more of CPU time, even inside a call into C."""
     hard = math.ceil(_cpu_seconds()) + seconds
     resource.setrlimit(resource.RLIMIT_CPU, (hard, hard))
 
@@ -68,6 +68,6 @@ def _cpu_seconds() -> float:
 
 
 def _address_space() -> int:
-    """Bytes of address space of this process (proc(5): the first number of statm, in pages)."""
+    """Size of this process's address space in bytes (proc(5): first field of statm, in pages)."""
     with open("/proc/self/statm", encoding="ascii") as file:
         return int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")

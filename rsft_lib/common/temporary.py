@@ -1,8 +1,8 @@
-"""What is being written beside its final name: under a name of its own, locked, and gone when its writer is.
+"""Temporary files and folders beside their final path: uniquely named, locked, and removed with their writer.
 
-No two processes share a temporary name. It is locked before it is made and until it is gone, so one that was killed
-leaves it with a lock that nobody holds, and the next writer of the same final name removes both. On a file system
-without locks nothing is removed.
+The lock is taken before the temporary path is created and released after it is gone. A killed writer leaves both
+behind, unlocked, and the next writer of the same final path removes them. On a file system without locks, leftovers
+are not removed.
 """
 
 import glob
@@ -20,7 +20,7 @@ from rsft_lib.common.locks import locked
 
 @contextmanager
 def beside(final: Path, folder: bool = False) -> Iterator[Path]:
-    """Yield a new empty file or folder beside `final`, which is removed at the end if it still has its name."""
+    """Yield a new empty file or folder beside `final`; it is removed at the end unless it was renamed."""
     _remove_abandoned(final)
     temporary = final.with_name(f".{final.name}.tmp-{uuid.uuid4().hex[:8]}")
     with locked(temporary):
@@ -33,7 +33,7 @@ def beside(final: Path, folder: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def new_file(final: Path, mode: str = "w") -> Iterator[IO]:
-    """Yield a file to write, which becomes `final` in one move when the block ends well: readers see old or new."""
+    """Yield a file to write, renamed to `final` atomically if the block succeeds: readers see the old or the new."""
     with beside(final) as temporary:
         with temporary.open(mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
@@ -44,17 +44,17 @@ def new_file(final: Path, mode: str = "w") -> Iterator[IO]:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Make a folder that processes share, and wait until no other one uses it.
+    """Create a folder that several processes share and hold it exclusively, waiting for other users.
 
-    Whoever waited finds what the one before has done, which may be to rename the folder. At the end it is removed if
-    it is empty, and so is a parent that was made for it.
+    The previous holder may have filled or renamed the folder. At the end it is removed if it is empty, and so is its
+    parent if this call created it.
     """
     with ExitStack() as stack:
         if not folder.parent.exists():
             stack.callback(_remove_empty, folder.parent)
         held = None
         while held is None:
-            with suppress(FileNotFoundError):  # another process has removed the parent that it had made
+            with suppress(FileNotFoundError):  # another process has just removed the empty parent
                 folder.parent.mkdir(parents=True, exist_ok=True)
                 held = stack.enter_context(locked(folder))
         folder.mkdir(exist_ok=True)
@@ -69,19 +69,19 @@ def _remove_empty(folder: Path) -> None:
 
 def _remove_abandoned(final: Path) -> None:
     for lock in final.parent.glob(f".{glob.escape(final.name)}.tmp-????????.lock"):
-        left = lock.with_suffix("")
-        with suppress(OSError), locked(left, wait=False) as held:  # else it is somebody's
+        abandoned = lock.with_suffix("")
+        with suppress(OSError), locked(abandoned, wait=False) as held:  # BlockingIOError: its writer is alive
             if held:
-                remove(left)
+                remove(abandoned)
 
 
 def remove(path: Path) -> None:
-    """Remove a file or folder, its content first: whoever failed to fill it may hold files open, and so their space."""
+    """Remove a file or folder; files are truncated first, since open handles would keep their disk space."""
     is_folder = path.is_dir() and not path.is_symlink()
     for file in path.rglob("*") if is_folder else [path]:
         with suppress(OSError):
-            found = file.lstat()
-            if stat.S_ISREG(found.st_mode) and found.st_nlink == 1:  # and so nobody else's
+            status = file.lstat()
+            if stat.S_ISREG(status.st_mode) and status.st_nlink == 1:  # no other hard link shares the content
                 os.truncate(file, 0)
     if is_folder:
         shutil.rmtree(path, ignore_errors=True)

@@ -1,12 +1,11 @@
-"""Text of data and models for people to read: nothing in it acts on a terminal, hides, or turns the line around."""
+"""Make text from data and models safe to display: no terminal control, invisible or direction-changing characters."""
 
 import re
 
-# Characters that act on a terminal, take no space, are blank or turn the direction of writing, and halves of
-# characters, which cannot be printed: Unicode's categories of others, and what it lets a font ignore. Joiners and
-# variation selectors, in whose runs a text can be hidden, are left where scripts and emoji need them: one behind a
-# letter that is not Latin, FE0E and FE0F also behind what they make a keycap or an emoji. Letters that are written from
-# the right are left, since they turn nothing but themselves.
+# Control characters, characters that are zero-width or blank or change the writing direction, and lone surrogates:
+# Unicode's category Other and its default-ignorable code points. Joiners and variation selectors, whose runs can hide
+# text, are kept where scripts and emoji need them: one after a non-Latin letter; FE0E and FE0F also after a keycap or
+# emoji base. Right-to-left letters are kept, since they affect only themselves.
 HIDDEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b\u200e\u200f\u2028-\u202e"
     "\u2060-\u206f\u2800\u3164\ud800-\udfff\ufe00-\ufe0d\ufeff\uffa0\ufff0-\ufffb\U0001bca0-\U0001bca3"
@@ -17,15 +16,15 @@ HIDDEN = re.compile(
 
 
 def visible(text: str) -> str:
-    """`text` with signs in place of what acts or hides: `␛` for escape, `⟨202E⟩` for an override of the direction.
+    """`text` with visible placeholders for such characters: `␛` for escape, `⟨202E⟩` for a direction override.
 
-    Of the variation selectors only the two of emoji and those of Mongolian letters are left, each behind what it
-    varies: FE00-FE0D and E0100-E01EF, which choose the form of a Chinese character too, are shown as signs.
+    The variation selectors of emoji and of Mongolian letters are kept after the character they modify; FE00-FE0D and
+    E0100-E01EF, which also select forms of Chinese characters, are replaced.
     """
-    return HIDDEN.sub(lambda found: _sign(ord(found[0])), text)
+    return HIDDEN.sub(lambda match: _placeholder(ord(match[0])), text)
 
 
-def _sign(code: int) -> str:
+def _placeholder(code: int) -> str:
     if code < 0x20:
         return chr(0x2400 + code)
     return "␡" if code == 0x7F else f"⟨{code:04X}⟩"

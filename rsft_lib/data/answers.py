@@ -1,4 +1,4 @@
-"""The final answer of a text, and a form of it in which equal answers are equal texts."""
+"""Extract the final answer of a text, and normalize it so that equal answers compare equal as strings."""
 
 import re
 import unicodedata
@@ -7,7 +7,7 @@ from fractions import Fraction
 from rsft_lib.tokenizer.chat import END_THINK, SHORT
 
 MARKS = re.compile(r"^####(?!#)|\bAnswer\**:\**|\\boxed\s*\{", re.M)
-CLOSING = 2000  # characters at the end of a text in which its final answer is looked for
+TAIL = 2000  # characters at the end of a text that are searched for the final answer
 UNIT = re.compile(r"(?<=\w)(?:\\ |~|\s)*\\(?:text|mathrm|mbox)\{[^{}]*\}$|(?<=\d)\s+[^\W\d][^\d=<>]*$")
 WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox)\{([^{}]*)\}")
 FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
@@ -16,20 +16,20 @@ NUMBER = re.compile(r"([+-]?\d{1,40}(?:\.\d{0,40})?)(?:/(\d{1,40}))?%?")
 
 
 def final_answer(text: str) -> str | None:
-    r"""What the last `Answer: x`, `\boxed{x}` or closing line `#### x` of a text says, as written, or None.
+    r"""The x of the last `Answer: x`, `\boxed{x}` or final line `#### x` of a text, unchanged; None if there is none.
 
-    What a chain of thought says, before `</think>`, is no answer.
+    A chain of thought, everything up to `</think>`, is ignored.
 
     >>> final_answer("so 24 + 48 = 72.\n#### 72")
     '72'
     """
-    text = text.removeprefix(SHORT)[-CLOSING:].rpartition(END_THINK)[2]
+    text = text.removeprefix(SHORT)[-TAIL:].rpartition(END_THINK)[2]
     for mark in reversed(list(MARKS.finditer(text))):
         rest = text[mark.end() :]
         if mark[0].endswith("{"):
             answer = _braced(rest)
         elif mark[0] == "####":
-            answer = "" if "\n" in rest.strip() else rest  # one that more lines follow is a heading
+            answer = "" if "\n" in rest.strip() else rest  # followed by more lines, it is a heading
         else:
             answer = rest.lstrip().partition("\n")[0]
         if answer.strip():
@@ -38,10 +38,10 @@ def final_answer(text: str) -> str | None:
 
 
 def normalized(answer: str) -> str:
-    r"""An answer without what does not change it: spaces, case, currency, markup, thousands separators, units.
+    r"""An answer without differences of form: spaces, case, currency, markup, thousands separators, units.
 
-    Numbers become exact fractions: 1,000 is 1000.0, \frac{1}{2} is 0.5, $18 is `18 dollars`. A percent sign goes
-    too, since the question says whether it is one.
+    Numbers become exact fractions: 1,000 equals 1000.0, \frac{1}{2} equals 0.5, $18 equals `18 dollars`. Percent signs
+    are removed, since the question determines whether the answer is a percentage.
     """
     text = unicodedata.normalize("NFKC", answer).replace("\\%", "%").replace("\\$", "$").replace("−", "-")
     text = WRAPPED.sub(r"\1", UNIT.sub("", text.strip(" \t*.$"))).casefold()
@@ -54,7 +54,7 @@ def normalized(answer: str) -> str:
 
 
 def _braced(text: str) -> str:
-    """The text up to the brace that closes one open before it; empty where none does."""
+    """The text before the brace that closes an already open one; empty if it is not closed."""
     depth = 1
     for brace in re.finditer(r"\\.|[{}]", text, re.S):
         depth += {"{": 1, "}": -1}.get(brace[0], 0)

@@ -1,8 +1,8 @@
-"""Which text of a record may spell a control token: the content of an answer those of thinking, and no other text any.
+"""Reject records whose text contains a control token; only an answer's content may contain the thinking tags.
 
-An answer whose chain of thought stands in a field of its own has no such token in its content either.
+If the chain of thought is in a separate field, the content must not contain them either. The forms of an answer are
 
-<think> thoughts </think> answer     <short> answer     answer     the forms of an answer
+<think> thoughts </think> answer     <short> answer     answer
 """
 
 import re
@@ -13,35 +13,35 @@ from rsft_lib.tokenizer.chat import END_THINK, REASONING, SHORT, THINK
 
 TAGS = (THINK, END_THINK, SHORT)
 TAGS_PATTERN = re.compile("|".join(TAGS))
-FORMS = ([], [THINK, END_THINK], [SHORT])  # the tags of an answer, the first of them at its beginning
+FORMS = ([], [THINK, END_THINK], [SHORT])  # the tags of an answer; the first one begins it
 
 
 def well_formed(answer: str) -> bool:
-    """Whether an answer has the tags of one mode, at their places."""
-    found = list(TAGS_PATTERN.finditer(answer))
-    return [match[0] for match in found] in FORMS and all(match.start() == 0 for match in found[:1])
+    """Whether an answer has one of the forms above."""
+    tags = list(TAGS_PATTERN.finditer(answer))
+    return [match[0] for match in tags] in FORMS and all(match.start() == 0 for match in tags[:1])
 
 
 class ControlTokens:
-    """The tokens of a vocabulary that text should not become by chance."""
+    """The added tokens of a vocabulary, which must not occur in text by accident."""
 
     def __init__(self, tokens: Collection[str]):
-        """`tokens` are those that a tokenizer finds anywhere in text: its added tokens."""
+        """`tokens`: the added tokens of a tokenizer, which it matches anywhere in text."""
         tokens = {token for token in tokens if token.strip()}
         self.text, self.answer = _any_of(tokens), _any_of(tokens - {*TAGS})
 
     def refuse(self, messages: list[dict], tools: list[dict] | None) -> None:
-        """Check every text of a conversation: names and arguments of tool calls, and a chain of thought in a field too.
+        """Check every string of a conversation, including tool calls and separate chains of thought.
 
         Raises:
-            ValueError: one of them spells a control token where none may stand.
+            ValueError: one of them contains a control token that is not allowed there.
         """
         for i, message in enumerate(messages):
             for name, value in message.items():
-                declared = name == "content" and message["role"] == "assistant"
-                if declared and any(message.get(field) for field in REASONING):
+                is_answer = name == "content" and message["role"] == "assistant"
+                if is_answer and any(message.get(field) for field in REASONING):
                     _refuse_second(f"messages[{i}]", value)
-                _refuse(f"messages[{i}].{name}", value, self.answer if declared else self.text)
+                _refuse(f"messages[{i}].{name}", value, self.answer if is_answer else self.text)
         _refuse("tools", tools, self.text)
 
 
@@ -51,13 +51,13 @@ def _any_of(tokens: set[str]) -> re.Pattern:
 
 def _refuse_second(place: str, content: str | None) -> None:
     if tags := TAGS_PATTERN.findall(content or ""):
-        raise ValueError(f"{place} has {' '.join(tags)} in its content and a chain of thought beside it; keep one")
+        raise ValueError(f"{place} has {' '.join(tags)} in its content and also a separate chain of thought; keep one")
 
 
 def _refuse(place: str, value, forbidden: re.Pattern) -> None:
     for text in strings(value):
-        if found := forbidden.search(text):
+        if match := forbidden.search(text):
             raise ValueError(
-                f"{place}: the text holds {found[0]!r} at character {found.start()}, which would become a control "
+                f"{place}: the text contains {match[0]!r} at character {match.start()}, which would become a control "
                 "token; remove it, or set control_tokens to 'allow'"
             )

@@ -1,7 +1,7 @@
-"""A record as a conversation: its messages and tools, and the names of those of its fields that are not part of it.
+"""Convert records of several layouts to conversations: messages, tools, and the names of unused fields.
 
-{"messages": [...]}   {"conversations": [{"from": "human", "value": ...}, ...]}     OpenAI's and ShareGPT's rows
-{"instruction": ..., "input": ..., "output": ..., "system": ..., "history": [[question, answer], ...]}     Alpaca's
+{"messages": [...]}   {"conversations": [{"from": "human", "value": ...}, ...]}     OpenAI, ShareGPT
+{"instruction": ..., "input": ..., "output": ..., "system": ..., "history": [[question, answer], ...]}     Alpaca
 {"prompt": ..., "response": ...}   {"problem": ..., "solution": ...}
 """
 
@@ -13,10 +13,10 @@ from rsft_lib.tokenizer.chat import REASONING
 PAIRS = (("instruction", "output"), ("prompt", "response"), ("problem", "solution"))
 CHATS = ("messages", "conversations")
 LAYOUTS = (*((name,) for name in CHATS), *PAIRS)
-RULES = 3  # raise it whenever a record becomes another conversation than before: what was made from it is made again
+RULES = 3  # version of the conversion; increase it when records convert differently, so that outputs are rebuilt
 SYSTEM = ("system", "system_prompt")  # becomes the first message
 
-# What ShareGPT's `conversations` call what OpenAI's `messages` call role and content.
+# ShareGPT's names for OpenAI's message fields and roles.
 SHAREGPT_KEYS = {"from": "role", "value": "content"}
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
 ROLES = ("system", "user", "assistant", "tool")
@@ -24,7 +24,7 @@ MESSAGE_FIELDS = {"role", "content", "name", "tool_calls", "tool_call_id", "trai
 
 
 class Conversation(NamedTuple):
-    """What is rendered of a record; `unused` names its fields that hold something and were not used."""
+    """The converted record; `unused` names its non-empty fields that are not part of the conversation."""
 
     messages: list[dict]
     tools: list[dict] | None
@@ -32,13 +32,13 @@ class Conversation(NamedTuple):
 
 
 def conversation(record: dict, columns: dict[str, str] | None = None) -> Conversation:
-    """Read a record of any of the layouts above.
+    """Convert a record of any of the layouts above.
 
     Args:
-        columns: what this dataset calls a field, e.g. {'prompt': 'question', 'response': 'answer'}.
+        columns: field -> its name in this dataset, e.g. {'prompt': 'question', 'response': 'answer'}.
 
     Raises:
-        ValueError: the fields are missing, or one of those that are used is empty, of another type, or damaged.
+        ValueError: fields are missing, or one that is used is empty, of the wrong type, or damaged.
     """
     columns = columns or {}
     known = _renamed(record, columns)
@@ -59,12 +59,12 @@ def conversation(record: dict, columns: dict[str, str] | None = None) -> Convers
 
 
 def is_empty(value) -> bool:
-    """Whether a field holds nothing: null, or a text or a list without content."""
+    """Whether a field is null, blank, or an empty list or object."""
     return value is None or value == [] or value == {} or (isinstance(value, str) and not value.strip())
 
 
 def strings(value) -> Iterator[str]:
-    """Every string in a message or a list of tools, the keys of objects too."""
+    """Every string in a message or a list of tools, including the keys of objects."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -85,18 +85,18 @@ def _renamed(record: dict, columns: dict[str, str]) -> dict:
 
 
 def _layout(record: dict, columns: dict[str, str]) -> tuple[str, ...]:
-    """The first layout whose fields all hold something, or are all there; one that `columns` names goes first."""
+    """The first layout whose fields are all non-empty, or else all present; layouts in `columns` are tried first."""
     layouts = sorted(LAYOUTS, key=lambda layout: not any(name in columns for name in layout))
-    for holds in (lambda value: not is_empty(value), lambda value: value is not None):
+    for is_given in (lambda value: not is_empty(value), lambda value: value is not None):
         for layout in layouts:
-            if all(holds(record.get(name)) for name in layout):
+            if all(is_given(record.get(name)) for name in layout):
                 return layout
     known = ", ".join("/".join(layout) for layout in LAYOUTS)
     raise ValueError(f"found the fields {sorted(record)}, expected one of {known}; or name them in `columns`")
 
 
 def _turns(record: dict, prompt: str, response: str, used: set[str]) -> list[dict]:
-    """A question and its answer as messages, after the turns of `history` where there are any."""
+    """A question and its answer as messages, preceded by the turns of `history`."""
     question = _text(record[prompt], prompt, empty=True)
     if prompt == "instruction" and not is_empty(record.get("input")):
         used.add("input")
@@ -120,7 +120,7 @@ def _turn(turn, place: str) -> tuple[str, str]:
 
 
 def _with_system(record: dict, messages: list[dict], used: set[str]) -> list[dict]:
-    """The messages with the record's own system prompt as the first of them."""
+    """The messages, preceded by the record's system prompt if it has one."""
     name = next((name for name in SYSTEM if not is_empty(record.get(name))), None)
     if name is None:
         return messages
@@ -140,10 +140,10 @@ def _tools(record: dict, used: set[str]) -> list[dict] | None:
 
 
 def _message(message, place: str, unused: list[str]) -> dict:
-    """A message without its nulls, its fields checked; the names of unknown ones are added to `unused`."""
+    """A message without nulls, its fields checked; the names of unknown fields are added to `unused`."""
     if not isinstance(message, dict):
         raise ValueError(f"{place} is {message!r:.60}, expected an object with role and content")
-    message = _in_our_words(message, place)
+    message = _with_openai_keys(message, place)
     unused += [f"messages[].{key}" for key in message if key not in MESSAGE_FIELDS and not is_empty(message[key])]
     parts = message["content"] if isinstance(message.get("content"), list) else ()
     extra = {key for part in parts if isinstance(part, dict) for key in part if not is_empty(part[key])}
@@ -162,23 +162,25 @@ def _message(message, place: str, unused: list[str]) -> dict:
     if message.get("tool_calls"):
         _check_calls(message["tool_calls"], place)
     if "content" in message or not message.get("tool_calls"):
-        must_speak = role in ("user", "assistant") and not message.get("tool_calls")
-        message["content"] = _text(message.get("content"), f"{place}.content", empty=not must_speak)
+        needs_content = role in ("user", "assistant") and not message.get("tool_calls")
+        message["content"] = _text(message.get("content"), f"{place}.content", empty=not needs_content)
     return message
 
 
-def _in_our_words(message: dict, place: str) -> dict:
-    """A message without its nulls, ShareGPT's keys renamed; of two spellings of one key the empty one goes."""
-    found = {}
+def _with_openai_keys(message: dict, place: str) -> dict:
+    """A message without nulls and with ShareGPT's keys renamed; of two spellings of a key, an empty one is dropped."""
+    renamed = {}
     for key, value in message.items():
         name = SHAREGPT_KEYS.get(key, key)
-        if value is None or (name in found and is_empty(value)):
+        if value is None or (name in renamed and is_empty(value)):
             continue
-        if name in found and not is_empty(found[name]) and found[name] != value:
+        if name in renamed and not is_empty(renamed[name]) and renamed[name] != value:
             theirs = next(key for key, ours in SHAREGPT_KEYS.items() if ours == name)
-            raise ValueError(f"{place} has {name} and {theirs}, and they differ: {found[name]!r:.40} and {value!r:.40}")
-        found[name] = value
-    return found
+            raise ValueError(
+                f"{place} has {name} and {theirs}, and they differ: {renamed[name]!r:.40} and {value!r:.40}"
+            )
+        renamed[name] = value
+    return renamed
 
 
 def _check_calls(calls, place: str) -> None:
@@ -188,17 +190,17 @@ def _check_calls(calls, place: str) -> None:
             raise ValueError(f"{place}: a tool call needs function.name and function.arguments, found {call!r:.80}")
         if not isinstance(function["arguments"], dict | str):
             raise ValueError(
-                f"{place}: function.arguments is {function['arguments']!r:.60}, expected an object or its JSON text"
+                f"{place}: function.arguments is {function['arguments']!r:.60}, expected an object or a JSON string"
             )
 
 
 def _shown(name: str) -> str:
-    """The name of a field, as it can be written into a report."""
+    """A field name shortened and made encodable, for the manifest."""
     return name[:60].encode("utf-8", "backslashreplace").decode()
 
 
 def _refuse_error(value, name: str) -> None:
-    """A column that holds what JSON cannot has an error in its place (`records`)."""
+    """Values that JSON cannot represent are read as exceptions (`records`)."""
     if isinstance(value, Exception):
         raise ValueError(f"{name}: {value}")
 
@@ -211,7 +213,7 @@ def _list(value, name: str) -> list:
 
 
 def _text(value, name: str, empty: bool = False) -> str:
-    """A text, or the texts of a list of content parts, one after the other."""
+    """A string, or the concatenated text of a list of content parts."""
     if isinstance(value, list) and all(_is_text_part(part) for part in value):
         value = "".join(part["text"] for part in value)
     _refuse_error(value, name)
@@ -227,7 +229,7 @@ def _is_text_part(part) -> bool:
 
 
 def _refuse_half_characters(value, what: str) -> None:
-    """JSON can spell half of a surrogate pair, which is no character and cannot be written."""
+    """JSON can escape half of a surrogate pair, which is not a character and cannot be encoded."""
     for text in strings(value):
         try:
             text.encode("utf-8")

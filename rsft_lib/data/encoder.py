@@ -1,9 +1,9 @@
-"""Texts with trained spans to token ids and loss mask: Hugging Face's tokenizer, or one that is proved equal to it.
+"""Encode texts with trained spans to token ids and loss masks, with Hugging Face's tokenizer or a verified faster one.
 
-gigatoken (https://github.com/marcelroed/gigatoken) encodes some twenty times faster, but tells no offsets. In a
-byte-level vocabulary every token is a string of bytes, so the bytes of the tokens before it say where a token begins;
-that holds where the bytes of all tokens add up to the text's and the text is not changed by normalization. A text for
-which it does not hold goes to Hugging Face's tokenizer.
+gigatoken (https://github.com/marcelroed/gigatoken) is about twenty times faster but returns no offsets. In a byte-level
+vocabulary every token is a byte string, so a token's offset is the number of bytes of the tokens before it, provided
+that the bytes of all tokens add up to those of the text and normalization does not change the text. Other texts are
+encoded with Hugging Face's tokenizer.
 """
 
 import json
@@ -26,14 +26,14 @@ except ImportError:
 
 
 class Tokens(NamedTuple):
-    """A text: ids int32 [tokens] and the mask's codes uint8 [tokens]."""
+    """An encoded text: ids int32 [tokens], and the loss mask uint8 [tokens] as indices into LOSS_WEIGHTS."""
 
     ids: NDArray[np.int32]
     loss_mask: NDArray[np.uint8]
 
 
 class ReferenceEncoder:
-    """Hugging Face's tokenizer, which tells what characters a token covers."""
+    """Hugging Face's tokenizer, which returns the character offsets of tokens."""
 
     name = f"tokenizers {version('tokenizers')}"
 
@@ -43,7 +43,7 @@ class ReferenceEncoder:
         self.tokenizer.no_padding()
 
     def encode(self, texts: list[str], spans: list[list[Span]]) -> list[Tokens | ValueError]:
-        """Ids and mask of each text; a ValueError in place of one in which a token lies across the edge of a span."""
+        """Ids and mask of each text, or a ValueError where a token crosses the boundary of a span."""
         encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
         return [self._tokens(*each) for each in zip(encodings, spans, texts, strict=True)]
 
@@ -56,7 +56,7 @@ class ReferenceEncoder:
 
 
 class FastEncoder:
-    """gigatoken, with the mask from byte lengths; has the same answers as ReferenceEncoder."""
+    """gigatoken, with the mask computed from byte lengths; gives the same results as ReferenceEncoder."""
 
     name = f"gigatoken {version('gigatoken')}" if gigatoken else ""
 
@@ -66,34 +66,34 @@ class FastEncoder:
         vocab = self.tokenizer.vocab
         self.bytes_of = np.zeros(max(vocab) + 1, dtype=np.int64)  # [vocabulary]
         self.bytes_of[list(vocab)] = [len(token) for token in vocab.values()]
-        self.composes = bool(json.loads(tokenizer_json).get("normalizer"))
+        self.normalizes = bool(json.loads(tokenizer_json).get("normalizer"))
 
     @cached_property
     def reference(self) -> ReferenceEncoder:
         return ReferenceEncoder(self.tokenizer_json)
 
     def encode(self, texts: list[str], spans: list[list[Span]]) -> list[Tokens | ValueError]:
-        """As ReferenceEncoder.encode; the texts are laid one after the other, so that numpy works on all at once."""
+        """As ReferenceEncoder.encode; the texts are concatenated, so that numpy processes all at once."""
         if not texts:
             return []
         rows = [self.tokenizer.encode(text) for text in texts]
         stops = np.cumsum([len(row) for row in rows])
         ids = np.concatenate(rows).astype(np.int32)  # [tokens of all texts]
-        ends = np.concatenate([[0], self.bytes_of[ids].cumsum()])  # [tokens + 1] the byte at which each token ends
+        ends = np.concatenate([[0], self.bytes_of[ids].cumsum()])  # [tokens + 1] byte at which each token ends
         mask, result = np.zeros(len(ids), dtype=np.uint8), []
         for text, own, start, stop in zip(texts, spans, stops - [len(row) for row in rows], stops, strict=True):
             if self._mark(mask, ends[start : stop + 1], start, text, own):
                 result.append(Tokens(ids[start:stop], mask[start:stop]))
-            else:  # it knows what is the matter, or that nothing is
+            else:  # gives the correct mask or the error
                 result += self.reference.encode([text], [own])
         return result
 
     def _mark(self, mask: NDArray[np.uint8], ends: NDArray[np.int64], start: int, text: str, spans: list[Span]) -> bool:
-        """Fill in the mask of one text, whose tokens begin at `start`; False where bytes do not tell it."""
+        """Fill in the mask of one text, whose tokens begin at `start`; False if byte lengths do not determine it."""
         ascii_only = text.isascii()
         if ends[-1] - ends[0] != (len(text) if ascii_only else len(text.encode())):
             return False
-        if self.composes and not ascii_only and not unicodedata.is_normalized("NFC", text):
+        if self.normalizes and not ascii_only and not unicodedata.is_normalized("NFC", text):
             return False
         for span in spans:
             edges = span[:2] if ascii_only else [len(text[:edge].encode()) for edge in span[:2]]
@@ -105,14 +105,14 @@ class FastEncoder:
 
 
 def best_encoder(tokenizer_json: str, texts: list[str]) -> tuple[FastEncoder | ReferenceEncoder, dict]:
-    """The fastest encoder that gives Hugging Face's ids, and what was seen.
+    """The fastest encoder that gives Hugging Face's ids, and the result of the comparison.
 
     Args:
-        texts: some of the texts that will be encoded; a proof on others would say little about these.
+        texts: a sample of the texts to be encoded, since tokenizers can agree on other texts and differ on these.
 
     Returns:
-        The encoder, and facts for the manifest: its name, on how many texts and bytes it was compared; `why_slow`
-        says why the fast one is not used.
+        The encoder, and facts for the manifest: its name, the numbers of texts compared and, if the fast encoder is not
+        used, the reason as `why_slow`.
     """
     reference = ReferenceEncoder(tokenizer_json)
     hard = hard_texts(sorted(t.content for t in reference.tokenizer.get_added_tokens_decoder().values()))
@@ -122,7 +122,7 @@ def best_encoder(tokenizer_json: str, texts: list[str]) -> tuple[FastEncoder | R
             raise ImportError("gigatoken is not installed; pip install 'gigatoken<0.11' tokenizes 20 times faster")
         fast = FastEncoder(tokenizer_json)
         _compare(fast, reference, [*hard, *texts])
-    except Exception as error:  # whatever it is, the reference goes on
+    except Exception as error:  # any error: use the reference
         return reference, facts | {"why_slow": str(error)}
     return fast, facts | {"encoder": fast.name}
 
@@ -131,11 +131,11 @@ def _compare(fast: FastEncoder, reference: ReferenceEncoder, texts: list[str]) -
     spans = [[Span(0, len(text))] if text else [] for text in texts]
     for text, found, expected in zip(texts, *(each.encode(texts, spans) for each in (fast, reference)), strict=True):
         if not (np.array_equal(found.ids, expected.ids) and np.array_equal(found.loss_mask, expected.loss_mask)):
-            raise ValueError(f"{fast.name} encodes {text[:60]!r} otherwise than {reference.name}")
+            raise ValueError(f"{fast.name} and {reference.name} encode {text[:60]!r} differently")
 
 
 def hard_texts(control_tokens: list[str], seed: int = 0) -> list[str]:
-    """Texts on which tokenizers differ: scripts, emoji, combining marks, spaces, long runs, control tokens within."""
+    """Texts on which tokenizers differ: scripts, emoji, combining marks, spaces, long runs, embedded control tokens."""
     pieces = [
         "a", "The", " the", "don't I'LL", "x1234567890", "3.14e-5", "\n", "\n\n", " \n ", "\t", "  ", "   x", "\r\n",
         "解", "数学很好", "日本語テキスト", "한국어", "Ελληνικά", "привет", "שלום", "مرحبا", "हिन्दी", "ไทย",

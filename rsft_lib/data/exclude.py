@@ -1,4 +1,4 @@
-"""A dataset without some of its records, found again from the samples that they became."""
+"""Copy a dataset without the records of selected samples."""
 
 import json
 import re
@@ -16,10 +16,10 @@ from rsft_lib.data.store import ROWS, TokenStore
 
 
 def source_lines(store: TokenStore) -> np.ndarray:
-    """The number of the record that each sample was made from, counted from 1 as lines are: int64 [samples].
+    """The record number of each sample, counted from 1 like lines: int64 [samples].
 
     Raises:
-        ValueError: the store was written before these numbers were kept.
+        ValueError: the store was written by a version that did not save these numbers.
     """
     if not (store.folder / ROWS).is_file():
         raise ValueError(f"{store.folder} has no {ROWS}: an older version of this kit wrote it; tokenize again")
@@ -27,34 +27,34 @@ def source_lines(store: TokenStore) -> np.ndarray:
 
 
 def exclude(store: TokenStore, samples: Collection[int], folder: str | Path, overwrite: bool = False) -> dict:
-    """Write the dataset that a store was made from, without the records of `samples`, as a folder for notebook 04.
+    """Write the dataset of a store without the records of `samples`, as a folder for notebook 04.
 
-    The other splits beside it are copied as they are.
+    Its other splits are copied unchanged.
 
     Args:
-        overwrite: replace `folder` where it was made from another dataset, too.
+        overwrite: also replace a `folder` made from another dataset.
 
     Returns:
-        The manifest's facts; `counts` tells how many records are kept and left out.
+        The manifest; `counts` has the number of records kept and left out.
 
     Raises:
-        FileNotFoundError: the dataset is gone.
+        FileNotFoundError: the dataset no longer exists.
         FileExistsError: `folder` is something else, or was made from another dataset.
-        ValueError: it has changed since, or `source_lines` cannot tell.
+        ValueError: the dataset has changed since, or the store has no record numbers.
     """
-    out = set(source_lines(store)[sorted(samples)].tolist())
+    excluded = set(source_lines(store)[sorted(samples)].tolist())
     source = _source(store)
     split = Path(source.name).name.partition(".")[0]
     if source.split or split not in SPLITS:
         split, others = "train", []
     else:
-        named = split_files(Path(source.name).parent)
-        others = [path for name, paths in named.items() if name != split for path in paths]
-    facts = {"made_by": "exclude", **source.facts(), "counts": {"kept": 0, "left_out": len(out)}}
+        files = split_files(Path(source.name).parent)
+        others = [path for name, paths in files.items() if name != split for path in paths]
+    facts = {"made_by": "exclude", **source.facts(), "counts": {"kept": 0, "left_out": len(excluded)}}
     with new_folder(resolve(folder), facts, source=["data"], overwrite=overwrite) as temporary:
         with (temporary / f"{split}.jsonl").open("wb") as file:
             for row in source.rows():
-                if row.number not in out and not isinstance(row.content, Exception):
+                if row.number not in excluded and not isinstance(row.content, Exception):
                     file.write(_line(row.content))
                     facts["counts"]["kept"] += 1
         for other in others:
@@ -71,9 +71,9 @@ def _source(store: TokenStore) -> Source:
 
 
 def _line(content: bytes | dict) -> bytes:
-    """A row on one line, without the columns that JSON cannot hold.
+    """A row as one line, without the columns that JSON cannot represent.
 
-    Outside of strings, where JSON allows them, line breaks mean as much as spaces.
+    JSON allows line breaks only between tokens, where they are equivalent to spaces.
     """
     if isinstance(content, bytes):
         return re.sub(rb"[\r\n]+", b" ", content.strip()) + b"\n"

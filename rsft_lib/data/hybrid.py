@@ -1,8 +1,8 @@
-"""A hybrid dataset: long answers that begin with <think> and short ones that begin with <short>, shuffled and split.
+"""Build a hybrid dataset: long answers that begin with <think> and short ones that begin with <short>.
 
-Two passes, so that a million long traces need little memory. The first reads, checks and measures the records and
-lays them down in a scratch file; about 50 bytes of each stay in memory (`pairs.ROW`). The second copies those that
-stay from there in their final order. The scratch file takes as much disk as the dataset and is gone at the end.
+Two passes keep memory low for a million long traces. The first reads, checks and measures the records and writes them
+to a scratch file, keeping about 50 bytes of each in memory (`pairs.ROW`). The second copies the kept ones, shuffled and
+split. The scratch file needs as much disk as the dataset and is removed at the end.
 """
 
 import json
@@ -27,7 +27,7 @@ from rsft_lib.tokenizer.chat import END_THINK, SHORT, THINK
 from rsft_lib.tokenizer.patch import load_tokenizer
 
 FINDINGS = "findings.jsonl"
-WHAT = {long_sample: "long answers", short_sample: "short answers", declared_sample: "dataset"}
+INPUT_NAMES = {long_sample: "long answers", short_sample: "short answers", declared_sample: "dataset"}
 
 
 def build_hybrid(
@@ -46,46 +46,47 @@ def build_hybrid(
     reject_limit: float = 0.001,
     overwrite: bool = False,
 ) -> dict:
-    """Write `train.jsonl` and `heldout.jsonl` from long and short answers, or from a dataset that has both already.
+    """Write `train.jsonl` and `heldout.jsonl` from long and short answers, or from a dataset that contains both.
 
-    Where they are there already, made from the same, they are kept, and what was tokenized into their folder too.
+    An existing dataset made from the same inputs and settings is kept, including tokens stored in its folder.
 
-    Any input may have problems that another has not. The split is by question, whatever its white space: all answers
-    to it go to one side. `findings.jsonl` names the answers that disagree and the pairs whose short one is no shorter;
-    `FOLDER.rejected.jsonl`, beside the folder, the records that cannot be used.
+    The inputs may cover different problems. The split is by question, ignoring white space: all answers to a question
+    are in the same split. `findings.jsonl` lists the answers that disagree and the pairs whose short answer is not
+    shorter; `FOLDER.rejected.jsonl`, beside the folder, lists the unusable records.
 
     Args:
         long: records whose answers are `<think>` thoughts `</think>` answer; a file, or a dataset on the Hub by name,
             `org/name` or `org/name:split@revision`.
-        short: records whose answers are concise; `<short>` is put before them. Empty: they are cut from `long`,
-            from after `</think>`.
-        held_out: share of the questions that is kept from training; 0 for none, and then no `heldout.jsonl`.
-        hybrid: records whose answers begin with `<think>` or `<short>` already, in place of `long` and `short`. A
-            dataset without any control token is taken too: its samples are of one mode, 'other'.
-        cut_short: cut short answers, too, to the problems that `short` does not have.
-        tokenizer: folder of the tokenizer that measures lengths; empty measures characters.
-        columns: what all of them call a field, e.g. {'prompt': 'question', 'response': 'answer'}.
-        empty_think: accept `<think>` with nothing in it.
-        on_disagreement: 'drop' or 'error', for answers to one problem whose final answers are not the same.
-        reject_limit: largest share of the records that may be unusable.
-        overwrite: replace `folder` where it was made from other answers, too.
+        short: records with concise answers; `<short>` is prepended to them. Empty: they are cut from `long`, as the
+            text after `</think>`.
+        held_out: fraction of the questions in the held-out set; 0 for no `heldout.jsonl`.
+        hybrid: records whose answers already begin with `<think>` or `<short>`, in place of `long` and `short`. A
+            dataset without control tokens is accepted too: all of its samples have the mode 'other'.
+        cut_short: also cut short answers for the problems that `short` lacks.
+        tokenizer: folder of the tokenizer that measures lengths; empty to measure characters.
+        columns: field -> its name in the inputs, e.g. {'prompt': 'question', 'response': 'answer'}.
+        empty_think: accept an empty chain of thought.
+        on_disagreement: 'drop' or 'error', for answers to one problem with different final answers.
+        reject_limit: maximum fraction of unusable records.
+        overwrite: also replace a `folder` made from other answers.
 
     Returns:
-        The manifest's facts. `counts` has the samples by split and mode, `balance` also the length of their prompts
-        and answers in `unit`, `problems` how many are answered in which modes, `records` what became of those read,
-        `unused_fields` the fields that are in no sample, with the number of records.
+        The manifest. `counts`: samples by split and mode; `balance`: also the lengths of their prompts and answers in
+        `unit`; `problems`: their number by the modes of their answers; `records`: numbers read, rejected, dropped and
+        cut; `unused_fields`: field -> number of records in which it is in no sample.
 
     Raises:
         FileExistsError: `folder` is something else, or was made from other answers.
-        ValueError: too many records are unusable, answers disagree where that is an error, an input is empty, or
-            nothing is left.
+        ValueError: too many records are unusable, answers disagree and `on_disagreement` is 'error', an input is
+            empty, or no sample is left.
     """
     if not 0 <= held_out < 1 or on_disagreement not in ("drop", "error"):
-        raise ValueError(f"{held_out=} must be from 0 to below 1, and {on_disagreement=} 'drop' or 'error'")
+        raise ValueError(f"{held_out=} must be at least 0 and below 1, and {on_disagreement=} 'drop' or 'error'")
     if hybrid and cut_short:
-        raise ValueError("cut_short is for `long`: a hybrid dataset has the short answers that it has")
+        raise ValueError("cut_short is for `long`: from a hybrid dataset no short answers are cut")
     inputs = [(long, long_sample), *([(short, short_sample)] if short else [])]
-    inputs = [(source_of(data, WHAT[make]), make) for data, make in ([(hybrid, declared_sample)] if hybrid else inputs)]
+    inputs = [(hybrid, declared_sample)] if hybrid else inputs
+    inputs = [(source_of(data, INPUT_NAMES[make]), make) for data, make in inputs]
     sources = [source for source, _ in inputs]
     facts = {"made_by": "build_hybrid", "rules": RULES}
     facts["sources"] = {str(source): source.facts()["data_sha256"] for source in sources}
@@ -95,8 +96,8 @@ def build_hybrid(
         "tokenizer_sha256": file_hash(existing(Path(tokenizer) / "tokenizer.json", "tokenizer")) if tokenizer else "",
     }  # fmt: skip
     destination = resolve(folder)
-    if done := _already(destination, facts):
-        return done
+    if reusable := _reusable(destination, facts):
+        return reusable
     estimate = partial(_estimate, sources)
     with (
         new_folder(destination, facts, source=["sources"], overwrite=overwrite, estimate=estimate) as temporary,
@@ -109,40 +110,40 @@ def build_hybrid(
         reader.refuse_empty()
         _refuse_undeclared(scratch, rejects, reader.read.total())
         rejects.settle(reader.read.total())
-        kept, findings = _kept(scratch, on_disagreement)
+        kept, findings = _consistent(scratch, on_disagreement)
         facts["records"] = _counts(scratch.rows, kept, rejects.count)
         facts["problems"] = coverage(scratch.rows[kept])
         facts["findings"] = dict(Counter(finding["finding"] for finding in findings))
         facts["unused_fields"] = dict(reader.unused)
-        facts["balance"] = found = _write_splits(scratch, kept, held_out, seed, temporary)
-        facts["counts"] = {s: {mode: n["samples"] for mode, n in modes.items()} for s, modes in found.items()}
+        facts["balance"] = splits = _write_splits(scratch, kept, held_out, seed, temporary)
+        facts["counts"] = {s: {mode: n["samples"] for mode, n in modes.items()} for s, modes in splits.items()}
         lines = (json.dumps(finding, ensure_ascii=False) + "\n" for finding in findings)
         (temporary / FINDINGS).write_text("".join(lines), encoding="utf-8")
     return facts
 
 
 def _estimate(sources: list[Source], written: int) -> int:
-    """Bytes that the scratch file and the dataset take beside it; 0 where the sources are no plain files."""
+    """Bytes needed by the scratch file and the dataset; 0 (unknown) unless the sources are uncompressed files."""
     files = [Path(source.name) for source in sources]
     plain = all(path.is_file() and path.suffix in (".jsonl", ".json") for path in files)
     return 2 * sum(path.stat().st_size for path in files) if plain else 0
 
 
-def _already(destination: Path, facts: dict) -> dict | None:
-    """The manifest of a whole dataset that was made from the same, if it is there. Tokens may lie in its folder."""
+def _reusable(destination: Path, facts: dict) -> dict | None:
+    """The manifest of an intact dataset made from the same inputs, if it exists. Its folder may also hold tokens."""
     try:
-        found = read_manifest(destination)
-        if None in facts["sources"].values() or any(found.get(name) != value for name, value in facts.items()):
+        manifest = read_manifest(destination)
+        if None in facts["sources"].values() or any(manifest.get(name) != value for name, value in facts.items()):
             return None
-        verify_files(destination, found["files"])
+        verify_files(destination, manifest["files"])
     except (OSError, ValueError):
         return None
-    print(f"{destination} is there already, made from the same answers")
-    return found
+    print(f"{destination} already exists, made from the same answers")
+    return manifest
 
 
 def _measure(tokenizer: str | Path) -> Callable[[list[str]], list[int]]:
-    """What gives the lengths of texts: in tokens, or in characters where no tokenizer is named."""
+    """A function that returns the lengths of texts, in tokens, or in characters without a tokenizer."""
     if not tokenizer:
         return lambda texts: [len(text) for text in texts]
     loaded = load_tokenizer(tokenizer)
@@ -160,7 +161,7 @@ def _measure(tokenizer: str | Path) -> Callable[[list[str]], list[int]]:
 
 
 class Reader:
-    """Reads sources as samples and counts what it reads; a record that raises anything at all is rejected."""
+    """Reads sources as samples and counts records; a record that raises any exception is rejected."""
 
     def __init__(
         self, inputs: list[tuple[Source, Callable]], columns: dict[str, str], empty_think: bool, rejects: Rejects
@@ -170,7 +171,7 @@ class Reader:
         self.read, self.used, self.unused = Counter(), Counter(), Counter()
 
     def samples(self, cut: bool) -> Iterator[Sample]:
-        """All samples, short answers first; with `cut`, a short one from each long one whose problem has none."""
+        """All samples, short ones first; with `cut`, also a short one from each long one whose problem has none."""
         answered = set()
         for number in reversed(range(len(self.inputs))):
             for sample in self._of(number):
@@ -200,40 +201,40 @@ class Reader:
         """Check that every source gave a sample.
 
         Raises:
-            ValueError: one has no records; or all of its records were rejected, with the reason of the first.
+            ValueError: a source has no records, or all of them were rejected; the message has the first reason.
         """
         for number, (source, make) in enumerate(self.inputs):
             if not self.read[number]:
-                raise ValueError(f"{WHAT[make]}: {source} holds no records")
+                raise ValueError(f"{INPUT_NAMES[make]}: {source} contains no records")
             if not self.used[number]:
                 self.rejects.settle(self.read.total())
-                raise ValueError(f"{WHAT[make]}: all {self.read[number]:,} records of {source} are rejected")
+                raise ValueError(f"{INPUT_NAMES[make]}: all {self.read[number]:,} records of {source} are rejected")
 
 
 def _refuse_undeclared(scratch: Scratch, rejects: Rejects, read: int) -> None:
-    """Where any answer declares its mode, those that do not are rejected: they would teach a third."""
+    """Reject answers without a mode if other answers declare one: they would train a third mode."""
     others = scratch.rows["mode"] == OTHER
     if others.all() or not others.any():
         return
     reason = f"the answer begins with neither {THINK} nor {SHORT}, as {(~others).sum():,} others of this dataset do"
     for number in np.flatnonzero(others).tolist():
         row = scratch.rows[number]
-        found = Reject(str(scratch.sources[row["source"]]), int(row["line"]), reason, scratch.line(number).decode())
-        rejects.add([found], seen=read)
+        rejected = Reject(str(scratch.sources[row["source"]]), int(row["line"]), reason, scratch.line(number).decode())
+        rejects.add([rejected], seen=read)
     scratch.rows = scratch.rows[~others]
 
 
-def _kept(scratch: Scratch, on_disagreement: str) -> tuple[np.ndarray, list[dict]]:
-    """(numbers of the samples that stay, int64 [kept]; findings about them and about those that go)."""
+def _consistent(scratch: Scratch, on_disagreement: str) -> tuple[np.ndarray, list[dict]]:
+    """(numbers of the samples to keep, int64 [kept]; findings about kept and dropped samples)."""
     rows = scratch.rows
     dropped, against = disagreeing(rows)
-    read = ~rows["cut"][dropped]  # what is cut from a wrong answer is no second finding
-    found = sorted({tuple(sorted({i, j})) for i, j in zip(dropped[read].tolist(), against[read].tolist(), strict=True)})
+    read = ~rows["cut"][dropped]  # a sample cut from a wrong answer is not a second finding
+    pairs = sorted({tuple(sorted({i, j})) for i, j in zip(dropped[read].tolist(), against[read].tolist(), strict=True)})
     what = {1: "the final answer is not the field `answer`", 2: "final answers differ"}
-    findings = [scratch.finding(what[len(pair)], *pair) for pair in found]
+    findings = [scratch.finding(what[len(pair)], *pair) for pair in pairs]
     if findings and on_disagreement == "error":
-        said = " and ".join(f"{answer['says']!r} at {answer['place']}" for answer in findings[0]["answers"])
-        raise ValueError(f"{len(findings):,} answers disagree; the first: {findings[0]['finding']}, {said}")
+        answers = " and ".join(f"{answer['says']!r} at {answer['place']}" for answer in findings[0]["answers"])
+        raise ValueError(f"{len(findings):,} answers disagree; the first: {findings[0]['finding']}, {answers}")
     kept = np.delete(np.arange(len(rows)), dropped)
     if not len(kept):
         raise ValueError(
@@ -246,7 +247,7 @@ def _kept(scratch: Scratch, on_disagreement: str) -> tuple[np.ndarray, list[dict
 
 
 def _counts(rows: np.ndarray, kept: np.ndarray, rejected: int) -> dict[str, int]:
-    """What became of the records read; samples = read - rejected - disagreeing + cut."""
+    """Numbers of records; samples = read - rejected - disagreeing + cut."""
     records, cut = int((~rows["cut"]).sum()), int(rows["cut"][kept].sum())
     return {
         "read": records + rejected,
@@ -262,10 +263,10 @@ def _write_splits(scratch: Scratch, kept: np.ndarray, held_out: float, seed: int
     if held_out and not held.any():
         print("there is only one question, so nothing is held out: heldout.jsonl is not written")
     order = np.random.default_rng(seed).permutation(len(kept))
-    kept, held, found = kept[order], held[order], {}
+    kept, held, balances = kept[order], held[order], {}
     for split, numbers in (("train", kept[~held]), ("heldout", kept[held])):
         if len(numbers):
-            found[split] = balance(scratch.rows[numbers])
+            balances[split] = balance(scratch.rows[numbers])
             with (folder / f"{split}.jsonl").open("wb") as file:
                 file.writelines(map(scratch.line, numbers.tolist()))
-    return found
+    return balances

@@ -1,13 +1,13 @@
-"""Which samples share a pack: best-fit decreasing, from lengths alone."""
+"""Assign samples to packs by their lengths: best-fit decreasing."""
 
 from collections.abc import Sequence
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Sample numbers of each pack: the longest first, each into the fullest pack that still has room for it.
+    """The sample numbers of each pack: in descending length, each sample goes into the fullest pack that can hold it.
 
-    Free spaces are the set bits of one large integer, so that the tightest fit is its lowest bit at or above the
-    sample's length. A million samples take about a second.
+    The free spaces of open packs are the set bits of an integer, so the tightest fit is the lowest set bit at or above
+    the sample's length. A million samples take about a second.
 
     Raises:
         ValueError: a sample is longer than `capacity`.

@@ -1,4 +1,4 @@
-"""What long and short answers of the same problems say to each other, as numbers: one row per sample."""
+"""Compare long and short answers to the same problems, from one numeric row per sample."""
 
 import numpy as np
 
@@ -6,17 +6,17 @@ from rsft_lib.data.samples import MODE_NAMES
 
 ROW = np.dtype(
     [
-        ("mode", "u1"),  # of samples.MODE_NAMES
-        ("source", "u1"),  # which of the files that are read it comes from
-        ("cut", "?"),  # whether it is a short answer that was cut from a long one
-        ("line", "u4"),  # where in its file, counted from 1
-        ("question", "u8"),  # hash of the first question of its conversation, by which the split is made
-        ("problem", "u8"),  # hash of all that comes before the answer, a system prompt too
-        ("claim", "u8"),  # hash of the problem and its final answer; 0 where none is found
-        ("wrong", "?"),  # the final answer differs from the record's own field `answer`
-        ("prompt", "i4"),  # length, in the unit of the counter
+        ("mode", "u1"),  # index into samples.MODE_NAMES
+        ("source", "u1"),  # index of the input
+        ("cut", "?"),  # a short answer that was cut from a long one
+        ("line", "u4"),  # record number in its input, counted from 1
+        ("question", "u8"),  # hash of the conversation's first question, the unit of the split
+        ("problem", "u8"),  # hash of everything before the answer, including a system prompt
+        ("claim", "u8"),  # hash of problem and final answer; 0 if there is none
+        ("wrong", "?"),  # the final answer differs from the record's field `answer`
+        ("prompt", "i4"),  # lengths in tokens or characters
         ("answer", "i4"),
-        ("offset", "i8"),  # where the record lies in the scratch file, in bytes
+        ("offset", "i8"),  # position and size in the scratch file, in bytes
         ("size", "i4"),
     ]
 )
@@ -25,7 +25,7 @@ Pairs = tuple[np.ndarray, np.ndarray]  # row numbers, int64, of the same length
 
 
 def partners(rows: np.ndarray, mine: np.ndarray, others: np.ndarray) -> Pairs:
-    """Each row number of `mine` with the first of `others` that has the same problem; without one it is left out."""
+    """Pair each row number of `mine` with the first of `others` that has the same problem; drop those without one."""
     if not len(others):
         return mine[:0], others
     others = others[np.argsort(rows["problem"][others], kind="stable")]
@@ -35,26 +35,26 @@ def partners(rows: np.ndarray, mine: np.ndarray, others: np.ndarray) -> Pairs:
 
 
 def disagreeing(rows: np.ndarray) -> Pairs:
-    """(samples to drop, a counterpart of each whose final answer differs).
+    """(samples to drop, for each a counterpart with a different final answer).
 
-    A sample goes when answers of the other mode to its problem are known and none of them is its own. Of a long and
-    a short answer that disagree both go, since nothing tells which is right; of four long ones of which one is off,
-    that one. A sample that does not give its record's own field `answer` goes too, is no evidence against others,
-    and is named as its own counterpart.
+    A sample is dropped if there are final answers of the other mode to its problem and none equals its own. If one long
+    and one short answer disagree, both are dropped, since either may be wrong; if only one of several long answers
+    disagrees, only that one is. A sample that contradicts its record's field `answer` is dropped too, is not used
+    against others, and is its own counterpart.
     """
     wrong, known = np.flatnonzero(rows["wrong"]), (rows["claim"] != 0) & ~rows["wrong"]
     dropped, against = [wrong], [wrong]
     for mode, other in ((THINK, SHORT), (SHORT, THINK)):
         others = np.flatnonzero(known & (rows["mode"] == other))
         mine, example = partners(rows, np.flatnonzero(known & (rows["mode"] == mode)), others)
-        alone = ~np.isin(rows["claim"][mine], rows["claim"][others])
-        dropped.append(mine[alone])
-        against.append(example[alone])
+        unsupported = ~np.isin(rows["claim"][mine], rows["claim"][others])
+        dropped.append(mine[unsupported])
+        against.append(example[unsupported])
     return np.concatenate(dropped), np.concatenate(against)
 
 
 def not_shorter(rows: np.ndarray) -> Pairs:
-    """(short samples, the shortest long one of the same problem) where the short one is no shorter."""
+    """(short samples, the shortest long one of the same problem) where the short one is not shorter."""
     longs = np.flatnonzero(rows["mode"] == THINK)
     shorts = np.flatnonzero(rows["mode"] == SHORT)
     shorts, against = partners(rows, shorts, longs[np.argsort(rows["answer"][longs])])
@@ -63,7 +63,7 @@ def not_shorter(rows: np.ndarray) -> Pairs:
 
 
 def coverage(rows: np.ndarray) -> dict[str, int]:
-    """Problems by the modes in which they are answered."""
+    """The number of problems by the modes of their answers."""
     if (rows["mode"] == OTHER).any():
         return {"other": len(np.unique(rows["problem"]))}
     longs, shorts = (np.unique(rows["problem"][rows["mode"] == mode]) for mode in (THINK, SHORT))
@@ -72,9 +72,9 @@ def coverage(rows: np.ndarray) -> dict[str, int]:
 
 
 def held_back(rows: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """Which rows, bool [rows], belong to the share of the questions that is kept from training.
+    """Which rows, bool [rows], are in the held-out set: those of a random `share` of the questions.
 
-    Some question is held out if the share is above zero, and some is trained.
+    At least one question is held out if `share` > 0, and at least one is trained.
     """
     questions = np.unique(rows["question"])
     count = min(max(round(share * len(questions)), int(share > 0)), len(questions) - 1)
@@ -82,10 +82,10 @@ def held_back(rows: np.ndarray, share: float, seed: int) -> np.ndarray:
 
 
 def balance(rows: np.ndarray) -> dict[str, dict[str, int]]:
-    """Samples, and the summed length of their prompts and answers, by mode."""
+    """The number of samples and the total lengths of their prompts and answers, by mode."""
     modes = (OTHER,) if (rows["mode"] == OTHER).any() else (THINK, SHORT)
-    found = {MODE_NAMES[mode]: rows[rows["mode"] == mode] for mode in modes}
+    by_mode = {MODE_NAMES[mode]: rows[rows["mode"] == mode] for mode in modes}
     return {
         mode: {"samples": len(r), **{name: int(r[name].sum(dtype=np.int64)) for name in ("prompt", "answer")}}
-        for mode, r in found.items()
+        for mode, r in by_mode.items()
     }

@@ -1,9 +1,9 @@
-"""Worker processes that import no more than their work needs.
+"""A pool of lightweight worker processes for tokenization.
 
-`multiprocessing` would import the caller's main module into each of them, and with it torch and megatron-core: seconds
-and half a gigabyte a process. These run `rsft_lib.data.worker.main`; one thread each sends it a call and waits for the
-answer. Both are pickled, and the bytes pickled again: the bytes can always be read to their end, so what is in them may
-be unreadable and the next message is still found.
+`multiprocessing` would import the caller's main module, and with it torch and megatron-core, into each process: seconds
+and half a gigabyte each. These processes run only `rsft_lib.data.worker.main`; one thread per process sends calls and
+receives the results. Messages are pickled twice: the outer bytes can always be read completely, so a message whose
+content cannot be unpickled does not desynchronize the stream.
 """
 
 import contextlib
@@ -20,16 +20,16 @@ from threading import Thread
 from rsft_lib.data.worker import Job, Worker
 
 CODE = "from rsft_lib.data.worker import main; main()"
-# A process is for one core. Left alone, tokenizers (rayon) and BLAS start a thread for each of the machine in each.
+# Each process uses one core. By default, tokenizers (rayon) and BLAS would start one thread per core in each process.
 ONE_THREAD = {"TOKENIZERS_PARALLELISM": "false"} | dict.fromkeys(
     ("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"
 )
-QUOTED = 4000  # bytes of stderr that are quoted of a process that died
-DYING = 60  # seconds that a process has to be gone once its pipes are closed
+STDERR_TAIL = 4000  # characters of a dead process's stderr in the error message
+EXIT_TIMEOUT = 60  # seconds to wait for a process whose pipes are closed
 
 
 class Process(subprocess.Popen):
-    """A process that serves calls. Its stderr is kept in memory, to be quoted if it dies."""
+    """A process that serves calls. Its stderr is kept in memory, for the error message if it dies."""
 
     def __init__(self):
         self.log = os.memfd_create("stderr")
@@ -49,7 +49,7 @@ class Process(subprocess.Popen):
             raise self.death() from None
 
     def receive(self):
-        """Read the answer to a call; one that cannot be unpickled raises whatever pickle does.
+        """Read the result of a call; if it cannot be unpickled, pickle's exception is raised.
 
         Raises:
             RuntimeError: the process died.
@@ -61,42 +61,42 @@ class Process(subprocess.Popen):
         return pickle.loads(pickled)
 
     def death(self) -> RuntimeError:
-        """How the process ended, and what it wrote last."""
+        """The error for a dead process: how it ended, and the end of its stderr."""
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self.wait(DYING)
+            self.wait(EXIT_TIMEOUT)
         how = f"ended with exit code {self.returncode}"
         if (self.returncode or 0) < 0:
             name = signal.Signals(-self.returncode).name
             how = f"was killed by {name}{' (out of memory?)' * (name == 'SIGKILL')}"
-        said = self.said()[-QUOTED:].strip()
-        said = f"; the end of its stderr:\n{said}" if said else " and wrote nothing to stderr"
-        return RuntimeError(f"nothing was written: a tokenizing process {how}{said}")
+        tail = self.stderr_text()[-STDERR_TAIL:].strip()
+        tail = f"; the end of its stderr:\n{tail}" if tail else " and wrote nothing to stderr"
+        return RuntimeError(f"nothing was written: a tokenizing process {how}{tail}")
 
-    def said(self) -> str:
-        """All that it wrote to stderr so far; read without moving the position, at which it goes on writing."""
+    def stderr_text(self) -> str:
+        """Its stderr so far; pread leaves the shared file offset at which the process writes."""
         return os.pread(self.log, os.fstat(self.log).st_size, 0).decode("utf-8", "backslashreplace")
 
     def close(self) -> str:
-        """Close what a process that was killed leaves open: all that it wrote to stderr."""
+        """Close the pipes of a killed process and return its stderr."""
         self.wait()
-        said = self.said()
+        text = self.stderr_text()
         self.stdout.close()
         os.close(self.log)
-        return said
+        return text
 
 
 class Pool(Executor):
-    """Calls methods of a `Worker` by name, each in whichever process is free."""
+    """Calls methods of a `Worker` by name, in any free process."""
 
     def __init__(self, job: Job):
         self.job, self.calls = pickle.dumps(job, pickle.HIGHEST_PROTOCOL), SimpleQueue()
         self.processes, self.threads = [], []
 
     def grow(self, count: int) -> None:
-        """Have at least `count` processes; each imports and takes the job while the caller goes on.
+        """Start processes until there are `count`; they import modules and receive the job in the background.
 
         Raises:
-            RuntimeError: the machine has no more processes or threads to give.
+            RuntimeError: no further process or thread can be started.
         """
         while (running := len(self.threads)) < count:
             try:
@@ -105,7 +105,7 @@ class Pool(Executor):
                 thread.start()
             except (OSError, RuntimeError) as error:
                 raise RuntimeError(
-                    f"{running} tokenizing processes run, another cannot be started ({error}); set workers to fewer"
+                    f"cannot start another tokenizing process beside the {running} running ({error}); reduce workers"
                 ) from None
             self.threads.append(thread)
 
@@ -114,19 +114,19 @@ class Pool(Executor):
         return future
 
     def _serve(self, process: Process) -> None:
-        """Hand calls to a process until there is None; what goes wrong is raised to whoever waits for the answer."""
-        with contextlib.suppress(Exception):  # its first call raises that again
+        """Send calls to a process until the queue yields None; exceptions are set on the futures."""
+        with contextlib.suppress(Exception):  # the first call raises it again
             process.send(self.job)
         for future, call in iter(self.calls.get, None):
             try:
                 process.send(pickle.dumps(call, pickle.HIGHEST_PROTOCOL))
-                answer = process.receive()
+                result = process.receive()
             except Exception as error:
-                answer = error
-            (future.set_exception if isinstance(answer, Exception) else future.set_result)(answer)
+                result = error
+            (future.set_exception if isinstance(result, Exception) else future.set_result)(result)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """End all processes, whatever they do. What they wrote to stderr, warnings mostly, is shown: each text once."""
+        """Kill all processes and print their stderr, mostly warnings; identical texts are printed once."""
         with contextlib.suppress(Empty):
             while True:
                 self.calls.get_nowait()
@@ -138,14 +138,14 @@ class Pool(Executor):
         print(*dict.fromkeys(process.close() for process in self.processes), sep="", end="", file=sys.stderr)
 
 
-class Here(Executor):
-    """Does at once, in this process, what a pool would do in others."""
+class InProcess(Executor):
+    """Runs the calls of a pool immediately, in this process."""
 
     def __init__(self, job: Job):
         self.worker = Worker(job)
 
     def grow(self, count: int) -> None:
-        """There is only one."""
+        """Do nothing: there is only this process."""
 
     def submit(self, method: str, *arguments) -> Future:
         future = Future()
@@ -154,9 +154,9 @@ class Here(Executor):
 
 
 @contextlib.contextmanager
-def pool_for(job: Job, count: int) -> Iterator[Pool | Here]:
-    """`count` processes for a job, or this one where it is 0; they are gone when the block ends."""
-    pool = Pool(job) if count else Here(job)
+def pool_for(job: Job, count: int) -> Iterator[Pool | InProcess]:
+    """A pool of `count` processes, or this process if `count` is 0; shut down when the block ends."""
+    pool = Pool(job) if count else InProcess(job)
     try:
         pool.grow(count)
         yield pool

@@ -1,4 +1,4 @@
-"""Rows of training data from JSON Lines, a JSON list, Parquet (`.gz` and `.zst` too) or a dataset on the Hub."""
+"""Read rows of training data from JSON Lines, a JSON list (both also `.gz` or `.zst`), Parquet, or the Hub."""
 
 import io
 import json
@@ -22,19 +22,19 @@ from rsft_lib.common.paths import existing, resolve
 SUFFIXES = (".jsonl", ".json", ".parquet")
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
-LINE_LIMIT = 64 << 20  # bytes; a longer line is not a record but a damaged file
+LINE_LIMIT = 64 << 20  # bytes; longer lines are taken as a damaged file
 BOM = b"\xef\xbb\xbf"
 
 
-# What cuts a JSON list into its elements; a lone quote opens a string whose end has not been read yet.
+# The tokens that delimit the elements of a JSON list; a lone quote opens a string whose end has not been read yet.
 TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|["\[\]{},]', re.S)
 READ = 1 << 20  # bytes read at a time
 
 
 class Row(NamedTuple):
-    """A record as it was read: its number in the file, counted from 1 as lines are, and what stands there.
+    """A record as read: its number in the file, counted from 1 like lines, and its content.
 
-    `content` is JSON still to be parsed, an object, or the error that reading this row alone raised.
+    `content` is unparsed JSON, an object, or the exception that reading this row raised.
     """
 
     number: int
@@ -42,7 +42,7 @@ class Row(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Where rows come from: a data file, or a split of a dataset on the Hub (or in a folder) at a revision."""
+    """The source of rows: a data file, or a split of a dataset on the Hub (or in a folder) at a revision."""
 
     name: str
     split: str = ""
@@ -55,24 +55,24 @@ class Source(NamedTuple):
         return read_hub(*self) if self.split else read_rows(Path(self.name))
 
     def facts(self) -> dict[str, str | None]:
-        """What a manifest says of it; a dataset on the Hub is as good as a hash where its revision is a commit."""
-        fixed = self.revision if re.fullmatch("[0-9a-f]{40}", self.revision) else None
-        return {"data": str(self), "data_sha256": fixed if self.split else file_hash(Path(self.name))}
+        """Manifest entries; for a dataset on the Hub, a revision that is a commit takes the place of the hash."""
+        commit = self.revision if re.fullmatch("[0-9a-f]{40}", self.revision) else None
+        return {"data": str(self), "data_sha256": commit if self.split else file_hash(Path(self.name))}
 
 
 def source_of(data: str | Path, what: str = "data file") -> Source:
-    """The source that `data` names: a file, a folder with a dataset, or `org/name`, `org/name:split@revision`.
+    """Resolve `data` to a source: a file, a folder with a dataset, `org/name` or `org/name:split@revision`.
 
-    A folder may have ':' and '@' in its name: as much of `data` as is a folder names it.
+    A folder's name may contain ':' and '@': the longest prefix of `data` that is a folder is used.
 
     Raises:
-        FileNotFoundError: it is not a name on the Hub, and no file or folder is there.
+        FileNotFoundError: `data` is not a valid Hub name, and no such file or folder exists.
     """
     is_folder = resolve(data).is_dir()
     if not is_folder and (_kind(Path(data)) or resolve(data).is_file()):
         return Source(str(existing(data, what)))
     text = str(data)
-    cuts = [found.start() for found in re.finditer(r"[:@]|\Z", text)]
+    cuts = [match.start() for match in re.finditer(r"[:@]|\Z", text)]
     cut = next((cut for cut in reversed(cuts) if resolve(text[:cut]).is_dir()), cuts[0])
     name, (split, _, revision) = text[:cut], text[cut:].removeprefix(":").partition("@")
     folder = resolve(name)
@@ -82,53 +82,55 @@ def source_of(data: str | Path, what: str = "data file") -> Source:
 
 
 def _kind(path: Path) -> str | None:
-    """The last of its suffixes that says what the file holds."""
+    """The last suffix that names a data format."""
     return next((suffix for suffix in reversed(path.suffixes) if suffix in SUFFIXES), None)
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of a data file, as they are read; JSON is not parsed yet, and blank lines are no rows.
+    """Iterate over the rows of a data file, with JSON unparsed and blank lines skipped.
 
-    However large the file is, a few rows of it are in memory (of a Parquet file, a few hundred).
+    Only a few rows are in memory at a time (a few hundred of a Parquet file).
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is truncated or damaged, so that its rows cannot be told apart; or it is Parquet that is
-            compressed once more, or has two columns of one name.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is truncated or so damaged that rows cannot be separated, or it is a Parquet file with
+            additional compression or duplicate column names.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"data file {path} does not exist")
     compression = COMPRESSION.get(path.suffix)
     if (parquet := _kind(path) == ".parquet") and compression:
-        raise ValueError(f"{path}: Parquet is compressed within, so it is not read from {path.suffix}; unpack it first")
+        raise ValueError(
+            f"{path}: Parquet is compressed internally and is not read from {path.suffix}; unpack it first"
+        )
     try:
         if parquet:
             file = pyarrow.parquet.ParquetFile(path)
             if len(set(names := file.schema_arrow.names)) < len(names):
                 twice = next(name for name in names if names.count(name) > 1)
-                raise ValueError(f"{path} has two columns {twice!r}, and only one could be read; rename one of them")
+                raise ValueError(f"{path} has two columns {twice!r}; rename one of them")
             yield from _arrow_rows(file.iter_batches(batch_size=256))
             return
         with io.BufferedReader(pyarrow.input_stream(str(path), compression=compression), READ) as file:
-            first = _pass_blanks(file)
+            first = _skip_blanks(file)
             yield from _elements(file, path) if file.peek(1).startswith(b"[") else _lines(file, first)
     except (OSError, EOFError, pyarrow.ArrowException) as error:
-        raise ValueError(f"{path} cannot be read to its end ({error}): it is damaged; fetch it again") from error
+        raise ValueError(f"{path} cannot be read to its end ({error}): it is damaged; download it again") from error
 
 
 def read_hub(name: str, split: str, revision: str) -> Iterator[Row]:
-    """The rows of a dataset on the Hugging Face Hub, or of a local folder that looks like one.
+    """Iterate over the rows of a dataset on the Hugging Face Hub, or in a local folder of the same layout.
 
     Raises:
-        FileNotFoundError: there is no such dataset, split or revision, or it cannot be downloaded.
-        ValueError: it cannot be read to its end.
+        FileNotFoundError: the dataset, split or revision does not exist or cannot be downloaded.
+        ValueError: reading fails before the end.
     """
     from datasets import load_dataset
 
     try:
         dataset = load_dataset(name, split=split, revision=revision, streaming=True)
-    except Exception as error:  # the library raises many kinds; each means that the dataset is not here
+    except Exception as error:  # the library raises many types; each means that the dataset cannot be loaded
         raise FileNotFoundError(
             f"{name!r} is not a data file (.jsonl, .json, .parquet, also .gz or .zst), and no dataset with split "
             f"{split!r} at revision {revision!r} could be loaded from the Hub ({error}); check the name and the network"
@@ -139,14 +141,14 @@ def read_hub(name: str, split: str, revision: str) -> Iterator[Row]:
             number = row.number
             yield row
     except (OSError, EOFError, pyarrow.ArrowException, ValueError) as error:
-        raise ValueError(f"{name}:{split} cannot be read on after row {number} ({error})") from error
+        raise ValueError(f"{name}:{split} cannot be read beyond row {number} ({error})") from error
 
 
 def read_records(path: Path) -> Iterator[tuple[str, dict]]:
-    """Yield (place, record) of a data file; the place, 'file:line', begins every error about the record.
+    """Yield (place, record) from a data file; `place` is 'file:line', the prefix of every error about the record.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
         ValueError: a row is not UTF-8, not JSON or not an object.
     """
     for row in read_rows(path):
@@ -158,18 +160,18 @@ def read_records(path: Path) -> Iterator[tuple[str, dict]]:
 
 
 def parse(content: bytes | dict | Exception) -> dict:
-    """The object that a row holds; strict where Python's JSON parser is lenient.
+    """Parse a row to an object; stricter than Python's JSON parser.
 
     Raises:
-        ValueError: not UTF-8, not JSON (NaN is not), not an object, a name twice in one object, a number that is
-            too large, or unreadable.
+        ValueError: the row is not UTF-8, not JSON (NaN is not), not an object, has a duplicate name in an object or a
+            number that is too large, or could not be read.
     """
     if isinstance(content, Exception):
         raise ValueError(f"the row cannot be read ({content})")
     if not isinstance(content, bytes):
         record = content
     elif len(content) > LINE_LIMIT:
-        raise ValueError(f"the row has over {LINE_LIMIT >> 20} MiB; is it a JSON Lines file?")
+        raise ValueError(f"the row has more than {LINE_LIMIT >> 20} MiB; is it a JSON Lines file?")
     else:
         try:
             record = DECODER.decode(content.decode("utf-8"))
@@ -181,17 +183,17 @@ def parse(content: bytes | dict | Exception) -> dict:
 
 
 def as_text(content: bytes | dict | Exception) -> str:
-    """What stood in a row, for a person to read; it never raises."""
+    """The content of a row as readable text; never raises."""
     if isinstance(content, bytes):
         return content.rstrip(b"\r\n").decode("utf-8", "backslashreplace")
     try:
         return json.dumps(content, ensure_ascii=False, default=str)
-    except Exception:  # keys that are no text, or nested too deep
+    except Exception:  # keys that are not strings, or too deep nesting
         return reprlib.repr(content)
 
 
-def _pass_blanks(file: io.BufferedReader) -> int:
-    """Go to the first character that is not blank; returns the number of its line."""
+def _skip_blanks(file: io.BufferedReader) -> int:
+    """Seek to the first non-blank character; return its line number."""
     number = 1
     if file.peek(len(BOM)).startswith(BOM):
         file.read(len(BOM))
@@ -204,9 +206,9 @@ def _pass_blanks(file: io.BufferedReader) -> int:
 
 
 def _lines(file: io.BufferedReader, first: int) -> Iterator[Row]:
-    """The lines that are not blank; `first` is the number of the line that the file stands at."""
+    """The non-blank lines; `first` is the number of the current line."""
     for number, line in enumerate(iter(lambda: file.readline(LINE_LIMIT + 1), b""), start=first):
-        while len(line) > LINE_LIMIT and not line.endswith(b"\n"):  # pass over the rest of a line that is refused
+        while len(line) > LINE_LIMIT and not line.endswith(b"\n"):  # skip the rest of a line that is too long
             rest = file.readline(LINE_LIMIT)
             if not rest or rest.endswith(b"\n"):
                 break
@@ -215,11 +217,11 @@ def _lines(file: io.BufferedReader, first: int) -> Iterator[Row]:
 
 
 def _elements(file: io.BufferedReader, path: Path) -> Iterator[Row]:
-    """The elements of a JSON list, cut out where brackets and commas say so and not parsed."""
-    text, begin, at, depth, number = b"", 0, 0, 0, 1  # `begin` is where the element starts, `at` what was looked at
+    """The elements of a JSON list, separated by brackets and commas and not parsed."""
+    text, begin, at, depth, number = b"", 0, 0, 0, 1  # `begin`: start of the element; `at`: end of the scanned text
     while more := file.read(max(READ, len(text) - begin)):
         if len(text) - begin > LINE_LIMIT:
-            raise ValueError(f"{path}: row {number} of the list has over {LINE_LIMIT >> 20} MiB: it is damaged")
+            raise ValueError(f"{path}: row {number} of the list has more than {LINE_LIMIT >> 20} MiB: it is damaged")
         text, at, begin = text[begin:] + more, at - begin, 0
         for token in TOKEN.finditer(text, at):
             mark, end = token[0], token.end()
@@ -228,7 +230,7 @@ def _elements(file: io.BufferedReader, path: Path) -> Iterator[Row]:
             at = end
             depth += (mark in (b"[", b"{")) - (mark in (b"]", b"}"))
             if mark == b"}":
-                depth = max(depth, 1)  # it cannot end the list; one too many spoils the row that it stands in
+                depth = max(depth, 1)  # a brace cannot end the list; a surplus one invalidates only its own row
             if depth == 1 and mark == b"[":
                 begin = end
             elif (depth == 1 and mark == b",") or depth == 0:
@@ -238,7 +240,7 @@ def _elements(file: io.BufferedReader, path: Path) -> Iterator[Row]:
                 number, begin = number + 1, end
                 if depth == 0:
                     return _refuse_more(text[end:] + file.read(READ), path)
-    raise ValueError(f"{path} ends within its list, in row {number}: it is damaged; fetch it again")
+    raise ValueError(f"{path} ends inside its list, in row {number}: it is damaged; download it again")
 
 
 def _refuse_more(rest: bytes, path: Path) -> None:
@@ -254,11 +256,11 @@ def _arrow_rows(tables: Iterable[pyarrow.RecordBatch | pyarrow.Table]) -> Iterat
 
 
 def _records(table: pyarrow.RecordBatch | pyarrow.Table) -> list[dict | Exception]:
-    """The rows of an Arrow table as JSON would have them, an error in place of one that Python cannot hold."""
+    """The rows of an Arrow table as JSON objects, with an exception in place of a row that Python cannot represent."""
     types = {field.name: field.type for field in table.schema}
     try:
         rows = table.to_pylist()
-    except Exception as error:  # a date beyond year 9999, text that is not UTF-8: look which row it is
+    except Exception as error:  # a date beyond year 9999, text that is not UTF-8: find the row
         if len(table) == 1:
             return [error]
         return [record for i in range(len(table)) for record in _records(table.slice(i, 1))]
@@ -266,7 +268,7 @@ def _records(table: pyarrow.RecordBatch | pyarrow.Table) -> list[dict | Exceptio
 
 
 def _value(value, kind: pyarrow.DataType):
-    """`_as_json`, or its error in place of the value: only a row that uses the column is refused for it."""
+    """`_as_json`, or its exception in place of the value, so that only rows that use the column are rejected."""
     try:
         return _as_json(value, kind)
     except ValueError as error:
@@ -274,17 +276,17 @@ def _value(value, kind: pyarrow.DataType):
 
 
 def _as_json(value, kind: pyarrow.DataType):
-    """A value without what Arrow added: a struct has every field that any row has, null where a row has it not.
+    """A value as JSON. Null fields of structs are dropped, since Arrow adds the fields of all rows to each.
 
-    Numbers and dates that JSON lacks become their text.
+    Decimals, dates, times and UUIDs become strings.
 
     Raises:
-        ValueError: JSON has nothing for it (bytes, NaN), or two keys of a map are the same.
+        ValueError: JSON cannot represent the value (bytes, NaN), or a map has duplicate keys.
     """
     types = pyarrow.types
     if value is None:
         return None
-    if isinstance(kind, pyarrow.JsonType):  # in which nulls are the row's own
+    if isinstance(kind, pyarrow.JsonType):  # its nulls are in the data and are kept
         try:
             return DECODER.decode(value)
         except (ValueError, RecursionError):
@@ -302,7 +304,7 @@ def _as_json(value, kind: pyarrow.DataType):
         return _unique([(_key(key, kind.key_type), _as_json(part, kind.item_type)) for key, part in value])
     if isinstance(value, Decimal | date | time | timedelta | UUID):
         return str(value)
-    raise ValueError(f"found {value!r:.60}, which JSON cannot hold")
+    raise ValueError(f"found {value!r:.60}, which JSON cannot represent")
 
 
 def _key(key, kind: pyarrow.DataType) -> str:
@@ -311,11 +313,11 @@ def _key(key, kind: pyarrow.DataType) -> str:
 
 
 def _unique(pairs: list[tuple]) -> dict:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    result = dict(pairs)
+    if len(result) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} stands twice in one object")
-    return found
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} appears twice in one object")
+    return result
 
 
 def _no_json(name: str):
@@ -332,9 +334,9 @@ DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_json, p
 
 
 def blocks(rows: Iterator[Row], records: int = 256, size: int = 4 << 20) -> Iterator[list[Row]]:
-    """Rows in lists of at most `records`, cut sooner where their lines reach `size` bytes.
+    """Group rows into lists of at most `records`, or fewer once they reach `size` bytes.
 
-    Where a block ends depends on the rows alone, so every machine that reads a file sees the same blocks.
+    Block boundaries depend only on the rows, so every machine that reads a file gets the same blocks.
     """
     rows = iter(rows)
     while block := list(islice(rows, 1)):
@@ -346,5 +348,5 @@ def blocks(rows: Iterator[Row], records: int = 256, size: int = 4 << 20) -> Iter
 
 
 def size_of(row: Row) -> int:
-    """Bytes of a row in its file; a guess where that is not lines."""
+    """Size of a row in its file in bytes; a guess for Parquet and the Hub."""
     return len(row.content) if isinstance(row.content, bytes) else 1024

@@ -1,4 +1,4 @@
-"""Rows that cannot be used: kept beside the result with the reason, and too many of them end the work."""
+"""Unusable rows: saved beside the output with the reason; too many of them are an error."""
 
 import json
 from pathlib import Path
@@ -8,12 +8,12 @@ from rsft_lib.common.temporary import beside
 from rsft_lib.common.visible import visible
 from rsft_lib.data.records import Row, as_text
 
-HOPELESS = 1000  # rejected rows after which work that mostly fails is not carried on
-LONGEST = 1000  # characters of a reason; an error may quote all of a row
+EARLY_STOP = 1000  # rejected rows after which processing stops if most rows are rejected
+REASON_LIMIT = 1000  # characters of a reason; an error may quote an entire row
 
 
 class Reject(NamedTuple):
-    """A row that was refused: its file and its number there, why, and what stood there."""
+    """A rejected row: its file, its number there, the reason, and its content."""
 
     file: str
     line: int
@@ -22,21 +22,21 @@ class Reject(NamedTuple):
 
 
 def reject(file: str, row: Row, error: Exception) -> Reject:
-    """A row with what it raised, whatever that was: no row ends the work."""
+    """A row with the exception it raised, of any type, as the reason."""
     reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-    return Reject(file, row.number, reason[:LONGEST], as_text(row.content))
+    return Reject(file, row.number, reason[:REASON_LIMIT], as_text(row.content))
 
 
 class Rejects:
-    """Writes `<name>.rejected.jsonl` beside the folder `final`; removed again when nothing was rejected.
+    """Writes `<name>.rejected.jsonl` beside the folder `final`; without rejected rows the file is removed.
 
-    Use as a context; `add` rows in order and `settle` at the end, which raises when the limit is passed.
+    Use as a context manager: `add` rows in order, then `settle`, which raises if the limit is exceeded.
     """
 
     def __init__(self, final: Path, limit: float):
-        """`limit` is the largest share of rows, from 0 to 1, that may be rejected."""
+        """`limit`: maximum fraction of rejected rows, from 0 to 1."""
         if not 0 <= limit <= 1:
-            raise ValueError(f"reject_limit is {limit}; it is a share of the rows, from 0 to 1")
+            raise ValueError(f"reject_limit is {limit}; it must be a fraction of the rows, from 0 to 1")
         self.path = final.with_name(f"{final.name}.rejected.jsonl")
         self.limit, self.count, self.first = limit, 0, None
 
@@ -44,28 +44,28 @@ class Rejects:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.writing = beside(self.path)
         self.temporary = self.writing.__enter__()
-        # Half of a surrogate pair cannot be written, but its escape in JSON can.
+        # Lone surrogates cannot be encoded; backslashreplace writes their JSON escapes.
         self.file = self.temporary.open("w", encoding="utf-8", errors="backslashreplace")
         return self
 
     def add(self, rows: list[Reject], seen: int) -> None:
-        """Keep `rows`; `seen` is how many rows were read up to here.
+        """Add `rows`; `seen` is the number of rows read so far.
 
         Raises:
-            ValueError: most rows are rejected, so going on is of no use.
+            ValueError: so many rows are rejected that continuing is useless.
         """
         for row in rows:
             self.first = self.first or row
             self.file.write(json.dumps(row._asdict(), ensure_ascii=False) + "\n")
         self.count += len(rows)
-        if self.count > max(HOPELESS, seen / 2, self.limit * seen):
+        if self.count > max(EARLY_STOP, seen / 2, self.limit * seen):
             self.settle(seen)
 
     def settle(self, seen: int) -> None:
-        """Give the file its name, and end the work if it holds too many rows.
+        """Rename the file to its final name, and check the limit.
 
         Raises:
-            ValueError: over `limit` of the rows are rejected; the message has the first reason.
+            ValueError: more than `limit` of the rows are rejected; the message has the first reason.
         """
         self.file.close()
         if not self.count:
@@ -75,8 +75,9 @@ class Rejects:
         if self.count > self.limit * seen:
             raise ValueError(
                 f"{visible(f'{self.first.file}:{self.first.line}: {self.first.reason}')}\n"
-                f"{self.count} of {seen} records are rejected, more than the limit of {self.limit:.2%}; each is in "
-                f"{visible(str(self.path))} with its reason. Mend them, or raise reject_limit to go on without them."
+                f"{self.count} of {seen} records are rejected, more than the limit of {self.limit:.2%}; "
+                f"{visible(str(self.path))} lists them with their reasons. Fix them, or raise reject_limit to continue "
+                "without them."
             )
 
     def __exit__(self, *error) -> None:

@@ -1,4 +1,4 @@
-"""A record as a sample of the dataset that is built: one question, its answer, and the mode that the answer is in."""
+"""Convert records to samples of a hybrid dataset: a question, its answer, and the mode of the answer."""
 
 import hashlib
 import json
@@ -10,45 +10,46 @@ from rsft_lib.data.conversation import conversation, is_empty
 from rsft_lib.data.records import Row, parse
 from rsft_lib.tokenizer.chat import END_THINK, MODES, REASONING, SHORT, THINK
 
-MODE_NAMES = (*MODES, "other")  # an answer of the last begins with no control token
-COPIED = ("id", "answer")  # fields that a sample keeps of its record, unless they are its question or its answer
+MODE_NAMES = (*MODES, "other")  # 'other': the answer begins with no control token
+COPIED = ("id", "answer")  # fields copied from the record to the sample, unless they are its question or answer
 
 
 class Sample(NamedTuple):
-    """A record as it will be written, as a line too; `facts` is what `pairs.ROW` has of it before it is measured."""
+    """A record as it will be written, also as a line of JSON."""
 
     record: dict
     line: bytes
     context: str
-    """All that comes before the answer: system prompt, earlier turns, question."""
+    """Everything before the answer: system prompt, earlier turns, question."""
     facts: dict[str, int | bool]
+    """Its fields of `pairs.ROW`, except lengths and position."""
     unused: tuple[str, ...] = ()
-    """Names of the record's fields that hold something and are not in the sample."""
+    """Names of the record's non-empty fields that are not in the sample."""
 
 
 def long_sample(row: Row, columns: dict[str, str], empty_think: bool) -> Sample:
     """A sample whose answer is `<think>` thoughts `</think>` answer.
 
     Raises:
-        ValueError: it is not, or the record cannot be used.
+        ValueError: the answer has another form, or the record cannot be used.
     """
     return _read(row, columns, lambda answer: ("think", _long(answer, empty_think)))
 
 
 def short_sample(row: Row, columns: dict[str, str], empty_think: bool) -> Sample:
-    """A sample whose answer is concise; `<short>` is put before it.
+    """A sample with a concise answer, to which `<short>` is prepended.
 
     Raises:
-        ValueError: it holds thoughts, or the record cannot be used.
+        ValueError: the answer contains a chain of thought, or the record cannot be used.
     """
     return _read(row, columns, lambda answer: ("short", _short(answer)))
 
 
 def declared_sample(row: Row, columns: dict[str, str], empty_think: bool) -> Sample:
-    """A sample whose answer says itself, by the token it begins with, in which mode it is; 'other' without one.
+    """A sample whose mode is given by the control token that begins its answer; 'other' without one.
 
     Raises:
-        ValueError: it holds a control token elsewhere, or the record cannot be used.
+        ValueError: the answer contains a control token elsewhere, or the record cannot be used.
     """
 
     def mode_of(answer: str) -> tuple[str, str]:
@@ -57,14 +58,14 @@ def declared_sample(row: Row, columns: dict[str, str], empty_think: bool) -> Sam
         if answer.startswith(SHORT):
             return "short", _short(answer)
         if tags := TAGS_PATTERN.findall(answer):
-            raise ValueError(f"an answer holds {' '.join(tags)} and begins with none of them, but {answer[:20]!r}")
+            raise ValueError(f"an answer contains {' '.join(tags)} but begins with {answer[:20]!r}")
         return "other", answer
 
     return _read(row, columns, mode_of)
 
 
 def cut_sample(sample: Sample) -> Sample:
-    """The short sample that says what a long one says after its thoughts."""
+    """A short sample with the text after the chain of thought of a long one."""
     answer = SHORT + sample.record["output"].partition(END_THINK)[2].strip()
     record = sample.record | {"output": answer, "mode": "short"}
     return Sample(
@@ -76,21 +77,21 @@ def _long(answer: str, empty_think: bool) -> str:
     tags = TAGS_PATTERN.findall(answer)
     if tags != [THINK, END_THINK] or not answer.startswith(THINK):
         raise ValueError(
-            f"a long answer must begin with {THINK}, close it with {END_THINK} once, and then answer; found "
+            f"a long answer must begin with {THINK} and contain {END_THINK} once, before the final answer; found "
             f"{' '.join(tags) or 'no tags'}, and {answer[:20]!r} at its beginning"
         )
     thoughts, _, rest = answer.removeprefix(THINK).partition(END_THINK)
     if not rest.strip():
         raise ValueError(f"empty answer after {END_THINK}")
     if not thoughts.strip() and not empty_think:
-        raise ValueError(f"nothing between {THINK} and {END_THINK}; empty_think accepts that")
+        raise ValueError(f"nothing between {THINK} and {END_THINK}; set empty_think to accept this")
     return answer
 
 
 def _short(answer: str) -> str:
     answer = answer.removeprefix(SHORT)
     if tags := TAGS_PATTERN.findall(answer):
-        raise ValueError(f"a short answer must not hold {' '.join(tags)}")
+        raise ValueError(f"a short answer must not contain {' '.join(tags)}")
     if not answer.strip():
         raise ValueError(f"empty answer after {SHORT}")
     return SHORT + answer
@@ -104,19 +105,19 @@ def _read(row: Row, columns: dict[str, str], mode_of) -> Sample:
     kept = {name: record[name] for name in COPIED if name in unused and not isinstance(record[name], Exception)}
     unused = [name for name in (*unused, *_left_out(messages)) if name not in kept]
     mode, answer = mode_of(answer)
-    made = {"instruction": question, "output": answer, "mode": mode}
-    made |= {"system": system} if system else {}
-    made |= {"history": history} if history else {}
-    made |= {"tools": tools} if tools else {}
-    made |= kept
-    stated, said = _stated(kept), final_answer(answer)
-    if said and stated is None:
-        unused += ["answer"] * ("answer" in made)
-        made["answer"] = said
+    sample = {"instruction": question, "output": answer, "mode": mode}
+    sample |= {"system": system} if system else {}
+    sample |= {"history": history} if history else {}
+    sample |= {"tools": tools} if tools else {}
+    sample |= kept
+    stated, final = _stated(kept), final_answer(answer)
+    if final and stated is None:
+        unused += ["answer"] * ("answer" in sample)
+        sample["answer"] = final
     context = "\n\n".join([*([system] if system else []), *(text for turn in history for text in turn), question])
-    asked = [" ".join(text.split()) for text in (system, *(text for turn in history for text in turn), question)]
-    problem = json.dumps([*asked, tools], default=str)  # whatever its white space
-    claim = normalized(said or stated or "")
+    prompt = [" ".join(text.split()) for text in (system, *(text for turn in history for text in turn), question)]
+    problem = json.dumps([*prompt, tools], default=str)  # independent of white space
+    claim = normalized(final or stated or "")
     facts = {
         "mode": MODE_NAMES.index(mode),
         "cut": False,
@@ -124,21 +125,21 @@ def _read(row: Row, columns: dict[str, str], mode_of) -> Sample:
         "question": _hash(" ".join(turns[0][0].split())),
         "problem": _hash(problem),
         "claim": _hash(problem, claim) if claim else 0,
-        "wrong": bool(said and stated) and normalized(said) != normalized(stated),
+        "wrong": bool(final and stated) and normalized(final) != normalized(stated),
     }
-    return Sample(made, _line(made), context, facts, tuple(unused))
+    return Sample(sample, _line(sample), context, facts, tuple(unused))
 
 
 def _left_out(messages: list[dict]) -> list[str]:
-    """What a sample, which has texts only, lacks of the messages."""
-    found = []
+    """Names of the message fields that a sample, which keeps only content and chain of thought, lacks."""
+    names = []
     for message in messages:
         used = {"role", "content"}
         if message["role"] == "assistant":
             thoughts = next((message[name] for name in REASONING if message.get(name)), None)
             used |= {name for name in REASONING if message.get(name) == thoughts}
-        found += [f"messages[].{name}" for name, value in message.items() if name not in used and not is_empty(value)]
-    return list(dict.fromkeys(found))
+        names += [f"messages[].{name}" for name, value in message.items() if name not in used and not is_empty(value)]
+    return list(dict.fromkeys(names))
 
 
 def _in_turns(messages: list[dict]) -> tuple[str, list[list[str]]]:
@@ -147,27 +148,27 @@ def _in_turns(messages: list[dict]) -> tuple[str, list[list[str]]]:
     system, rest = (messages[0]["content"], messages[1:]) if roles[:1] == ["system"] else ("", messages)
     if not rest or [message["role"] for message in rest] != ["user", "assistant"] * (len(rest) // 2):
         raise ValueError(
-            f"found the roles {', '.join(roles)}; expected a question and its answer, or several in turn. Notebook 04 "
-            "takes other conversations as they are"
+            f"found the roles {', '.join(roles)}; expected alternating user and assistant messages after an optional "
+            "system message. Notebook 04 accepts other conversations unchanged"
         )
     texts = [message["content"] if message["role"] == "user" else _answer(message) for message in rest]
     return system, [list(turn) for turn in zip(texts[::2], texts[1::2], strict=True)]
 
 
 def _answer(message: dict) -> str:
-    """What the assistant says, a chain of thought that stands in a field of its own before it."""
+    """The content of an answer, preceded by its chain of thought if that is in a separate field."""
     if message.get("tool_calls"):
-        raise ValueError("an answer calls a tool; notebook 04 takes such conversations as they are")
+        raise ValueError("an answer calls a tool; notebook 04 accepts such conversations unchanged")
     thoughts = next((message[name] for name in REASONING if message.get(name)), "")
     if not thoughts:
         return message["content"]
     if tags := TAGS_PATTERN.findall(thoughts + message["content"]):
-        raise ValueError(f"an answer with a chain of thought in a field of its own holds {' '.join(tags)}")
+        raise ValueError(f"an answer with a separate chain of thought contains {' '.join(tags)}")
     return f"{THINK}\n{thoughts.strip()}\n{END_THINK}\n\n{message['content']}"
 
 
 def _stated(record: dict) -> str | None:
-    """What the field `answer` of a record says; it may be a whole solution, as GSM8K's is."""
+    """The final answer in a record's field `answer`, which may contain a complete solution, as in GSM8K."""
     stated = record.get("answer")
     if not isinstance(stated, str | int | float) or not str(stated).strip():
         return None

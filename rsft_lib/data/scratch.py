@@ -1,4 +1,4 @@
-"""Samples laid down once, to be compared by their rows and read back in any order."""
+"""A scratch file of samples, for random access, with a numeric row for each."""
 
 import json
 import os
@@ -14,11 +14,11 @@ from rsft_lib.data.pairs import ROW
 from rsft_lib.data.records import Source
 from rsft_lib.data.samples import Sample
 
-BATCH = 128  # samples that are measured at a time; an encoding takes some 100 bytes a token
+BATCH = 128  # samples measured at a time; encodings take about 100 bytes per token
 
 
 class Scratch:
-    """Samples laid down in a file one after the other, to be read back in any order; `rows` has what they are."""
+    """Samples written to a file one after the other and read in any order; `rows` describes them (`pairs.ROW`)."""
 
     def __init__(self, file: BinaryIO, sources: list[Source]):
         self.file, self.sources, self.rows = file, sources, np.zeros(0, ROW)
@@ -48,14 +48,14 @@ class Scratch:
         return os.pread(self.file.fileno(), int(row["size"]), int(row["offset"]))
 
     def finding(self, what: str, *numbers: int) -> dict:
-        """Samples of one problem for the list of findings."""
-        found = {"finding": what, "problem": "", "answers": []}
+        """An entry of the list of findings, about samples of one problem."""
+        finding = {"finding": what, "problem": "", "answers": []}
         for number in numbers:
             row, record = self.rows[number], json.loads(self.line(number))
             place = f"{self.sources[row['source']]}:{row['line']}"
-            said = final_answer(record["output"]) or record.get("answer")
-            found["problem"] = record["instruction"]
-            found["answers"].append(
-                {"place": place, "mode": record["mode"], "says": said, "length": int(row["answer"])}
+            final = final_answer(record["output"]) or record.get("answer")
+            finding["problem"] = record["instruction"]
+            finding["answers"].append(
+                {"place": place, "mode": record["mode"], "says": final, "length": int(row["answer"])}
             )
-        return found
+        return finding

@@ -1,4 +1,4 @@
-"""What each trained token is for: its mode, and its place in the answer.
+"""Classify trained tokens by the mode of their answer and their span in it.
 
 trained    <think> first 2 + 2 ... </think> So 4 . <eos>        <short> 4 . <eos>
 mode       think ......................................        short ...........
@@ -18,16 +18,16 @@ KINDS = len(MODE_NAMES) * len(SPAN_NAMES)  # a kind is mode * len(SPAN_NAMES) + 
 
 
 class Control(NamedTuple):
-    """Ids of the tokens that mark modes and spans."""
+    """Ids of the tokens that delimit modes and spans."""
 
     modes: tuple[int, ...]
-    """The control token of each of `MODES`, in its order."""
+    """The control token of each mode, in the order of `MODES`."""
     end_think: int
     eos: int
 
 
 def control_tokens(store: TokenStore) -> Control | None:
-    """The ids that a store's samples were written with; None where its tokenizer lacks one."""
+    """The ids of the tokenizer with which a store was written; None if it lacks one of the tokens."""
     ids, eos = store.manifest.get("control_ids", {}), store.manifest.get("eos_id")
     if eos is None or any(token not in ids for token in (*MODES.values(), END_THINK)):
         return None
@@ -38,19 +38,19 @@ def kinds(labels: np.ndarray, trained: np.ndarray, control: Control) -> np.ndarr
     """The kind of each label of one sample.
 
     Args:
-        labels: int [n]; trained: bool [n]. An answer is a run of trained labels.
+        labels: int [n]; trained: bool [n]. A run of trained labels is an answer.
 
     Returns:
-        uint8 [n]; what is not trained has a kind that means nothing.
+        uint8 [n]; undefined (0) where not trained.
     """
-    found = np.zeros(len(labels), dtype=np.uint8)
+    result = np.zeros(len(labels), dtype=np.uint8)
     edges = np.flatnonzero(np.diff(trained.astype(np.int8), prepend=0, append=0))
     for first, end in edges.reshape(-1, 2):
-        found[first:end] = _answer(labels[first:end], control)
-    return found
+        result[first:end] = _answer_kinds(labels[first:end], control)
+    return result
 
 
-def _answer(labels: np.ndarray, control: Control) -> np.ndarray:
+def _answer_kinds(labels: np.ndarray, control: Control) -> np.ndarray:
     mode = control.modes.index(labels[0]) if labels[0] in control.modes else len(control.modes)
     spans = np.full(len(labels), SPAN_NAMES.index("answer"))
     if mode < len(control.modes):

@@ -1,10 +1,10 @@
-"""Tokenized samples on disk, each once and unpadded: Megatron's indexed dataset with a loss mask beside it.
+"""Tokenized samples on disk, unpadded: Megatron's indexed dataset and a loss mask.
 
 text_document.bin, .idx   token ids, int32, one document per sample (megatron.core.datasets.IndexedDataset)
-loss_mask.bin             uint8, one byte per token in the same order: 0 untrained, 1 trained, else see LOSS_WEIGHTS
-lengths.npy               int32, tokens of every accepted record before the over-long ones were dropped or cut
-rows.npy                  int64, of every sample the number of the record it was made from, counted from 1
-manifest.json             where they come from, and size and hash of every file
+loss_mask.bin             uint8, one byte per token in the same order: 0 untrained, 1 trained, others see LOSS_WEIGHTS
+lengths.npy               int32, tokens of every accepted record before overlong ones were dropped or truncated
+rows.npy                  int64, the record number of every sample, counted from 1
+manifest.json             the inputs, and size and hash of every file
 """
 
 from collections.abc import Sequence
@@ -25,10 +25,10 @@ ROWS = "rows.npy"
 
 
 class StoreWriter:
-    """Fills a folder; `close` completes it."""
+    """Writes a store into a folder; call `close` at the end."""
 
     def __init__(self, folder: Path):
-        # Always int32: megatron-core would choose uint16 for a small vocabulary.
+        # Always int32; megatron-core would choose uint16 for a small vocabulary.
         self.folder, self.prefix = folder, str(folder / NAME)
         self.builder = IndexedDatasetBuilder(f"{self.prefix}.bin", dtype=np.int32)
         self.mask = (folder / MASK).open("wb")
@@ -36,19 +36,19 @@ class StoreWriter:
         self.rows: list[NDArray[np.int64]] = []
 
     def add(self, ids: Sequence[int], loss_mask: Sequence[int]) -> None:
-        """Add one sample, made from the record after that of the sample before."""
+        """Add one sample, made from the next record."""
         length, row = np.array([len(ids)], dtype=np.int32), np.array([len(self.rows) + 1])
         self.add_block(np.asarray(ids, dtype=np.int32), np.asarray(loss_mask, dtype=np.uint8), length, length, row)
 
     def add_block(self, tokens: NDArray, loss_mask: NDArray, lengths: NDArray, before: NDArray, rows: NDArray) -> None:
-        """Add the samples of one block of records, one after the other.
+        """Add the samples of one block of records, concatenated.
 
         Args:
             tokens: int32 [tokens of all samples]
             loss_mask: uint8 [tokens of all samples]
             lengths: int32 [samples]
-            before: int32 [records], their lengths before the over-long ones were dropped or cut
-            rows: int64 [samples], the numbers of the records they were made from
+            before: int32 [records], lengths before overlong ones were dropped or truncated
+            rows: int64 [samples], record numbers
         """
         assert len(tokens) == len(loss_mask) == lengths.sum() and len(lengths) == len(rows)
         self.builder.data_file.write(tokens.astype(np.int32, copy=False).data)
@@ -70,26 +70,27 @@ class TokenStore:
     """The samples of a folder, memory-mapped: `store[i]` is (tokens int32 [n], loss mask uint8 [n])."""
 
     weights = LOSS_WEIGHTS
-    """What the bytes of a loss mask stand for: float32 [256]."""
+    """Loss weight of each mask byte: float32 [256]."""
 
     def __init__(self, folder: Path):
-        """Open a finished folder.
+        """Open a completed store.
 
         Raises:
-            FileNotFoundError: it was not finished, or a file is missing.
-            ValueError: the mask does not fit the tokens.
+            FileNotFoundError: the store is incomplete, or a file is missing.
+            ValueError: the mask does not match the tokens.
         """
         self.folder = Path(folder)
         existing(self.folder / f"{NAME}.idx", "tokens")
         self.manifest = read_manifest(self.folder)
         self.tokens = IndexedDataset(str(self.folder / NAME))
-        # Copies, here and below: megatron-core unmaps its files when the dataset goes, whoever still looks at them.
+        # Copied, here and below: megatron-core unmaps its files with the dataset, even if views of them remain.
         self.lengths = np.array(self.tokens.sequence_lengths)  # int32 [samples]
         self.mask = np.memmap(self.folder / MASK, dtype=np.uint8, mode="r")
         self.ends = np.cumsum(self.lengths, dtype=np.int64)
         if len(self.mask) != self.ends[-1]:
             raise ValueError(
-                f"{self.folder / MASK} has {len(self.mask)} bytes for {self.ends[-1]} tokens: tokenize again"
+                f"{self.folder / MASK} has {len(self.mask)} bytes, expected one for each of {self.ends[-1]} tokens: "
+                "tokenize again"
             )
 
     def __len__(self) -> int:

@@ -1,7 +1,7 @@
-"""Records to tokens with a response-only loss mask: many processes, one result, in the order of the records.
+"""Tokenize records in parallel, with a response-only loss mask.
 
-A reader cuts the rows into blocks, workers encode them, and the blocks are written in their order. So the result does
-not depend on how many workers there are.
+A reader groups rows into blocks, workers encode them, and the blocks are written in order, so the result does not
+depend on the number of workers.
 """
 
 from collections import Counter, defaultdict, deque
@@ -25,10 +25,10 @@ from rsft_lib.tokenizer.chat import END_THINK, MODES, ChatTemplate
 from rsft_lib.tokenizer.contract import require_contract
 from rsft_lib.tokenizer.patch import fingerprint, load_tokenizer
 
-PROOF_ROWS = 256  # of this very dataset, on which encoders are compared
-# Workers that one reading and writing process keeps busy: with gigatoken a block takes one of them 15 times as long as
-# it takes that process, with tokenizers at least 90 times (CPU time, 2026-11, R1's traces and GSM8K).
-HELPFUL, HELPFUL_WHEN_SLOW = 16, 96
+COMPARED_ROWS = 256  # rows of the dataset on which encoders are compared
+# Workers that one reading and writing process can keep busy: encoding a block takes 15 times as long as reading and
+# writing it with gigatoken, at least 90 times with tokenizers (CPU time, 2026-11, R1's traces and GSM8K).
+USEFUL_WORKERS, USEFUL_WORKERS_WHEN_SLOW = 16, 96
 
 
 def tokenize(
@@ -43,73 +43,72 @@ def tokenize(
     overwrite: bool = False,
     **options,
 ) -> dict:
-    """Write the records of a file as a token store; where it is there already, made from the same, it is kept.
+    """Write the records of `data` as a token store; an existing store made from the same inputs is kept.
 
     Args:
         data: a data file, or a dataset on the Hub by name, `org/name` or `org/name:split@revision`.
-        max_length: most tokens of a sample.
+        max_length: maximum number of tokens of a sample.
         options: the other fields of `Options`: overlong, turns, control_tokens, columns.
-        reject_limit: largest share of records that may be unusable; they are kept in `<folder>.rejected.jsonl`.
-        workers: most processes, 0 for none but this one. No more are started than there are cores that may be used,
-            blocks of 256 records, or can be kept busy; None for as many as that.
-        contract: whether the tokenizer must pass `require_contract`; without it, what is trained may not be what is
-            served.
-        overwrite: replace `folder` where it was made from other data or another tokenizer, too.
+        reject_limit: maximum fraction of unusable records; they are saved in `<folder>.rejected.jsonl`.
+        workers: maximum number of processes; 0 to tokenize in this one, None for no maximum. It is capped by the usable
+            cores, the blocks of 256 records, and the number that the reader can keep busy.
+        contract: whether the tokenizer must pass `require_contract`; otherwise training and serving may differ.
+        overwrite: also replace a `folder` made from other data or another tokenizer.
 
     Returns:
-        The manifest's facts; `counts` and `modes` say what became of the records, `unused_fields` which of their
-        fields are no part of a conversation and in how many records, `encoder` how they were encoded.
+        The manifest; `counts` and `modes`: numbers of records and tokens by outcome and by mode; `unused_fields`: field
+        -> number of records in which it is not part of the conversation; `encoder`: the result of `best_encoder`.
 
     Raises:
         FileNotFoundError: the data or the tokenizer is missing.
         FileExistsError: `folder` is something else, or was made from other data or another tokenizer.
-        ValueError: the tokenizer breaks the contract, too many records cannot be used (the message names file and
-            line), there are none, or none fits.
-        RuntimeError: a worker died; the message has how, and the end of its stderr.
+        ValueError: the tokenizer breaks the contract, too many records are unusable (the message has file and line),
+            there are none, or all are too long.
+        RuntimeError: a worker died; the message has its exit status and the end of its stderr.
     """
     destination, loaded = resolve(folder), load_tokenizer(tokenizer)
     settings = Options(max_length=max_length, **options)
     source = source_of(data)
     facts = _facts(source, tokenizer, loaded, settings)
-    if done := _already(destination, facts):
-        return done
+    if reusable := _reusable(destination, facts):
+        return reusable
     unread = blocks(source.rows())
-    first = list(islice(unread, _most(workers)))  # a process for each, so that none starts without a block
-    with pool_for(_job(str(source), loaded, settings), min(len(first), HELPFUL)) as pool:
+    first = list(islice(unread, _max_workers(workers)))  # one block per process, so that none starts idle
+    with pool_for(_job(str(source), loaded, settings), min(len(first), USEFUL_WORKERS)) as pool:
         if contract:
             require_contract(tokenizer, loaded)
         facts["encoder"] = _chosen_encoder(pool, source.rows())
-        count = min(len(first), HELPFUL_WHEN_SLOW if "why_slow" in facts["encoder"] else HELPFUL)
+        count = min(len(first), USEFUL_WORKERS_WHEN_SLOW if "why_slow" in facts["encoder"] else USEFUL_WORKERS)
         pool.grow(count)
         encoded = _encoded(pool, chain(first, unread), facts["encoder"]["encoder"], ahead=2 * count + 1)
-        reading = Reading(source)
-        made_from = {"source": ["data", "tokenizer"], "overwrite": overwrite, "estimate": reading.estimate}
+        input_progress = InputProgress(source)
+        made_from = {"source": ["data", "tokenizer"], "overwrite": overwrite, "estimate": input_progress.estimate}
         with (
             new_folder(destination, facts, **made_from) as temporary,
             Rejects(destination, reject_limit) as rejects,
         ):
-            _write(reading.progress(encoded), StoreWriter(temporary), rejects, facts)
+            _write(input_progress.show(encoded), StoreWriter(temporary), rejects, facts)
     return facts
 
 
-def _most(workers: int | None) -> int:
+def _max_workers(workers: int | None) -> int:
     if workers is not None and workers < 0:
-        raise ValueError(f"workers is {workers}; it is a number of processes, or None for as many as help")
+        raise ValueError(f"workers is {workers}; it must be a number of processes, or None for no maximum")
     cores = usable_cores()
     return cores if workers is None else min(workers, cores)
 
 
 def _write(encoded: Iterator[Block], writer: StoreWriter, rejects: Rejects, facts: dict) -> None:
-    """Write the blocks as they come, and count in `facts` what became of the rows."""
+    """Write the blocks in order, and add the counts of rows and fields to `facts`."""
     counts, modes, unused = Counter(), defaultdict(Counter), Counter()
     facts |= {"counts": counts, "modes": modes, "unused_fields": unused}
     for block in encoded:
         writer.add_block(block.tokens, block.loss_mask, block.lengths, block.before, block.rows)
-        counts.update(block.fates.counts)
-        unused.update(block.fates.unused)
-        for mode, counted in block.fates.modes.items():
+        counts.update(block.outcomes.counts)
+        unused.update(block.outcomes.unused)
+        for mode, counted in block.outcomes.modes.items():
             modes[mode].update(counted)
-        rejects.add(block.fates.rejects, counts["records"])
+        rejects.add(block.outcomes.rejects, counts["records"])
     rejects.settle(counts["records"])
     if not counts["written"]:
         raise ValueError(_nothing_written(counts, facts))
@@ -119,12 +118,12 @@ def _write(encoded: Iterator[Block], writer: StoreWriter, rejects: Rejects, fact
 def _nothing_written(counts: Counter, facts: dict) -> str:
     source, read = facts["data"], counts["records"]
     if not read:
-        return f"{source} holds no records"
+        return f"{source} contains no records"
     if read == counts["rejected"]:
-        return f"{source}: all {read} records are rejected; their reasons are in .rejected.jsonl beside the tokens"
+        return f"{source}: all {read} records are rejected; the reasons are in .rejected.jsonl beside the tokens"
     return (
         f"{source}: none of {read - counts['rejected']} usable records fits into max_length "
-        f"{facts['options']['max_length']} tokens"
+        f"{facts['options']['max_length']} tokens; raise max_length"
     )
 
 
@@ -139,15 +138,15 @@ def _job(source: str, loaded, options: Options) -> Job:
 
 
 def _chosen_encoder(pool: Executor, rows: Iterator[Row]) -> dict:
-    """What `best_encoder` says of the first rows; a slow one is said aloud."""
-    facts = pool.submit("prove", list(islice(rows, PROOF_ROWS))).result()
+    """The facts of `best_encoder` for the first rows; a message is printed if the slow encoder is used."""
+    facts = pool.submit("choose_encoder", list(islice(rows, COMPARED_ROWS))).result()
     if "why_slow" in facts:
         print(f"encoding with {facts['encoder']}: {facts['why_slow']}")
     return facts
 
 
 def _facts(source: Source, tokenizer, loaded, options: Options) -> dict:
-    """What the manifest tells of where the tokens come from."""
+    """The manifest entries that identify the inputs and options."""
     vocab = loaded.get_vocab()
     return {
         "made_by": "tokenize",
@@ -162,38 +161,38 @@ def _facts(source: Source, tokenizer, loaded, options: Options) -> dict:
     }
 
 
-def _already(destination: Path, facts: dict) -> dict | None:
-    """The manifest of a whole result that was made from the same, if there is one."""
+def _reusable(destination: Path, facts: dict) -> dict | None:
+    """The manifest of an intact store made from the same inputs, if it exists."""
     if facts["data_sha256"] is None or not destination.is_dir():
         return None
     try:
-        found = verify(destination)
+        manifest = verify(destination)
     except (OSError, ValueError):
         return None
-    if any(found.get(name) != value for name, value in facts.items()):
+    if any(manifest.get(name) != value for name, value in facts.items()):
         return None
-    print(f"{destination} is there already, made from the same data and tokenizer")
-    return found
+    print(f"{destination} already exists, made from the same data and tokenizer")
+    return manifest
 
 
 def _encoded(pool: Executor, unread: Iterator[list[Row]], encoder_name: str, ahead: int) -> Iterator[Block]:
-    """The blocks of rows encoded, in their order; no more than `ahead` are in memory at a time."""
-    waiting = deque(pool.submit("block", rows, encoder_name) for rows in islice(unread, ahead))
-    while waiting:
-        block = waiting.popleft().result()
-        waiting.extend(pool.submit("block", rows, encoder_name) for rows in islice(unread, 1))
+    """The encoded blocks, in order; at most `ahead` are in memory at a time."""
+    pending = deque(pool.submit("block", rows, encoder_name) for rows in islice(unread, ahead))
+    while pending:
+        block = pending.popleft().result()
+        pending.extend(pool.submit("block", rows, encoder_name) for rows in islice(unread, 1))
         yield block
 
 
-class Reading:
-    """How much of a source has been encoded, in bytes; `total` is 0 where that is not known."""
+class InputProgress:
+    """Bytes of a source encoded so far; `total` is 0 if unknown."""
 
     def __init__(self, source: Source):
         plain = not source.split and Path(source.name).suffix in (".jsonl", ".json")
         self.total, self.done = Path(source.name).stat().st_size if plain else 0, 0
 
-    def progress(self, encoded: Iterator[Block]) -> Iterator[Block]:
-        """Pass blocks on, and show how far they are."""
+    def show(self, encoded: Iterator[Block]) -> Iterator[Block]:
+        """Yield the blocks while showing a progress bar."""
         with progress("tokenize", "B", self.total or None) as bar:
             for block in encoded:
                 self.done += block.size
@@ -201,5 +200,5 @@ class Reading:
                 yield block
 
     def estimate(self, written: int) -> int:
-        """Bytes that all tokens will take, if those of the rest are as many a byte as those that are `written`."""
+        """The expected total of bytes written, extrapolated from those `written` for the input so far."""
         return int(written * self.total / self.done) if self.done else 0

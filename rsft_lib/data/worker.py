@@ -1,4 +1,4 @@
-"""One of the processes that turn rows into tokens; it imports neither torch nor megatron-core, so it starts quickly."""
+"""A worker process that tokenizes rows; it starts quickly, since it imports neither torch nor megatron-core."""
 
 import contextlib
 import os
@@ -24,27 +24,27 @@ from rsft_lib.data.records import Row, parse, size_of
 from rsft_lib.data.rejects import Reject, reject
 from rsft_lib.tokenizer.chat import MODES, REASONING, ChatTemplate, Span, trained_texts
 
-# A chat template is somebody's code: one that loops for ever or builds a gigabyte costs its row, not the machine.
+# A chat template is untrusted code: if it loops endlessly or allocates gigabytes, only its row is rejected.
 ROW_SECONDS, EXTRA_MEMORY = 10, 3 << 30
 
-MAY_BE_LEFT_OUT = ("name", "tool_call_id")  # fields of a message that few chat templates show
-PROOF_CHARACTERS = 1 << 20  # of this very dataset, on which encoders are compared
+OPTIONAL_FIELDS = ("name", "tool_call_id")  # message fields that few chat templates render
+COMPARED_CHARACTERS = 1 << 20  # characters of the dataset on which encoders are compared
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What decides the tokens of a record, besides tokenizer and template."""
+    """The settings that determine the tokens of a record, besides tokenizer and template."""
 
     max_length: int = 16384
-    """Most tokens of a sample."""
+    """Maximum number of tokens of a sample."""
     overlong: str = "drop"
-    """Longer ones are left out ('drop'), cut without an EOS ('truncate'), or end the work ('error')."""
+    """Drop longer samples ('drop'), truncate them without an EOS ('truncate'), or raise an error ('error')."""
     turns: str = "all"
-    """Every answer of a conversation is trained ('all') or the last one only ('last')."""
+    """Train every answer of a conversation ('all') or only the last one ('last')."""
     control_tokens: str = "reject"
-    """A record whose text spells a control token is refused ('reject'), or the text becomes the token ('allow')."""
+    """Reject records whose text contains a control token ('reject'), or encode it as the token ('allow')."""
     columns: dict[str, str] = field(default_factory=dict)
-    """What the dataset calls a field, e.g. {'prompt': 'question', 'response': 'answer'}."""
+    """Field -> its name in the dataset, e.g. {'prompt': 'question', 'response': 'answer'}."""
 
     def __post_init__(self):
         choices = {"overlong": ("drop", "truncate", "error"), "turns": ("all", "last"),
@@ -53,12 +53,12 @@ class Options:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
         if self.max_length < 2:
-            raise ValueError(f"max_length is {self.max_length}; a sample has at least 2 tokens")
+            raise ValueError(f"max_length is {self.max_length}; it must be at least 2")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """All that a worker needs to know."""
+    """The settings of a worker."""
 
     source: str
     tokenizer_json: str
@@ -68,31 +68,31 @@ class Job:
 
 
 @dataclass
-class Fates:
-    """What became of the rows of a block."""
+class Outcomes:
+    """Counts and rejected rows of a block."""
 
     counts: Counter
     modes: defaultdict[str, Counter] = field(default_factory=lambda: defaultdict(Counter))
     unused: Counter = field(default_factory=Counter)
-    """Rows by the names of fields that hold something and are no part of the conversation."""
+    """Number of rows by non-empty field that is not part of the conversation."""
     rejects: list[Reject] = field(default_factory=list)
 
 
 @dataclass
 class Block:
-    """The tokens of a list of rows, as `StoreWriter.add_block` takes them, and what became of each row."""
+    """The tokens of a list of rows, as arguments of `StoreWriter.add_block`, and the outcomes."""
 
     tokens: NDArray[np.int32]
     loss_mask: NDArray[np.uint8]
     lengths: NDArray[np.int32]
     before: NDArray[np.int32]
     rows: NDArray[np.int64]
-    fates: Fates
+    outcomes: Outcomes
     size: int
 
 
 class Text(NamedTuple):
-    """A row as text, and what of it is trained."""
+    """A row as text, and its trained spans."""
 
     row: Row
     text: str
@@ -100,87 +100,87 @@ class Text(NamedTuple):
 
 
 class Worker:
-    """Encodes blocks of rows by the rules of a job."""
+    """Encodes blocks of rows."""
 
     def __init__(self, job: Job, row_seconds: float = 0):
-        """`row_seconds` is the longest that a row may take; 0 for no limit, which needs a process of one's own."""
+        """`row_seconds`: time limit per row, which requires a dedicated process; 0 for no limit."""
         self.job, self.row_seconds, self.encoder = job, row_seconds, None
         self.modes = {job.added_tokens.get(token): mode for mode, token in MODES.items()}
         self.control_tokens = ControlTokens(job.added_tokens)
         self.shows_tools = re.search(r"\btools\b", job.template.source) is not None
 
-    def prove(self, rows: list[Row]) -> dict:
-        """Choose the encoder on the texts of `rows`; the facts of `best_encoder`."""
-        texts = [text for _, text, _ in self.texts(rows, Fates(Counter()))]
+    def choose_encoder(self, rows: list[Row]) -> dict:
+        """Choose the encoder by comparison on the texts of `rows`; return the facts of `best_encoder`."""
+        texts = [text for _, text, _ in self.texts(rows, Outcomes(Counter()))]
         ends = accumulate(map(len, texts))
-        some = [text for text, end in zip(texts, ends, strict=True) if end <= PROOF_CHARACTERS]
-        self.encoder, facts = best_encoder(self.job.tokenizer_json, some or texts[:1])
+        compared = [text for text, end in zip(texts, ends, strict=True) if end <= COMPARED_CHARACTERS]
+        self.encoder, facts = best_encoder(self.job.tokenizer_json, compared or texts[:1])
         return facts
 
     def block(self, rows: list[Row], encoder_name: str) -> Block:
-        """Encode rows; one that cannot be used is returned among the rejects.
+        """Encode rows; unusable ones are returned as rejects.
 
         Args:
-            encoder_name: what `prove` chose, here or in another process.
+            encoder_name: the encoder that `choose_encoder` chose, in this or another process.
 
         Raises:
             ValueError: a sample is too long and `overlong` is 'error'.
         """
         if self.encoder is None:
             self.encoder = encoder(encoder_name, self.job.tokenizer_json)
-        fates, samples, numbers, before = Fates(Counter(records=len(rows))), [], [], []
-        texts = self.texts(rows, fates)
+        outcomes, samples, numbers, before = Outcomes(Counter(records=len(rows))), [], [], []
+        texts = self.texts(rows, outcomes)
         for (row, _, _), sample in zip(texts, self.encoded(texts), strict=True):
             if isinstance(sample, Exception):
-                fates.rejects.append(reject(self.job.source, row, sample))
+                outcomes.rejects.append(reject(self.job.source, row, sample))
                 continue
             before.append(len(sample.ids))
-            mode = fates.modes[self.modes.get(int(sample.ids[(sample.loss_mask > 0).argmax()]), "other")]
-            if sample := self.fitted(sample, row, fates.counts, mode):
+            mode = outcomes.modes[self.modes.get(int(sample.ids[(sample.loss_mask > 0).argmax()]), "other")]
+            if sample := self.fitted(sample, row, outcomes.counts, mode):
                 samples.append(sample)
                 numbers.append(row.number)
-                _count(sample, fates.counts, mode)
-        fates.counts["rejected"] = len(fates.rejects)
-        fates.rejects.sort(key=lambda reject: reject.line)
-        return _block(samples, before, numbers, fates, rows)
+                _count(sample, outcomes.counts, mode)
+        outcomes.counts["rejected"] = len(outcomes.rejects)
+        outcomes.rejects.sort(key=lambda reject: reject.line)
+        return _block(samples, before, numbers, outcomes, rows)
 
-    def texts(self, rows: list[Row], fates: Fates) -> list[Text]:
-        """The rows that can be used, as texts; the others are added to the rejects of `fates`."""
-        chats, done = [], []
+    def texts(self, rows: list[Row], outcomes: Outcomes) -> list[Text]:
+        """The texts of the usable rows; the others are added to the rejects of `outcomes`."""
+        chats, texts = [], []
         for row in rows:
             try:
-                chats.append((row, *self.chat(row.content, fates)))
+                chats.append((row, *self.chat(row.content, outcomes)))
             except Exception as error:
-                fates.rejects.append(reject(self.job.source, row, error))
+                outcomes.rejects.append(reject(self.job.source, row, error))
         for tools, group in groupby(chats, key=lambda chat: chat[2]):
             group = list(group)
-            found = self.rendered([messages for _, messages, _ in group], tools)
-            for (row, messages, _), result in zip(group, found, strict=True):
+            results = self.rendered([messages for _, messages, _ in group], tools)
+            for (row, messages, _), result in zip(group, results, strict=True):
                 if isinstance(result, Exception):
-                    fates.rejects.append(reject(self.job.source, row, result))
+                    outcomes.rejects.append(reject(self.job.source, row, result))
                 else:
-                    fates.unused.update(set(_not_shown(messages, result[0])))
-                    done.append(Text(row, *result))
-        return done
+                    outcomes.unused.update(set(_not_rendered(messages, result[0])))
+                    texts.append(Text(row, *result))
+        return texts
 
-    def chat(self, content: bytes | dict, fates: Fates) -> tuple[list[dict], list[dict] | None]:
+    def chat(self, content: bytes | dict, outcomes: Outcomes) -> tuple[list[dict], list[dict] | None]:
         """The messages and the tools of a row.
 
         Raises:
-            ValueError: the row is not a conversation, or a text in it spells a control token.
+            ValueError: the row is not a conversation, or its text contains a control token.
         """
         messages, tools, unused = conversation(parse(content), self.job.options.columns)
         if self.job.options.control_tokens == "reject":
             self.control_tokens.refuse(messages, tools)
         if tools and not self.shows_tools:
-            fates.counts["tools_not_shown"] += 1
+            outcomes.counts["tools_not_shown"] += 1
         if not all(well_formed(m.get("content") or "") for m in messages if m["role"] == "assistant"):
-            fates.counts["malformed_answers"] += 1
-        fates.unused.update(unused)
+            outcomes.counts["malformed_answers"] += 1
+        outcomes.unused.update(unused)
         return messages, tools
 
     def rendered(self, chats: list[list[dict]], tools: list[dict] | None) -> list[tuple[str, list[Span]] | Exception]:
-        """`trained_texts` within limits: of all at once, which takes half the time, or of each where that fails."""
+        """`trained_texts` with a time limit: all at once, which halves the time, or one by one if that fails."""
         try:
             with time_limit("the record", self.row_seconds) if self.row_seconds else contextlib.nullcontext():
                 return trained_texts(self.job.template, chats, tools, self.job.options.turns)
@@ -188,18 +188,18 @@ class Worker:
             return [error] if len(chats) == 1 else [self.rendered([messages], tools)[0] for messages in chats]
 
     def encoded(self, texts: list[Text]) -> list[Tokens | Exception]:
-        """The tokens of each text, or why they cannot be trained; all at once, or one by one where that fails."""
+        """The tokens of each text, or why it cannot be used; all at once, or one by one if that fails."""
         try:
-            found = self.encoder.encode([text.text for text in texts], [text.spans for text in texts])
+            samples = self.encoder.encode([text.text for text in texts], [text.spans for text in texts])
         except Exception as error:
             return [error] if len(texts) == 1 else [self.encoded([text])[0] for text in texts]
-        return [_usable(sample) for sample in found]
+        return [_usable(sample) for sample in samples]
 
     def fitted(self, sample: Tokens, row: Row, counts: Counter, mode: Counter) -> Tokens | None:
-        """The sample within `max_length`, or None where it is dropped.
+        """The sample, truncated to `max_length` if necessary, or None if it is dropped.
 
         Raises:
-            ValueError: it is too long and `overlong` is 'error'.
+            ValueError: the sample is too long and `overlong` is 'error'.
         """
         limit = self.job.options.max_length
         if len(sample.ids) <= limit:
@@ -210,33 +210,33 @@ class Worker:
                 "raise it, or set overlong to 'drop' or 'truncate'"
             )
         cut = Tokens(sample.ids[:limit], sample.loss_mask[:limit])
-        fate = "truncated" if self.job.options.overlong == "truncate" and cut.loss_mask.any() else "dropped"
-        counts[fate] += 1
-        mode[fate] += 1
-        return cut if fate == "truncated" else None
+        outcome = "truncated" if self.job.options.overlong == "truncate" and cut.loss_mask.any() else "dropped"
+        counts[outcome] += 1
+        mode[outcome] += 1
+        return cut if outcome == "truncated" else None
 
 
 def main() -> None:
-    """Serve the calls of `rsft_lib.data.pool`: first a job, then (method, arguments), until the parent goes."""
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whoever prints does not write among the answers
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for the notebook
+    """Serve the calls of `rsft_lib.data.pool`: first a job, then (method, arguments), until the pipe is closed."""
+    results = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # print to stderr, not into the results
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the notebook handles interrupts
     with contextlib.suppress(EOFError, BrokenPipeError, pickle.UnpicklingError):
         worker = Worker(pickle.loads(pickle.load(sys.stdin.buffer)), ROW_SECONDS)
         limit_memory(EXTRA_MEMORY)
         while True:
-            call = pickle.load(sys.stdin.buffer)  # to its end, so that the next is found whatever is in this one
+            call = pickle.load(sys.stdin.buffer)  # read the outer pickle completely, even if the inner one is invalid
             try:
                 method, arguments = pickle.loads(call)
-                answer = pickle.dumps(getattr(worker, method)(*arguments), pickle.HIGHEST_PROTOCOL)
+                result = pickle.dumps(getattr(worker, method)(*arguments), pickle.HIGHEST_PROTOCOL)
             except Exception as error:
-                answer = _pickled(error)
-            pickle.dump(answer, answers, pickle.HIGHEST_PROTOCOL)
-            answers.flush()
+                result = _pickled(error)
+            pickle.dump(result, results, pickle.HIGHEST_PROTOCOL)
+            results.flush()
 
 
 def _pickled(error: Exception) -> bytes:
-    """An error for the parent; where it cannot be pickled, or not read back, its traceback as the text of another."""
+    """A pickled error; if it cannot be pickled and unpickled, a RuntimeError with its traceback."""
     try:
         pickled = pickle.dumps(error)
         pickle.loads(pickled)
@@ -245,26 +245,26 @@ def _pickled(error: Exception) -> bytes:
     return pickled
 
 
-def _not_shown(messages: list[dict], text: str) -> Iterator[str]:
-    """Fields of messages whose content the chat template may leave out, and did. All else has been checked."""
+def _not_rendered(messages: list[dict], text: str) -> Iterator[str]:
+    """Optional message fields that the chat template did not render; required ones are checked elsewhere."""
     for message in messages:
-        found = [(f"messages[].{name}", message.get(name)) for name in MAY_BE_LEFT_OUT]
+        optional = [(f"messages[].{name}", message.get(name)) for name in OPTIONAL_FIELDS]
         if message["role"] != "assistant":
-            found += [(f"messages[].{name}", message.get(name)) for name in ("tool_calls", *REASONING)]
+            optional += [(f"messages[].{name}", message.get(name)) for name in ("tool_calls", *REASONING)]
         for call in message.get("tool_calls") or ():
-            place, rest = "messages[].tool_calls[]", {"type": None, "function": None}
-            found += [(f"{place}.{key}", value) for key, value in (call | rest).items()]
-            rest = {"name": None, "arguments": None}
-            found += [(f"{place}.function.{key}", value) for key, value in (call["function"] | rest).items()]
-        yield from (name for name, value in found if not is_empty(value) and not _stands_in(value, text))
+            place, required = "messages[].tool_calls[]", {"type": None, "function": None}
+            optional += [(f"{place}.{key}", value) for key, value in (call | required).items()]
+            required = {"name": None, "arguments": None}
+            optional += [(f"{place}.function.{key}", value) for key, value in (call["function"] | required).items()]
+        yield from (name for name, value in optional if not is_empty(value) and not _occurs_in(value, text))
 
 
-def _stands_in(value, text: str) -> bool:
+def _occurs_in(value, text: str) -> bool:
     return all(part in text for part in ([*strings(value)] or [str(value)]))
 
 
 def _usable(sample: Tokens | ValueError) -> Tokens | ValueError:
-    """The sample, or the error that its mask trains nothing or everything of it."""
+    """The sample, or an error if none or all of its tokens are trained."""
     if isinstance(sample, ValueError):
         return sample
     trained = np.count_nonzero(sample.loss_mask)
@@ -281,7 +281,7 @@ def _count(sample: Tokens, *counters: Counter) -> None:
         counter["trained_tokens"] += trained
 
 
-def _block(samples: list[Tokens], before: list[int], numbers: list[int], fates: Fates, rows: list[Row]) -> Block:
+def _block(samples: list[Tokens], before: list[int], numbers: list[int], outcomes: Outcomes, rows: list[Row]) -> Block:
     none = Tokens(np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.uint8))
     ids, masks = zip(none, *samples, strict=True)
     return Block(
@@ -290,6 +290,6 @@ def _block(samples: list[Tokens], before: list[int], numbers: list[int], fates: 
         lengths=np.array([len(sample.ids) for sample in samples], dtype=np.int32),
         before=np.array(before, dtype=np.int32),
         rows=np.array(numbers, dtype=np.int64),
-        fates=fates,
+        outcomes=outcomes,
         size=sum(map(size_of, rows)),
     )

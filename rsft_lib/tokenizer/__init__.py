@@ -1,1 +1,1 @@
-"""Control tokens and chat templates: patch them, render conversations with them, and check both against serving."""
+"""Control tokens and chat templates: patching, rendering, and checks that training and serving agree."""

@@ -1,7 +1,7 @@
-"""Conversations as text and as tokens: what a chat template renders, and which part of it is trained.
+"""Render conversations with a chat template, tokenize them, and compute the loss mask.
 
 A conversation is a list of messages with `role` (system, user, assistant, tool) and `content`. An assistant message
-may carry `train: false`, to be context only, or `weight`, by which the loss of its tokens is multiplied.
+may have `train: false`, which makes it context only, or `weight`, a factor on the loss of its tokens.
 """
 
 import re
@@ -15,15 +15,19 @@ THINK, END_THINK, SHORT = "<think>", "</think>", "<short>"
 MODES = {"think": THINK, "short": SHORT}
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-REASONING = ("reasoning_content", "reasoning", "thinking")  # where other tools keep the chain of thought
+REASONING = (
+    "reasoning_content",
+    "reasoning",
+    "thinking",
+)  # message fields in which other tools keep the chain of thought
 
-# What the bytes of a loss mask mean: 0 is not trained, 1 is trained, 2 to 255 are weights 0.01 to 2.54.
+# Loss weight of each byte of a loss mask: 0 is not trained, 1 is trained, 2 to 255 are weights 0.01 to 2.54.
 LOSS_WEIGHTS = np.concatenate([[0, 1], np.arange(1, 255) / 100]).astype(np.float32)
 MOST_WEIGHT = 2.54
 
 
 class Span(NamedTuple):
-    """Characters `start` to `end` (exclusive) of a text are trained; `code` is their entry of LOSS_WEIGHTS."""
+    """Trained characters `start` to `end` (exclusive) of a text; `code` is their index into LOSS_WEIGHTS."""
 
     start: int
     end: int
@@ -32,7 +36,7 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoded:
-    """A conversation: `ids` and `loss_mask` have one entry per token; 0 in the mask is not trained."""
+    """A tokenized conversation: `ids` and `loss_mask`, one entry per token; mask 0 is not trained."""
 
     ids: list[int]
     loss_mask: list[int]
@@ -40,7 +44,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A chat template in Jinja, with the special tokens that it may name."""
+    """A Jinja chat template with the special tokens it may refer to."""
 
     source: str
     special_tokens: dict[str, Any]
@@ -51,11 +55,11 @@ class ChatTemplate:
 
     @property
     def marks_answers(self) -> bool:
-        """Whether `{% generation %}` blocks tell what the assistant writes."""
+        """Whether the template marks the assistant's output with `{% generation %}` blocks."""
         return GENERATION.search(self.source) is not None
 
     def render(self, messages: list[dict], tools: list[dict] | None = None, prompt: bool = False) -> str:
-        """The conversation as text; with `prompt`, up to where the assistant writes next.
+        """The conversation as text; with `prompt`, the generation prompt is appended.
 
         Raises:
             ValueError: the template fails on this conversation.
@@ -63,7 +67,7 @@ class ChatTemplate:
         return self._render([messages], tools, prompt)[0][0]
 
     def render_marked(self, chats: list[list[dict]], tools: list[dict] | None = None) -> list[tuple[str, list[Span]]]:
-        """Each conversation as text, and the characters within its `{% generation %}` blocks."""
+        """The text of each conversation, and the spans of its `{% generation %}` blocks."""
         texts, blocks = self._render(chats, tools, marked=True)
         return [(text, _joined(own)) for text, own in zip(texts, blocks, strict=True)]
 
@@ -79,54 +83,54 @@ class ChatTemplate:
             )
         except TimeoutError:  # of rsft_lib.common.sandbox
             raise
-        except Exception as error:  # a template is code and raises what it likes
+        except Exception as error:  # a template is code and can raise anything
             raise ValueError(f"the chat template fails on this conversation ({error!r})") from error
 
 
 def trained_texts(
     template: ChatTemplate, chats: list[list[dict]], tools: list[dict] | None = None, turns: str = "all"
 ) -> list[tuple[str, list[Span]]]:
-    """Conversations as text, and which characters are trained: what the assistant writes, up to and with its EOS.
+    """The text of each conversation, and its trained spans: the assistant's answers, including their EOS.
 
-    The template says where its answers are, by `{% generation %}` blocks. Where it has none, an answer begins where
-    the messages before it, rendered with the generation prompt, end; each rendering must continue the one before.
+    Answers are located by the template's `{% generation %}` blocks. Without these, an answer begins where the preceding
+    messages, rendered with the generation prompt, end; each rendering must be a prefix of the next.
 
     Args:
-        tools: what all of them may call.
+        tools: the tools available in all of the conversations.
         turns: 'all' trains every answer, 'last' only the last.
 
     Raises:
-        ValueError: in one of them nothing is to be trained, the template drops or moves a message or changes an
-            answer, or an answer does not end with EOS.
+        ValueError: a conversation has nothing to train, the template drops, moves or changes a message, or an answer
+            does not end with EOS.
     """
     if template.marks_answers:
         marked = template.render_marked(chats, tools)
     else:
-        marked = [_found(template, messages, tools) for messages in chats]
+        marked = [_locate_answers(template, messages, tools) for messages in chats]
     eos = template.special_tokens.get("eos_token")
-    found = []
-    for messages, (text, places) in zip(chats, marked, strict=True):
-        spans = _spans(messages, text, places, eos, turns)
-        _check_order(messages, text, places)
-        found.append((text, spans))
-    return found
+    result = []
+    for messages, (text, answers) in zip(chats, marked, strict=True):
+        spans = _trained_spans(messages, text, answers, eos, turns)
+        _check_order(messages, text, answers)
+        result.append((text, spans))
+    return result
 
 
 def trained_text(
     template: ChatTemplate, messages: list[dict], tools: list[dict] | None = None, turns: str = "all"
 ) -> tuple[str, list[Span]]:
-    """`trained_texts` of one conversation."""
+    """`trained_texts` for one conversation."""
     return trained_texts(template, [messages], tools, turns)[0]
 
 
 def encode(tokenizer, messages: list[dict], tools: list[dict] | None = None, turns: str = "all") -> Encoded:
-    """Token ids of a conversation and which of them are trained, with a tokenizer of transformers.
+    """Token ids and loss mask of a conversation, with a transformers tokenizer.
 
         text   <bos> <｜User｜> 2 + 2 ? <｜Assistant｜> <short> 4 <eos>
         mask     0      0     0 0 0 0       0          1    1   1
 
     Raises:
-        ValueError: as `trained_text`; or a token lies half inside an answer.
+        ValueError: as `trained_text`, or a token crosses the boundary of an answer.
     """
     text, spans = trained_text(ChatTemplate.of(tokenizer), messages, tools, turns)
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -134,66 +138,62 @@ def encode(tokenizer, messages: list[dict], tools: list[dict] | None = None, tur
 
 
 def mask_of(offsets: list[tuple[int, int]], spans: list[Span], text: str) -> list[int]:
-    """The mask of tokens from the characters each covers: [tokens] codes of LOSS_WEIGHTS.
+    """The loss mask of tokens from their character offsets: [tokens] indices into LOSS_WEIGHTS.
 
     Raises:
-        ValueError: a token lies across the edge of an answer.
+        ValueError: a token crosses the boundary of an answer.
     """
-    mask, ahead = [], list(reversed(spans))
+    mask, remaining = [], list(reversed(spans))
     for start, end in offsets:
-        while ahead and ahead[-1].end <= start:
-            ahead.pop()
-        span = ahead[-1] if ahead else Span(len(text), len(text))
+        while remaining and remaining[-1].end <= start:
+            remaining.pop()
+        span = remaining[-1] if remaining else Span(len(text), len(text))
         if end <= span.start:
             mask.append(0)
         elif span.start <= start and end <= span.end:
             mask.append(span.code)
         else:
-            raise ValueError(across_edge(text[start:end], start))
+            raise ValueError(
+                f"token {text[start:end]!r} at character {start} crosses the boundary of an answer; end the prompt "
+                "with a special token"
+            )
     return mask
 
 
-def across_edge(token: str, place: int) -> str:
-    """The error for a token that is partly prompt and partly answer."""
-    return (
-        f"token {token!r} at character {place} lies across the edge of an answer; end the prompt with a special token"
-    )
-
-
 def prompt_ids(tokenizer, messages: list[dict], mode: str | None = None, tools: list[dict] | None = None) -> list[int]:
-    """Token ids to generate from: the conversation, the assistant's header and the mode's control token.
+    """Token ids of a prompt: the conversation, the assistant's header and the control token of `mode`.
 
     Args:
-        mode: 'think' or 'short'; None leaves the choice to the model.
+        mode: 'think' or 'short'; None lets the model choose.
     """
     text = ChatTemplate.of(tokenizer).render(messages, tools, prompt=True)
     return tokenizer(text + (MODES[mode] if mode else ""), add_special_tokens=False)["input_ids"]
 
 
 def weight_code(message: dict) -> int:
-    """The entry of LOSS_WEIGHTS for an assistant message, from its `train` and `weight`.
+    """The index into LOSS_WEIGHTS for an assistant message, from its `train` and `weight`.
 
     Raises:
-        ValueError: the weight is not one from 0 to 2.54.
+        ValueError: the weight is not a number from 0 to 2.54.
     """
     weight = message.get("weight", 1)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= MOST_WEIGHT:
-        raise ValueError(f"weight is {weight!r:.60}; it must be a number from 0 to {MOST_WEIGHT}, in hundredths")
+        raise ValueError(f"weight is {weight!r:.60}; it must be a number from 0 to {MOST_WEIGHT} in steps of 0.01")
     if weight == 1 or not message.get("train", True):
         return int(message.get("train", True))
     hundredths = round(100 * weight)
     return hundredths + 1 if hundredths else 0
 
 
-def _spans(messages: list[dict], text: str, places: list[Span], eos: str | None, turns: str) -> list[Span]:
-    """The places of a conversation's answers, checked, without what is not trained."""
-    answers = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
-    if len(places) != len(answers):
-        raise ValueError(f"the chat template marks {len(places)} answers, the conversation has {len(answers)}")
+def _trained_spans(messages: list[dict], text: str, answers: list[Span], eos: str | None, turns: str) -> list[Span]:
+    """Check the spans of a conversation's answers, and return those that are trained."""
+    answer_turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
+    if len(answers) != len(answer_turns):
+        raise ValueError(f"the chat template marks {len(answers)} answers, the conversation has {len(answer_turns)}")
     spans = []
-    for turn, (start, end, _) in zip(answers, places, strict=True):
+    for turn, (start, end, _) in zip(answer_turns, answers, strict=True):
         end = start + _check_answer(messages[turn], turn, text[start:end], eos)
-        code = weight_code(messages[turn]) if turns == "all" or turn == answers[-1] else 0
+        code = weight_code(messages[turn]) if turns == "all" or turn == answer_turns[-1] else 0
         if code:
             spans.append(Span(start, end, code))
     if not spans:
@@ -201,66 +201,66 @@ def _spans(messages: list[dict], text: str, places: list[Span], eos: str | None,
     return spans
 
 
-def _found(template: ChatTemplate, messages: list[dict], tools: list[dict] | None) -> tuple[str, list[Span]]:
-    """A conversation as text, and where its answers lie, found from what is rendered without each."""
-    text, places = template.render(messages, tools), []
+def _locate_answers(template: ChatTemplate, messages: list[dict], tools: list[dict] | None) -> tuple[str, list[Span]]:
+    """The text of a conversation and the spans of its answers, located by rendering it up to each answer."""
+    text, answers = template.render(messages, tools), []
     for turn in (turn for turn, message in enumerate(messages) if message["role"] == "assistant"):
         prompt = template.render(messages[:turn], tools, prompt=True)
         upto = text if turn == len(messages) - 1 else template.render(messages[: turn + 1], tools)
         if not (text.startswith(upto) and upto.startswith(prompt)):
             raise ValueError(
-                f"message {turn}: the chat template renders the conversation before this answer differently once the "
-                "answer is there, so what to train cannot be told; patch the template (notebook 01_patch_tokenizer)"
+                f"message {turn}: the chat template renders the preceding messages differently once this answer "
+                "follows, so the trained tokens are ambiguous; patch the template (notebook 01_patch_tokenizer)"
             )
-        places.append(Span(len(prompt), len(upto)))
-    return text, places
+        answers.append(Span(len(prompt), len(upto)))
+    return text, answers
 
 
 def _check_answer(message: dict, turn: int, answer: str, eos: str | None) -> int:
-    """Length of `answer` up to and with its EOS; all that the message says must be in it."""
-    said = [message.get(name) for name in ("content", *REASONING)]
-    said += [call["function"]["name"] for call in message.get("tool_calls") or ()]
-    if any(part and part.strip() not in answer for part in said):
+    """Length of `answer` including its EOS; every part of the message must occur in it."""
+    parts = [message.get(name) for name in ("content", *REASONING)]
+    parts += [call["function"]["name"] for call in message.get("tool_calls") or ()]
+    if any(part and part.strip() not in answer for part in parts):
         raise ValueError(
             f"message {turn}: the chat template drops part of the answer, such as the chain of thought; "
             "patch the template (notebook 01_patch_tokenizer)"
         )
-    length = len(answer.rstrip())  # some templates put a line break after EOS
+    length = len(answer.rstrip())  # some templates add a line break after EOS
     if not eos or not answer[:length].endswith(eos):
         raise ValueError(f"message {turn}: the chat template does not end the answer with {eos!r}")
     return length
 
 
-def _check_order(messages: list[dict], text: str, places: list[Span]) -> None:
-    """What every message says must be in the text, in the order of the messages; `places` are those of the answers.
+def _check_order(messages: list[dict], text: str, answers: list[Span]) -> None:
+    """Check that the text contains every message, in order; `answers` are the spans of the assistant's messages.
 
-    R1's template, for one, shows the last of several system messages only, and moves it to the front.
+    R1's template, for example, keeps only the last of several system messages and moves it to the front.
     """
-    answers, at = iter([*places, Span(len(text), len(text))]), 0
-    following = next(answers)
+    remaining, position = iter([*answers, Span(len(text), len(text))]), 0
+    following = next(remaining)
     for turn, message in enumerate(messages):
         if message["role"] == "assistant":
-            if following.start < at:
+            if following.start < position:
                 raise ValueError(misplaced(turn, message))
-            at, following = following.end, next(answers)
+            position, following = following.end, next(remaining)
             continue
-        said = (message.get("content") or "").strip()
-        found = text.find(said, at, following.start)
-        if found < 0:
+        content = (message.get("content") or "").strip()
+        start = text.find(content, position, following.start)
+        if start < 0:
             raise ValueError(misplaced(turn, message))
-        at = found + len(said)
+        position = start + len(content)
 
 
 def misplaced(turn: int, message: dict) -> str:
-    """The error for a message that is not in the text of its conversation, or not where it was said."""
+    """The error for a message that the rendered text lacks or has in the wrong place."""
     return (
-        f"message {turn} ({message['role']}): the chat template drops it, changes it or puts it elsewhere: "
-        f"{message.get('content')!r:.60} is not found between the messages before and after it"
+        f"message {turn} ({message['role']}): the chat template drops, changes or moves it: "
+        f"{message.get('content')!r:.60} is not found between the preceding and the following message"
     )
 
 
 def _joined(blocks: list[tuple[int, int]]) -> list[Span]:
-    """Blocks as spans; those that touch are one answer."""
+    """Blocks as spans; adjacent blocks are merged into one answer."""
     spans: list[Span] = []
     for start, end in blocks:
         if spans and spans[-1].end == start:

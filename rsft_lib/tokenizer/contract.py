@@ -1,4 +1,4 @@
-"""The contract between training and serving: a table of named checks on a tokenizer folder, freshly loaded."""
+"""The contract between training and serving: named checks that both see the same tokens, on a tokenizer folder."""
 
 import json
 from collections.abc import Iterator
@@ -12,24 +12,24 @@ from rsft_lib.tokenizer.chat import END_THINK, MODES
 from rsft_lib.tokenizer.patch import FILES, disagreements, load_tokenizer
 from rsft_lib.tokenizer.template_checks import CHAT, check_template
 
-# Where tokenizers differ: spaces, line ends, digits, contractions, scripts, characters of several code points.
+# Texts on which tokenizers differ: spaces, line ends, digits, contractions, scripts, multi-code-point characters.
 TEXTS = [
     " two  spaces\tand\ttabs \r\n\n\n end ", "12345 3.14 1e-9 0x1F", "they're I'LL don't", "x_1 = f(a[0]);  // why?",
     "数学，并且。 한국어 العربية हिन्दी", "🙂👩‍👩‍👧 e\u0301 é ﬁ \u200b\ufeff", "\\boxed{4}\n```py\n",
     "<sho rt> <think >\n</ think> <|quad",
 ]  # fmt: skip
-BATCH = 1000  # lines of a corpus that are compared at once
+BATCH = 1000  # corpus lines tokenized at a time
 
 
 def check_contract(folder: str | Path, corpus: str | Path = "") -> Checks:
-    """Every check of a tokenizer folder, those too that need another tokenizer beside it.
+    """Run every check on a tokenizer folder, including those that load a second tokenizer for comparison.
 
     Args:
-        corpus: a text file, such as JSON Lines; each of its lines, beside a few hard ones, must be the same tokens
-            as in the source. Lines that name a replaced token are left out.
+        corpus: a text file, such as JSON Lines; each line, in addition to `TEXTS`, must give the same tokens as with
+            the source tokenizer. Lines that contain a replaced token are skipped.
 
     Raises:
-        FileNotFoundError: there is no such folder, tokenizer or corpus.
+        FileNotFoundError: the folder, its tokenizer or the corpus does not exist.
     """
     folder = existing(folder, "tokenizer folder")
     lines = existing(corpus, "corpus") if str(corpus) else None
@@ -41,14 +41,14 @@ def check_contract(folder: str | Path, corpus: str | Path = "") -> Checks:
 
 
 def require_contract(folder: str | Path, tokenizer=None) -> None:
-    """Run the checks that the folder can answer alone; it takes about a second.
+    """Run the checks that need only the folder itself; takes about a second.
 
     Args:
-        tokenizer: as `load_tokenizer` reads it from the folder, where the caller has done so.
+        tokenizer: the result of `load_tokenizer(folder)`, if already loaded.
 
     Raises:
-        FileNotFoundError: there is no such folder, or no tokenizer in it.
-        ValueError: a check fails; each that does is named, with what was found.
+        FileNotFoundError: the folder or its tokenizer does not exist.
+        ValueError: checks fail; the message lists each with its detail.
     """
     folder = existing(folder, "tokenizer folder")
     tokenizer = tokenizer or load_tokenizer(folder)
@@ -79,14 +79,14 @@ def _manifest(folder: Path) -> dict:
 
 def _patch_facts(manifest: dict) -> dict:
     if manifest.get("made_by") != "patch_tokenizer":
-        raise Skip("the folder was not written by patch_tokenizer, so what it was before is not known")
+        raise Skip("the folder was not written by patch_tokenizer, so its source is unknown")
     return manifest
 
 
 def _files_are_whole(folder: Path, manifest: dict) -> str:
     if not manifest:
         raise ValueError(
-            "there is no manifest; patch the tokenizer (notebook 01): one that was patched by hand is taken as it is"
+            "no manifest; run notebook 01_patch_tokenizer (a tokenizer that was patched by hand is copied unchanged)"
         )
     names = [name for name in FILES if (folder / name).is_file()]
     listed = {name: manifest["files"][name]["sha256"] for name in FILES if name in manifest["files"]}
@@ -97,9 +97,9 @@ def _files_are_whole(folder: Path, manifest: dict) -> str:
 
 
 def _files_agree(folder: Path, tokenizer) -> str:
-    if found := disagreements(folder, tokenizer):
-        raise ValueError("; ".join(found))
-    return "every file gives a token the same id"
+    if errors := disagreements(folder, tokenizer):
+        raise ValueError("; ".join(errors))
+    return "all files agree on the ids of the added tokens"
 
 
 def _one_token_each(tokenizer, control: list[str]) -> str:
@@ -123,53 +123,53 @@ def _vocabulary_kept(tokenizer, manifest: dict) -> str:
     size = _patch_facts(manifest)["vocab_size"]
     if len(tokenizer) != size:
         raise ValueError(f"{len(tokenizer):,} tokens, the source has {size:,}")
-    return f"{size:,} tokens, as before"
+    return f"{size:,} tokens, as in the source"
 
 
 def _are_read(tokenizer, control: list[str]) -> str:
     text = "a".join(control)
-    found = tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"], skip_special_tokens=True)
-    if found != text:
-        raise ValueError(f"skip_special_tokens makes {found!r} of {text!r}: servers would not return the token")
-    return "they survive skip_special_tokens, with which servers decode"
+    decoded = tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"], skip_special_tokens=True)
+    if decoded != text:
+        raise ValueError(f"with skip_special_tokens, {text!r} is decoded as {decoded!r}: servers would drop the token")
+    return "they survive decoding with skip_special_tokens, the default of servers"
 
 
 def _round_trip(tokenizer, control: list[str]) -> str:
     for token in control:
         for text in (f"a{token}b", f" {token} ", f"a \n{token}\n\nb", token * 2):
-            found = tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"])
-            if found != text:
-                raise ValueError(f"{text!r} comes back as {found!r}")
-    return "text around them, spaces and line ends too, comes back as it was"
+            decoded = tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"])
+            if decoded != text:
+                raise ValueError(f"{text!r} is encoded and decoded as {decoded!r}")
+    return "surrounding text, spaces and line ends are unchanged by encoding and decoding"
 
 
 def _generation_stops(folder: Path, tokenizer) -> str:
     path = folder / "generation_config.json"
     stops = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
     if stops is None:
-        raise Skip("no generation_config.json says where")
+        raise Skip("no eos_token_id in generation_config.json, or no such file")
     if tokenizer.eos_token_id not in (stops if isinstance(stops, list) else [stops]):
         raise ValueError(
-            f"generation_config.json stops at {stops}, answers are trained to end with {tokenizer.eos_token_id} "
-            f"({tokenizer.eos_token})"
+            f"generation_config.json has eos_token_id {stops}, answers are trained to end with "
+            f"{tokenizer.eos_token_id} ({tokenizer.eos_token})"
         )
-    return f"at {tokenizer.eos_token} ({tokenizer.eos_token_id}), with which answers end"
+    return f"at {tokenizer.eos_token} ({tokenizer.eos_token_id}), the token that ends trained answers"
 
 
 def _other_text(tokenizer, manifest: dict, corpus: Path | None) -> str:
     source, replaced = Path(_patch_facts(manifest)["source"]), manifest["replacements"]
     if not source.is_dir():
-        raise Skip(f"the source {source} is gone")
-    before, names, count, left_out = load_tokenizer(source), [*replaced, *replaced.values()], 0, 0
+        raise Skip(f"the source {source} no longer exists")
+    before, names, count, skipped = load_tokenizer(source), [*replaced, *replaced.values()], 0, 0
     for batch in _batches(corpus):
         texts = [text for text in batch if not any(name in text for name in names)]
-        count, left_out = count + len(texts), left_out + len(batch) - len(texts)
+        count, skipped = count + len(texts), skipped + len(batch) - len(texts)
         pairs = zip(texts, before(texts)["input_ids"], tokenizer(texts)["input_ids"], strict=True)
         for text, expected, found in pairs:
             if expected != found:
-                raise ValueError(f"{text[:80]!r} is {found[:20]}, in the source {expected[:20]}")
-    return f"{count:,} texts are the same tokens" + f"; {left_out:,} that name a replaced token left out" * bool(
-        left_out
+                raise ValueError(f"{text[:80]!r} has ids {found[:20]}, with the source tokenizer {expected[:20]}")
+    return f"{count:,} texts give the same tokens" + f"; {skipped:,} that contain a replaced token skipped" * bool(
+        skipped
     )
 
 
@@ -182,20 +182,20 @@ def _batches(corpus: Path | None) -> Iterator[list[str]]:
 
 
 def _served_alike(folder: Path, tokenizer) -> str:
-    """AutoTokenizer, which servers use, may build another tokenizer from the class or model that the files name."""
-    from transformers import AutoTokenizer  # takes seconds, and most callers need none
+    """Servers use AutoTokenizer, which may build a different tokenizer from the class or model type in the files."""
+    from transformers import AutoTokenizer  # the import takes seconds, and most callers do not need it
 
     served = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if served.chat_template != tokenizer.chat_template:
-        raise ValueError(f"{type(served).__name__} has another chat template")
+        raise ValueError(f"AutoTokenizer builds a {type(served).__name__} with a different chat template")
     marks = "".join(f"{token}\n" for token in tokenizer.get_added_vocab())
     for text in [*TEXTS, marks, *(message["content"] for message in CHAT)]:
         expected, found = (t(text)["input_ids"] for t in (tokenizer, served))
         if found != expected or served.decode(found) != tokenizer.decode(expected):
             raise ValueError(
-                f"AutoTokenizer makes a {type(served).__name__} that reads {text[:40]!r} as {found[:12]}, "
-                f"tokenizer.json says {expected[:12]}"
+                f"AutoTokenizer builds a {type(served).__name__} that encodes {text[:40]!r} as {found[:12]}, "
+                f"tokenizer.json as {expected[:12]}"
             )
     if served.eos_token_id != tokenizer.eos_token_id:
-        raise ValueError(f"AutoTokenizer ends with {served.eos_token_id}, training with {tokenizer.eos_token_id}")
-    return f"AutoTokenizer makes a {type(served).__name__} that agrees"
+        raise ValueError(f"AutoTokenizer has EOS id {served.eos_token_id}, training uses {tokenizer.eos_token_id}")
+    return f"AutoTokenizer builds a {type(served).__name__} that agrees with tokenizer.json"

@@ -1,4 +1,4 @@
-"""Tokenizer surgery: unused tokens become control tokens, in every file that names them."""
+"""Tokenizer patching: rename unused tokens to control tokens in every tokenizer file."""
 
 import hashlib
 import json
@@ -16,20 +16,20 @@ from rsft_lib.tokenizer.templates import patch_template, template_diff
 
 TOKENIZER, CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 
-# config.json tells AutoTokenizer which model this is for, generation_config.json names the token that ends answers.
+# AutoTokenizer reads the model type from config.json; generation_config.json has the EOS id.
 FILES = [
     TOKENIZER, CONFIG, TEMPLATE, "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "config.json", "generation_config.json",
 ]  # fmt: skip
 
-# Where tokenizer files list the tokens that are special beside BOS, EOS and padding; a control token is none.
+# Keys under which tokenizer files list special tokens other than BOS, EOS and padding. Control tokens are not special.
 SPECIAL_LISTS = {"additional_special_tokens", "extra_special_tokens"}
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a folder, exactly as its `tokenizer.json` says.
+    """The tokenizer of a folder, exactly as `tokenizer.json` defines it.
 
-    AutoTokenizer of transformers 5 may build R1's from `tokenizer_class: LlamaTokenizerFast` instead.
+    AutoTokenizer of transformers 5 may follow `tokenizer_class: LlamaTokenizerFast` instead, as in R1's config.
 
     Raises:
         FileNotFoundError: the folder has no `tokenizer.json`.
@@ -46,29 +46,29 @@ def patch_tokenizer(
     template: str | Path = "",
     overwrite: bool = False,
 ) -> dict:
-    """Copy a tokenizer to a new folder with tokens renamed and the chat template made ready for training.
+    """Copy a tokenizer to a new folder with tokens renamed and the chat template prepared for training.
 
-    A token that has its new name already is left as it is, and said so: patching twice gives the same files.
+    A token that already has its new name is kept and reported: patching a patched tokenizer changes nothing.
 
     Args:
-        replacements: old token -> new token, such as {'<|quad_start|>': '<short>'}. Ids stay as they are, and
-            the new tokens are no special ones, so they survive `skip_special_tokens`.
+        replacements: old token -> new token, such as {'<|quad_start|>': '<short>'}. Ids do not change. The new tokens
+            are not special, so they survive `skip_special_tokens`.
         trailing_newline: see `templates.patch_template`.
-        template: a file with a chat template of your own, taken as it is in place of the edited one.
-        overwrite: replace `destination` where it was made from another tokenizer or template, too.
+        template: a file with a chat template to use unchanged in place of the edited one.
+        overwrite: also replace a `destination` made from another tokenizer or template.
 
     Returns:
-        The manifest's facts: `ids` of every control token, `vocab_size`, `edits` of the template with the reason
-        of each, `template_diff`, and the hashes of what was read.
+        The manifest: `ids` of all control tokens, `vocab_size`, `edits` of the template with their reasons,
+        `template_diff`, and the hashes of the inputs.
 
     Raises:
-        FileNotFoundError: there is no tokenizer.
+        FileNotFoundError: `source` has no tokenizer.
         FileExistsError: `destination` is something else, or was made from another tokenizer or template.
-        ValueError: a token to replace is not there or in use, a new one is another token already, the template
-            cannot be edited, or a file of another kind names a token.
+        ValueError: a token to replace does not exist or is in use, a new token already exists, the template cannot
+            be edited, or a file that cannot be edited contains a token to replace.
     """
     if not replacements:
-        raise ValueError("replacements are empty; expected at least one, such as {'<|quad_start|>': '<short>'}")
+        raise ValueError("replacements is empty; expected at least one, such as {'<|quad_start|>': '<short>'}")
     source = existing(Path(source) / TOKENIZER, "tokenizer of the model").parent
     before = load_tokenizer(source)
     raw = Tokenizer.from_file(str(source / TOKENIZER))
@@ -100,55 +100,57 @@ def patch_tokenizer(
 
 
 def _source_hash(source: Path, template: str) -> str:
-    """SHA-256 that tells a model's tokenizer from that of another one, which may share `tokenizer.json` with it."""
+    """SHA-256 that identifies a model's tokenizer; models that share `tokenizer.json` differ in the other inputs."""
     files = (source / name for name in (TOKENIZER, "config.json"))
     return text_hash("".join([*(file_hash(file) for file in files if file.is_file()), text_hash(template)]))
 
 
 def fingerprint(folder: Path, tokenizer=None) -> dict[str, str]:
-    """SHA-256 of a folder's `tokenizer.json` and of its chat template: what data, training and export must share.
+    """SHA-256 of a folder's `tokenizer.json` and chat template, which data, training and export must share.
 
     Args:
-        tokenizer: as `load_tokenizer` reads it from the folder, where the caller has done so.
+        tokenizer: the result of `load_tokenizer(folder)`, if already loaded.
     """
     template = (tokenizer or load_tokenizer(folder)).chat_template or ""
     return {"tokenizer_sha256": file_hash(folder / TOKENIZER), "template_sha256": text_hash(template)}
 
 
 def text_hash(text: str) -> str:
-    """SHA-256 of a text in UTF-8, in hex."""
+    """SHA-256 of a string in UTF-8, in hex."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def disagreements(folder: Path, tokenizer) -> list[str]:
-    """Tokens that a file beside `tokenizer.json` calls otherwise than the loaded tokenizer does, in words."""
+    """Messages about tokens for which a file beside `tokenizer.json` and the loaded tokenizer differ."""
     added = folder / "added_tokens.json"
     decoder = _read(folder / CONFIG).get("added_tokens_decoder", {})
-    stated = [(CONFIG, int(number), token["content"]) for number, token in decoder.items()]
-    stated += [(added.name, number, token) for token, number in (_read(added) if added.is_file() else {}).items()]
+    entries = [(CONFIG, int(number), token["content"]) for number, token in decoder.items()]
+    entries += [(added.name, number, token) for token, number in (_read(added) if added.is_file() else {}).items()]
     return [
         f"{name} calls token {number} {token!r}, {TOKENIZER} calls it {tokenizer.convert_ids_to_tokens(number)!r}"
-        for name, number, token in stated
+        for name, number, token in entries
         if tokenizer.convert_tokens_to_ids(token) != number
     ]
 
 
 def _expected_ids(source: Path, replacements: dict[str, str], raw: Tokenizer, special: dict) -> dict[str, int]:
-    """The id that each new token gets, or has already; `special` maps roles such as `bos_token` to their tokens."""
+    """The id of each new token after patching; `special` maps roles such as `bos_token` to their tokens."""
     ids = {token.content: number for number, token in raw.get_added_tokens_decoder().items()}
     roles = {token: role for role, token in special.items() if isinstance(token, str)}
     if len(set(replacements.values())) < len(replacements):
-        raise ValueError(f"two tokens cannot become the same one: {replacements}")
+        raise ValueError(f"two tokens cannot be renamed to the same one: {replacements}")
     for old, new in replacements.items():
         if new in ids and old in ids:
-            raise ValueError(f"{source}: {new!r} is a token already (id {ids[new]}), beside {old!r} (id {ids[old]})")
+            raise ValueError(
+                f"{source}: cannot rename {old!r} (id {ids[old]}): {new!r} is already a token (id {ids[new]})"
+            )
         if old in roles:
-            raise ValueError(f"{source}: {old!r} is the tokenizer's {roles[old]}; choose a token that is not used")
+            raise ValueError(f"{source}: {old!r} is the tokenizer's {roles[old]}; choose an unused token")
         if new not in ids and old not in ids:
             known = visible(", ".join(sorted(ids)))
-            raise ValueError(f"{source}: no added token {old!r} to replace; there are {known}")
+            raise ValueError(f"{source}: no added token {old!r} to replace; the added tokens are {known}")
         if new in ids:
-            print(f"{source}: {new!r} is there already (id {ids[new]}) and {old!r} is gone; nothing to rename")
+            print(f"{source}: {new!r} already exists (id {ids[new]}) and {old!r} does not; nothing to rename")
     return {new: ids.get(old, ids.get(new)) for old, new in replacements.items()}
 
 
@@ -156,16 +158,16 @@ def _template(tokenizer, source: Path, own: str) -> str:
     template = tokenizer.chat_template
     if isinstance(template, dict):
         raise ValueError(
-            f"{source} has several chat templates ({', '.join(template)}); what is served must be what was trained: "
+            f"{source} has several chat templates ({', '.join(template)}); training and serving must use the same one: "
             "copy the folder with only one of them"
         )
     if not template and not own:
-        raise ValueError(f"{source}: the tokenizer has no chat template; give a file with one as `template`")
+        raise ValueError(f"{source}: the tokenizer has no chat template; set `template` to a file with one")
     return template or ""
 
 
 def _copy(path: Path, target: Path, replacements: dict[str, str]) -> None:
-    """Copy a file with tokens renamed; where it names none, byte for byte."""
+    """Copy a file with tokens renamed; byte for byte if it contains none of them."""
     if path.suffix == ".json":
         content = _read(path)
         renamed = _renamed(content, replacements)
@@ -176,16 +178,16 @@ def _copy(path: Path, target: Path, replacements: dict[str, str]) -> None:
             return
     if path.suffix == ".model" and any(old.encode() in path.read_bytes() for old in replacements):
         raise ValueError(
-            f"{path} has one of {list(replacements)} in a vocabulary of sentencepiece, which cannot be renamed there; "
-            "choose another token, or copy the folder without this file: tokenizer.json says all it says"
+            f"{path} has one of {list(replacements)} in a sentencepiece vocabulary, which cannot be edited; choose "
+            "another token, or copy the folder without this file: tokenizer.json contains the same vocabulary"
         )
     shutil.copyfile(path, target)
 
 
 def _is_llama(config: dict, folder: Path) -> bool:
-    """Whether AutoTokenizer is told to build Llama's tokenizer from a byte-level one.
+    """Whether `tokenizer_class` names Llama's tokenizer although `tokenizer.json` is byte-level.
 
-    LlamaTokenizer of transformers 5 cuts text as sentencepiece does, so R1's would lose its spaces.
+    LlamaTokenizer of transformers 5 pre-tokenizes like sentencepiece, so R1's tokenizer would lose its spaces.
     https://github.com/huggingface/transformers/issues/45488
     """
     named = str(config.get("tokenizer_class")).startswith("LlamaTokenizer")
@@ -193,9 +195,9 @@ def _is_llama(config: dict, folder: Path) -> bool:
 
 
 def _renamed(node, replacements: dict[str, str], key: str = ""):
-    """`node` with tokens renamed wherever one is a whole string, key or value, and no longer special.
+    """`node` with tokens renamed where one is a complete key or value, and with their special flags cleared.
 
-    `merges` are left out, since no added token is made of others.
+    `merges` are skipped: added tokens are not built from merges.
     """
     if isinstance(node, str):
         return replacements.get(node, node)
@@ -216,7 +218,7 @@ def _names(item, replacements: dict[str, str]) -> bool:
 
 
 def _write_template(folder: Path, template: str) -> None:
-    """Write the template wherever the folder keeps one: in the config, or in a file of its own (from 4.54 on)."""
+    """Write the template where the folder keeps it: in the config, or in its own file (transformers 4.54 and later)."""
     config = _read(folder / CONFIG)
     if "chat_template" in config:
         _write(folder / CONFIG, folder / CONFIG, config | {"chat_template": template})
@@ -225,26 +227,26 @@ def _write_template(folder: Path, template: str) -> None:
 
 
 def _check_patched(folder: Path, expected: dict[str, int], size: int) -> dict[str, int]:
-    """Load the folder afresh and return the ids of all control tokens; each is one, and no id has moved."""
+    """Reload the folder, check that every control token is a single token with its expected id, and return the ids."""
     after = load_tokenizer(folder)
     if differing := disagreements(folder, after):
-        raise ValueError(f"{differing[0]}; add the one to the replacements, as `old -> new`, to settle it")
+        raise ValueError(f"{differing[0]}; add `wrong token -> right token` to the replacements")
     if len(after) != size:
         new = sorted(token for token, number in after.get_vocab().items() if number >= size)
         raise ValueError(
             f"{CONFIG} or another file names {', '.join(map(repr, new))}, which {TOKENIZER} does not have: remove it "
-            "there, or put a token of the vocabulary in its place"
+            "there, or replace it by a token of the vocabulary"
         )
-    found = {t: after(t, add_special_tokens=False)["input_ids"] for t in [*MODES.values(), END_THINK, *expected]}
-    for token, ids in found.items():
+    encoded = {t: after(t, add_special_tokens=False)["input_ids"] for t in [*MODES.values(), END_THINK, *expected]}
+    for token, ids in encoded.items():
         if len(ids) != 1:
             raise ValueError(
-                f"{token!r} should be one token but is {ids}: let an unused one become it, by adding "
+                f"{token!r} should be one token but has ids {ids}: rename an unused token, by adding "
                 f"`unused token -> {token}` to the replacements"
             )
         if ids[0] != expected.get(token, ids[0]):
-            raise ValueError(f"{folder}: {token!r} should have id {expected[token]} and has {ids[0]}")
-    return {token: ids[0] for token, ids in found.items()}
+            raise ValueError(f"{folder}: {token!r} has id {ids[0]}, expected {expected[token]}")
+    return {token: ids[0] for token, ids in encoded.items()}
 
 
 def _read(path: Path):
@@ -252,6 +254,6 @@ def _read(path: Path):
 
 
 def _write(path: Path, source: Path, content: dict) -> None:
-    """As transformers and tokenizers write JSON, so that a file differs from its source where it was edited only."""
+    """Write JSON as transformers and tokenizers do, so that a file differs from `source` only in its edits."""
     end = "\n" if source.read_text(encoding="utf-8").endswith("\n") else ""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + end, encoding="utf-8")

@@ -1,9 +1,9 @@
-"""What a chat template must do for training and serving to be about the same text.
+"""Checks that a chat template gives the same text in training and in serving.
 
-    python -m rsft_lib.tokenizer.template_checks FOLDER   prints the checks as JSON, under limits on time and memory
+    python -m rsft_lib.tokenizer.template_checks FOLDER   prints the checks as JSON, with limits on time and memory
 
-A template is a program and folders come from anywhere: one that the kit has not written is rendered by this command,
-in a process of its own.
+A template is a program from an untrusted source: one that this kit does not ship is rendered by this command, in a
+separate process.
 """
 
 import json
@@ -27,13 +27,13 @@ from rsft_lib.tokenizer.templates import is_ours
 ANSWERS = {"think": f"{THINK}\nTwo and two.\n{END_THINK}\n\nFour.", "short": f"{SHORT}Four."}
 USER = {"role": "user", "content": "How many are 2 + 2?"}
 THOUGHT, AT_ONCE = ({"role": "assistant", "content": answer} for answer in ANSWERS.values())
-DEADLINE = 300  # seconds for all checks by the clock, in a process that has to start first, maybe on a busy machine
+DEADLINE = 300  # seconds of wall time for all checks, including the start of the process on a busy machine
 SYSTEM = {"role": "system", "content": "Be brief."}
 CHAT = [SYSTEM, USER, THOUGHT, USER, AT_ONCE]
 
 
 def calling(arguments) -> list[dict]:
-    """A user's turn, a tool call, its result, and an answer that would join a header that is no token."""
+    """A user message, a tool call, its result, and an answer whose first character could merge with the header."""
     function = {"name": "add", "arguments": arguments}
     call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": function}]}
     return [USER, call, {"role": "tool", "content": '{"sum": 4}'}, {"role": "assistant", "content": '"4" it is.'}]
@@ -41,14 +41,14 @@ def calling(arguments) -> list[dict]:
 
 TOOLS = calling('{"numbers": [2, 2]}') * 2
 REASONED = {"role": "assistant", "content": "Four.", "reasoning_content": "Two and two."}
-LONG = [USER, REASONED, *TOOLS, USER, AT_ONCE, USER, THOUGHT, USER, REASONED]  # every kind of turn, many of users
+LONG = [USER, REASONED, *TOOLS, USER, AT_ONCE, USER, THOUGHT, USER, REASONED]  # every kind of message
 TOOL = {"type": "function", "function": {"name": "add", "description": "Add numbers.", "parameters": {}}}
 
 
 def check_template(folder: Path, tokenizer) -> Checks:
-    """The checks of `CHECKS` on a tokenizer loaded from `folder`.
+    """Run `CHECKS` on the tokenizer loaded from `folder`.
 
-    One that fails leaves those out that would only say the same again.
+    Checks that a failed one makes redundant are not run.
     """
     if is_ours(tokenizer.chat_template):
         return _check(tokenizer)
@@ -66,7 +66,7 @@ def _check(tokenizer) -> Checks:
         if all(same_text):
             _check_mask(checks, tokenizer)
     done = {check.name for check in checks}
-    skipped = [Check(name, None, "not run, since one above failed") for name in CHECKS if name not in done]
+    skipped = [Check(name, None, "not run, since a check above failed") for name in CHECKS if name not in done]
     return Checks([*checks, *skipped])
 
 
@@ -78,7 +78,7 @@ def _check_mask(checks: Checks, tokenizer) -> None:
 
 
 def _check_elsewhere(folder: Path) -> Checks:
-    """Run the checks in a process with limits, which is watched from here as well: it could sleep."""
+    """Run the checks in a process with limits on CPU time and memory, and with a timeout, since it could sleep."""
     command = [sys.executable, "-m", "rsft_lib.tokenizer.template_checks", str(folder)]
     try:
         done = subprocess.run(
@@ -90,11 +90,11 @@ def _check_elsewhere(folder: Path) -> Checks:
             preexec_fn=die_with_parent,
         )
     except subprocess.TimeoutExpired:
-        return _not_rendered(f"there was no end after {DEADLINE} seconds")
+        return _not_rendered(f"rendering did not finish within {DEADLINE} seconds")
     if done.returncode < 0:
-        return _not_rendered(f"it was ended by signal {-done.returncode} after more than {SECONDS} seconds")
+        return _not_rendered(f"rendering was killed by signal {-done.returncode} after more than {SECONDS} seconds")
     if done.returncode:
-        return _not_rendered((done.stderr.strip().splitlines() or ["it failed without a word"])[-1])
+        return _not_rendered((done.stderr.strip().splitlines() or ["it failed without a message"])[-1])
     return Checks(Check(**check) for check in json.loads(done.stdout))
 
 
@@ -111,25 +111,25 @@ def _renders(tokenizer, chat: list[dict] = CHAT) -> str:
         raise
     except Exception as error:  # a template can raise anything
         raise ValueError(f"{type(error).__name__}: {error}") from error
-    return f"{len(parts)} parts of a conversation, {longest} characters at most"
+    return f"{len(parts)} prefixes of a conversation, at most {longest} characters"
 
 
 def _same_at_any_time(tokenizer) -> str:
-    """What is served tomorrow is what was trained today: nothing in the text comes from the clock, or from chance.
+    """The text does not depend on the time or on randomness.
 
-    A conversation is looked at up to each turn: what ends with an answer is training text, anything else a prompt.
+    Every prefix of a conversation is rendered: as training text if it ends with an answer, otherwise as a prompt.
     """
     parts = [[*system, *LONG[:end]] for system in ([], [SYSTEM]) for end in range(1, len(LONG) + 1)]
     cases = list(product(parts, (None, [TOOL])))
     for chat, tools in cases:
         prompt = chat[-1]["role"] != "assistant"
-        if found := difference(partial(_text, tokenizer, chat, prompt, tools)):
-            raise ValueError(found)
-    return f"{len(cases)} conversations are the same text at any time: nothing in them comes from the clock"
+        if error := difference(partial(_text, tokenizer, chat, prompt, tools)):
+            raise ValueError(error)
+    return f"the texts of {len(cases)} conversations do not depend on the clock"
 
 
 def _prompt_begins_text(tokenizer) -> str:
-    """What is generated from is, token for token, how training text begins, in each mode and at each turn."""
+    """The tokens of a prompt are a prefix of the training text, in each mode and at each turn."""
     cases = [([USER], ANSWERS[mode], mode) for mode in MODES] + [([USER], ANSWERS["think"], None)]
     cases += [(CHAT[:1] + [USER], ANSWERS["think"], "think"), (CHAT[:4], ANSWERS["short"], "short")]
     for chat, answer, mode in cases:
@@ -137,98 +137,102 @@ def _prompt_begins_text(tokenizer) -> str:
         ids = _ids(tokenizer, [*chat, {"role": "assistant", "content": answer}])
         if ids[: len(prompt)] != prompt:
             raise ValueError(
-                f"with mode {mode}, generation begins with {tokenizer.decode(prompt)!r}, training text is "
+                f"in mode {mode}, the prompt {tokenizer.decode(prompt)!r} is not a prefix of the training text "
                 f"{tokenizer.decode(ids)!r}"
             )
-    return f"{len(cases)} prompts, the last of {len(prompt)} tokens"
+    return f"{len(cases)} prompts, the last with {len(prompt)} tokens"
 
 
 def _thought_survives(tokenizer) -> str:
-    """Every answer is in the text whole, and stays as it is when more turns follow."""
+    """The text contains every answer in full, also when more turns follow."""
     whole = _text(tokenizer, CHAT)
     for end in (3, 5):
         part, answer = _text(tokenizer, CHAT[:end]), CHAT[end - 1]["content"]
         if answer not in part or not whole.startswith(part):
-            raise ValueError(f"{answer!r} of turn {end} becomes {part!r}, and {whole!r} when the conversation goes on")
-    return "answers stay whole, the last one and those before"
+            raise ValueError(
+                f"{answer!r} of turn {end} is rendered as {part!r}, and as {whole!r} when more turns follow"
+            )
+    return "answers are complete, the last one and earlier ones"
 
 
 def _messages_in_order(tokenizer) -> str:
-    """What users and systems say is in the text, in the order in which it was said; `_tool_calls` asks it of tools."""
+    """The text contains user and system messages in order; `_tool_calls` checks tool messages."""
     chats = [CHAT, CHAT[1:]]
     for chat in chats:
-        _look_for_messages(_text(tokenizer, chat), chat)
-    return f"every message of {len(chats)} conversations is found at its place"
+        _require_messages(_text(tokenizer, chat), chat)
+    return f"every message of {len(chats)} conversations is in its place"
 
 
-def _look_for_messages(text: str, chat: list[dict]) -> None:
-    at = 0
+def _require_messages(text: str, chat: list[dict]) -> None:
+    position = 0
     for turn, message in enumerate(chat):
-        if message["role"] != "assistant":  # whose answers other checks are about
-            found = text.find(message["content"], at)
-            if found < 0:
+        if message["role"] != "assistant":  # other checks cover answers
+            start = text.find(message["content"], position)
+            if start < 0:
                 raise ValueError(misplaced(turn, message))
-            at = found + len(message["content"])
+            position = start + len(message["content"])
 
 
 def _bos_once(tokenizer) -> str:
     served = tokenizer.apply_chat_template(CHAT, tokenize=True, return_dict=False)
     ids, bos = _ids(tokenizer, CHAT), tokenizer.bos_token_id
     if served != ids:
-        raise ValueError(f"apply_chat_template gives {served[:4]} ..., training text begins with {ids[:4]}")
+        raise ValueError(f"apply_chat_template returns {served[:4]} ..., training text begins with {ids[:4]}")
     if bos is None:
-        return "the tokenizer has none"
+        return "the tokenizer has no BOS"
     if ids.count(bos) != 1 or ids[0] != bos:
         raise ValueError(f"{tokenizer.bos_token!r} is in the text {ids.count(bos)} times; it begins with {ids[:4]}")
-    return f"{tokenizer.bos_token} ({bos}) is the first token and no other"
+    return f"{tokenizer.bos_token} ({bos}) is the first token and occurs once"
 
 
 def _end_is_trained(tokenizer) -> str:
     eos = tokenizer.eos_token_id
     for run in _trained_runs(tokenizer, CHAT):
         if run[-1] != eos:
-            raise ValueError(f"training ends with {tokenizer.decode(run)!r}, not with {tokenizer.eos_token!r} ({eos})")
+            raise ValueError(f"trained {tokenizer.decode(run)!r} does not end with {tokenizer.eos_token!r} ({eos})")
     return f"{tokenizer.eos_token} ({eos}) ends every trained answer"
 
 
 def _header_is_not_trained(tokenizer) -> str:
     trained = [tokenizer.decode(run).removesuffix(tokenizer.eos_token) for run in _trained_runs(tokenizer, CHAT)]
     if trained != list(ANSWERS.values()):
-        raise ValueError(f"trained are {trained}, expected {list(ANSWERS.values())}")
-    return "what is trained is the answers and their ends, to the letter"
+        raise ValueError(f"the trained texts are {trained}, expected {list(ANSWERS.values())}")
+    return "exactly the answers and their EOS are trained"
 
 
 def _tool_calls(tokenizer) -> str:
     if not _knows_tools(tokenizer):
-        raise Skip("the template knows no tools")
+        raise Skip("the template does not support tools")
     _renders(tokenizer, TOOLS)
-    _look_for_messages(_text(tokenizer, TOOLS), TOOLS)
+    _require_messages(_text(tokenizer, TOOLS), TOOLS)
     runs = [tokenizer.decode(run) for run in _trained_runs(tokenizer, TOOLS)]
     call, answer = runs[0], TOOLS[3]["content"] + tokenizer.eos_token
     if not ("add" in call and '{"numbers": [2, 2]}' in call and call.endswith(tokenizer.eos_token)):
-        raise ValueError(f"a call is trained as {call!r}: its name, arguments and end should be there")
+        raise ValueError(f"a call is trained as {call!r}, expected its name, its arguments and EOS")
     if runs != [call, answer] * 2:
-        raise ValueError(f"a call, its answer and the same again are trained as {runs}")
+        raise ValueError(f"the trained texts are {runs}, expected a call and an answer, twice")
     for end in (2, 4, 6, 8):
         prompt, text = prompt_ids(tokenizer, TOOLS[: end - 1]), _ids(tokenizer, TOOLS)
         if text[: len(prompt)] != prompt:
-            raise ValueError(f"turn {end} is served after {tokenizer.decode(prompt)!r}, which training never shows")
+            raise ValueError(
+                f"the prompt of turn {end}, {tokenizer.decode(prompt)!r}, is not a prefix of training text"
+            )
     if _text(tokenizer, calling({"numbers": [2, 2]}) * 2) != _text(tokenizer, TOOLS):
-        raise ValueError("arguments as an object, as servers pass them, are not written as those that come as text")
+        raise ValueError("arguments passed as an object, as servers do, are rendered differently from a string")
     if TOOL["function"]["description"] not in _text(tokenizer, [USER], tools=[TOOL]):
-        raise ValueError("the template does not write the tools of a conversation, so the model is not told of them")
-    return "tools are told; calls are trained to their end, results are not"
+        raise ValueError("the template does not render the tools of a conversation, so the model does not see them")
+    return "tools are rendered; calls are trained including EOS, results are not"
 
 
 def _mask_as_marked(tokenizer) -> str:
-    """The loss mask of `encode` is what transformers, and so other trainers, read from the marks of the template."""
+    """The loss mask of `encode` is the one that transformers and other trainers compute from `{% generation %}`."""
     if not _is_marked(tokenizer):
-        raise Skip("the template has no {% generation %}: the mask comes from rendering turn by turn")
+        raise Skip("the template has no {% generation %}: the mask is computed by rendering turn by turn")
     for chat in [CHAT, *([TOOLS] if _knows_tools(tokenizer) else [])]:
         encoded, (ids, mask) = encode(tokenizer, chat), _marked(tokenizer, chat)
         if encoded.ids != ids or [int(m > 0) for m in encoded.loss_mask] != mask:
             raise ValueError(f"{sum(mask)} tokens are marked, {sum(m > 0 for m in encoded.loss_mask)} are trained")
-    return f"{sum(mask)} tokens are trained, those that the template marks"
+    return f"the {sum(mask)} trained tokens are those that the template marks"
 
 
 def _text(tokenizer, chat: list[dict], prompt: bool = False, tools: list[dict] | None = None) -> str:
@@ -253,7 +257,7 @@ def _marked(tokenizer, chat: list[dict]) -> tuple[list[int], list[int]]:
 
 
 def _trained_runs(tokenizer, chat: list[dict]) -> list[list[int]]:
-    """Ids of each stretch of trained tokens, by the marks of the template where it has them."""
+    """Ids of each run of trained tokens, by `{% generation %}` if the template has it."""
     if _is_marked(tokenizer):
         ids, mask = _marked(tokenizer, chat)
     else:

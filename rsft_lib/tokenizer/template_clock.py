@@ -1,8 +1,8 @@
-"""Whether the text of a chat template depends on when it is rendered.
+"""Detect chat templates whose text depends on the time or on randomness.
 
-Of the clock a template has `strftime_now`, which transformers gives it, and of chance Jinja's filter `random`. Whatever
-date a template waits for, it has to look at what these return: a text that is the same when they return something that
-cannot be looked at depends on neither. Chance from elsewhere (`lipsum`) is found by rendering more than once.
+A template reads the clock through `strftime_now` (from transformers) and random values through Jinja's filter `random`.
+To depend on either, it must inspect the returned value: if the text is unchanged when they return objects that raise on
+inspection, it is deterministic. Other randomness (`lipsum`) is found by rendering more than once.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import jinja2.filters
 from transformers.utils import chat_template_utils
 
-# To show what changes: every month, most weekdays, both halves of a day, years near and far.
+# Rendered to show what changes: every month, most weekdays, AM and PM, near and distant years.
 YEARS = [1998, 1999, 2024, 2025, 2026, 2027, 2028, 2029, 1970, 1900, 2100, 9999]
 MOMENTS = [
     datetime(year, i + 1, i * i % 31 + 1, 13 * i % 24, 11 * i % 60, 59 - 5 * i, 80_000 * i)
@@ -22,57 +22,57 @@ MOMENTS = [
 ]
 
 
-class _LookedAt(BaseException):
-    """What the clock or chance returned was used. No `except Exception` on the way hides it."""
+class _Inspected(BaseException):
+    """A value of the clock or of `random` was inspected. A BaseException, so that no `except Exception` hides it."""
 
 
-def _look(*_) -> None:
-    raise _LookedAt
+def _raise_inspected(*_) -> None:
+    raise _Inspected
 
 
-# Anything else ends in an error of Jinja or Python, which is another text too; `|int` and `|float` would hide theirs.
-LOOKS = (
+# Any other use raises an error of Jinja or Python, which changes the text too; `|int` and `|float` would swallow it.
+INSPECTIONS = (
     "__str__ __repr__ __format__ __bool__ __eq__ __hash__ __len__ __iter__ __getitem__ __getattr__ __int__ __float__"
 )
-Sealed = type("Sealed", (), dict.fromkeys(LOOKS.split(), _look))  # may be kept in variables, and no more
+Sealed = type("Sealed", (), dict.fromkeys(INSPECTIONS.split(), _raise_inspected))  # can only be stored in variables
 
 
 def difference(render: Callable[[], str]) -> str:
-    """How the text that `render` returns depends on time or chance, and what to do, as a sentence; '' if on neither."""
+    """An error message if the text that `render` returns depends on time or randomness; '' if it does not."""
     first = _text_at(MOMENTS[0], render)
     if _text_at(MOMENTS[-1], render) == first and _text_sealed(render) == first:
         return ""
-    found = "the template takes something from strftime_now or from chance"  # on a day or by odds not among these
+    evidence = "the template uses strftime_now or a random value"  # that is, if no moment below shows a difference
     for moment in MOMENTS[1:]:
         text = _text_at(moment, render)
         if text != first:
             begin = max(0, len(commonprefix([first, text])) - 30)
-            shown = [
+            excerpts = [
                 f"{whole[begin : begin + 60]!r} on {when:%A %d %B %Y at %H:%M}"
                 for whole, when in ((first, MOMENTS[0]), (text, moment))
             ]
-            found = ", ".join(shown)
+            evidence = ", ".join(excerpts)
             break
     return (
-        f"the text depends on when it is rendered: {found}; what is served would not be what was "
-        "trained. Write a fixed date into the template, or none, and nothing random (`template` in notebook 01)"
+        f"the text depends on when it is rendered: {evidence}; serving would differ from training. Use a fixed date or "
+        "none in the template, and nothing random (`template` in notebook 01)"
     )
 
 
 def _text_at(moment: datetime, render: Callable[[], str]) -> str:
-    """What is rendered at a moment; where the template refuses the conversation, in what words."""
-    with _in_place(chat_template_utils, "datetime", SimpleNamespace(now=lambda: moment)):
+    """The text rendered at a given time, or the error if the template rejects the conversation."""
+    with _replaced(chat_template_utils, "datetime", SimpleNamespace(now=lambda: moment)):
         return _text_or_error(render)
 
 
 def _text_sealed(render: Callable[[], str]) -> str | None:
-    """What is rendered when nothing can be read from the clock or chance; None if the template looks at either."""
+    """The text rendered with clock and random values sealed; None if the template inspects one."""
     clock = SimpleNamespace(now=lambda: SimpleNamespace(strftime=lambda format: Sealed()))
-    chance = SimpleNamespace(choice=lambda items: Sealed())
-    with _in_place(chat_template_utils, "datetime", clock), _in_place(jinja2.filters, "random", chance):
+    random = SimpleNamespace(choice=lambda items: Sealed())
+    with _replaced(chat_template_utils, "datetime", clock), _replaced(jinja2.filters, "random", random):
         try:
             return _text_or_error(render)
-        except _LookedAt:
+        except _Inspected:
             return None
 
 
@@ -86,10 +86,10 @@ def _text_or_error(render: Callable[[], str]) -> str:
 
 
 @contextmanager
-def _in_place(module, name: str, stand_in) -> Iterator[None]:
-    """Let a module that renders templates find `stand_in` under a name that it imported."""
+def _replaced(module, name: str, substitute) -> Iterator[None]:
+    """Temporarily replace an attribute of a module."""
     before = getattr(module, name)
-    setattr(module, name, stand_in)
+    setattr(module, name, substitute)
     try:
         yield
     finally:

@@ -1,8 +1,8 @@
-"""What the kit knows of chat templates: the stock ones it makes ready for training, and the edits of each.
+"""The chat templates that the kit can edit for training, and the edits.
 
-Patched templates mark what the assistant writes with the tag `{% generation %}`. transformers, and what renders with it
-(vLLM, other trainers), read the loss mask from it. It writes nothing: for an engine of plain Jinja, which does not know
-it, take the tag and `{% endgeneration %}` out, and the text is the same.
+Patched templates mark the assistant's output with `{% generation %}`, from which transformers and tools that render
+with it (vLLM, other trainers) compute the loss mask. The tag does not change the text: for a plain Jinja engine, which
+does not know it, remove it and `{% endgeneration %}`.
 """
 
 import difflib
@@ -15,7 +15,7 @@ R1_CHAT_TEMPLATE = (Path(__file__).parent / "r1_chat_template.jinja").read_text(
 
 @dataclass(frozen=True)
 class Edit:
-    """What stands from `start` up to the next `end`, or to the end of the template, becomes `text`."""
+    """Replaces the template from `start` up to the next `end`, or to its own end if that is empty, by `text`."""
 
     name: str
     why: str
@@ -27,7 +27,7 @@ class Edit:
 
 @dataclass(frozen=True)
 class Family:
-    """The templates that contain every one of `marks`, and how they are edited, or why they are not."""
+    """Templates that contain all of `marks`, with their edits, or with the reason why they cannot be used."""
 
     name: str
     marks: tuple[str, ...]
@@ -36,21 +36,21 @@ class Family:
 
 
 def patch_template(template: str, trailing_newline: bool = False) -> tuple[str, list[Edit]]:
-    """The template made ready for training, and the edits that changed it; one that is ready comes back as it is.
+    """The template prepared for training, and the edits that changed it; a prepared template is returned unchanged.
 
-    An edit puts the same text in place of the same part whatever stands there, so a template that somebody edited
-    before (the original's users, for one) ends as the stock one does.
+    An edit replaces a whole section whatever its content, so a template that was edited by hand before gives the same
+    result as the stock one.
 
     Args:
-        trailing_newline: R1 only: a newline follows `<｜Assistant｜>`, in prompts and in training text alike. The
-            original's prompts have it; a model trained further on them (by RL, for one) expects it.
+        trailing_newline: R1 only: add a newline after `<｜Assistant｜>`, in prompts and training text alike, for models
+            trained on such prompts (the original hand-edited template has it, and RL on it makes a model expect it).
 
     Raises:
-        ValueError: the template is of no known family, of one that cannot be edited, or lacks a part of its family.
+        ValueError: the template's family is unknown or cannot be edited, or a section to edit is missing.
     """
     family = recognise(template)
     if trailing_newline and family is not R1:
-        raise ValueError(f"trailing_newline is for R1's template; this is that of {family.name}")
+        raise ValueError(f"trailing_newline is for R1's template; this template is of family {family.name}")
     changed = []
     for edit in (R1_WITH_NEWLINE if trailing_newline else family).edits:
         edited = _apply(edit, template, family)
@@ -63,7 +63,7 @@ def recognise(template: str) -> Family:
     """The family of a template.
 
     Raises:
-        ValueError: there is none, or one that cannot be used.
+        ValueError: the family is unknown or cannot be used.
     """
     for family in FAMILIES:
         if all(mark in template for mark in family.marks):
@@ -71,16 +71,16 @@ def recognise(template: str) -> Family:
                 raise ValueError(f"the chat template is that of {family.name}, which {family.refusal}. {BY_HAND}")
             return family
     known = ", ".join(family.name for family in FAMILIES if family.edits)
-    raise ValueError(f"the chat template is none that this kit can edit, which are those of {known}. {BY_HAND}")
+    raise ValueError(f"this kit cannot edit the chat template; it can edit those of {known}. {BY_HAND}")
 
 
 def is_ours(template) -> bool:
-    """Whether this very text has been read by whoever made the kit, so that it may run without limits."""
+    """Whether the template is one that this kit ships, so that it may be rendered without limits."""
     return isinstance(template, str) and template in OURS
 
 
 def template_diff(before: str, after: str) -> str:
-    """A unified diff of two templates, one statement a line."""
+    """A unified diff of two templates, one Jinja statement per line."""
     lines = [_statements(text) for text in (before, after)]
     return "\n".join(difflib.unified_diff(*lines, "before", "after", lineterm="", n=1))
 
@@ -95,8 +95,8 @@ def _apply(edit: Edit, template: str, family: Family) -> str:
             f"the chat template looks like that of {family.name}, but the edit {edit.name!r} does not find "
             f"{edit.start if start < 0 else edit.end!r} in it. {BY_HAND}"
         )
-    there = template[start:stop].strip() == edit.text.strip()
-    return template if there else template[:start] + edit.text + template[stop:]
+    edited = template[start:stop].strip() == edit.text.strip()
+    return template if edited else template[:start] + edit.text + template[stop:]
 
 
 def _statements(template: str) -> list[str]:
@@ -106,14 +106,14 @@ def _statements(template: str) -> list[str]:
 
 
 BY_HAND = (
-    "Edit it by hand into a file and give that as `template`: answers whole, {% generation %} around what the "
-    "assistant writes, its end token included, a generation prompt that ends where an answer begins. "
-    "The contract of notebook 01 checks it"
+    "Edit it by hand and set `template` to the file. It must keep answers complete, have {% generation %} around the "
+    "assistant's output including EOS, and end the generation prompt where an answer begins; the contract in "
+    "notebook 01 checks it"
 )
 
-MARKED = "what the assistant writes is marked with {% generation %}, so that the loss mask need not be guessed"
+MARKED = "the assistant's output is marked with {% generation %}, from which the loss mask is computed"
 
-# A content that is no text, such as a list of parts, should be an error and not printed as Python: hence '' + content.
+# '' + content makes a content that is not a string, such as a list of parts, an error instead of printing it as Python.
 ANSWER = r"""
     {%- generation %}
     {%- if message.reasoning_content and '</think>' not in (message.content or '') %}
@@ -187,35 +187,36 @@ QWEN_PROMPT = r"""{%- if add_generation_prompt %}
 def _r1(header: str) -> Family:
     """R1's templates, with `header` before every answer.
 
-    After tool results the stock template has none. Their end is no token of the R1-Distill vocabularies, so its last
-    character would join the first of an answer in one token, and a prompt would not be how its training text begins.
+    The stock template has no header after tool results. Their end marker is not a token of the R1-Distill vocabularies,
+    so a token could span its last and the answer's first character, and the prompt would not be a prefix of the
+    training text.
     """
     edits = (
         Edit(
             "tools",
-            "the stock template drops the tools of a conversation; a model should call only what it was told of",
+            "the stock template drops the tools of a conversation; a model should call only tools listed in its prompt",
             "{{ns.system_prompt}}", "{%- for message", R1_TOOLS,
         ),
         Edit(
             "user turn",
-            "tool results before it are closed, as the generation prompt after them does",
+            "preceding tool results are closed, as before the generation prompt",
             "{%- if message['role'] == 'user'", "{%- if message['role'] == 'assistant'", R1_USER,
         ),
         Edit(
             "assistant turn",
-            "the chain of thought stays; tool calls end as answers do; every answer has the header, after tool results "
-            f"too; arguments may be text or an object; {MARKED}",
+            "the chain of thought is kept; tool calls end with EOS; every answer has the header, also after tool "
+            f"results; arguments may be a string or an object; {MARKED}",
             "{%- if message['role'] == 'assistant'", "{%- if message['role'] == 'tool'",
             R1_ASSISTANT.replace("HEADER", header),
         ),
         Edit(
             "tool results",
-            "every group of them has its beginning; the stock template writes it once a conversation",
+            "every group of results has its opening token; the stock template writes it once per conversation",
             "{%- if message['role'] == 'tool'", "{%- endfor -%}", R1_TOOL,
         ),
         Edit(
             "generation prompt",
-            "it ends where the answer begins: the control token is for the model to write",
+            "it ends where the answer begins: the model generates the control token",
             "{% if add_generation_prompt", "", R1_PROMPT.replace("HEADER", header),
         ),
     )  # fmt: skip
@@ -230,18 +231,18 @@ QWEN = Family(
     (
         Edit(
             "own branch",
-            "answers leave the branch that writes the user's turns too",
+            "answers no longer share the branch of user messages",
             ' or (message.role == "assistant" and not message.tool_calls)', " %}", "", optional=True,
         ),
         Edit(
             "assistant turn",
-            "the chain of thought stays in every turn, and none is made up where there was none; arguments may be "
-            f"text or an object; {MARKED}",
+            "the chain of thought is kept in every turn, and no empty one is added; arguments may be a string or an "
+            f"object; {MARKED}",
             '{%- elif message.role == "assistant" %}', '{%- elif message.role == "tool" %}', QWEN_ASSISTANT,
         ),
         Edit(
             "generation prompt",
-            "it ends where the answer begins: a control token takes the place of enable_thinking",
+            "it ends where the answer begins: a control token replaces enable_thinking",
             "{%- if add_generation_prompt %}", "", QWEN_PROMPT,
         ),
     ),
@@ -250,7 +251,7 @@ QWEN = Family(
 LLAMA = Family(
     "Llama-3",
     ("<|start_header_id|>",),
-    refusal="trims answers, and from 3.1 on writes today's date into the prompt and refuses more than one tool call",
+    refusal="trims answers and, since 3.1, writes today's date into the prompt and rejects more than one tool call",
 )
 
 FAMILIES = (R1, QWEN, LLAMA)

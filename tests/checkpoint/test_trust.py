@@ -125,14 +125,14 @@ def test_shards_of_two_steps_are_refused(checkpoint, tmp_path, monkeypatch):
     (tmp_path / "next").mkdir()
     torch_dist.write(tmp_path / "next", Weights.of(other))
     shutil.copyfile(tmp_path / "next" / "__0_0.distcp", checkpoint / "__0_0.distcp")
-    refuses(uses(checkpoint, tmp_path), "__0_0.distcp has not the SHA-256", tmp_path, monkeypatch)
+    refuses(uses(checkpoint, tmp_path), "__0_0.distcp does not match the SHA-256", tmp_path, monkeypatch)
 
 
 def test_a_half_of_a_shard_that_is_zero_is_refused(checkpoint, tmp_path, monkeypatch):
     path = checkpoint / "__0_0.distcp"
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
-    refuses(uses(checkpoint, tmp_path), "__0_0.distcp has not the SHA-256", tmp_path, monkeypatch)
+    refuses(uses(checkpoint, tmp_path), "__0_0.distcp does not match the SHA-256", tmp_path, monkeypatch)
 
 
 def test_a_file_that_was_laid_in_is_refused_but_a_proof_is_not(checkpoint, tmp_path, monkeypatch):

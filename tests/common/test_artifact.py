@@ -1,4 +1,4 @@
-"""Folders that are whole or absent."""
+"""Atomic output folders, temporary files and locks."""
 
 import errno
 import fcntl
@@ -21,7 +21,7 @@ from rsft_lib.common.temporary import alone, new_file
 from rsft_lib.data.rejects import Reject, Rejects
 
 
-def test_a_step_that_fails_leaves_the_folder_of_before_and_foreign_ones_are_kept(tmp_path):
+def test_a_failed_step_keeps_the_previous_folder_and_foreign_folders_are_refused(tmp_path):
     final = tmp_path / "out"
     with new_folder(final, {"made_by": "step"}) as folder:
         (folder / "file").write_text("old")
@@ -37,7 +37,7 @@ def test_a_step_that_fails_leaves_the_folder_of_before_and_foreign_ones_are_kept
 
 
 @pytest.mark.parametrize("flock", ["fcntl.flock", "nfs.flock"])
-def test_what_a_killed_process_left_is_removed_by_the_next_and_what_another_writes_is_not(tmp_path, monkeypatch, flock):
+def test_leftovers_of_killed_processes_are_removed_and_those_of_live_ones_are_not(tmp_path, monkeypatch, flock):
     monkeypatch.setenv("PYTHONPATH", str(TESTS), prepend=":")
     monkeypatch.setattr(fcntl, "flock", {"fcntl.flock": fcntl.flock, "nfs.flock": nfs.flock}[flock])
     script = f"""
@@ -66,8 +66,8 @@ with new_folder(Path({str(tmp_path / "out")!r}), {{"made_by": "step"}}) as folde
     assert os.listdir(tmp_path) == ["out"] and (tmp_path / "out" / "alive").exists()
 
 
-def test_another_process_that_cleans_up_between_making_a_folder_and_its_lock_takes_nothing(tmp_path, monkeypatch):
-    """It gets the new lock, since nobody else has it yet, and removes its file: another file is made and locked."""
+def test_a_cleanup_between_creating_and_taking_a_lock_removes_nothing(tmp_path, monkeypatch):
+    """The other process acquires the new lock first and removes its file; the writer then creates and locks another."""
     final, flock, seen = tmp_path / "out", fcntl.flock, []
 
     def late(descriptor, how):
@@ -79,21 +79,19 @@ def test_another_process_that_cleans_up_between_making_a_folder_and_its_lock_tak
     monkeypatch.setattr(fcntl, "flock", late)
     with new_folder(final, {"made_by": "step"}) as folder:
         (folder / "file").touch()
-    assert (final / "file").exists() and len(seen[0]) == 1 and seen[2] == seen[0]  # the lock file is made again
+    assert (final / "file").exists() and len(seen[0]) == 1 and seen[2] == seen[0]  # the lock file is created again
     assert os.listdir(tmp_path) == ["out"]
 
 
 @pytest.mark.parametrize("number", [errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL])
-def test_on_a_file_system_without_locks_all_works_and_nothing_of_others_is_removed(
-    tmp_path, monkeypatch, capsys, number
-):
-    """As Lustre without `flock` says it."""
+def test_without_file_locks_everything_works_and_leftovers_are_not_removed(tmp_path, monkeypatch, capsys, number):
+    """The errors of file systems without locks, such as Lustre without `flock`."""
 
     def none(descriptor, how):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", none)
-    locks.TOLD.clear()
+    locks.REPORTED.clear()
     others = [".out.tmp-0123abcd", ".out.tmp-0123abcd.lock"]
     (tmp_path / others[0]).mkdir()
     (tmp_path / others[1]).touch()
@@ -107,7 +105,7 @@ def test_on_a_file_system_without_locks_all_works_and_nothing_of_others_is_remov
     assert capsys.readouterr().out.count(f"no locks in {tmp_path}") == 1
 
 
-def test_two_that_write_one_file_share_no_temporary_name_and_the_last_stays(tmp_path):
+def test_concurrent_writers_use_different_temporary_names_and_the_last_one_wins(tmp_path):
     with new_file(tmp_path / "text") as one:
         one.write("one")
         with new_file(tmp_path / "text") as other:
@@ -119,7 +117,7 @@ def test_two_that_write_one_file_share_no_temporary_name_and_the_last_stays(tmp_
     assert (tmp_path / "text").read_text() == "one" and os.listdir(tmp_path) == ["text"]
 
 
-def test_two_that_reject_rows_of_one_output_do_not_mix_them(tmp_path):
+def test_concurrent_rejects_of_one_output_are_not_mixed(tmp_path):
     row = Reject("data.jsonl", 1, "a reason", "a row")
     with Rejects(tmp_path / "out", limit=1.0) as one, Rejects(tmp_path / "out", limit=1.0) as other:
         one.add([row], seen=9)
@@ -130,7 +128,7 @@ def test_two_that_reject_rows_of_one_output_do_not_mix_them(tmp_path):
     assert os.listdir(tmp_path) == ["out.rejected.jsonl"]
 
 
-def test_who_needs_a_shared_folder_alone_waits_and_finds_what_was_done(tmp_path, capfd):
+def test_a_second_user_of_a_shared_folder_waits_and_sees_the_result_of_the_first(tmp_path, capfd):
     shared, order, inside = tmp_path / ".download", [], threading.Event()
 
     def first():
@@ -153,7 +151,7 @@ def test_who_needs_a_shared_folder_alone_waits_and_finds_what_was_done(tmp_path,
     assert order == ["first", "second"] and os.listdir(tmp_path) == ["final"]
 
 
-def test_a_parent_that_another_process_removes_meanwhile_is_made_again(tmp_path, monkeypatch):
+def test_a_parent_that_another_process_removes_is_created_again(tmp_path, monkeypatch):
     mkdir, seen = Path.mkdir, []
 
     def undone(path, *args, **kwargs):
@@ -170,7 +168,7 @@ def test_a_parent_that_another_process_removes_meanwhile_is_made_again(tmp_path,
 
 def test_shared_folders_are_locked_on_nfs(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(fcntl, "flock", nfs.flock)
-    test_who_needs_a_shared_folder_alone_waits_and_finds_what_was_done(tmp_path, capfd)
+    test_a_second_user_of_a_shared_folder_waits_and_sees_the_result_of_the_first(tmp_path, capfd)
 
 
 def filled(final, text, made_by="step"):
@@ -178,7 +176,7 @@ def filled(final, text, made_by="step"):
         (folder / "file").write_text(text)
 
 
-def test_a_folder_that_a_killed_process_moved_away_has_its_name_again_at_the_next_start(tmp_path, monkeypatch):
+def test_a_folder_that_a_killed_process_moved_aside_is_restored_at_the_next_start(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent}:{TESTS}", prepend=":")
     final = tmp_path / "out"
     filled(final, "old")
@@ -209,8 +207,8 @@ test_artifact.filled(Path({str(final)!r}), "new")
 
 
 @pytest.mark.parametrize("manifest", [True, False])
-def test_what_was_left_half_removed_is_not_put_back(tmp_path, manifest):
-    """Where the folder itself is there, it is not needed; without a manifest it is not whole."""
+def test_a_partially_removed_folder_is_not_restored(tmp_path, manifest):
+    """It is not needed if the folder itself exists, and not complete without a manifest."""
     final, old = tmp_path / "out", tmp_path / ".out.old-0123abcd"
     if manifest:
         filled(final, "out")
@@ -221,7 +219,7 @@ def test_what_was_left_half_removed_is_not_put_back(tmp_path, manifest):
 
 
 @pytest.mark.parametrize("swap", [True, False])
-def test_a_folder_that_cannot_get_its_name_leaves_the_one_of_before(tmp_path, monkeypatch, swap):
+def test_a_failed_rename_keeps_the_previous_folder(tmp_path, monkeypatch, swap):
     final, rename = tmp_path / "out", Path.rename
     filled(final, "old")
 
@@ -233,7 +231,7 @@ def test_a_folder_that_cannot_get_its_name_leaves_the_one_of_before(tmp_path, mo
     monkeypatch.setattr(Path, "rename", broken)
     if swap:
         filled(final, "new")
-        assert (final / "file").read_text() == "new"  # in one move, and so without this one
+        assert (final / "file").read_text() == "new"  # names are exchanged, so rename is not called
     else:
         monkeypatch.setattr(artifact, "_swapped", lambda one, other: False, raising=False)
         with pytest.raises(OSError, match="broken"):
@@ -243,7 +241,7 @@ def test_a_folder_that_cannot_get_its_name_leaves_the_one_of_before(tmp_path, mo
 
 
 @pytest.mark.parametrize("moment", [1, 2, 3])
-def test_two_that_replace_a_folder_at_once_both_end_well(tmp_path, monkeypatch, moment):
+def test_concurrent_replacements_of_a_folder_both_succeed(tmp_path, monkeypatch, moment):
     final, rename, count = tmp_path / "out", Path.rename, []
     filled(final, "old")
     monkeypatch.setattr(artifact, "_swapped", lambda one, other: False, raising=False)
@@ -261,7 +259,7 @@ def test_two_that_replace_a_folder_at_once_both_end_well(tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize("swap", [True, False])
-def test_where_a_link_is_replaced_what_it_leads_to_is_left_alone(tmp_path, monkeypatch, swap):
+def test_replacing_a_link_does_not_touch_its_target(tmp_path, monkeypatch, swap):
     if not swap:
         monkeypatch.setattr(artifact, "_swapped", lambda one, other: False, raising=False)
     filled(tmp_path / "there", "old")
@@ -276,14 +274,14 @@ def replaced(final, source, overwrite=False, **facts):
         pass
 
 
-def test_what_was_made_from_another_source_is_replaced_only_if_that_is_asked_for(tmp_path):
+def test_output_from_another_source_is_replaced_only_with_overwrite(tmp_path):
     final = tmp_path / "out"
     made = {"model": "/a", "model_sha256": "1", "option": 1}
     replaced(final, ["model"], **made)
     replaced(final, ["model"], **made | {"option": 2})
-    replaced(final, ["model"], **made | {"model_sha256": "2"})  # the same name: made again
-    replaced(final, ["model"], **made | {"model": "/moved", "model_sha256": "2"})  # the same content
-    with pytest.raises(FileExistsError, match="out was made from /moved and is not replaced by what is made from /b: "):
+    replaced(final, ["model"], **made | {"model_sha256": "2"})  # same name, other content: rebuilt
+    replaced(final, ["model"], **made | {"model": "/moved", "model_sha256": "2"})  # other name, same content
+    with pytest.raises(FileExistsError, match="out was made from /moved and is not replaced by output made from /b: "):
         replaced(final, ["model"], model="/b", model_sha256="3")
     with pytest.raises(FileExistsError, match="choose another `output`, or set `overwrite`"):
         replaced(final, ["model"], model="/b", model_sha256=None)
@@ -296,12 +294,12 @@ def test_what_was_made_from_another_source_is_replaced_only_if_that_is_asked_for
         replaced(final, [], overwrite=True, made_by="another")
 
 
-def test_each_of_several_sources_counts_and_a_folder_that_names_none_is_not_replaced(tmp_path):
+def test_all_sources_are_compared_and_output_without_a_source_is_not_replaced(tmp_path):
     final = tmp_path / "out"
     replaced(final, ["sources", "tokenizer"], sources={"/long": "1", "/short": "2"}, tokenizer="/t")
     replaced(final, ["sources", "tokenizer"], sources={"/l": "1", "/s": "2"}, tokenizer="/t")
     for other in (
-        {"sources": {"/l": "1"}, "tokenizer": "/t"},  # by way of which it would be any other
+        {"sources": {"/l": "1"}, "tokenizer": "/t"},  # otherwise any source could be reached in steps
         {"sources": {"/l": "1", "/s": "2", "/x": "3"}, "tokenizer": "/t"},
         {"sources": {"/l": "1", "/x": "3"}, "tokenizer": "/t"},
         {"sources": {"/l": "1", "/s": "2"}, "tokenizer": "/u"},
@@ -309,13 +307,13 @@ def test_each_of_several_sources_counts_and_a_folder_that_names_none_is_not_repl
         with pytest.raises(FileExistsError, match="choose another `output`"):
             replaced(final, ["sources", "tokenizer"], **other)
     replaced(final, [])
-    with pytest.raises(FileExistsError, match="was made from something else"):
+    with pytest.raises(FileExistsError, match="was made from an unknown source"):
         replaced(final, ["tokenizer"], tokenizer="/t")
 
 
-def test_of_two_that_make_one_folder_from_different_sources_the_second_to_end_is_refused(tmp_path):
+def test_of_concurrent_writers_with_different_sources_the_second_to_finish_is_refused(tmp_path):
     with (
-        pytest.raises(FileExistsError, match="was made from /b and is not replaced by what is made from /a"),
+        pytest.raises(FileExistsError, match="was made from /b and is not replaced by output made from /a"),
         new_folder(tmp_path / "out", {"made_by": "step", "model": "/a"}, source=["model"]),
     ):
         replaced(tmp_path / "out", ["model"], model="/b")
@@ -325,13 +323,15 @@ def test_of_two_that_make_one_folder_from_different_sources_the_second_to_end_is
 @pytest.mark.parametrize(
     "name", ["my_notes.txt", "within/results.json", "tokens/mine.npy", "a link", "manifest.old.json"]
 )
-def test_files_that_somebody_put_into_a_folder_are_lost_only_if_that_is_asked_for(tmp_path, name):
+def test_foreign_files_in_a_folder_are_deleted_only_with_overwrite(tmp_path, name):
     final = tmp_path / "out"
     filled(final, "old")
     filled(final / "tokens", "tokens")
     (final / "within").mkdir()
     (final / name).symlink_to(tmp_path) if name == "a link" else (final / name).write_text("mine")
-    with pytest.raises(FileExistsError, match=f"holds what step did not write: {name}. Move .* or set `overwrite`"):
+    with pytest.raises(
+        FileExistsError, match=f"contains files that step did not write: {name}. Move .* or set `overwrite`"
+    ):
         filled(final, "new")
     assert (final / name).exists() and (final / "file").read_text() == "old" and os.listdir(tmp_path) == ["out"]
     with new_folder(final, {"made_by": "step"}, overwrite=True) as folder:
@@ -339,7 +339,7 @@ def test_files_that_somebody_put_into_a_folder_are_lost_only_if_that_is_asked_fo
     assert sorted(os.listdir(final)) == ["file", "manifest.json"]
 
 
-def test_of_many_files_that_somebody_put_into_a_folder_three_are_named(tmp_path):
+def test_of_many_foreign_files_three_are_named(tmp_path):
     filled(tmp_path / "out", "old")
     for number in range(5):
         (tmp_path / "out" / f"{number}.txt").touch()
@@ -347,7 +347,7 @@ def test_of_many_files_that_somebody_put_into_a_folder_three_are_named(tmp_path)
         filled(tmp_path / "out", "new")
 
 
-def test_what_steps_and_tools_leave_in_a_folder_goes_with_it(tmp_path):
+def test_files_of_other_steps_and_of_tools_are_replaced_with_the_folder(tmp_path):
     final = tmp_path / "out"
     filled(final, "old")
     filled(final / "tokens", "tokens")
@@ -365,11 +365,13 @@ def test_what_steps_and_tools_leave_in_a_folder_goes_with_it(tmp_path):
              '{"made_by": "step", "model": 5}', '{"made_by": "step", "model": {"a": [1]}}',
              '{"made_by": "step", "model": "/a", "model_sha256": 7}'],
 )  # fmt: skip
-def test_a_damaged_manifest_is_named_as_such_and_nothing_is_replaced(tmp_path, text):
+def test_a_damaged_manifest_is_reported_and_nothing_is_replaced(tmp_path, text):
     final = tmp_path / "out"
     filled(final, "old")
     (final / "manifest.json").write_text(text)
-    with pytest.raises(FileExistsError, match=f"{final} (exists and was not written by|was made from something else)"):
+    with pytest.raises(
+        FileExistsError, match=f"{final} (exists and was not written by|was made from an unknown source)"
+    ):
         replaced(final, ["model"], model="/a", model_sha256="1")
     with pytest.raises(ValueError, match="manifest.json is damaged or was edited"):
         verify(final)

@@ -1,4 +1,4 @@
-"""How many cores a process may use."""
+"""The number of cores that a process may use."""
 
 import math
 import os
@@ -15,9 +15,9 @@ TWO, ONE = ("cgroup2", "cgroup", "rw"), ("cgroup", "cgroup", "rw,cpu,cpuacct")
 
 
 def system(folder: Path, *hierarchies: tuple) -> Path:
-    """A /proc/self whose process is in a group of each of some hierarchies: (mount, root, group, files).
+    """A fake /proc/self of a process in one group of each hierarchy, given as (mount, root, group, files).
 
-    A hierarchy is mounted in `folder` from `root` on, and has `files`.
+    The subtree `root` of a hierarchy is mounted in `folder` and contains `files`.
     """
     mounts, groups = "22 1 8:1 / / rw - ext4 /dev/root rw\n", "9:cpuset:/elsewhere\n"
     for number, (mount, root, group, files) in enumerate(hierarchies):
@@ -38,9 +38,9 @@ def system(folder: Path, *hierarchies: tuple) -> Path:
 @pytest.mark.parametrize(
     ("mount", "root", "group", "files", "quota"),
     [
-        (TWO, "/", "/", {"cpu.max": "400000 100000\n"}, 4),  # Docker with a namespace of its own, Kubernetes
+        (TWO, "/", "/", {"cpu.max": "400000 100000\n"}, 4),  # Docker with its own namespace, Kubernetes
         (TWO, "/", "/", {"cpu.max": "max 100000\n"}, math.inf),
-        (TWO, "/", "/", {}, math.inf),  # no controller of CPU time
+        (TWO, "/", "/", {}, math.inf),  # no CPU controller
         (TWO, "/", "/job/step", {"job/cpu.max": "150000 100000", "job/step/cpu.max": "max 100000"}, 1.5),  # Slurm
         (TWO, "/", "/job/step", {"job/cpu.max": "800000 100000", "job/step/cpu.max": "20000 10000"}, 2),
         (TWO, "/", "/other", {"job/cpu.max": "100000 100000"}, math.inf),
@@ -52,15 +52,15 @@ def system(folder: Path, *hierarchies: tuple) -> Path:
         (("cgroup", "cgroup", "rw,memory"), "/", "/", {"cpu.cfs_quota_us": "1", "cpu.cfs_period_us": "1"}, math.inf),
     ],
 )
-def test_the_quota_is_the_least_of_the_groups_that_a_process_is_in(tmp_path, mount, root, group, files, quota):
+def test_the_quota_is_the_smallest_of_a_group_and_its_ancestors(tmp_path, mount, root, group, files, quota):
     assert cpu_quota(system(tmp_path, (mount, root, group, files))) == quota
 
 
 @pytest.mark.parametrize(
     ("one", "two", "quota"), [(3, 2, 2), (2, 3, 2), (3, "max", 3), (-1, 3, 3), (-1, "max", math.inf)]
 )
-def test_of_two_versions_side_by_side_each_has_its_own_group_and_the_least_counts(tmp_path, one, two, quota):
-    """The process is in /a of version 1 and in /b of version 2; a group of the other's name is not its own."""
+def test_with_both_versions_the_smaller_quota_applies(tmp_path, one, two, quota):
+    """The process is in /a of version 1 and in /b of version 2, and not in the groups with the names swapped."""
     first = {"a/cpu.cfs_quota_us": str(one), "b/cpu.cfs_quota_us": "1"}
     first |= {"a/cpu.cfs_period_us": "1", "b/cpu.cfs_period_us": "1"}
     second = {"a/cpu.max": "1 1", "b/cpu.max": f"{two} 1"}
@@ -82,14 +82,14 @@ def test_cores_that_the_process_may_not_run_on_are_not_counted():
 
 
 @pytest.mark.parametrize(("quota", "cores"), [(0.1, 1), (1, 1), (1.5, 2), (2, 2), (3.01, 4), (9, 4), (math.inf, 4)])
-def test_part_of_a_core_is_a_core_and_no_quota_adds_to_the_cores_that_there_are(monkeypatch, quota, cores):
+def test_the_quota_is_rounded_up_and_capped_by_the_affinity(monkeypatch, quota, cores):
     monkeypatch.setattr("rsft_lib.common.cores.cpu_quota", lambda: quota)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 7})
     assert usable_cores() == cores
 
 
 def make_group() -> tuple[Path, dict[str, str]]:
-    """A control group of this machine's own, and what grants it half a core; skips where none can be made."""
+    """A real control group, and the files that limit it to half a core; skips if none can be created."""
     for folder, files in [
         ("/sys/fs/cgroup/cpu", {"cpu.cfs_period_us": "100000", "cpu.cfs_quota_us": "50000"}),
         ("/sys/fs/cgroup", {"cpu.max": "50000 100000"}),

@@ -1,6 +1,6 @@
-"""What a full disk says, and leaves.
+"""Errors and cleanup on a full disk.
 
-The last test fills a small file system of memory, in a mount namespace of its own; without one it is skipped.
+The last test fills a small tmpfs in a mount namespace; it is skipped where none can be created.
 """
 
 import errno
@@ -30,7 +30,7 @@ from rsft_lib.checkpoint.export import export
 from rsft_lib.data.hybrid import build_hybrid
 from rsft_lib.data.tokenize import tokenize
 
-artifact.require_space = lambda final, size: None  # as if another process took the space afterwards
+artifact.require_space = lambda final, size: None  # as if another process used up the space afterwards
 made, disk = Path(sys.argv[1]), Path(sys.argv[2])
 long, short = (made / "sources" / f"{name}.jsonl" for name in ("long", "short"))
 steps = {
@@ -51,7 +51,7 @@ print(json.dumps(told))
 
 
 @pytest.mark.parametrize("number", disk.FULL)
-def test_an_error_inside_tells_the_final_path_and_the_room_and_nothing_stays(tmp_path, number):
+def test_a_full_disk_error_has_the_final_path_and_sizes_and_nothing_is_left(tmp_path, number):
     def fill(folder: Path) -> None:
         (folder / "part").write_bytes(bytes(3_000_000))
         raise OSError(number, os.strerror(number), str(folder / "part"))
@@ -63,8 +63,8 @@ def test_an_error_inside_tells_the_final_path_and_the_room_and_nothing_stays(tmp
     assert os.listdir(tmp_path) == []
 
 
-def test_what_a_library_says_in_its_own_words_is_found_where_nothing_can_be_written_any_more(tmp_path, monkeypatch):
-    """safetensors, NumPy and torch name no errno; and an error of another kind stays what it is."""
+def test_errors_of_libraries_without_errno_are_recognised_if_the_disk_is_full(tmp_path, monkeypatch):
+    """safetensors, NumPy and torch raise errors without an errno; unrelated errors are unchanged."""
     monkeypatch.setattr(disk, "_can_write", lambda folder: False)
     with pytest.raises(OSError, match="out was not made"), new_folder(tmp_path / "out", {"made_by": "step"}):
         raise SafetensorError("I/O error")
@@ -76,7 +76,7 @@ def test_what_a_library_says_in_its_own_words_is_found_where_nothing_can_be_writ
     assert os.listdir(tmp_path) == []
 
 
-def test_every_step_says_what_a_full_disk_lacks_and_leaves_nothing(tmp_path):
+def test_every_step_explains_a_full_disk_and_leaves_nothing(tmp_path):
     place = tmp_path / "disk"
     place.mkdir()
     mount = f"mount -t tmpfs -o size=2m tmpfs {place}"
@@ -96,8 +96,8 @@ def test_every_step_says_what_a_full_disk_lacks_and_leaves_nothing(tmp_path):
     for name, (number, message, left, free) in told.items():
         final = place / (f"{name}_TP1PP1" if name == "legacy" else name)
         assert number == errno.ENOSPC and f" {final} was not made; " in message, message
-        assert f" MB are free in {place} now" in message and " were written and are removed again" in message
+        assert f" MB are free in {place} now" in message and " were written and have been removed" in message
         written, whole = map(float, re.search(r" ([\d.,]+) MB of ([\d.,]+) MB were written", message).groups())
-        # Building has its scratch file beside it, whose space was counted as taken and not as written.
+        # The scratch file of `build` uses space, but is not counted as written.
         assert 2.1 < whole < 9 and written <= 2.1 and (written > 1 or name == "build"), message
         assert left == [] and free == 2 << 20, name

@@ -1,4 +1,4 @@
-"""What becomes of every field of a row, on the way into tokens and into a dataset."""
+"""How every field of a row is converted, tokenized and built into a dataset."""
 
 import json
 from datetime import date
@@ -28,7 +28,7 @@ def call(arguments, name="add", **extra) -> dict:
 
 
 def calling(arguments, name="add", **extra) -> dict:
-    """A chat in which a tool is called."""
+    """A chat with a tool call."""
     asks = {"role": "assistant", "content": None, "tool_calls": [call(arguments, name, **extra)]}
     return {"messages": [ASKED[0], asks, {"role": "tool", "content": "4"}, ASKED[1]]}
 
@@ -41,7 +41,7 @@ def patched(tmp_path_factory) -> Path:
 
 
 class Tokenized:
-    """What became of some rows: texts with what is trained in brackets, rejects by line, and the manifest's facts."""
+    """The result of tokenizing rows: texts, trained parts, rejects by line, and the manifest."""
 
     def __init__(self, data: Path, tokenizer: Path, **options):
         out = data.with_name(f"{data.name}-tokens")
@@ -147,7 +147,7 @@ def test_a_second_chain_of_thought_is_named_or_refused(patched, tmp_path):
             {"messages": [ASKED[0], {**both, "thinking": None, "content": "<think>\nhm\n</think>\n\n4"}]}]  # fmt: skip
     found = Tokenized(write(tmp_path, rows), patched)
     assert found.trained == [f"<think>\ntwo and two\n</think>\n\n4{EOS}"] and sorted(found.rejects) == [1, 3]
-    assert "<think> </think> in its content and a chain of thought beside it; keep one" in found.rejects[3]
+    assert "<think> </think> in its content and also a separate chain of thought; keep one" in found.rejects[3]
     built = build_hybrid("", "", tmp_path / "built", 0, 0, hybrid=tmp_path / "rows.jsonl", reject_limit=0.99)
     assert built["unused_fields"] == {"messages[].thinking": 1} and built["records"]["rejected"] == 1
 
@@ -157,11 +157,11 @@ def test_no_control_token_is_trained_behind_a_chain_of_thought_of_its_own_field(
             for said, thoughts in (("<short>4", "two and two"), ("<short>4", " \n"))]  # fmt: skip
     found = Tokenized(write(tmp_path, rows), patched)
     assert found.trained == [f"<short>4{EOS}"] and list(found.rejects) == [1]
-    assert "messages[1] has <short> in its content and a chain of thought beside it" in found.rejects[1]
+    assert "messages[1] has <short> in its content and also a separate chain of thought" in found.rejects[1]
 
 
 def test_what_was_made_by_other_rules_is_made_again(patched, tmp_path, monkeypatch):
-    """As after an update that mended what a row becomes: tokens of before would be kept, wrong as they are."""
+    """As after an update that fixes the conversion of rows: outputs of the old version must be rebuilt."""
     data = write(tmp_path, [GOOD])
     with monkeypatch.context() as before:
         for module in ("tokenize", "hybrid"):
@@ -225,23 +225,23 @@ REFUSED = {
         {"messages": [{"role": "user", "content": [{"type": "text", "text": {"a": 1}}]}, ASKED[1]]},
         "messages[0].content is [{'type': 'text', 'text': {'a': 1}}], expected text",
     ),
-    "a tag in arguments": (calling({"text": "a <think> b"}), "messages[1].tool_calls: the text holds '<think>'"),
-    "a tag in arguments as text": (calling('{"text": "</think>"}'), "the text holds '</think>' at character 10"),
-    "a tag as an argument's name": (calling({"<short>": 1}), "the text holds '<short>'"),
-    "a tag in a function's name": (calling({}, "<short>"), "the text holds '<short>'"),
+    "a tag in arguments": (calling({"text": "a <think> b"}), "messages[1].tool_calls: the text contains '<think>'"),
+    "a tag in arguments as text": (calling('{"text": "</think>"}'), "the text contains '</think>' at character 10"),
+    "a tag as an argument's name": (calling({"<short>": 1}), "the text contains '<short>'"),
+    "a tag in a function's name": (calling({}, "<short>"), "the text contains '<short>'"),
     "a tag in a chain of thought": (
         {"messages": [ASKED[0], {"role": "assistant", "content": "4", "reasoning_content": "a </think> b"}]},
-        "messages[1].reasoning_content: the text holds '</think>' at character 2",
+        "messages[1].reasoning_content: the text contains '</think>' at character 2",
     ),
-    "arguments that are neither": (calling([1]), "function.arguments is [1], expected an object or its JSON text"),
+    "arguments that are neither": (calling([1]), "function.arguments is [1], expected an object or a JSON string"),
     "a tool that is none": ({**GOOD, "tools": ["add"]}, "tools[0] is 'add', expected an object"),
     "two system prompts": (
         {"messages": [{"role": "system", "content": "ONE"}, {"role": "system", "content": "TWO"}, *ASKED]},
-        "message 0 (system): the chat template drops it, changes it or puts it elsewhere: 'ONE'",
+        "message 0 (system): the chat template drops, changes or moves it: 'ONE'",
     ),
     "a late system prompt": (
         {"messages": [*ASKED, {"role": "system", "content": "LATE"}, *ASKED]},
-        "message 2 (system): the chat template drops it",
+        "message 2 (system): the chat template drops",
     ),
     "a system prompt beside another": (
         {"system": "ONE", "messages": [{"role": "system", "content": "TWO"}, *ASKED]}, "message 0 (system)",
@@ -262,7 +262,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_row_that_cannot_be_trained_as_it_says_is_refused_and_the_rows_beside_it_are_not(name, patched, tmp_path):
+def test_an_unusable_row_is_rejected_and_its_neighbours_are_not(name, patched, tmp_path):
     row, reason = REFUSED[name]
     for file in ("rows.jsonl", "rows.json"):
         found = Tokenized(write(tmp_path, [GOOD, row, GOOD], file), patched)
@@ -272,8 +272,8 @@ def test_a_row_that_cannot_be_trained_as_it_says_is_refused_and_the_rows_beside_
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
 @pytest.mark.parametrize("depth", [100, 900, 100_000])
-def test_a_nest_is_trained_whole_or_costs_its_row_and_no_other(patched, tmp_path, name, depth):
-    """A hundred deep is trained; how much deeper Python's recursion goes depends on its version."""
+def test_deep_nesting_is_trained_or_rejects_only_its_row(patched, tmp_path, name, depth):
+    """A depth of 100 is trained; the maximum depth depends on the Python version."""
     good, nest = json.dumps(GOOD), '{"a": ' * depth + "1" + "}" * depth
     rows = [good, f'{good[:-1]}, "tools": [{nest}]}}', good]
     (tmp_path / name).write_text(f"[{','.join(rows)}]" if name == "rows.json" else "\n".join(rows))
@@ -314,7 +314,7 @@ def test_blank_lines_are_not_records_and_an_empty_file_says_so(patched, tmp_path
     found = Tokenized(write(tmp_path, ["", GOOD, "  ", GOOD, "", "x"]), patched)
     assert found.facts["counts"]["records"] == 3 and found.rejects.keys() == {6}
     for empty in ([], ["", " "]):
-        with pytest.raises(ValueError, match="empty.jsonl holds no records"):
+        with pytest.raises(ValueError, match="empty.jsonl contains no records"):
             tokenize(write(tmp_path, empty, "empty.jsonl"), patched, tmp_path / "out", workers=0)
     with pytest.raises(ValueError, match="all 2 records are rejected"):
         tokenize(write(tmp_path, ["x", "y"], "bad.jsonl"), patched, tmp_path / "out", workers=0, reject_limit=1)

@@ -1,4 +1,4 @@
-"""Datasets by name, from a stand-in for the Hub on this machine."""
+"""Datasets by name, from a local fake Hub."""
 
 import json
 import os
@@ -21,10 +21,10 @@ class DataAnswer(Answer):
     def answer(self):
         parts = self.path.split("?")[0].strip("/").split("/")
         if parts[:2] == ["api", "datasets"]:
-            return self.tell("/".join(parts[2:4]), parts[4:])
+            return self.send_metadata("/".join(parts[2:4]), parts[4:])
         if parts[0] == "datasets" and parts[3] == "resolve" and "/".join(parts[5:]) in self.server.files:
             self.server.requests.append((self.command, parts[4]))
-            return self.give("/".join(parts[5:]))
+            return self.send_file("/".join(parts[5:]))
         return self.send(404, headers={"X-Error-Code": "EntryNotFound"})
 
 
@@ -52,6 +52,6 @@ def test_a_dataset_is_read_by_name_at_its_revision(server, tmp_path):
     assert {revision for method, revision in server.requests if method == "GET"} == {"b" * 40}  # the tag's commit
 
 
-def test_a_revision_that_does_not_exist_is_told(server, tmp_path):
+def test_a_revision_that_does_not_exist_is_reported(server, tmp_path):
     done = read(f"{NAME}@none", server, tmp_path)
     assert done.returncode and "no dataset with split 'train' at revision 'none' could be loaded" in done.stderr

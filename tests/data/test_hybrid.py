@@ -1,4 +1,4 @@
-"""Long and short answers to the same problems become one dataset."""
+"""Building one dataset from long and short answers to the same problems."""
 
 import json
 import random
@@ -34,7 +34,7 @@ def write(path: Path, records: list[dict]) -> Path:
 
 
 def build(folder: Path, long: list[dict], short: list[dict] | None = None, **rules) -> dict:
-    """A dataset in folder/out, all of it in the training split unless said otherwise."""
+    """A dataset in folder/out; by default all of it is in the training split."""
     longs = write(folder / "long.jsonl", long)
     shorts = "" if short is None else write(folder / "short.jsonl", short)
     return build_hybrid(longs, shorts, folder / "out", **{"held_out": 0, "seed": 0, **rules})
@@ -148,9 +148,9 @@ BAD_LONG = {
     "": "expected text that is not empty",
 }
 BAD_SHORT = {
-    "<think>hm</think>4": "must not hold <think> </think>",
-    "<short><short>4": "must not hold <short>",
-    "4</think>": "must not hold </think>",
+    "<think>hm</think>4": "must not contain <think> </think>",
+    "<short><short>4": "must not contain <short>",
+    "4</think>": "must not contain </think>",
 }
 
 
@@ -168,7 +168,7 @@ def test_an_answer_that_is_not_of_its_mode_is_named_and_kept_with_the_reason(ans
     assert build(tmp_path, files["long"], files["short"], reject_limit=0.4)["records"]["rejected"] == 1
     assert (tmp_path / "out.rejected.jsonl").exists()
     build(tmp_path, [good["long"]], [good["short"]])
-    assert not (tmp_path / "out.rejected.jsonl").exists()  # what an earlier run refused is no news of this one
+    assert not (tmp_path / "out.rejected.jsonl").exists()  # the rejects of an earlier run are removed
 
 
 def test_empty_thoughts_are_accepted_where_that_is_said(tmp_path):
@@ -313,11 +313,11 @@ def test_a_dataset_that_is_asked_for_again_is_kept_with_the_tokens_in_its_folder
     tokens.write_bytes(b"tokens")
     write_manifest(tokens.parent, {"made_by": "tokenize"})
     assert build(tmp_path, long, held_out=0.2).items() >= first.items()
-    assert tokens.exists() and "is there already" in capsys.readouterr().out
+    assert tokens.exists() and "already exists" in capsys.readouterr().out
     (tmp_path / "out" / "train.jsonl").write_text("damaged")
     for other in ({"held_out": 0.2}, {"held_out": 0.2, "seed": 1}, {"held_out": 0.2, "empty_think": True}):
         build(tmp_path, long, **other)
-        assert len(read(tmp_path)) == 32 and "is there already" not in capsys.readouterr().out
+        assert len(read(tmp_path)) == 32 and "already exists" not in capsys.readouterr().out
     build(tmp_path, [*long, record("new", think("a", "Answer: 1"))], **other)
     assert len(read(tmp_path)) == 34 and not tokens.exists()
 
@@ -361,7 +361,7 @@ def test_rules_that_make_no_sense_are_refused(rules, tmp_path):
 
 
 def ready(folder: Path, records: list[dict], name: str) -> Path:
-    """Records as a file of the kind that its name says."""
+    """Records as a file of the format given by its name."""
     path = folder / name
     if path.suffix == ".parquet":
         names = dict.fromkeys(name for found in records for name in found)
@@ -419,7 +419,7 @@ def test_where_answers_declare_their_mode_one_that_does_not_is_rejected(tmp_path
     rejects = [json.loads(line) for line in (tmp_path / "out.rejected.jsonl").read_text().splitlines()]
     reasons = {row["line"]: row["reason"] for row in rejects}
     assert "begins with neither <think> nor <short>, as 2 others of this dataset do" in reasons[3]
-    assert "holds <think> and begins with none of them" in reasons[4]
+    assert "contains <think> but begins with" in reasons[4]
     with pytest.raises(ValueError, match="2 of 4 records are rejected"):
         build_hybrid("", "", tmp_path / "other", 0, 0, hybrid=path)
 
@@ -457,9 +457,9 @@ def test_answers_to_one_question_stay_on_one_side_also_with_other_system_prompts
 UNUSABLE = {
     "an answer that is only a call": (
         {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [
-            {"function": {"name": "f", "arguments": {}}}]}]}, "an answer calls a tool; notebook 04 takes such",
+            {"function": {"name": "f", "arguments": {}}}]}]}, "an answer calls a tool; notebook 04 accepts such",
     ),
-    "no answer": ({"messages": [{"role": "user", "content": "x"}]}, "found the roles user; expected a question and"),
+    "no answer": ({"messages": [{"role": "user", "content": "x"}]}, "found the roles user; expected alternating"),
     "an infinite answer": ('{"instruction": "x", "output": "<short>y", "answer": Infinity}', "not a JSON number"),
     "an id that is half a character": (record("x", "<short>y", id="\ud800"), "cannot be written as JSON"),
     "an empty short answer": (record("x", "<short> "), "empty answer after <short>"),
@@ -480,9 +480,9 @@ def test_a_record_that_raises_anything_is_rejected_and_the_others_are_built(name
 def test_an_input_that_holds_no_records_is_named(tmp_path):
     good, empty = write(tmp_path / "good.jsonl", [record("2 ?", think("hm", "2"))]), write(tmp_path / "empty.jsonl", [])
     for inputs, message in [
-        ((good, empty), "short answers: .*empty.jsonl holds no records"),
-        ((empty, ""), "long answers: .*empty.jsonl holds no records"),
-        ((good, good), "(?s)a short answer must not hold.*1 of 2 records"),
+        ((good, empty), "short answers: .*empty.jsonl contains no records"),
+        ((empty, ""), "long answers: .*empty.jsonl contains no records"),
+        ((good, good), "(?s)a short answer must not contain.*1 of 2 records"),
     ]:
         with pytest.raises(ValueError, match=message):
             build_hybrid(*inputs, tmp_path / "out", 0, 0)

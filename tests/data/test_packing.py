@@ -1,4 +1,4 @@
-"""Which samples share a pack."""
+"""Assigning samples to packs."""
 
 import random
 

@@ -27,8 +27,8 @@ from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.metrics import read_metrics
 
 pytestmark = needs_real
-LONG, SHORT, LENGTH = 16, 150, 1536  # R1's vocabulary makes a position dear
-PROMPT = 500  # tokens of a prompt and its headers at most
+LONG, SHORT, LENGTH = 16, 150, 1536  # few, since R1's vocabulary makes each position expensive
+PROMPT = 500  # maximum tokens of a prompt and its headers
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def test_tool_chats_are_trained_by_what_the_assistant_writes(real, chain, tmp_pa
             assert all(call["function"]["arguments"] in text for call in message.get("tool_calls", []))
 
 
-HARD = {  # answer -> what is trained of it, or why the row is refused
+HARD = {  # answer -> the trained text, or the reason for rejecting the row
     "<think>\n\n</think>\n\n4": None,
     "<think><think>a</think></think>4": None,
     "<think>no end": None,

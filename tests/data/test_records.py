@@ -1,4 +1,4 @@
-"""What is read as a record, and what is refused."""
+"""Reading records, and rejecting invalid ones."""
 
 import datetime
 import decimal
@@ -94,10 +94,10 @@ def test_lists_of_arrow_types_of_their_own_stay_lists(tmp_path):
 
 TEXTS = pyarrow.map_(pyarrow.string(), pyarrow.string())
 NO_JSON = [
-    (pyarrow.array([1.5, float("nan")]), "found nan, which JSON cannot hold"),
+    (pyarrow.array([1.5, float("nan")]), "found nan, which JSON cannot represent"),
     (pyarrow.array([{"y": [1.5]}, {"y": [float("-inf")]}]), "found -inf, which"),
     (pyarrow.array([[], [{"y": b"ab"}]]), "found b'ab', which"),
-    (pyarrow.array([[("k", "1")], [("k", "1"), ("k", "2")]], TEXTS), "'k' stands twice in one object"),
+    (pyarrow.array([[("k", "1")], [("k", "1"), ("k", "2")]], TEXTS), "'k' appears twice in one object"),
 ]
 
 
@@ -148,7 +148,7 @@ def test_the_last_suffix_says_what_a_file_holds(tmp_path):
     assert [record for _, record in read_records(tmp_path / "a.parquet.jsonl")] == [PAIR]
     packed = tmp_path / "a.parquet.gz"
     packed.write_bytes(gzip.compress(write(tmp_path, "a.parquet").read_bytes()))
-    with pytest.raises(ValueError, match=r"a.parquet.gz: Parquet is compressed within, .* unpack it first"):
+    with pytest.raises(ValueError, match=r"a.parquet.gz: Parquet is compressed internally .* unpack it first"):
         list(read_rows(packed))
 
 
@@ -188,7 +188,7 @@ def test_a_json_file_that_holds_lines_is_read_as_lines(tmp_path):
 def test_a_file_that_was_cut_off_is_named(name, tmp_path):
     path = write(tmp_path, name)
     path.write_bytes(path.read_bytes()[:-12])
-    with pytest.raises(ValueError, match=f"{name} cannot be read to its end .* fetch it again"):
+    with pytest.raises(ValueError, match=f"{name} cannot be read to its end .* download it again"):
         list(read_records(path))
 
 
@@ -255,7 +255,7 @@ BAD = {
     f"{LINE}{LINE}": "not JSON .Extra data",
     '{"a": NaN}': "NaN is not a JSON number",
     '{"a": [1e400]}': "the number 1e400 is too large",
-    '{"a": 1, "a": 2}': "'a' stands twice",
+    '{"a": 1, "a": 2}': "'a' appears twice",
     '{"a": "\x01"}': "not JSON",
     '{"a": ' + "1" * 5000 + "}": "not JSON",
     '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}": "not JSON",
@@ -291,7 +291,7 @@ def test_an_endless_line_is_refused_and_the_lines_after_it_keep_their_numbers(tm
     first, endless, last = read_rows(path)
     assert (first.number, last.number) == (1, 3) and parse(last.content) == PAIR
     assert len(endless.content) == LINE_LIMIT + 1
-    with pytest.raises(ValueError, match="the row has over 64 MiB"):
+    with pytest.raises(ValueError, match="the row has more than 64 MiB"):
         parse(endless.content)
 
 

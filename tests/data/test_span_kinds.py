@@ -1,4 +1,4 @@
-"""What trained tokens are for, and the metrics of it."""
+"""The kinds of trained tokens, and the metrics by kind."""
 
 import numpy as np
 import pytest

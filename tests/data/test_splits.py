@@ -1,4 +1,4 @@
-"""What notebook 04 tokenizes, and where the tokens go."""
+"""The splits that notebook 04 tokenizes, and the folders of the tokens."""
 
 import datetime
 import json
@@ -65,17 +65,17 @@ def test_a_folder_without_training_data_names_the_notebook_that_makes_it(tmp_pat
         write(tmp_path / "b"),
         write(tmp_path / "c", "manifest.json"),
     ):
-        with pytest.raises(FileNotFoundError, match="holds no train.jsonl: run notebook 03_build_dataset"):
+        with pytest.raises(FileNotFoundError, match="has no train.jsonl: run notebook 03_build_dataset"):
             splits_of(folder)
     for missing in (tmp_path / "none", "assets/data/no-such-dataset", tmp_path / "none.jsonl"):
         with pytest.raises(FileNotFoundError, match="does not exist .*run notebook 03_build_dataset"):
             splits_of(missing)
-    with pytest.raises(ValueError, match="holds train.jsonl and train.parquet for train; keep one"):
+    with pytest.raises(ValueError, match="contains train.jsonl and train.parquet for train; keep one"):
         splits_of(write(tmp_path / "d", "train.jsonl", "train.parquet"))
 
 
 def made_from(source: Source, folder, rows: int) -> SimpleNamespace:
-    """What `exclude` looks at in a store of tokens with one sample for each row of `source`."""
+    """The parts of a token store that `exclude` uses, with one sample per row of `source`."""
     np.save(folder / ROWS, np.arange(1, rows + 1))
     return SimpleNamespace(folder=folder, manifest=source.facts())
 

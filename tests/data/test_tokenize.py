@@ -1,4 +1,4 @@
-"""Records to a token store, and what becomes of every row."""
+"""Tokenizing records to a store, and the outcome of every row."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def patched(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def problems(tmp_path_factory) -> Path:
-    """Two thousand records, of several blocks."""
+    """Two thousand records, in several blocks."""
     sources = demo.make_sources(tmp_path_factory.mktemp("problems") / "sources", 1000, seed=0)
     (sources / "both.jsonl").write_text((sources / "long.jsonl").read_text() + (sources / "short.jsonl").read_text())
     return sources / "both.jsonl"
@@ -94,14 +94,14 @@ def test_any_number_of_workers_writes_the_same_bytes(patched, problems, tmp_path
     assert same_files(tmp_path / "alone", tmp_path / "two")
 
 
-def test_what_is_there_from_the_same_inputs_is_kept_and_anything_else_is_made_anew(patched, tmp_path, capsys):
+def test_output_of_the_same_inputs_is_kept_and_any_other_is_rebuilt(patched, tmp_path, capsys):
     def inode(**options):
         tokenize(data, patched, tmp_path / "out", workers=0, **options)
         return (tmp_path / "out" / "manifest.json").stat().st_ino
 
     data = lines(tmp_path, GOOD)
     first = inode()
-    assert inode() == first and "there already" in capsys.readouterr().out
+    assert inode() == first and "already exists" in capsys.readouterr().out
     changed = inode(max_length=999)
     assert changed != first
     lines(tmp_path, GOOD, GOOD)
@@ -119,7 +119,7 @@ def test_missing_files_and_options_that_do_not_exist_are_named(patched, tmp_path
     for option, message in [
         ({"overlong": "cut"}, "overlong is 'cut'; choose one of drop, truncate, error"),
         ({"turns": "first"}, "turns is 'first'; choose one of all, last"),
-        ({"reject_limit": 2}, "reject_limit is 2; it is a share"),
+        ({"reject_limit": 2}, "reject_limit is 2; it must be a fraction"),
         ({"max_length": 1}, "max_length is 1"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -130,7 +130,7 @@ def test_missing_files_and_options_that_do_not_exist_are_named(patched, tmp_path
 # Rows that cannot be used
 
 
-def test_bad_rows_are_kept_with_their_reason_and_too_many_end_the_work(patched, tmp_path):
+def test_bad_rows_are_saved_with_their_reason_and_too_many_are_an_error(patched, tmp_path):
     data = lines(tmp_path, *[GOOD] * 3, '{"instruction": "x"}', *[GOOD] * 6)
     with pytest.raises(ValueError, match=f"(?s)^{data}:4: found the fields .*1 of 10 records are rejected, .* 9.00%"):
         tokenize(data, patched, tmp_path / "out", workers=0, reject_limit=0.09)
@@ -186,23 +186,23 @@ def job_for(tokenizer: Path, template: str = "") -> Job:
 def reason(tokenizer: Path, record: dict, template: str = "", row_seconds: float = 0) -> str:
     """Why a worker rejects a record."""
     worker = Worker(job_for(tokenizer, template), row_seconds)
-    (reject,) = worker.block([Row(1, record)], ReferenceEncoder.name).fates.rejects
+    (reject,) = worker.block([Row(1, record)], ReferenceEncoder.name).outcomes.rejects
     return reject.reason
 
 
 def test_a_mask_of_nothing_or_of_everything_is_refused(patched):
     everything = "{% generation %}{% for m in messages %}{{ m.content }}{% endfor %}{{ eos_token }}{% endgeneration %}"
-    assert "message 0 (user): the chat template drops it, changes it or puts it elsewhere" in reason(
+    assert "message 0 (user): the chat template drops, changes or moves it" in reason(
         patched, json.loads(GOOD), everything
     )
 
 
-def test_a_template_that_never_ends_costs_its_row_and_not_the_work(patched):
+def test_an_endless_template_rejects_only_its_row(patched):
     endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     assert "takes more than 0.3 seconds" in reason(patched, json.loads(GOOD), endless, row_seconds=0.3)
 
 
-def test_a_template_that_builds_gigabytes_costs_its_row_and_not_the_machine(patched, tmp_path):
+def test_a_template_that_allocates_gigabytes_rejects_only_its_row(patched, tmp_path):
     huge = tmp_path / "huge"
     huge.mkdir()
     for path in patched.iterdir():
@@ -255,7 +255,7 @@ def test_one_token_answers_several_turns_and_weights_are_stored(patched, tmp_pat
     data = lines(tmp_path, json.dumps({"messages": messages + messages}))
     tokenize(data, patched, tmp_path / "out", workers=0)
     store = TokenStore(tmp_path / "out")
-    assert store.weights[store[0][1]].tolist().count(0.5) == 4  # twice the answer and its end
+    assert store.weights[store[0][1]].tolist().count(0.5) == 4  # two answers of two tokens, including EOS
     tokenize(data, patched, tmp_path / "out", workers=0, turns="last")
     assert (TokenStore(tmp_path / "out")[0][1] > 0).sum() == 2
     assert store.weights is LOSS_WEIGHTS
@@ -265,7 +265,7 @@ def test_one_token_answers_several_turns_and_weights_are_stored(patched, tmp_pat
 
 
 def mutated(line: bytes, rng: random.Random) -> bytes:
-    """A line with bytes flipped, cut, doubled or put in; never with a line break."""
+    """A line with bytes changed, removed, repeated or inserted; never with a line break."""
     out = bytearray(line)
     for _ in range(rng.randint(1, 3)):
         place = rng.randrange(len(out) + 1)
@@ -320,7 +320,7 @@ def test_a_killed_worker_ends_the_work_with_an_error_and_leaves_nothing(patched,
                 child.send_signal(getattr(signal, name))
             yield block
 
-    monkeypatch.setattr("rsft_lib.data.tokenize.Reading.progress", killing)
+    monkeypatch.setattr("rsft_lib.data.tokenize.InputProgress.show", killing)
     with pytest.raises(RuntimeError, match=f"nothing was written: a tokenizing process was killed by {name}") as error:
         tokenize(problems, patched, tmp_path / "out", workers=2)
     assert ("out of memory?" in str(error.value)) == (name == "SIGKILL")
@@ -335,7 +335,7 @@ def test_a_killed_worker_ends_the_work_with_an_error_and_leaves_nothing(patched,
         ("import os; os._exit(7)", "exit code 7 and wrote nothing to stderr$"),
     ],
 )
-def test_how_a_worker_died_is_told_in_its_own_last_words(patched, tmp_path, monkeypatch, code, message):
+def test_the_error_for_a_dead_worker_has_its_exit_code_and_stderr(patched, tmp_path, monkeypatch, code, message):
     monkeypatch.setattr("rsft_lib.data.pool.CODE", code)
     with pytest.raises(RuntimeError, match=f"(?s){message}"):
         tokenize(lines(tmp_path, GOOD), patched, tmp_path / "out", workers=1)
@@ -361,18 +361,18 @@ worker.main()
 
 
 @pytest.mark.parametrize("what", ["cannot be pickled", "cannot be read back"])
-def test_an_error_that_cannot_be_handed_on_is_told_as_text_and_kills_no_worker(
+def test_an_error_that_cannot_be_pickled_is_raised_as_text_and_kills_no_worker(
     patched, tmp_path, monkeypatch, capsys, what
 ):
     monkeypatch.setattr("rsft_lib.data.pool.CODE", ODD_WORKER)
     data = lines(tmp_path, *[GOOD] * 600).rename(tmp_path / f"{what}.jsonl")
     with pytest.raises(RuntimeError, match=f"(?s)^Traceback .*Odd: {what}$"):
         tokenize(data, patched, tmp_path / "out", workers=2)
-    assert capsys.readouterr().err == "a warning\n"  # of all processes that said it
+    assert capsys.readouterr().err == "a warning\n"  # printed once, although every process wrote it
 
 
 class Unreadable:
-    """Can be pickled and not read back."""
+    """Can be pickled but not unpickled."""
 
     def __reduce__(self):
         return int, ("no number", 10)
@@ -400,7 +400,7 @@ worker.main()
     ],
     ids=["a call that cannot be pickled", "a call that cannot be read", "an answer that cannot be read"],
 )
-def test_what_cannot_be_handed_on_raises_where_it_is_waited_for_and_the_process_goes_on(
+def test_calls_and_results_that_cannot_be_pickled_raise_in_the_caller_and_the_process_continues(
     patched, monkeypatch, rows, encoder, error
 ):
     kind, message = error
@@ -439,8 +439,8 @@ def test_no_more_workers_are_started_than_one_reading_process_keeps_busy(
 
     monkeypatch.setattr("rsft_lib.data.pool.Process", Counted)
     monkeypatch.setattr("rsft_lib.data.tokenize.usable_cores", lambda: 64)
-    monkeypatch.setattr("rsft_lib.data.tokenize.HELPFUL", 2)
-    monkeypatch.setattr("rsft_lib.data.tokenize.HELPFUL_WHEN_SLOW", 3)
+    monkeypatch.setattr("rsft_lib.data.tokenize.USEFUL_WORKERS", 2)
+    monkeypatch.setattr("rsft_lib.data.tokenize.USEFUL_WORKERS_WHEN_SLOW", 3)
     monkeypatch.setattr("rsft_lib.data.tokenize._chosen_encoder", chosen)
     tokenize(problems, patched, tmp_path / "out", workers=workers)
     assert len(started) == helpful
@@ -456,7 +456,7 @@ def test_no_more_processes_and_threads_are_started_than_there_are_cores(patched,
             seen.append([psutil.Process().num_threads() - before, *(child.num_threads() for child in children)])
             yield block
 
-    monkeypatch.setattr("rsft_lib.data.tokenize.Reading.progress", counting)
+    monkeypatch.setattr("rsft_lib.data.tokenize.InputProgress.show", counting)
     for name in ("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         monkeypatch.setenv(name, "64")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")

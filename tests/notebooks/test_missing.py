@@ -82,7 +82,7 @@ WITHOUT = [
     ("08_loss_lab", {"before": "none"}, "checkpoint: .*none does not exist .*: run notebook 02_convert_checkpoint")
 ]
 if LONG:
-    WITHOUT += [("07_export_and_generate", {"run": "empty"}, "empty has no whole checkpoint: run notebook 05_train")]
+    WITHOUT += [("07_export_and_generate", {"run": "empty"}, "empty has no intact checkpoint: run notebook 05_train")]
 
 
 @pytest.mark.parametrize(("notebook", "given", "needed"), WITHOUT)

@@ -1,4 +1,4 @@
-"""What is trained of a conversation."""
+"""Loss masks of conversations."""
 
 import random
 from pathlib import Path
@@ -109,7 +109,7 @@ def test_weights_are_hundredths_and_others_are_refused():
 
 
 @pytest.mark.parametrize("mode", [None, *MODES])
-def test_what_is_generated_from_is_how_training_text_begins(tokenizer, mode):
+def test_a_prompt_is_a_prefix_of_training_text(tokenizer, mode):
     answer = {"think": THOUGHT, "short": "<short>four", None: THOUGHT}[mode]
     prompt = prompt_ids(tokenizer, conversation("")[:1], mode)
     assert encode(tokenizer, conversation(answer)).ids[: len(prompt)] == prompt
@@ -119,7 +119,7 @@ def test_what_is_generated_from_is_how_training_text_begins(tokenizer, mode):
 def test_a_template_that_strips_the_chain_of_thought_is_refused(model):
     with pytest.raises(ValueError, match="patch the template"):
         encode(load_tokenizer(model), conversation(THOUGHT))
-    tokenizer = load_tokenizer(model)  # one whose generation prompt is right and which still strips
+    tokenizer = load_tokenizer(model)  # the generation prompt is correct, but the chain of thought is stripped
     tokenizer.chat_template = demo.R1_CHAT_TEMPLATE.replace("<think>\\n", "")
     with pytest.raises(ValueError, match="drops part of the answer"):
         encode(tokenizer, conversation(THOUGHT))
@@ -143,14 +143,14 @@ def test_reasoning_in_a_field_of_its_own_is_trained_or_refused_where_the_templat
         ("{% generation %}x{{ eos_token }}{% endgeneration %} {% generation %}y{% endgeneration %}", "marks 2 answers"),
     ],
 )
-def test_a_template_from_which_the_answer_cannot_be_told_is_refused(template, message, tokenizer):
+def test_a_template_with_ambiguous_answers_is_refused(template, message, tokenizer):
     tokenizer.chat_template = template
     with pytest.raises(ValueError, match=message):
         encode(tokenizer, conversation("<short>four"))
 
 
 def test_a_token_across_the_edge_of_an_answer_is_refused_by_both_encoders(tokenizer):
-    with pytest.raises(ValueError, match="lies across the edge"):
+    with pytest.raises(ValueError, match="crosses the boundary"):
         mask_of([(0, 3), (3, 6)], [Span(4, 6)], "abcdef")
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}"
     tokenizer.chat_template += "{% endif %}{% endfor %}"
@@ -158,7 +158,7 @@ def test_a_token_across_the_edge_of_an_answer_is_refused_by_both_encoders(tokeni
     text, spans = trained_text(ChatTemplate.of(tokenizer), messages)
     for encoder in encoders(tokenizer):
         (found,) = encoder.encode([text], [spans])
-        assert isinstance(found, ValueError) and "lies across the edge" in str(found)
+        assert isinstance(found, ValueError) and "crosses the boundary" in str(found)
 
 
 def encoders(tokenizer) -> list:
@@ -230,7 +230,7 @@ def oracle_masks(tokenizer, chats: list[list[dict]]) -> list[tuple[list[int], li
 
 
 def check_against_oracle(tokenizer, conversations: list[list[dict]]) -> int:
-    """Compare in blocks, as the rows of a file are worked through: the number of conversations that were compared."""
+    """Compare the encoders in blocks, like the rows of a file; return the number of conversations compared."""
     template, rows, (reference, *fast) = ChatTemplate.of(tokenizer), 0, encoders(tokenizer)
     for start in range(0, len(conversations), 100):
         chats = conversations[start : start + 100]

@@ -33,7 +33,7 @@ BOTH = ["demo", pytest.param("real", marks=needs_real)]
 
 @pytest.fixture(scope="module")
 def patched(tmp_path_factory) -> Callable[[str], Path]:
-    """The patched folder of a tokenizer, its source beside it."""
+    """The patched folder of a tokenizer, with its source beside it."""
 
     @functools.cache
     def make(name: str) -> Path:
@@ -55,13 +55,13 @@ def sound(request, patched) -> Path:
 
 @pytest.fixture
 def folder(sound, tmp_path) -> Path:
-    """A copy to spoil."""
+    """A copy to break."""
     return shutil.copytree(sound, tmp_path / "folder")
 
 
 @pytest.fixture(params=BOTH if LONG else BOTH[:1])
 def small(request, patched, tmp_path) -> Path:
-    """A copy to spoil, in the short form of the tests of the demo's only."""
+    """A copy to break; without RSFT_LONG_TESTS only of the demo tokenizer."""
     return shutil.copytree(patched(request.param), tmp_path / "small")
 
 
@@ -74,14 +74,14 @@ def write(path: Path, content) -> None:
 
 
 def broken(folder: Path, spoil: Callable[[Path], None], **facts) -> set[str]:
-    """The checks that fail once a folder is spoilt and its manifest says that it has always been so."""
+    """The checks that fail after `spoil`, with the manifest rewritten so that the file hashes match."""
     spoil(folder)
     write_manifest(folder, {key: value for key, value in (read_manifest(folder) | facts).items() if key != "files"})
     return {check.name for check in check_contract(folder).failed}
 
 
 def with_tokens(edit: Callable[[dict[str, dict]], None]) -> Callable[[Path], None]:
-    """Spoil the added tokens, in whichever files say them."""
+    """Edit the added tokens in every file that lists them."""
 
     def spoil(folder: Path) -> None:
         content, config = read(folder / "tokenizer.json"), read(folder / "tokenizer_config.json")
@@ -172,7 +172,7 @@ BREAKS = {
 }  # fmt: skip
 
 
-def test_a_patched_folder_keeps_every_part_of_the_contract(sound):
+def test_a_patched_folder_passes_every_check(sound):
     checks = check_contract(sound)
     assert [check.name for check in checks if check.passed is not True] == []
     covered = {"files are whole", "served alike", "mask as marked", *BREAKS}
@@ -185,7 +185,7 @@ def test_a_folder_that_is_broken_in_one_way_fails_in_that_check_and_no_other(sma
     assert broken(small, BREAKS[name]) == {name}
 
 
-def test_the_pipeline_is_told_what_is_broken(small):
+def test_require_contract_lists_every_failed_check(small):
     BREAKS["generation stops"](small)
     BREAKS["BOS once"](small)
     with pytest.raises(ValueError, match="(?s)breaks the contract.*files are whole: .*generation stops: .*BOS once: "):
@@ -207,8 +207,8 @@ def test_a_file_that_changed_since_is_named(small):
     assert unknown == ["ids kept", "vocabulary kept", "other text as before"]
 
 
-def test_a_tokenizer_that_autotokenizer_builds_otherwise_is_found(sound, folder):
-    """It builds Qwen2's from the model's type, whatever way of cutting text tokenizer.json names."""
+def test_a_tokenizer_that_autotokenizer_builds_differently_is_found(sound, folder):
+    """It builds Qwen2's tokenizer from the model type and ignores the pre-tokenizer of tokenizer.json."""
 
     def cut_otherwise(place: Path) -> None:
         content = read(place / "tokenizer.json")
@@ -236,7 +236,7 @@ def test_a_template_that_drops_the_tools_is_found(small):
     assert broken(small, template("{%- if tools %}", "{%- if false %}")) == {"tool calls"}
 
 
-def test_a_folder_without_a_template_or_with_several_is_no_crash(small):
+def test_a_folder_without_a_template_or_with_several_fails_a_check(small):
     assert broken(small, lambda place: (place / "chat_template.jinja").unlink()) == {"template renders"}
     (small / "additional_chat_templates").mkdir()
     (small / "additional_chat_templates" / "other.jinja").write_text("x")
@@ -249,7 +249,7 @@ def test_the_stock_template_fails_because_it_strips_the_chain_of_thought(folder)
 
 
 def test_the_originals_hand_edited_template_fails_in_its_prompt_alone(folder):
-    """Its prompts end with a newline that its training text does not have; and a tool call has no end."""
+    """Its prompts end with a newline that its training text lacks, and its tool calls have no end."""
     edited = R1_CHAT_TEMPLATE.replace("content.split('</think>')[-1]", "content").replace("<think>\\n", "\\n")
     failed = broken(folder, lambda place: (place / "chat_template.jinja").write_text(edited, "utf-8"))
     assert failed == {"prompt begins text"}
@@ -259,7 +259,7 @@ def test_a_corpus_is_compared_line_by_line(small, tmp_path):
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text("a plain line\nzebra\none that names <short>\n", encoding="utf-8")
     details = {check.name: check.detail for check in check_contract(small, corpus)}
-    assert details["other text as before"] == "10 texts are the same tokens; 1 that name a replaced token left out"
+    assert details["other text as before"] == "10 texts give the same tokens; 1 that contain a replaced token skipped"
     with pytest.raises(FileNotFoundError, match="corpus: .*none.txt does not exist"):
         check_contract(small, tmp_path / "none.txt")
 
@@ -279,13 +279,13 @@ def demo_folder(patched) -> Path:
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_a_template_that_would_take_all_time_or_memory_is_ended_and_named(demo_folder, tmp_path, name):
+def test_a_template_that_exhausts_time_or_memory_is_stopped_and_reported(demo_folder, tmp_path, name):
     own = tmp_path / "own.jinja"
     own.write_text(NEW + ATTACKS[name], encoding="utf-8")
     patch_tokenizer(demo_folder.with_name("source"), tmp_path / "out", SHORT, template=own)
     (failed,) = check_contract(tmp_path / "out").failed
     assert failed.name == "template renders"
-    assert any(word in failed.detail for word in ("more than 4 seconds", "more than 512 MiB", "ended by signal"))
+    assert any(word in failed.detail for word in ("more than 4 seconds", "more than 512 MiB", "killed by signal"))
 
 
 ESCAPES = [
@@ -312,7 +312,7 @@ def test_a_template_that_reaches_out_is_stopped_by_jinjas_sandbox(demo_folder, t
 
 
 IF_NO_SYSTEM = "{% if messages[0]['role'] != 'system' %}Today is {{ strftime_now('%Y-%m-%d') }}.{% endif %}"
-CHANGING = [  # each part of a date alone, where only some conversations have it, and what chance decides
+CHANGING = [  # single parts of a date, dates in some conversations only, and randomness
     *(f"{{{{ strftime_now('{part}') }}}}" for part in ("%d", "%b", "%A", "%Y", "%H", "%M", "%p", "%j", "%C", "%x")),
     "{{ strftime_now('%d %b %Y') }}",
     "{{ strftime_now('%Y')[3] }}",
@@ -331,7 +331,7 @@ CHANGING = [  # each part of a date alone, where only some conversations have it
     "{% if strftime_now('%Y') | int > 2028 %}X{% endif %}",
     "{% if strftime_now('%M') | int < 20 %}X{% endif %}",
 ]
-SELDOM = [  # on one day or in one case of very many, however it is asked
+SELDOM = [  # different only on one day or in one of very many cases
     "{% if strftime_now('%d.%m.%Y') == '31.07.2031' %}X{% endif %}",
     "{% if strftime_now('%Y') > '9000' and strftime_now('%M%S') == '4711' %}X{% endif %}",
     "{% if strftime_now('%M%S') | int == 4711 %}X{% endif %}",
@@ -352,7 +352,7 @@ SELDOM = [  # on one day or in one case of very many, however it is asked
     "{% if strftime_now('%M%S') == '4711' %}{{ raise_exception('no') }}{% endif %}",
     "{% if range(99999) | random == 4711 %}X{% endif %}",
 ]
-KEPT = [  # what the clock says is not looked at
+KEPT = [  # reads the clock but does not inspect the value
     "{% set now = strftime_now('%d') %}",
     "{% set ns = namespace(now=strftime_now('%d')) %}{% set ns.now = '1 May' %}{{ ns.now }}",
     "{% set now = '1 May' if strftime_now is defined else strftime_now('%d') %}{{ now }}",
@@ -362,7 +362,7 @@ KEPT = [  # what the clock says is not looked at
 
 
 def same_at_any_time(folder: Path, text: str) -> contract.Checks:
-    """The check alone, of R1's template with `text` at its beginning."""
+    """Only this check, on R1's template with `text` inserted at its beginning."""
     tokenizer = load_tokenizer(folder)
     tokenizer.chat_template = NEW.replace("{{bos_token}}", "{{bos_token}}" + text)
     return contract.Checks(check for check in template_checks._check(tokenizer) if check.name == "same at any time")
@@ -387,7 +387,7 @@ def test_the_clocks_whose_texts_are_compared_differ_in_every_part_of_a_date():
     assert [part for part in parts if f"{MOMENTS[0]:{part}}" == f"{MOMENTS[-1]:{part}}"] == []
 
 
-def test_both_texts_and_dates_are_shown_and_a_clock_that_nothing_is_written_from_is_no_fault(demo_folder, tmp_path):
+def test_both_texts_and_dates_are_shown_and_an_unused_clock_is_accepted(demo_folder, tmp_path):
     own = tmp_path / "own.jinja"
     own.write_text(NEW.replace("{{bos_token}}", "{{bos_token}}Today: {{ strftime_now('%d %b %Y') }}"), encoding="utf-8")
     patch_tokenizer(demo_folder.with_name("source"), tmp_path / "dated", SHORT, template=own)
@@ -400,7 +400,7 @@ def test_both_texts_and_dates_are_shown_and_a_clock_that_nothing_is_written_from
     assert not check_contract(tmp_path / "undated").failed
 
 
-def test_the_table_says_in_words_what_passed_and_escapes_what_a_template_says(demo_folder, tmp_path):
+def test_the_table_shows_results_and_escapes_text_from_templates(demo_folder, tmp_path):
     folder = shutil.copytree(demo_folder, tmp_path / "folder")
     checks = check_contract(folder)
     assert repr(checks).splitlines()[0].startswith("ok    files are whole ")

@@ -1,4 +1,4 @@
-"""Tokens renamed in every file, templates made ready for training.
+"""Renaming tokens in every file, and preparing templates for training.
 
 RSFT_REAL_DATA=FOLDER runs each test on R1's own tokenizer as well.
 """
@@ -151,9 +151,9 @@ def test_patching_twice_gives_the_same_bytes(source, patched):
     assert hashes(patched) == before
 
 
-def test_a_patched_folder_is_taken_as_it_is_and_that_is_said(patched, tmp_path, capsys):
+def test_a_patched_folder_is_copied_unchanged_with_a_message(patched, tmp_path, capsys):
     facts = patch_tokenizer(patched, tmp_path / "again", SHORT)
-    assert "'<short>' is there already" in capsys.readouterr().out
+    assert "'<short>' already exists" in capsys.readouterr().out
     assert facts["edits"] == {} and facts["template_diff"] == ""
     old, new = hashes(patched), hashes(tmp_path / "again")
     assert old.pop("manifest.json") and new.pop("manifest.json") and old == new
@@ -167,7 +167,7 @@ def test_several_tokens_are_replaced_at_once(source, tmp_path):
     assert not check_contract(tmp_path / "out").failed
 
 
-def test_the_manifest_tells_what_was_read_and_edited(source, patched):
+def test_the_manifest_has_the_inputs_and_the_edits(source, patched):
     manifest = read_manifest(patched)
     assert manifest["source"] == str(source) and len(manifest["source_sha256"]) == 64 and manifest["template"] == ""
     assert manifest["template_sha256"] == hashlib.sha256(NEW.encode()).hexdigest()
@@ -179,7 +179,7 @@ def test_the_manifest_tells_what_was_read_and_edited(source, patched):
     }
 
 
-def test_autotokenizer_is_told_to_read_a_byte_level_tokenizer_as_it_is(base, tmp_path):
+def test_autotokenizer_builds_the_byte_level_tokenizer_from_the_patched_config(base, tmp_path):
     folder = shutil.copytree(base, tmp_path / "source")
     config = read(folder / "tokenizer_config.json")
     write(folder / "tokenizer_config.json", config | {"tokenizer_class": "LlamaTokenizerFast"})
@@ -194,7 +194,7 @@ def tiny(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def model(tiny, tmp_path) -> Path:
-    """A copy to spoil."""
+    """A copy to break."""
     return shutil.copytree(tiny, tmp_path / "model")
 
 
@@ -231,16 +231,16 @@ def refuse(model: Path, tmp_path: Path, message: str, replacements=SHORT, **opti
 
 
 def test_tokens_that_cannot_be_replaced_are_refused_with_a_reason(model, tmp_path):
-    refuse(model, tmp_path, "no added token '<none>' to replace; there are", {"<none>": "<short>"})
+    refuse(model, tmp_path, "no added token '<none>' to replace; the added tokens are", {"<none>": "<short>"})
     refuse(
         model,
         tmp_path,
-        r"'<think>' is a token already \(id \d+\), beside '<\|quad_start\|>'",
+        r"cannot rename '<\|quad_start\|>' \(id \d+\): '<think>' is already a token \(id \d+\)",
         {"<|quad_start|>": "<think>"},
     )
     refuse(model, tmp_path, "is the tokenizer's (eos|pad)_token; choose", {"<｜end▁of▁sentence｜>": "<short>"})
-    refuse(model, tmp_path, "two tokens cannot become the same", SHORT | {"<|quad_end|>": "<short>"})
-    refuse(model, tmp_path, "'<short>' should be one token but is", {"<|quad_start|>": "<long>"})
+    refuse(model, tmp_path, "two tokens cannot be renamed to the same", SHORT | {"<|quad_end|>": "<short>"})
+    refuse(model, tmp_path, "'<short>' should be one token but has ids", {"<|quad_start|>": "<long>"})
 
 
 def test_a_token_that_only_the_config_names_is_named(model, tmp_path):
@@ -254,7 +254,7 @@ def test_a_vocabulary_of_sentencepiece_that_names_the_token_is_refused_and_anoth
     patch_tokenizer(model, tmp_path / "fine", SHORT)
     assert (tmp_path / "fine" / "tokenizer.model").read_bytes() == (model / "tokenizer.model").read_bytes()
     (model / "tokenizer.model").write_bytes(b"\n\x0e<|quad_start|>\x15")
-    refuse(model, tmp_path, "in a vocabulary of sentencepiece, which cannot be renamed")
+    refuse(model, tmp_path, "in a sentencepiece vocabulary, which cannot be edited")
 
 
 def test_files_that_disagree_as_the_originals_do_are_refused_until_a_replacement_settles_it(base, tmp_path):
@@ -281,16 +281,16 @@ def set_template(folder: Path, template: str) -> None:
 
 def test_other_templates_are_refused_with_what_to_do_and_one_of_your_own_is_taken_as_it_is(model, tmp_path):
     set_template(model, "{% for m in messages %}<|start_header_id|>{{ m.content | trim }}{% endfor %}")
-    refuse(model, tmp_path, "is that of Llama-3, which trims answers.*give that as `template`")
+    refuse(model, tmp_path, "is that of Llama-3, which trims answers.*set `template` to the file")
     set_template(model, "{{ messages }}")
-    refuse(model, tmp_path, "none that this kit can edit, which are those of R1, Qwen2.5 and Qwen3")
+    refuse(model, tmp_path, "this kit cannot edit the chat template; it can edit those of R1, Qwen2.5 and Qwen3")
     set_template(model, R1_CHAT_TEMPLATE.replace("{%- if message['role'] == 'tool' %}", "{% if 1 %}"))
     refuse(model, tmp_path, "looks like that of R1, but the edit 'assistant turn' does not find")
     (tmp_path / "own.jinja").write_text(NEW + "{# mine #}", encoding="utf-8")
     patch_tokenizer(model, tmp_path / "out", SHORT, template=tmp_path / "own.jinja")
     assert load_tokenizer(tmp_path / "out").chat_template == NEW + "{# mine #}"
     (model / "chat_template.jinja").unlink()
-    refuse(model, tmp_path, "has no chat template; give a file with one")
+    refuse(model, tmp_path, "has no chat template; set `template` to a file with one")
 
 
 @pytest.mark.parametrize("differing", ["config.json", "chat_template.jinja"])
@@ -312,7 +312,7 @@ def test_a_tokenizer_with_another_template_of_your_own_is_another_one(model, tmp
     mine.write_text(NEW + "{# mine #}")
     other.write_text(NEW + "{# other #}")
     patch_tokenizer(model, tmp_path / "out", SHORT)
-    with pytest.raises(FileExistsError, match="is not replaced by what is made from .*mine.jinja: .*set `overwrite`"):
+    with pytest.raises(FileExistsError, match="is not replaced by output made from .*mine.jinja: .*set `overwrite`"):
         patch_tokenizer(model, tmp_path / "out", SHORT, template=mine)
     patch_tokenizer(model, tmp_path / "out", SHORT, template=mine, overwrite=True)
     with pytest.raises(FileExistsError, match="out was made from .*mine.jinja and is not .* made from no template: "):
@@ -326,7 +326,7 @@ def test_a_tokenizer_with_another_template_of_your_own_is_another_one(model, tmp
 def test_several_templates_are_refused(model, tmp_path):
     (model / "additional_chat_templates").mkdir()
     (model / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
-    refuse(model, tmp_path, r"has several chat templates \(.*tool_use.*\); what is served must be what was trained")
+    refuse(model, tmp_path, r"has several chat templates \(.*tool_use.*\); training and serving must use the same one")
 
 
 def test_the_newline_of_the_originals_prompts_is_in_training_text_too(base, tmp_path):
@@ -362,7 +362,7 @@ def test_templates_that_were_edited_before_end_as_the_stock_one_does():
 
 
 def plain(template: str) -> str:
-    """The template for engines that do not know the tag which marks answers."""
+    """The template without `{% generation %}`, for engines that do not know it."""
     return re.sub(r"{%-? (end)?generation -?%}", "", template)
 
 

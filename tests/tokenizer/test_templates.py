@@ -1,4 +1,4 @@
-"""What patched templates write and mark, against a second implementation by hand."""
+"""The text and marks of patched templates, compared with a second implementation in Python."""
 
 import json
 import random
@@ -23,7 +23,7 @@ HARD = [
 
 
 def render(template: str, chat: list[dict], prompt: bool = False, **given) -> tuple[str, list[str]]:
-    """The text that transformers renders, and the parts that the template marks as written by the assistant."""
+    """The text that transformers renders, and the parts that the template marks as assistant output."""
     (text,), (spans,) = render_jinja_template(
         [chat], chat_template=template, add_generation_prompt=prompt, return_assistant_tokens_mask=True,
         bos_token=demo.BOS, **given,
@@ -32,7 +32,7 @@ def render(template: str, chat: list[dict], prompt: bool = False, **given) -> tu
 
 
 def by_hand(chat: list[dict], tools: list[dict], header: str) -> list[tuple[str, bool]]:
-    """An R1 conversation as (text, written by the assistant)."""
+    """An R1 conversation as (text, is assistant output)."""
     system = "".join(m["content"] for m in chat if m["role"] == "system")
     parts = [(demo.BOS + system, False)]
     if tools:
@@ -221,7 +221,9 @@ def test_qwens_templates_keep_thoughts_make_up_none_and_mark_answers_with_their_
 
 
 def test_a_template_that_lacks_a_part_or_cannot_have_a_newline_is_refused():
-    with pytest.raises(ValueError, match="trailing_newline is for R1's template; this is that of Qwen2.5 and Qwen3"):
+    with pytest.raises(
+        ValueError, match="trailing_newline is for R1's template; this template is of family Qwen2.5 and Qwen3"
+    ):
         patch_template(LIKE_QWEN3, trailing_newline=True)
     with pytest.raises(ValueError, match="'generation prompt' does not find '{%- if add_generation_prompt %}'"):
         patch_template(LIKE_QWEN3.replace("{%- if add_generation_prompt %}", "{% if add_generation_prompt %}"))

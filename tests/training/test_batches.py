@@ -130,7 +130,7 @@ def test_the_first_batches_of_an_evaluation_are_like_all_of_its_data(data):
 def test_a_sample_that_is_too_long_is_named(data):
     longest = int(data.store.lengths.max())
     PackedDataset(data.store, longest - 1, seed=0)
-    with pytest.raises(ValueError, match=f"has {longest} tokens, seq_length {longest - 2} holds {longest - 1}"):
+    with pytest.raises(ValueError, match=f"has {longest} tokens, seq_length {longest - 2} allows {longest - 1}"):
         PackedDataset(data.store, longest - 2, seed=0)
 
 

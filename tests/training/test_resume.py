@@ -115,7 +115,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_told(inputs, straight, tmp_path
     shard.write_bytes(data)
     same(run(inputs, output), straight[1])
     log = (output / "train.log").read_text()
-    assert f"stepping back: {shard}" in log and "resumed from" in log
+    assert f"skipping a checkpoint: {shard}" in log and "resumed from" in log
 
 
 def test_a_finished_run_is_found_finished(inputs, straight, tmp_path):
@@ -285,7 +285,7 @@ def test_a_run_goes_on_past_a_newest_checkpoint_that_was_not_finished_and_keeps_
     aside = output / f"{last.name}.set-aside-1"
     assert {path.name: path.read_bytes() for path in aside.iterdir()} == before
     log = (output / "train.log").read_text()
-    assert f"stepping back: {last}" in log and f"renamed to {aside}" in log
+    assert f"skipping a checkpoint: {last}" in log and f"renamed to {aside}" in log
 
 
 def start_training_would_find_it_finished(inputs: dict, output: Path) -> bool:
@@ -393,6 +393,6 @@ def test_killed_at_five_random_moments_a_run_ends_bit_for_bit_like_one_left_alon
 
 
 def test_a_failed_rank_leaves_its_reason_and_no_checkpoint(inputs, tmp_path):
-    with pytest.raises(RuntimeError, match="seq_length 16 holds 17: raise seq_length"):
+    with pytest.raises(RuntimeError, match="seq_length 16 allows 17: raise seq_length"):
         run(inputs, tmp_path / "run", 2, seq_length=16)
     assert newest(tmp_path / "run") is None

@@ -270,7 +270,7 @@ def test_a_file_system_without_locks_does_not_keep_a_training_from_starting(tmp_
     def refuse(*_):
         raise OSError(number, "no locks")
 
-    locks.TOLD.clear()
+    locks.REPORTED.clear()
     monkeypatch.setattr(fcntl, "flock", refuse)
     monkeypatch.setattr(local, "start", lambda folder, nproc, **common: "started")
     config = settings(checkpoint="none", data="none", output=str(tmp_path / "run"))
