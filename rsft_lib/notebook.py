@@ -26,7 +26,7 @@ from IPython.display import display
 from tqdm import tqdm
 
 from rsft_lib.common.artifact import write_json
-from rsft_lib.common.paths import ROOT, existing, resolve
+from rsft_lib.common.paths import existing, resolve
 from rsft_lib.display.live.kernel_events import somebody_looks
 
 STATUS = "application/vnd.rsft.status+json"
@@ -58,11 +58,26 @@ class _AboveProgressBar:
         sys.stdout.flush()
 
 
+def project_root() -> Path:
+    """The checkout that this library is part of.
+
+    Raises:
+        FileNotFoundError: the library is installed without one.
+    """
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "notebooks").is_dir():
+        raise FileNotFoundError(
+            f"the notebooks need a checkout of the project, but rsft_lib is installed in {root}: clone the project and "
+            "run `pip install -e .` in it"
+        )
+    return root
+
+
 def begin(namespace: dict, name: str, status: str = "") -> SimpleNamespace:
     """Check the parameters of a running notebook, print them with their origin, and return them.
 
     Call it in the cell after the parameters as `begin(globals(), "05_train")`. It removes the `status.json` of any
-    earlier run.
+    earlier run. From here on relative paths start at the project root, wherever the notebook lies.
 
     Args:
         status: the parameter that names the folder passed to `finish`; `outputs/<name>` if empty.
@@ -70,7 +85,8 @@ def begin(namespace: dict, name: str, status: str = "") -> SimpleNamespace:
     Raises:
         ValueError: parameters are unknown or have the wrong type; the message lists all of them.
     """
-    declared = declared_parameters(ROOT / "notebooks" / f"{name}.ipynb")
+    os.chdir(project_root())
+    declared = declared_parameters(project_root() / "notebooks" / f"{name}.ipynb")
     given = {name: namespace[name] for name in _injected(namespace.get("In", []))}
     given |= {name: namespace[name] for name in declared if namespace[name] != declared[name].default}
     values = {name: parameter.default for name, parameter in declared.items()} | checked(given, declared)
@@ -127,7 +143,7 @@ def run(notebook: str | Path, folder: str | Path, parameters: dict) -> tuple[Pat
     executed.parent.mkdir(parents=True, exist_ok=True)
     try:
         papermill.execute_notebook(
-            notebook, executed, parameters, cwd=str(ROOT), stdout_file=_AboveProgressBar(),
+            notebook, executed, parameters, cwd=str(project_root()), stdout_file=_AboveProgressBar(),
             config=Config({"KernelManager": {"transport_encryption": "auto"}}),  # avoids a warning of the kernel
         )  # fmt: skip
     except PapermillExecutionError as error:

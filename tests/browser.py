@@ -14,9 +14,9 @@ from pathlib import Path
 
 import nbformat
 from nbformat.sign import NotebookNotary
+from support import ROOT
 
 from rsft_lib.common.parent_death import die_with_parent
-from rsft_lib.common.paths import ROOT
 
 CHROMIUM = shutil.which("chromium")
 SCREENSHOTS = ROOT / "outputs" / "screenshots"

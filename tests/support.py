@@ -24,6 +24,7 @@ from rsft_lib.training.metrics import read_metrics
 
 VOCAB = 256
 TESTS = Path(__file__).parent
+ROOT = TESTS.parent
 """The folder of what tests share: the PYTHONPATH of processes that they start."""
 
 

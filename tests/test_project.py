@@ -10,8 +10,8 @@ import papermill
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from support import ROOT
 
-from rsft_lib.common.paths import ROOT
 from rsft_lib.notebook import KINDS, declared_parameters
 
 NOTEBOOKS = [

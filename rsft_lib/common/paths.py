@@ -1,9 +1,7 @@
-"""Path resolution: relative paths are relative to the project root, never to the current directory."""
+"""Paths as given by users: relative ones start at the working directory, as everywhere in Python."""
 
 import re
 from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[2]
 
 MAKERS = {  # missing input -> the notebook that makes it
     "model folder": "01_patch_tokenizer, which makes the tiny one",
@@ -19,8 +17,8 @@ MAKERS = {  # missing input -> the notebook that makes it
 
 
 def resolve(path: str | Path) -> Path:
-    """`path` itself when absolute, else the path under the project root."""
-    return ROOT / Path(path).expanduser()
+    """`path` as an absolute one, `~` expanded; links are not followed."""
+    return Path(path).expanduser().absolute()
 
 
 def existing(path: str | Path, what: str) -> Path:
@@ -32,7 +30,7 @@ def existing(path: str | Path, what: str) -> Path:
     resolved = resolve(path)
     if not resolved.exists():
         hint = f"run notebook {MAKERS[what]}, or give an existing path" if what in MAKERS else "check the path"
-        raise FileNotFoundError(f"{what}: {resolved} does not exist (relative paths start at {ROOT}): {hint}")
+        raise FileNotFoundError(f"{what}: {resolved} does not exist: {hint}")
     return resolved
 
 

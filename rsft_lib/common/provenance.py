@@ -4,10 +4,9 @@ import platform
 import shutil
 import subprocess
 from importlib import metadata
+from pathlib import Path
 
 import psutil
-
-from rsft_lib.common.paths import ROOT
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "transformers", "datasets", "rsft-lib")
 
@@ -50,8 +49,8 @@ def _gpus() -> str:
 
 def _commit() -> str:
     """The commit of the project and the number of files that differ from it."""
-    commit = _output("git", "-C", str(ROOT), "rev-parse", "HEAD").strip()
-    changed = len(_output("git", "-C", str(ROOT), "status", "--porcelain").splitlines())
+    commit = _output("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD").strip()
+    changed = len(_output("git", "-C", str(Path(__file__).parent), "status", "--porcelain").splitlines())
     if not commit:
         return "unknown"
     return f"{commit}, dirty: {changed} changed files" if changed else f"{commit}, clean"

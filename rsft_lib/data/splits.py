@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from rsft_lib.common.artifact import MANIFEST
-from rsft_lib.common.paths import ROOT, folder_name, resolve
+from rsft_lib.common.paths import folder_name, resolve
 from rsft_lib.data.records import SUFFIXES, source_of
 
 SPLITS = ("train", "heldout")  # file names without suffix, as notebook 03 writes them
@@ -52,7 +52,7 @@ def token_folder(data: str | Path, split: str, tokenizer: str | Path, max_length
     path, stem = Path(source.name), source.split or split
     parent = path.parent
     if source.split:
-        parent = path if path.is_dir() else ROOT / "assets" / "data" / folder_name(source.name)
+        parent = path if path.is_dir() else Path("assets") / "data" / folder_name(source.name)
     else:
         stem = path.name
         while Path(stem).suffix in (*SUFFIXES, ".gz", ".zst"):

@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from support import ROOT
 
-from rsft_lib.common.paths import ROOT
 from rsft_lib.data.exclude import exclude
 from rsft_lib.data.records import Row, Source
 from rsft_lib.data.splits import splits_of, token_folder

@@ -7,11 +7,10 @@ import forked
 import matplotlib.pyplot as plt
 import nbformat
 import pytest
-from support import random_store, settings, tiny_model
+from support import ROOT, random_store, settings, tiny_model
 
 from rsft_lib import demo
 from rsft_lib.checkpoint.convert import convert
-from rsft_lib.common.paths import ROOT
 from rsft_lib.data.hybrid import build_hybrid
 from rsft_lib.data.packed import PackedDataset
 from rsft_lib.data.store import TokenStore

@@ -12,11 +12,10 @@ import cluster
 import forked
 import pytest
 from processes import survivors, wait_until
-from support import TESTS, random_store, settings, tiny_model
+from support import ROOT, TESTS, random_store, settings, tiny_model
 
 from rsft_lib import launch
 from rsft_lib.checkpoint.convert import convert
-from rsft_lib.common.paths import ROOT
 from rsft_lib.launch import slurm
 from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.metrics import read_metrics

@@ -5,13 +5,12 @@ from pathlib import Path
 
 import pytest
 from real import LONG
-from support import random_store, settings, tiny_model, tiny_tokenizer
+from support import ROOT, random_store, settings, tiny_model, tiny_tokenizer
 
 from rsft_lib import demo
 from rsft_lib.checkpoint.export import export
 from rsft_lib.checkpoint.hub import model_folder
 from rsft_lib.common.artifact import last_checkpoint, new_folder
-from rsft_lib.common.paths import ROOT
 from rsft_lib.data.exclude import exclude
 from rsft_lib.data.hybrid import build_hybrid
 from rsft_lib.data.splits import splits_of

@@ -12,11 +12,11 @@ from types import SimpleNamespace
 import pytest
 from browser import CHROMIUM, PATIENCE, Browser, copy_project, install_trusted, jupyterlab, missing, set_defaults
 from chain import STEPS, chained, outputs, pictures
+from support import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rsft_lib import demo
 from rsft_lib.common.artifact import newest
-from rsft_lib.common.paths import ROOT
 from rsft_lib.notebook import run
 
 NOTEBOOKS = ROOT / "notebooks"

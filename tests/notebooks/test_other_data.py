@@ -7,10 +7,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from chain import STEPS, chained, outputs, pictures
+from support import ROOT
 
 from rsft_lib import demo
 from rsft_lib.checkpoint.convert import convert
-from rsft_lib.common.paths import ROOT
 from rsft_lib.data.store import TokenStore
 from rsft_lib.notebook import run
 from rsft_lib.tokenizer.patch import load_tokenizer, patch_tokenizer

@@ -5,12 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support import ROOT
 
 from rsft_lib import demo
 from rsft_lib.checkpoint.convert import convert
 from rsft_lib.checkpoint.export import export
 from rsft_lib.common.artifact import read_manifest, verify, write_manifest
-from rsft_lib.common.paths import ROOT
 from rsft_lib.data.exclude import exclude
 from rsft_lib.data.hybrid import build_hybrid
 from rsft_lib.data.store import TokenStore

@@ -12,13 +12,12 @@ import psutil
 import pytest
 import yaml
 from processes import survivors, wait_until
-from support import TESTS, random_store, settings, tiny_model
+from support import ROOT, TESTS, random_store, settings, tiny_model
 
 from rsft_lib import demo, launch
 from rsft_lib.checkpoint.convert import convert
 from rsft_lib.common import provenance
 from rsft_lib.common.artifact import newest
-from rsft_lib.common.paths import ROOT
 from rsft_lib.notebook import checked, declared_parameters
 from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.metrics import read_metrics

@@ -4,10 +4,9 @@ import dataclasses
 import json
 import math
 
-from support import random_store, settings, tiny_model
+from support import ROOT, random_store, settings, tiny_model
 
 from rsft_lib.checkpoint.convert import convert
-from rsft_lib.common.paths import ROOT
 from rsft_lib.data.packed import PackedDataset
 from rsft_lib.data.store import TokenStore
 from rsft_lib.display.runs.runs import find_runs, runs_table

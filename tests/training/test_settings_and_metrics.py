@@ -12,11 +12,10 @@ import psutil
 import pytest
 import torch
 import yaml
-from support import random_store, settings, tiny_model
+from support import ROOT, random_store, settings, tiny_model
 from transformers import Qwen2Config
 
 from rsft_lib.checkpoint.convert import convert
-from rsft_lib.common.paths import ROOT
 from rsft_lib.launch import LaunchOptions
 from rsft_lib.model import engine
 from rsft_lib.model.config import read_config

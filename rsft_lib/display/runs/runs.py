@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rsft_lib.common.paths import ROOT, existing, resolve
+from rsft_lib.common.paths import existing, resolve
 from rsft_lib.display.html import Table
 from rsft_lib.display.live.run_card import duration
 from rsft_lib.training.metrics import FILE, scan_metrics
@@ -109,9 +109,7 @@ def _matching(pattern: str) -> list[Path]:
     base = next(parent for parent in path.parents if parent.is_dir())
     matches = sorted(glob(f"{path.relative_to(base)}/{FILE}", root_dir=base))
     if not matches:
-        raise FileNotFoundError(
-            f"{pattern!r} matches no folder with {FILE} (relative patterns start at {ROOT}): run notebook 05_train"
-        )
+        raise FileNotFoundError(f"{pattern!r} matches no folder with {FILE} in {Path.cwd()}: run notebook 05_train")
     return [(base / path).parent for path in matches]
 
 
