@@ -11,8 +11,8 @@ from pathlib import Path
 import yaml
 
 SHAPES_THE_RUN = (  # besides model and data, which are compared by hash, and train_iters, which may grow
-    "seq_length", "global_batch_size", "packing", "normalize_by", "split", "lr", "min_lr", "warmup_fraction",
-    "weight_decay", "adam_beta1", "adam_beta2", "clip_grad", "seed", "precision",
+    "seq_length", "global_batch_size", "packing", "normalize_by", "split", "lr", "min_lr", "lr_schedule",
+    "warmup_fraction", "decay_fraction", "weight_decay", "adam_beta1", "adam_beta2", "clip_grad", "seed", "precision",
 )  # fmt: skip
 CHOICES = {
     "precision": ("bf16", "fp32", "fp8"),
@@ -22,6 +22,7 @@ CHOICES = {
     "moments": ("fp32", "bf16"),
     "gradients": ("fp32", "bf16"),
     "normalize_by": ("token", "sample"),
+    "lr_schedule": ("constant", "linear", "cosine", "wsd"),
 }
 MAY_BE_ZERO = {"seed", "keep_last", "keep_every", "hang_timeout"}
 
@@ -57,9 +58,13 @@ class TrainConfig:
     lr: float = 1e-5
     """Peak learning rate, reached after warm-up."""
     min_lr: float = 1e-6
-    """Final learning rate of the cosine schedule."""
+    """Final learning rate."""
+    lr_schedule: str = "cosine"
+    """After warm-up: 'constant', 'linear', 'cosine', or 'wsd' (constant, then linear; arXiv:2404.06395)."""
     warmup_fraction: float = 0.05
     """Share of `train_iters` with linear learning-rate warm-up."""
+    decay_fraction: float = 0.1
+    """Share of `train_iters` at the end in which 'wsd' goes down to `min_lr`."""
     weight_decay: float = 0.1
     """AdamW weight decay, for weight matrices only; biases and norms are not decayed."""
     adam_beta1: float = 0.9
@@ -154,6 +159,10 @@ class TrainConfig:
         return [
             (f"min_lr {self.min_lr} is above lr {self.lr}", self.min_lr > self.lr),
             (f"warmup_fraction is {self.warmup_fraction}; it must be a share from 0 to 1", self.warmup_fraction > 1),
+            (
+                f"warmup_fraction={self.warmup_fraction} and decay_fraction={self.decay_fraction} exceed the whole run",
+                self.lr_schedule == "wsd" and self.warmup_fraction + self.decay_fraction > 1,
+            ),
             (f"adam_beta1 is {self.adam_beta1}; it must be below 1", self.adam_beta1 >= 1),
             (f"adam_beta2 is {self.adam_beta2}; it must be below 1", self.adam_beta2 >= 1),
             (

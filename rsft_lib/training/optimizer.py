@@ -58,7 +58,7 @@ def step(optimizer: MegatronOptimizer, norm: float, denominator: float, clip_gra
 
 
 def build_schedule(config: TrainConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    """Linear warm-up to `lr`, then a cosine down to `min_lr`, counted in optimizer steps."""
+    """Linear warm-up to `lr`, then `lr_schedule` down to `min_lr`, counted in optimizer steps."""
     schedule = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -66,7 +66,9 @@ def build_schedule(config: TrainConfig, optimizer: MegatronOptimizer) -> Optimiz
         min_lr=config.min_lr,
         lr_warmup_steps=int(config.warmup_fraction * config.train_iters),
         lr_decay_steps=config.train_iters,
-        lr_decay_style="cosine",
+        lr_decay_style="WSD" if config.lr_schedule == "wsd" else config.lr_schedule,
+        wsd_decay_steps=max(1, int(config.decay_fraction * config.train_iters)),
+        lr_wsd_decay_style="linear",
         start_wd=config.weight_decay,
         end_wd=config.weight_decay,
         wd_incr_steps=config.train_iters,

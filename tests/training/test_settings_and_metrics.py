@@ -10,7 +10,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 import yaml
 from support import ROOT, random_store, settings, tiny_model
 from transformers import Qwen2Config
@@ -156,16 +155,24 @@ def test_the_split_is_megatrons():
     assert [len(part) for part in parts] == [6, 2, 2]
 
 
-def test_the_schedule_warms_up_and_follows_a_cosine_to_its_end():
+SCHEDULES = {  # the learning rate at step n of 11 to 100, as a share of the way from min_lr to lr
+    "constant": lambda n: 1.0,
+    "linear": lambda n: 1 - (n - 10) / 90,
+    "cosine": lambda n: (1 + math.cos(math.pi * (n - 10) / 90)) / 2,
+    "wsd": lambda n: min(1.0, (100 - n) / 20),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_schedule_warms_up_and_decays_to_its_end(name):
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    run = config(lr=1.0, min_lr=0.1, train_iters=100, warmup_fraction=0.1)
+    run = config(lr=1.0, min_lr=0.1, train_iters=100, warmup_fraction=0.1, lr_schedule=name, decay_fraction=0.2)
     schedule, rates = build_schedule(run, optimizer), []
     for _ in range(100):
         rates.append(optimizer.param_groups[0]["lr"])
         schedule.step(increment=1)
-    assert rates[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
-    cosine = [0.1 + 0.9 * (1 + math.cos(math.pi * (n - 10) / 90)) / 2 for n in range(11, 101)]
-    assert rates[10:] == pytest.approx(cosine)
+    assert rates[:10] == pytest.approx([n / 10 for n in range(1, 11)])
+    assert rates[10:] == pytest.approx([0.1 + 0.9 * SCHEDULES[name](n) for n in range(11, 101)])
 
 
 def test_metrics_after_the_checkpoint_that_is_resumed_are_taken_back(tmp_path):
