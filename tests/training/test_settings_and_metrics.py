@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 import yaml
 from support import ROOT, random_store, settings, tiny_model
 from transformers import Qwen2Config
