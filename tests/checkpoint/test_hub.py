@@ -106,7 +106,7 @@ def test_a_download_that_was_killed_goes_on_with_the_files_that_are_missing(serv
 
 def test_a_file_that_came_over_damaged_is_refused_and_fetched_again_next_time(server, tmp_path):
     server.damage = "model.safetensors"
-    with pytest.raises(ValueError, match="model.safetensors came over damaged"):
+    with pytest.raises(ValueError, match="model.safetensors was damaged in the download"):
         hub.model_folder(NAME)
     assert not (tmp_path / "checkpoints" / FOLDER).exists()
     server.damage = None
@@ -123,7 +123,7 @@ def test_a_model_that_asks_for_a_token_gets_it(server):
 
 @pytest.mark.parametrize(("name", "revision"), [("some-org/Other", "main"), (NAME, "v9"), ("no such/na me", "main")])
 def test_a_name_that_is_nowhere_is_told_plainly(server, name, revision, tmp_path):
-    with pytest.raises(FileNotFoundError, match="is no folder under .* could not be downloaded"):
+    with pytest.raises(FileNotFoundError, match="is not a folder under .* could not be downloaded"):
         hub.model_folder(name, revision)
     assert not (tmp_path / "checkpoints").exists()
 
@@ -152,7 +152,7 @@ def test_without_a_network_a_missing_model_is_told_plainly_and_a_present_one_is_
 def test_a_repository_without_weights_is_refused(server):
     for name in ("model.safetensors", "model-00001-of-00001.safetensors", "pytorch_model.bin"):
         del server.files[name]
-    with pytest.raises(ValueError, match="no model.safetensors and no pytorch_model.bin"):
+    with pytest.raises(ValueError, match="neither model.safetensors nor pytorch_model.bin"):
         hub.model_folder(NAME)
 
 
@@ -173,7 +173,7 @@ def test_a_folder_that_somebody_else_made_is_not_touched(server, tmp_path):
     theirs = tmp_path / "checkpoints" / FOLDER
     theirs.mkdir(parents=True)
     (theirs / "config.json").write_text("{}")
-    with pytest.raises(FileExistsError, match="was not downloaded by this kit: name it instead"):
+    with pytest.raises(FileExistsError, match="was not downloaded by this kit: pass it instead"):
         hub.model_folder(NAME)
     assert os.listdir(theirs) == ["config.json"]
     shutil.rmtree(theirs)

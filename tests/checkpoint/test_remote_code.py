@@ -60,7 +60,7 @@ def test_code_of_a_model_folder_is_never_run_nor_asked_about_where_the_model_is_
     of_another_family(with_code)
     tokenizer, store = load_tokenizer(with_code), random_store(tmp_path / "store")
     run = settings(checkpoint=str(with_code), data=str(store), output=str(tmp_path / "run"))
-    not_ours = f"{with_code}/config.json: model_type is 'evil'; this kit trains models with 'qwen2'"
+    not_ours = f"{with_code}/config.json: model_type is 'evil'; this kit only trains models with 'qwen2'"
     not_asked = f"^The repository {with_code} contains custom code"
     for use, error, reason in (
         (lambda: read_config(with_code), ValueError, f"^{not_ours}"),

@@ -270,7 +270,7 @@ ATTACKS = {
         lambda c, m: (c / ".metadata").write_bytes(through_an_allowed_module(m)), "refused.*os.system",
     ),
     "something else in .metadata": (
-        lambda c, m: (c / ".metadata").write_bytes(pickle.dumps({"w": 1})), "refused: it holds a dict",
+        lambda c, m: (c / ".metadata").write_bytes(pickle.dumps({"w": 1})), "refused: it contains a dict",
     ),
     "attributes of a class in .metadata": (
         lambda c, m: (c / ".metadata").write_bytes(poisoned(c, "a class")), "refused: it sets attributes of",
@@ -283,9 +283,9 @@ ATTACKS = {
         lambda c, m: with_object(c, Payload(m)), "is a BytesStorageMetadata, expected tensors only",
     ),
     "a path out of the folder": (
-        lambda c, m: outside_of_the_folder(c, "../hf/model.safetensors"), "points at '../hf/model.safetensors'",
+        lambda c, m: outside_of_the_folder(c, "../hf/model.safetensors"), "refers to '../hf/model.safetensors'",
     ),
-    "a path to anywhere": (lambda c, m: outside_of_the_folder(c, "/x/0.distcp"), "points at '/x/0.distcp'"),
+    "a path to anywhere": (lambda c, m: outside_of_the_folder(c, "/x/0.distcp"), "refers to '/x/0.distcp'"),
 }  # fmt: skip
 
 
@@ -295,13 +295,13 @@ NO_PLAIN_TENSORS = {"sparse": torch.eye(2).to_sparse(), "of no memory": torch.on
 @pytest.mark.parametrize("kind", NO_PLAIN_TENSORS)
 def test_a_tensor_of_another_kind_is_refused_as_damage(kind, checkpoint):
     in_a_tensors_place(checkpoint, NO_PLAIN_TENSORS[kind])
-    with pytest.raises(ValueError, match=r"distcp at byte \d+ holds no plain tensor .*: it is damaged, or not of"):
+    with pytest.raises(ValueError, match=r"distcp at byte \d+ does not contain a plain tensor .*: it is damaged, or"):
         torch_dist.open_weights(checkpoint)
 
 
 def test_a_name_with_a_zero_byte_is_refused(checkpoint):
     outside_of_the_folder(checkpoint, "a\0.distcp")
-    with pytest.raises(ValueError, match=r"metadata is refused: it points at 'a\\x00.distcp'"):
+    with pytest.raises(ValueError, match=r"metadata is refused: it refers to 'a\\x00.distcp'"):
         torch_dist.open_weights(checkpoint)
 
 
@@ -399,7 +399,7 @@ def test_an_attack_in_files_of_others_is_refused_and_nothing_of_it_runs(kind, tm
         folder = Path(convert(folder, tmp_path / "legacy", format="legacy")["folder"])
         (folder / MANIFEST).unlink()
         torch.save({"model": {}, "args": Payload(mark)}, folder / "iter_0000001" / "mp_rank_00" / kind)
-    with pytest.raises(ValueError, match=f"{kind} is no whole") as refused:
+    with pytest.raises(ValueError, match=f"{kind} is not a complete") as refused:
         convert(folder, tmp_path / "out")
     assert "weights_only" not in "".join(traceback.format_exception(refused.value))  # torch tells how to run it
     assert not mark.exists() and not (tmp_path / "out").exists()

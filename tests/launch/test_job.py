@@ -55,14 +55,14 @@ def test_a_job_is_found_by_its_folder_stopped_once_and_ends_with_what_it_saved(l
     assert found.ended == {"reason": "SIGTERM", "iteration": 3}
     left.wait()
     assert left.state == "ended" and launch.attach(left.folder) is None
-    hint = "stopped by you after step 3 of 5; run again with the same settings to go on from there"
+    hint = "stopped by you after step 3 of 5; run again with the same settings to resume"
     assert left.status() == {"status": "stopped", "hint": hint}
 
 
 def test_a_second_start_finds_the_first_and_refuses_other_settings(left, capsys):
     assert launch.start_training(config(left.folder), 2, LEAVE).pid == left.pid
-    assert "found running, nothing was started" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="other settings runs in .*\n  lr: runs with 1e-05, asked for 2e-05\n"):
+    assert "already running, nothing was started" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="other settings runs in .*\n  lr: running with 1e-05, requested 2e-05\n"):
         launch.start_training(config(left.folder, lr=2e-5), 2, LEAVE)
     assert len([p for p in survivors(left.folder) if "torch.distributed.run" in p.cmdline()]) == 1
 
@@ -83,7 +83,7 @@ def test_an_interrupt_leaves_the_job_alone_where_that_was_chosen(left, capsys):
 
     with pytest.raises(KeyboardInterrupt):
         left.wait(interrupt)
-    assert left.running and "training goes on" in capsys.readouterr().out
+    assert left.running and "training continues" in capsys.readouterr().out
 
 
 def test_an_interrupt_has_the_job_save_and_end_first_where_that_was_chosen(tmp_path):
@@ -104,7 +104,7 @@ def test_a_killed_rank_fails_the_job_with_the_reason_first(tmp_path):
     (tmp_path / "rank0.pid").unlink()
     with pytest.raises(launch.RunFailed) as error:
         job.wait()
-    assert str(error.value).startswith("rank 1: Signal 9 (SIGKILL)") and "too little memory?" in str(error.value)
+    assert str(error.value).startswith("rank 1: Signal 9 (SIGKILL)") and "out of memory?" in str(error.value)
     assert error.value._render_traceback_() == [str(error.value)]
 
 
@@ -164,7 +164,7 @@ def test_a_job_of_another_machine_that_still_writes_is_not_joined_by_a_second(tm
         json.dumps({"launcher": "local", "host": "elsewhere", "pid": 1, "birth": "x", **COMMON}), encoding="utf-8"
     )
     (tmp_path / "train.log").write_text("step 1")
-    with pytest.raises(ValueError, match="was started on elsewhere and wrote"):
+    with pytest.raises(ValueError, match="was started on elsewhere and last wrote"):
         launch.start_training(config(tmp_path), 2)
     assert launch.attach(tmp_path) is None
 

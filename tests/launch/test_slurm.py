@@ -171,7 +171,7 @@ def test_a_node_that_fails_fails_a_job_that_may_not_be_queued_again(pretended, t
 
 
 def test_a_submission_that_slurm_refuses_is_an_error_with_its_reason(pretended, tmp_path):
-    with pytest.raises(ValueError, match="Slurm refuses .*job.sbatch: .*[Ii]nvalid partition"):
+    with pytest.raises(ValueError, match="Slurm rejects .*job.sbatch: .*[Ii]nvalid partition"):
         start(tmp_path, slurm_partition="none")
     assert launch.attach(tmp_path) is None
 
@@ -207,13 +207,13 @@ def test_of_a_job_that_slurm_has_forgotten_the_accounts_tell_whether_it_was_stop
     job.wait()
     assert job.state == "Slurm job 7: stopped"
     answers["sacct"] = (0, "CANCELLED by 0|0:0\n", "")
-    job.asked = 0.0
+    job.queried = 0.0
     assert not job.running and job.state == "Slurm job 7: cancelled"
 
 
 def test_without_slurm_the_error_says_where_to_go(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ValueError, match="launcher is 'slurm', but there is no sinfo here: start on a login node"):
+    with pytest.raises(ValueError, match="launcher is 'slurm', but this machine has no sinfo: run on a login node"):
         start(tmp_path / "run")
     (tmp_path / "job.json").write_text(json.dumps({
         "launcher": "slurm", "id": "7", "train_iters": 5, "on_interrupt": "leave", "patience": 20,

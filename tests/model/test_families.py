@@ -51,5 +51,5 @@ def test_a_model_is_not_given_more_positions_than_it_attends_to(tmp_path):
     config = read_config(tmp_path)
     with ranks():
         build_model(config, transformer_config(config), "torch", max_length=64)
-        with pytest.raises(ValueError, match="sequences of 65 are longer than the model's sliding_window 64"):
+        with pytest.raises(ValueError, match="sequence length 65 exceeds the model's sliding_window=64"):
             build_model(config, transformer_config(config), "torch", max_length=65)

@@ -91,7 +91,7 @@ def test_run_again_after_its_kernel_was_killed_it_finds_the_training_and_becomes
 
     second = papermill(tmp_path, NOTEBOOK, run)
     said = []
-    while "found running, nothing was started" not in "".join(said):
+    while "already running, nothing was started" not in "".join(said):
         said.append(second.stderr.readline())
         assert said[-1], said
     launch.attach(output).stop()

@@ -39,6 +39,6 @@ def test_epochs_of_the_notebook_are_steps_wherever_they_are_read_and_more_of_the
 
     asked = settings(**given | {"epochs": EPOCHS})  # whatever train_iters says
     assert asked.train_iters == TrainConfig(**place).train_iters != steps
-    assert start_training(asked, 1).train_iters == steps and "found finished" in capsys.readouterr().out
+    assert start_training(asked, 1).train_iters == steps and "already finished" in capsys.readouterr().out
     launch_training(dataclasses.replace(asked, epochs=2 * EPOCHS), 1)
     assert len(read_metrics(output)) == math.ceil(2 * EPOCHS * packs / 4) > steps

@@ -328,7 +328,7 @@ def test_where_no_locks_are_known_a_run_goes_on_and_tells_what_is_left(inputs, s
     same(read_metrics(output), straight[1])
     assert [path.name for path in output.glob(".iter_*")] == [".iter_0000003.tmp"] and steps(output) == [2, STEPS]
     assert (
-        f"not removed: {output / '.iter_0000003.tmp'} may be in use, and this file system has no locks"
+        f"not removed: {output / '.iter_0000003.tmp'} may be in use (no file locks on this file system)"
         in log.read_text()
     )
 

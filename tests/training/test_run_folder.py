@@ -159,9 +159,9 @@ def test_a_finished_run_is_found_finished_though_its_base_was_removed(tmp_path, 
     forked.train(config)
     (tmp_path / "megatron").rename(tmp_path / "moved")
     launch.start_training(config, 1)
-    assert "found finished, nothing was started" in capsys.readouterr().out
+    assert "already finished, nothing was started" in capsys.readouterr().out
     launch.start_training(dataclasses.replace(config, checkpoint=str(tmp_path / "moved")), 1)
-    assert "found finished, nothing was started" in capsys.readouterr().out
+    assert "already finished, nothing was started" in capsys.readouterr().out
     for asked in ({"train_iters": 3}, {"checkpoint": str(tmp_path / "another")}):
         with pytest.raises(FileNotFoundError, match="checkpoint: .* does not exist"):
             launch.start_training(dataclasses.replace(config, **asked), 1)
@@ -218,7 +218,7 @@ def test_a_checkpoint_that_does_not_tell_of_its_run_is_damaged(tmp_path, wrong):
     write_manifest(tmp_path, {"made_by": "train", "iteration": 5} | facts)
     assert refuse_another_run(tmp_path, facts) == []
     write_manifest(tmp_path, {"made_by": "train", "iteration": 5} | facts | wrong)
-    with pytest.raises(ValueError, match=f"{tmp_path}/manifest.json is damaged: it does not tell .* Move this"):
+    with pytest.raises(ValueError, match=f"{tmp_path}/manifest.json is damaged: the settings or data .* Move this"):
         refuse_another_run(tmp_path, facts)
 
 
@@ -243,7 +243,7 @@ JOB = {"launcher": "local", "pid": 1, "birth": "x", "host": "elsewhere", **COMMO
 def test_where_it_is_unknown_what_trains_in_a_folder_nothing_is_started(tmp_path, text):
     (tmp_path / "job.json").write_text(text)
     config = settings(checkpoint="none", data="none", output=str(tmp_path))
-    with pytest.raises(ValueError, match=r"job.json is damaged: .* see with ps or squeue that none does, remove"):
+    with pytest.raises(ValueError, match=r"job.json is damaged: .* check with ps or squeue that none does, remove"):
         launch.start_training(config, 1)
 
 
@@ -311,7 +311,7 @@ def test_a_checkpoint_into_which_somebody_put_files_stays(tmp_path, capsys):
     for _ in range(2):
         remove_old(run, 10, keep_last=1, keep_every=0)
     assert names(run) == ["iter_0000005", "iter_0000010"]
-    assert capsys.readouterr().out.count("iter_0000005, since my_results.json in it is not of this kit") == 1
+    assert capsys.readouterr().out.count("iter_0000005, since this kit did not write my_results.json in it") == 1
 
 
 def test_a_checkpoint_with_files_of_somebody_is_set_aside_where_its_step_is_saved_again(tmp_path, capsys):

@@ -19,11 +19,10 @@ from rsft_lib.checkpoint.convert import convert
 from rsft_lib.common.paths import ROOT
 from rsft_lib.launch import LaunchOptions
 from rsft_lib.model import engine
-from rsft_lib.model.config import read_config
+from rsft_lib.model.config import check_layout, read_config
 from rsft_lib.notebook import declared_parameters
 from rsft_lib.training import alarms, flops, metrics
 from rsft_lib.training.alarms import Alarms
-from rsft_lib.training.build import refuse_misfit
 from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.datasets import split
 from rsft_lib.training.metrics import FILE, MetricsWriter, open_writers, read_metrics
@@ -118,11 +117,12 @@ def test_ranks_that_do_not_fit_are_refused_before_anything_starts():
 
 
 def test_a_model_that_cannot_be_split_that_way_is_refused():
-    refuse_misfit(config(tensor_parallel=4, pipeline_parallel=7, virtual_pipeline=2), R1)
-    with pytest.raises(ValueError, match="28 layers do not divide by pipeline_parallel 4 x virtual_pipeline 2"):
-        refuse_misfit(config(pipeline_parallel=4, virtual_pipeline=2), R1)
-    with pytest.raises(ValueError, match="num_attention_heads 12 does not divide by tensor_parallel 8"):
-        refuse_misfit(config(tensor_parallel=8), R1)
+    check_layout(R1, tensor_parallel=4, pipeline_parallel=7, virtual_pipeline=2)
+    message = "num_hidden_layers=28 is not divisible by pipeline_parallel=4 x virtual_pipeline=2"
+    with pytest.raises(ValueError, match=message):
+        check_layout(R1, tensor_parallel=1, pipeline_parallel=4, virtual_pipeline=2)
+    with pytest.raises(ValueError, match="num_attention_heads=12 is not divisible by tensor_parallel=8"):
+        check_layout(R1, tensor_parallel=8, pipeline_parallel=1)
 
 
 def test_settings_come_from_json_and_from_yaml(tmp_path):
@@ -251,7 +251,7 @@ def test_an_alarm_is_raised_when_the_model_has_lost_a_mode(think, mode):
     record = {"loss": 1.0, "think_share": 0.4, "p_think_when_think": think, "p_think_when_short": think}
     said = [watch.look(record) for _ in range(alarms.FEWEST)]
     assert said[:-1] == [[]] * (alarms.FEWEST - 1)
-    assert f"gives {mode} a probability" in said[-1][0]
+    assert f"mean probability of {mode} is" in said[-1][0]
     healthy = Alarms()
     record |= {"p_think_when_think": 0.4, "p_think_when_short": 0.4}
     assert [healthy.look(record) for _ in range(100)] == [[]] * 100
@@ -288,7 +288,7 @@ def test_preflight_tells_what_a_run_will_take(tmp_path, monkeypatch):
     )  # fmt: skip
     text = preflight(run, nproc=2)
     assert (
-        "MiB a rank (weights 0." in text
+        "MiB per rank (weights 0." in text
         and "2 = 2 data" in text
         and "30 steps" in text
         and "3 kept" in text
@@ -303,7 +303,7 @@ def test_preflight_tells_what_a_run_will_take(tmp_path, monkeypatch):
     assert "13 steps, 2.1 epochs; epochs=2 overrides train_iters=30" in for_epochs
     with pytest.raises(ValueError, match="does not divide by micro_batch_size 1 x 3"):
         preflight(run, nproc=3)
-    with pytest.raises(ValueError, match="layers do not divide by pipeline_parallel 3"):
+    with pytest.raises(ValueError, match="num_hidden_layers=4 is not divisible by pipeline_parallel=3"):
         preflight(dataclasses.replace(run, pipeline_parallel=3), nproc=3)
     assert not (tmp_path / "run").exists()
 

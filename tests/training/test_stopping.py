@@ -320,7 +320,7 @@ def end_of_two_ranks_that(do: str, inputs: dict, output: Path, monkeypatch) -> s
 @pytest.mark.parametrize("do", ["sleep", "hold the lock"])
 def test_a_rank_that_sleeps_ends_the_run_and_every_rank_shows_its_stack(inputs, tmp_path, monkeypatch, do):
     message = end_of_two_ranks_that(do, inputs, tmp_path / "run", monkeypatch)
-    assert message.startswith("no progress; where the ranks stood:\nrank 0: "), message
+    assert message.startswith("no progress; stacks of the ranks:\nrank 0: "), message
     first, second = message.split("\n\nrank 1: ")
     whys = ["at this time rank 1 noticed: no progress for 45 s", "no progress for 45 s"]
     if do == "hold the lock":
