@@ -50,7 +50,7 @@ def same_tensors(a, b):
     return a.keys() == b.keys() and all(a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]) for n in a)
 
 
-def test_an_export_carries_every_perturbed_tensor_biases_too(model, tokenizer, tmp_path):
+def test_an_export_contains_every_perturbed_tensor_including_biases(model, tokenizer, tmp_path):
     convert(model, tmp_path / "megatron")
     noisy = perturbed(tmp_path / "megatron", tmp_path / "noisy")
     export(noisy, tokenizer, tmp_path / "out")
@@ -67,7 +67,7 @@ def test_an_export_carries_every_perturbed_tensor_biases_too(model, tokenizer, t
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_there_and_back_every_bit_and_the_dtype_stay(family, dtype, tokenizer, tmp_path):
+def test_a_round_trip_preserves_every_bit_and_the_dtype(family, dtype, tokenizer, tmp_path):
     before = tiny_family(tmp_path / "hf", family, dtype)
     convert(tmp_path / "hf", tmp_path / "megatron")
     export(tmp_path / "megatron", tokenizer, tmp_path / "out")
@@ -100,7 +100,7 @@ def test_weights_of_two_dtypes_keep_theirs(model, tokenizer, tmp_path):
     assert same_tensors(load_file(model / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors"))
 
 
-def test_a_dtype_that_is_asked_for_is_that_of_every_tensor_and_of_the_config(model, tokenizer, tmp_path):
+def test_a_requested_dtype_applies_to_every_tensor_and_the_config(model, tokenizer, tmp_path):
     facts = convert(model, tmp_path / "megatron", dtype="bfloat16")
     assert facts["dtype"] == "bfloat16" and {t.dtype for t in all_tensors(tmp_path / "megatron").values()} == {
         torch.bfloat16
@@ -112,7 +112,7 @@ def test_a_dtype_that_is_asked_for_is_that_of_every_tensor_and_of_the_config(mod
 
 
 @pytest.mark.parametrize("names", [["dtype"], ["torch_dtype"], ["dtype", "torch_dtype"], []])
-def test_no_name_of_the_dtype_in_a_written_config_says_another(names, model, tokenizer, tmp_path):
+def test_every_dtype_field_of_a_written_config_is_updated(names, model, tokenizer, tmp_path):
     edit_config(model, **dict.fromkeys(["dtype", "torch_dtype"], "float32"))
     content = json.loads((model / "config.json").read_text())
     kept = {key: value for key, value in content.items() if key in names or key not in ("dtype", "torch_dtype")}
@@ -150,7 +150,7 @@ def test_a_training_in_fp32_is_exported_in_the_dtype_of_the_model(tokenizer, tmp
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "long", dtype="auto").dtype == torch.float32
 
 
-def test_a_number_that_float16_has_no_room_for_is_named_and_nothing_is_written(model, tokenizer, tmp_path):
+def test_a_value_that_overflows_float16_is_refused_by_name_and_nothing_is_written(model, tokenizer, tmp_path):
     norm = "model.layers.1.input_layernorm.weight"
     for number, fits in ((65504.0, True), (65519.0, True), (65520.0, False), (-1e9, False)):
         edit_weights(model, lambda t, n=number: t[norm].__setitem__(7, n))
@@ -220,7 +220,7 @@ STALE = {  # what lies beside newer files: how it is made of a folder with one f
 
 
 @pytest.mark.parametrize("stale", STALE)
-def test_of_several_files_of_weights_those_are_read_that_transformers_reads(stale, model, tmp_path, capsys):
+def test_of_several_weight_files_those_of_transformers_are_read(stale, model, tmp_path, capsys):
     weights = model / "model.safetensors"
     before = load_file(weights)
     STALE[stale](model)
@@ -245,7 +245,7 @@ def test_shards_are_read_before_a_bin_file_as_transformers_does(model, tmp_path)
     assert torch.equal(all_tensors(tmp_path / "megatron")["output_layer.weight"], expected["lm_head.weight"])
 
 
-def test_a_second_copy_of_a_tied_head_is_left_out_but_another_tensor_is_refused(tmp_path):
+def test_a_copy_of_a_tied_head_is_ignored_but_a_different_tensor_is_refused(tmp_path):
     model = tmp_path / "hf"
     tiny_model(model, tie_word_embeddings=True)
     embedding = load_file(model / "model.safetensors")["model.embed_tokens.weight"]
@@ -264,7 +264,7 @@ def inodes(folder):
     return {path.name: path.stat().st_ino for path in folder.iterdir()}
 
 
-def test_what_is_there_and_whole_is_not_converted_again(model, tmp_path, capsys):
+def test_a_complete_conversion_is_not_repeated(model, tmp_path, capsys):
     first = convert(model, tmp_path / "megatron")
     before = inodes(tmp_path / "megatron")
     assert convert(model, tmp_path / "megatron") == first
@@ -286,7 +286,7 @@ AGAIN = {
 
 
 @pytest.mark.parametrize("change", AGAIN)
-def test_what_would_come_out_otherwise_is_converted_again(change, model, tmp_path):
+def test_a_conversion_with_another_result_is_repeated(change, model, tmp_path):
     convert(model, tmp_path / "megatron")
     AGAIN[change](model, tmp_path / "megatron")
     before = inodes(tmp_path / "megatron")

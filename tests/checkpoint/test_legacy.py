@@ -75,7 +75,7 @@ def test_a_checkpoint_that_megatron_lm_wrote_becomes_one_of_ours(model, tmp_path
     assert all(torch.equal(a[name], b[name]) and torch.equal(a[name], c[name]) for name in a)
 
 
-def test_rows_that_were_cut_off_are_not_made_up(model, tmp_path):
+def test_dropped_rows_are_not_invented(model, tmp_path):
     made = convert(model, tmp_path / "made", format="legacy", vocab_size=100)["folder"]
     assert len(load_rank(made, 0)["model"]["embedding.word_embeddings.weight"]) == 128
     with pytest.raises(ValueError, match="has 128 vocabulary rows, but vocab_size in config.json is 251"):

@@ -128,14 +128,14 @@ def test_shards_of_two_steps_are_refused(checkpoint, tmp_path, monkeypatch):
     refuses(uses(checkpoint, tmp_path), "__0_0.distcp has not the SHA-256", tmp_path, monkeypatch)
 
 
-def test_a_half_of_a_shard_that_is_zero_is_refused(checkpoint, tmp_path, monkeypatch):
+def test_a_half_zeroed_shard_is_refused(checkpoint, tmp_path, monkeypatch):
     path = checkpoint / "__0_0.distcp"
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
     refuses(uses(checkpoint, tmp_path), "__0_0.distcp has not the SHA-256", tmp_path, monkeypatch)
 
 
-def test_a_file_that_was_laid_in_is_refused_but_a_proof_is_not(checkpoint, tmp_path, monkeypatch):
+def test_an_added_file_is_refused_but_verify_json_is_not(checkpoint, tmp_path, monkeypatch):
     (checkpoint / "verify.json").write_text("{}")
     torch_dist.check(checkpoint)
     (checkpoint / "__1_0.distcp").write_bytes(b"of another run")
@@ -306,7 +306,7 @@ def test_a_name_with_a_zero_byte_is_refused(checkpoint):
 
 
 @pytest.mark.parametrize("payload", [Payload("mark"), torch.nn.Linear(1, 1)], ids=["a call", "a module"])
-def test_a_refusal_does_not_tell_how_to_load_the_file_all_the_same(payload, checkpoint):
+def test_a_refusal_does_not_advise_how_to_load_the_file_anyway(payload, checkpoint):
     torch.save(payload, checkpoint / "common.pt")
     with pytest.raises(ValueError, match="(?i)common.pt is refused: unsupported global.*; do not load") as refused:
         torch_dist.read_common(checkpoint)
@@ -322,9 +322,7 @@ def made_right(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_an_attack_in_a_converted_checkpoint_is_refused_and_nothing_of_it_runs(
-    attack, checkpoint, tmp_path, monkeypatch
-):
+def test_an_attack_in_a_converted_checkpoint_is_refused_and_not_executed(attack, checkpoint, tmp_path, monkeypatch):
     harm, message = ATTACKS[attack]
     harm(checkpoint, tmp_path / "it-ran")
     made_right(checkpoint)
@@ -350,7 +348,7 @@ def the_run(folder: Path, **changes):
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_an_attack_in_a_runs_checkpoint_is_refused_when_it_goes_on_and_nothing_of_it_runs(attack, half_way, tmp_path):
+def test_an_attack_in_a_runs_checkpoint_is_refused_on_resume_and_not_executed(attack, half_way, tmp_path):
     run = shutil.copytree(half_way / "run", tmp_path / "run")
     harm, message = ATTACKS[attack]
     harm(run / "iter_0000002", tmp_path / "it-ran")
@@ -381,7 +379,7 @@ def test_an_attack_is_refused_by_the_processes_that_notebooks_launch(half_way, t
 
 
 @pytest.mark.parametrize("shared", SHARED)
-def test_a_pickle_sets_no_attribute_of_what_others_use_too(shared, checkpoint):
+def test_a_pickle_cannot_set_attributes_of_shared_objects(shared, checkpoint):
     (checkpoint / ".metadata").write_bytes(poisoned(checkpoint, shared))
     with pytest.raises(ValueError, match="refused: it sets attributes of"):
         torch_dist.read_metadata(checkpoint)
@@ -389,7 +387,7 @@ def test_a_pickle_sets_no_attribute_of_what_others_use_too(shared, checkpoint):
 
 
 @pytest.mark.parametrize("kind", ["pytorch_model.bin", "model_optim_rng.pt"])
-def test_an_attack_in_files_of_others_is_refused_and_nothing_of_it_runs(kind, tmp_path):
+def test_an_attack_in_third_party_files_is_refused_and_not_executed(kind, tmp_path):
     tiny_model(tmp_path / "hf")
     mark, folder = tmp_path / "it-ran", tmp_path / "hf"
     if kind == "pytorch_model.bin":

@@ -67,7 +67,7 @@ def test_a_second_start_finds_the_first_and_refuses_other_settings(left, capsys)
     assert len([p for p in survivors(left.folder) if "torch.distributed.run" in p.cmdline()]) == 1
 
 
-def test_a_process_that_got_the_number_of_one_that_ended_is_not_the_job(left):
+def test_a_process_with_a_reused_pid_is_not_the_job(left):
     facts = json.loads((left.folder / JOB).read_text())
     (left.folder / JOB).write_text(json.dumps(facts | {"pid": os.getpid()}))
     assert launch.attach(left.folder) is None
@@ -77,7 +77,7 @@ def test_a_process_that_got_the_number_of_one_that_ended_is_not_the_job(left):
     assert launch.attach(left.folder).pid == left.pid
 
 
-def test_an_interrupt_leaves_the_job_alone_where_that_was_chosen(left, capsys):
+def test_an_interrupt_leaves_the_job_running_with_on_interrupt_leave(left, capsys):
     def interrupt():
         raise KeyboardInterrupt
 
@@ -86,7 +86,7 @@ def test_an_interrupt_leaves_the_job_alone_where_that_was_chosen(left, capsys):
     assert left.running and "training continues" in capsys.readouterr().out
 
 
-def test_an_interrupt_has_the_job_save_and_end_first_where_that_was_chosen(tmp_path):
+def test_an_interrupt_stops_the_job_with_on_interrupt_stop(tmp_path):
     def interrupt():
         if ranks_are_there(tmp_path):
             raise KeyboardInterrupt
@@ -120,7 +120,7 @@ def test_a_job_may_be_stopped_at_once(tmp_path, monkeypatch, seconds):
 
 
 @pytest.mark.parametrize(("ranks", "kind"), [("sleep", launch.RunStopped), ("fail-recorded", launch.RunFailed)])
-def test_who_stops_a_job_before_its_first_step_is_shown_no_failure_but_a_real_one(tmp_path, monkeypatch, ranks, kind):
+def test_stopping_a_job_before_its_first_step_is_not_a_failure_unless_a_rank_fails(tmp_path, monkeypatch, ranks, kind):
     monkeypatch.setenv("RANKS_SHALL", ranks)
     job = launch.start_training(config(tmp_path), 2)
     if ranks == "sleep":
@@ -135,7 +135,7 @@ def test_who_stops_a_job_before_its_first_step_is_shown_no_failure_but_a_real_on
     assert str(error.value).startswith(begin), str(error.value)
 
 
-def test_two_who_start_at_once_start_one_job(tmp_path):
+def test_two_simultaneous_starts_start_one_job(tmp_path):
     context = multiprocessing.get_context("spawn")
     both = [context.Process(target=_start, args=(tmp_path,)) for _ in range(2)]
     for process in both:

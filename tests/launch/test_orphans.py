@@ -63,7 +63,7 @@ def notebook(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("who", "how", "choice"), WHO)
-def test_a_training_whose_notebook_goes_does_what_was_chosen(notebook, who, how, choice):
+def test_a_training_follows_on_interrupt_when_its_notebook_ends(notebook, who, how, choice):
     start, run = notebook
     papermill, kernel = start(choice)
     (papermill if who == "papermill" else kernel).send_signal(getattr(signal, how))

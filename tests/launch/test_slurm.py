@@ -106,7 +106,7 @@ def state(job: str) -> str:
     return cluster.said("squeue", "--noheader", "--jobs", job, "--format=%T")
 
 
-def test_a_job_that_waits_says_for_what_and_is_taken_from_the_queue(pretended, tmp_path, capsys):
+def test_a_pending_job_shows_its_reason_and_is_removed_from_the_queue(pretended, tmp_path, capsys):
     job = start(tmp_path, slurm_options="--begin=now+1hour", slurm_time="00:10:00", slurm_partition="p")
     assert "pending (BeginTime)" in job.state and job.running
     polls = []
@@ -135,7 +135,7 @@ def test_a_job_is_found_from_elsewhere_stopped_and_ends_with_what_it_saved(prete
 
 
 @pytest.mark.parametrize("choice", ["stop", "leave"])
-def test_a_job_whose_notebook_is_killed_does_what_was_chosen(pretended, tmp_path, choice):
+def test_a_job_follows_on_interrupt_when_its_notebook_is_killed(pretended, tmp_path, choice):
     arguments = [str(tmp_path / "run"), choice]
     notebook = subprocess.Popen([sys.executable, "-c", NOTEBOOK, *arguments])
     wait_until(lambda: ranks_are_there(tmp_path / "run"), 300, "both ranks start")
@@ -170,7 +170,7 @@ def test_a_node_that_fails_fails_a_job_that_may_not_be_queued_again(pretended, t
         wait_until(lambda: cluster.said("sinfo", "-h", "-o", "%t").strip() == "idle", 300, "the node is back")
 
 
-def test_a_submission_that_slurm_refuses_is_an_error_with_its_reason(pretended, tmp_path):
+def test_a_submission_rejected_by_slurm_is_an_error_with_its_reason(pretended, tmp_path):
     with pytest.raises(ValueError, match="Slurm rejects .*job.sbatch: .*[Ii]nvalid partition"):
         start(tmp_path, slurm_partition="none")
     assert launch.attach(tmp_path) is None
@@ -199,7 +199,7 @@ def test_an_option_that_would_break_out_of_its_line_is_refused(name):
         launch.LaunchOptions(**TWO, **{name: "x\ntouch pwned"})
 
 
-def test_of_a_job_that_slurm_has_forgotten_the_accounts_tell_whether_it_was_stopped(tmp_path, monkeypatch):
+def test_accounting_shows_whether_a_job_unknown_to_the_controller_was_stopped(tmp_path, monkeypatch):
     answers = {"scontrol": (1, "", "error: Invalid job id specified"), "sacct": (0, "FAILED|75:0\n", "")}
     monkeypatch.setattr(slurm, "_slurm", lambda *c: subprocess.CompletedProcess(c, *answers[c[0]]))
     (tmp_path / "ended.json").write_text('{"reason": "SIGTERM", "iteration": 3}')
@@ -211,7 +211,7 @@ def test_of_a_job_that_slurm_has_forgotten_the_accounts_tell_whether_it_was_stop
     assert not job.running and job.state == "Slurm job 7: cancelled"
 
 
-def test_without_slurm_the_error_says_where_to_go(tmp_path, monkeypatch):
+def test_without_slurm_the_error_names_the_remedy(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ValueError, match="launcher is 'slurm', but this machine has no sinfo: run on a login node"):
         start(tmp_path / "run")
@@ -222,7 +222,7 @@ def test_without_slurm_the_error_says_where_to_go(tmp_path, monkeypatch):
         launch.attach(tmp_path)
 
 
-def test_the_script_can_be_read_and_names_what_was_asked_for(tmp_path, monkeypatch):
+def test_the_script_is_readable_and_contains_the_options(tmp_path, monkeypatch):
     monkeypatch.setattr(slurm, "_has_gpus", lambda options: True)
     run = tmp_path / "a run's 100 %"
     options = launch.LaunchOptions(**TWO, slurm_time="04:00:00", slurm_partition="gpu", slurm_options="--account lab")

@@ -39,14 +39,14 @@ def differences(tmp_path_factory) -> dict[tuple[str, str, str], float]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_are_those_of_transformers_at_every_layout_from_every_kind_of_folder(family, differences):
+def test_logits_equal_those_of_transformers_at_every_layout_and_format(family, differences):
     found = {key[1:]: value for key, value in differences.items() if key[0] == family}
     kinds, layouts = ("hf", "torch_dist", "legacy"), [f"{tp}x{pp}" for tp in SIZES for pp in SIZES]
     assert found.keys() == {(kind, layout) for kind in kinds for layout in layouts}
     assert {key: value for key, value in found.items() if not value < 1e-4} == {}
 
 
-def test_a_model_is_not_given_more_positions_than_it_attends_to(tmp_path):
+def test_a_sequence_length_beyond_the_sliding_window_is_refused(tmp_path):
     tiny_family(tmp_path, "mistral")
     config = read_config(tmp_path)
     with ranks():

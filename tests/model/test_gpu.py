@@ -45,7 +45,7 @@ def same(function, *arguments, tolerance: float = 4e-3) -> None:
     assert apart(found, expected) < tolerance, function.__name__
 
 
-def test_the_kernels_of_the_loss_head_compute_what_their_reference_does():
+def test_the_loss_head_kernels_match_their_reference():
     logits, labels, weights = 3 * random(64, 151_936), torch.randint(-9000, 160_000, (64,)), torch.rand(64)
     same(log_sum_exp, logits, tolerance=1e-6)
     same(cross_entropy_backward_, logits, log_sum_exp(logits), labels, weights)
@@ -127,7 +127,7 @@ def attention(kind: type, context: int = 1):
 
 
 @pytest.mark.parametrize("kind", ATTENTIONS)
-def test_attention_and_its_gradients_are_those_of_float32_sample_by_sample(kind):
+def test_attention_and_its_gradients_match_float32_sample_by_sample(kind):
     query, key, value, grad = random(512, 12, 128), random(512, 2, 128), random(512, 2, 128), random(512, 12 * 128)
     results = []
     for module, device in ((attention(TorchAttention), "cpu"), (attention(kind), "cuda")):
@@ -141,7 +141,7 @@ def test_attention_and_its_gradients_are_those_of_float32_sample_by_sample(kind)
 
 
 @pytest.mark.parametrize("kind", ATTENTIONS)
-def test_the_parts_of_two_context_parallel_ranks_are_the_whole(kind):
+def test_the_outputs_of_two_context_parallel_ranks_match_one_rank(kind):
     query, key, value, grad = (
         x.cuda() for x in (random(512, 12, 128), random(512, 2, 128), random(512, 2, 128), random(512, 12 * 128))
     )
@@ -232,7 +232,7 @@ TWO = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="torch finds fewe
 
 
 @TWO
-def test_two_gpus_give_the_curve_and_the_weights_of_one_in_every_layout(inputs, tmp_path):
+def test_two_gpus_match_the_losses_and_weights_of_one_in_every_layout(inputs, tmp_path):
     single = {"precision": "fp32", "backend": "torch"}
     whole = run(inputs, tmp_path, {"one": single})["one"]
     expected = all_tensors(newest(tmp_path / "one"))
@@ -260,7 +260,7 @@ def test_two_gpus_follow_one_with_transformer_engine(precision, inputs, tmp_path
 
 
 @TWO
-def test_two_gpus_go_on_in_another_layout_and_save_while_they_train(inputs, tmp_path):
+def test_two_gpus_resume_in_another_layout_with_async_saves(inputs, tmp_path):
     kind = {"precision": "fp32", "backend": "torch", "async_save": True}
     whole = run(inputs, tmp_path, {"whole": kind | LAYOUTS["tp2-sp"]}, nproc=2)["whole"]
     shutil.copytree(tmp_path / "whole", tmp_path / "again")

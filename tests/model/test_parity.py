@@ -52,14 +52,14 @@ def losses_by_transformers(hf, store) -> list[torch.Tensor]:
     return found
 
 
-def test_a_converted_checkpoint_gives_every_tensor_back_and_the_logits_of_transformers(models):
+def test_a_converted_checkpoint_has_every_tensor_and_the_logits_of_transformers(models):
     folder, _, _ = models
     assert differing_tensors(folder / "hf", folder / "megatron") == []
     assert logit_difference(folder / "hf", folder / "megatron") < 1e-4
 
 
 @pytest.mark.parametrize("normalize_by", ["token", "sample"])
-def test_packed_loss_and_every_gradient_are_those_of_transformers_sample_by_sample(models, normalize_by):
+def test_packed_loss_and_gradients_match_transformers_sample_by_sample(models, normalize_by):
     folder, hf, store = models
     hf.zero_grad()
     masks = [torch.from_numpy(store[i][1][1:]) for i in range(len(store))]
@@ -92,7 +92,7 @@ def test_packed_loss_and_every_gradient_are_those_of_transformers_sample_by_samp
         )
 
 
-def test_the_curve_is_that_of_transformers_and_torch_adamw(models):
+def test_the_loss_curve_matches_transformers_with_torch_adamw(models):
     folder, _, store = models
     network, losses, expected = AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32), [], []
     with ranks():
@@ -133,7 +133,7 @@ def gradients_by_hf_name(model, folder) -> dict[str, torch.Tensor]:
     return by_hf_name(ours, read_config(folder / "megatron"))
 
 
-def test_the_score_of_a_dataset_is_the_loss_of_transformers_at_every_trained_token(models, tmp_path):
+def test_scores_match_the_loss_of_transformers_at_every_trained_token(models, tmp_path):
     folder, hf, store = models
     with ranks():
         score(folder / "megatron", folder / "store", tmp_path / "losses")
@@ -149,7 +149,7 @@ def test_the_score_of_a_dataset_is_the_loss_of_transformers_at_every_trained_tok
     assert len(TokenLosses(tmp_path / "losses")) == 30
 
 
-def test_the_tokens_of_one_sample_do_not_reach_another_of_the_same_pack(models):
+def test_samples_of_a_pack_do_not_attend_to_each_other(models):
     folder, _, store = models
     with ranks():
         config, state = loaded_state(folder)
@@ -180,7 +180,7 @@ def test_the_loss_is_the_same_in_one_chunk_and_in_many(models, monkeypatch):
     torch.testing.assert_close(norms[0], norms[1])
 
 
-def test_fractional_weights_of_tokens_weigh_their_losses(models, tmp_path, monkeypatch):
+def test_fractional_token_weights_scale_their_losses(models, tmp_path, monkeypatch):
     folder, hf, _ = models
     table = torch.tensor([0.0, 1.0, 0.25]).numpy()
     monkeypatch.setattr(TokenStore, "weights", table, raising=False)

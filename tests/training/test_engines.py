@@ -70,7 +70,7 @@ def test_both_have_the_same_losses(runs):
 
 
 @pytest.mark.parametrize("began, goes_on", [("here", OTHER), ("there", sys.executable)], ids=["to it", "from it"])
-def test_a_run_of_one_goes_on_with_the_other(began, goes_on, inputs, runs, tmp_path):
+def test_a_run_of_one_version_resumes_with_the_other(began, goes_on, inputs, runs, tmp_path):
     shutil.copytree(runs[began], tmp_path / "run")
     shutil.rmtree(newest(tmp_path / "run"))
     MetricsWriter(tmp_path / "run", STEPS // 2)  # takes back what was told of later steps

@@ -69,7 +69,7 @@ def same(found: list[dict], expected: list[dict], tolerance: float = 0.0) -> Non
         assert a == (b if key == "samples_sha256" else pytest.approx(b, rel=tolerance, abs=0)), key
 
 
-def test_half_and_half_after_a_resume_are_the_whole_bit_for_bit(inputs, straight, tmp_path):
+def test_a_resumed_run_matches_an_uninterrupted_one_bit_for_bit(inputs, straight, tmp_path):
     output = stopped_half_way(straight[0], tmp_path / "run")
     same(run(inputs, output), straight[1])
     assert f"resumed from {output / 'iter_0000002'}" in (output / "train.log").read_text()
@@ -96,7 +96,7 @@ CHANGES_OF_LAYOUT = {
 
 
 @pytest.mark.parametrize("change", CHANGES_OF_LAYOUT)
-def test_a_run_goes_on_in_another_layout_with_the_samples_in_the_same_order(change, inputs, straight, tmp_path):
+def test_a_run_resumes_in_another_layout_with_the_samples_in_the_same_order(change, inputs, straight, tmp_path):
     (before, layout), (after, other) = CHANGES_OF_LAYOUT[change]
     run(inputs, tmp_path / "whole", before, **layout)
     found = run(inputs, stopped_half_way(tmp_path / "whole", tmp_path / "run"), after, **other)
@@ -106,7 +106,7 @@ def test_a_run_goes_on_in_another_layout_with_the_samples_in_the_same_order(chan
         torch.testing.assert_close(tensor, expected[name], atol=1e-4, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_told(inputs, straight, tmp_path):
+def test_a_damaged_checkpoint_is_skipped_and_reported(inputs, straight, tmp_path):
     output = tmp_path / "run"
     shutil.copytree(straight[0], output)
     shard = next(newest(output).glob("*.distcp"))
@@ -118,7 +118,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_told(inputs, straight, tmp_path
     assert f"stepping back: {shard}" in log and "resumed from" in log
 
 
-def test_a_finished_run_is_found_finished(inputs, straight, tmp_path):
+def test_a_finished_run_is_recognized(inputs, straight, tmp_path):
     output = tmp_path / "run"
     shutil.copytree(straight[0], output)
     before = (output / "metrics.jsonl").read_bytes()
@@ -150,7 +150,7 @@ def test_a_run_is_not_continued_with_other_settings_or_other_data(inputs, straig
     assert len(read_metrics(output)) == STEPS
 
 
-def test_a_run_goes_on_with_a_moved_base_in_smaller_micro_batches_and_tells_what_changed(inputs, tmp_path):
+def test_a_run_resumes_with_a_moved_base_and_smaller_micro_batches_and_logs_the_changes(inputs, tmp_path):
     run(inputs, tmp_path / "whole", micro_batch_size=2)
     output = stopped_half_way(tmp_path / "whole", tmp_path / "run")
     moved = shutil.copytree(inputs["checkpoint"], tmp_path / "moved")
@@ -161,7 +161,7 @@ def test_a_run_goes_on_with_a_moved_base_in_smaller_micro_batches_and_tells_what
     assert f"  checkpoint: was '{inputs['checkpoint']}', now '{moved}'\n" in log
 
 
-def test_the_same_weights_are_the_same_base_wherever_they_lie_and_whoever_listed_them(inputs, tmp_path):
+def test_the_identity_of_a_base_depends_on_its_weights_only(inputs, tmp_path):
     base = Path(inputs["checkpoint"])
     convert(base.parent / "hf", tmp_path / "made-again")
     copy = shutil.copytree(base, tmp_path / "without-manifest")
@@ -318,7 +318,7 @@ def test_on_nfs_what_a_killed_save_left_is_removed_with_and_without_its_lock(tmp
     assert set(os.listdir(tmp_path)) == {".iter_best.tmp", "iter_0000004"}
 
 
-def test_where_no_locks_are_known_a_run_goes_on_and_tells_what_is_left(inputs, straight, tmp_path):
+def test_without_file_locks_a_run_continues_and_reports_leftovers(inputs, straight, tmp_path):
     output = stopped_half_way(straight[0], tmp_path / "run")
     for step in (3, STEPS):
         shutil.copytree(newest(output), output / f".iter_{step:07d}.tmp")
@@ -344,7 +344,7 @@ def _without_locks(config) -> None:
 # --- a disk without room
 
 
-def test_a_disk_with_too_little_room_for_the_next_checkpoint_is_told_before_it_is_written(inputs, tmp_path):
+def test_too_little_disk_space_is_reported_before_a_checkpoint_is_written(inputs, tmp_path):
     output = tmp_path / "run"
     config = settings(output=str(output), train_iters=STEPS, save_interval=1, **inputs)
     processes = forked.start(_with_room_for_one, 2, output / "train.log", config)
@@ -361,9 +361,7 @@ def _with_room_for_one(config) -> None:
     forked.train_as_rank(config)
 
 
-def test_a_disk_that_fills_up_while_a_checkpoint_is_written_is_told_with_what_it_takes_and_leaves_no_part(
-    inputs, tmp_path
-):
+def test_a_disk_that_fills_up_during_a_save_is_reported_with_sizes_and_leaves_nothing(inputs, tmp_path):
     output = tmp_path / "run"
     given = {"train_iters": STEPS, "save_interval": 1, "async_save": True, "pipeline_parallel": 2, **inputs}
     config = settings(output=str(output), **given)
@@ -388,7 +386,7 @@ def _fill_up(config) -> None:
     forked.train_as_rank(config)
 
 
-def test_killed_at_five_random_moments_a_run_ends_bit_for_bit_like_one_left_alone(tmp_path):
+def test_a_run_killed_at_five_random_moments_matches_an_uninterrupted_one_bit_for_bit(tmp_path):
     assert sum(killing.survive(tmp_path, kills=5, seed=1, steps=16).values()) == 5
 
 

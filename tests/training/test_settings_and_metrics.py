@@ -92,12 +92,12 @@ def test_every_setting_is_documented_and_the_training_notebook_has_it_as_a_param
         ({"split": "9,1"}, "split is '9,1'; it must be three numbers"),
     ],
 )
-def test_a_setting_that_cannot_be_is_named(changes, message):
+def test_an_invalid_setting_is_named(changes, message):
     with pytest.raises(ValueError, match=message):
         config(**changes)
 
 
-def test_asking_for_what_is_not_installed_is_refused(monkeypatch):
+def test_a_setting_that_needs_a_missing_package_is_refused(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install tensorboard"):
         config(tensorboard=True)
@@ -116,7 +116,7 @@ def test_ranks_that_do_not_fit_are_refused_before_anything_starts():
         config(pipeline_parallel=3, virtual_pipeline=2).data_parallel(3)
 
 
-def test_a_model_that_cannot_be_split_that_way_is_refused():
+def test_a_model_that_cannot_be_partitioned_is_refused():
     check_layout(R1, tensor_parallel=4, pipeline_parallel=7, virtual_pipeline=2)
     message = "num_hidden_layers=28 is not divisible by pipeline_parallel=4 x virtual_pipeline=2"
     with pytest.raises(ValueError, match=message):
@@ -169,7 +169,7 @@ def test_the_schedule_warms_up_and_follows_a_cosine_to_its_end():
     assert rates[10:] == pytest.approx(cosine)
 
 
-def test_metrics_after_the_checkpoint_that_is_resumed_are_taken_back(tmp_path):
+def test_metrics_after_the_resumed_checkpoint_are_removed(tmp_path):
     writer = MetricsWriter(tmp_path, 0)
     for iteration in (1, 2, 3):
         writer.write(iteration=iteration, loss=1 / iteration)
@@ -185,12 +185,12 @@ def test_a_line_that_is_being_written_is_not_read(tmp_path):
     assert read_metrics(tmp_path / "elsewhere") == []
 
 
-def test_what_is_no_number_is_null(tmp_path):
+def test_nan_and_infinity_become_null(tmp_path):
     MetricsWriter(tmp_path, 0).write(iteration=1, loss=math.nan, lr=math.inf)
     assert (tmp_path / FILE).read_text() == '{"iteration": 1, "loss": null, "lr": null}\n'
 
 
-def test_tensorboard_and_wandb_are_told_the_same_and_go_on_after_a_resume(tmp_path, monkeypatch):
+def test_tensorboard_and_wandb_receive_the_metrics_and_continue_after_a_resume(tmp_path, monkeypatch):
     told = []
 
     class Writer:
@@ -226,7 +226,7 @@ def test_tensorboard_and_wandb_are_told_the_same_and_go_on_after_a_resume(tmp_pa
     assert asked == [(None, "allow"), ("abc", "allow")]
 
 
-def test_an_alarm_is_raised_for_a_loss_that_jumps_and_not_for_noise():
+def test_a_loss_spike_raises_an_alarm_and_noise_does_not():
     watch = Alarms()
     noise = [2.0 + 0.05 * math.sin(7 * step) for step in range(50)]
     assert [watch.look({"loss": loss}) for loss in noise] == [[]] * 50
@@ -234,7 +234,7 @@ def test_an_alarm_is_raised_for_a_loss_that_jumps_and_not_for_noise():
     assert "loss spike: loss 3.0000" in found
 
 
-def test_a_step_of_one_mode_only_is_no_spike_and_a_jump_within_a_mode_is_one():
+def test_a_step_of_one_mode_is_not_a_spike_but_a_jump_within_a_mode_is():
     def step(number: int, think: bool = True, short: float = 0.7) -> dict:
         losses = {"loss_mode_think": 0.1 + 0.01 * math.sin(7 * number)} if think else {}
         return {"loss": 0.2 if think else short, **losses, "loss_mode_short": short + 0.01 * math.sin(5 * number)}
@@ -246,7 +246,7 @@ def test_a_step_of_one_mode_only_is_no_spike_and_a_jump_within_a_mode_is_one():
 
 
 @pytest.mark.parametrize(("think", "mode"), [(0.999, "<short>"), (0.001, "<think>")])
-def test_an_alarm_is_raised_when_the_model_has_lost_a_mode(think, mode):
+def test_mode_collapse_raises_an_alarm(think, mode):
     watch = Alarms()
     record = {"loss": 1.0, "think_share": 0.4, "p_think_when_think": think, "p_think_when_short": think}
     said = [watch.look(record) for _ in range(alarms.FEWEST)]
@@ -278,7 +278,7 @@ def test_the_memory_estimate_is_that_of_the_ledger():
     assert shared.optimizer == pytest.approx(full.optimizer / 8)
 
 
-def test_preflight_tells_what_a_run_will_take(tmp_path, monkeypatch):
+def test_preflight_estimates_the_cost_of_a_run(tmp_path, monkeypatch):
     tiny_model(tmp_path / "hf")
     convert(tmp_path / "hf", tmp_path / "megatron")
     random_store(tmp_path / "store")
