@@ -48,7 +48,7 @@ class Saver:
         self.lock = ExitStack()
         if _rank_0():
             remove_leftovers(output)
-            remove_old(output, iteration, keep_last, keep_every)  # in case the last save was killed before it
+            remove_old(output, iteration, keep_last, keep_every)  # in case the last save was killed before that
             self.size = next(map(_bytes, reversed(checkpoints(output))), size)
 
     def save(self, state: TrainState, wait: bool) -> None:

@@ -1,4 +1,4 @@
-"""Into Megatron and back, and what is refused on the way."""
+"""Conversion to megatron-core and export to Hugging Face, and what both refuse."""
 
 import errno
 import json
@@ -37,7 +37,7 @@ def tokenizer(tmp_path_factory):
 
 
 def perturbed(checkpoint, folder):
-    """A copy of a checkpoint with noise on every weight, as if it had been trained."""
+    """A copy of a checkpoint with noise on every weight, like after a training."""
     noisy = {name: tensor + 0.1 * torch.randn_like(tensor) for name, tensor in all_tensors(checkpoint).items()}
     with new_folder(folder, {"made_by": "train"}) as temporary:
         torch_dist.write(temporary, Weights.of(noisy))
@@ -46,7 +46,7 @@ def perturbed(checkpoint, folder):
 
 
 def same_tensors(a, b):
-    """Whether two dictionaries hold the same tensors, by every bit."""
+    """Whether two dictionaries have bitwise equal tensors."""
     return a.keys() == b.keys() and all(a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]) for n in a)
 
 
@@ -58,8 +58,8 @@ def test_an_export_contains_every_perturbed_tensor_including_biases(model, token
     before, after = load_file(model / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     assert {n: (t.shape, t.dtype) for n, t in after.items()} == {n: (t.shape, t.dtype) for n, t in before.items()}
     assert [name for name in before if torch.equal(before[name], after[name])] == []
-    # Independent of our table of names: transformers, with the export, computes what megatron-core does with the
-    # checkpoint it came from.
+    # Independent of our weight map: transformers with the export has the same outputs as megatron-core with the
+    # checkpoint.
     assert logit_difference(tmp_path / "out", noisy) < 1e-4
     assert (tmp_path / "out" / "config.json").read_bytes() == (model / "config.json").read_bytes()
     verify(tmp_path / "out")
@@ -131,7 +131,7 @@ def test_a_converted_config_of_another_dtype_is_written_again(model, tmp_path):
     assert right != (model / "config.json").read_bytes()
     shutil.copyfile(model / "config.json", tmp_path / "megatron" / "config.json")
     facts = {k: v for k, v in read_manifest(tmp_path / "megatron").items() if k != "files"}
-    artifact.write_manifest(tmp_path / "megatron", facts)  # as before it was changed along
+    artifact.write_manifest(tmp_path / "megatron", facts)  # as written before config.json was changed too
     convert(model, tmp_path / "megatron", dtype="bfloat16")
     assert (tmp_path / "megatron" / "config.json").read_bytes() == right
 
@@ -180,7 +180,7 @@ def as_bin(model, sharded):
 
 
 def as_shards(model):
-    """Beside the one file, which transformers would remove."""
+    """Add shards beside the single file, which transformers would remove."""
     AutoModelForCausalLM.from_pretrained(model).save_pretrained(model / "shards", max_shard_size="100KB")
     for path in (model / "shards").glob("model*"):
         shutil.copyfile(path, model / path.name)
@@ -209,7 +209,7 @@ def test_any_kind_of_model_folder_converts_like_one_safetensors_file(source, mod
     assert same_tensors(all_tensors(tmp_path / "a"), all_tensors(tmp_path / "b"))
 
 
-STALE = {  # what lies beside newer files: how it is made of a folder with one file of safetensors
+STALE = {  # other weight files -> how to add them to a folder with one safetensors file
     "an index and its shards": lambda m: SOURCES["sharded"](m),
     "an index without its shards": lambda m: (
         SOURCES["sharded"](m), [path.unlink() for path in m.glob("model-*.safetensors")],
@@ -231,8 +231,8 @@ def test_of_several_weight_files_those_of_transformers_are_read(stale, model, tm
     assert differing_tensors(model, tmp_path / "megatron") == []
     found = all_tensors(tmp_path / "megatron")["output_layer.weight"]
     assert torch.equal(found, expected["lm_head.weight"])
-    said = capsys.readouterr().out
-    assert f"{model}: reading model.safetensors, ignoring " in said and "(the precedence of transformers)" in said
+    output = capsys.readouterr().out
+    assert f"{model}: reading model.safetensors, ignoring " in output and "(the precedence of transformers)" in output
 
 
 def test_shards_are_read_before_a_bin_file_as_transformers_does(model, tmp_path):
@@ -257,7 +257,7 @@ def test_a_copy_of_a_tied_head_is_ignored_but_a_different_tensor_is_refused(tmp_
         convert(model, tmp_path / "other")
 
 
-# --- what is done again, and what is not
+# --- what is repeated, and what is not
 
 
 def inodes(folder):
@@ -318,7 +318,7 @@ def test_an_export_is_made_again_only_for_another_checkpoint_or_tokenizer(model,
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_row_becomes_the_mean_of_others_in_both_embeddings_and_nothing_else_changes(tied, tmp_path):
     before = tiny_model(tmp_path / "hf", torch.bfloat16, tie_word_embeddings=tied).state_dict()
-    means = {7: [1, 2, 3], 2: [7, 9], 255: [0]}  # of the rows as they were, whatever is replaced first
+    means = {7: [1, 2, 3], 2: [7, 9], 255: [0]}  # means of the original rows, in any order
     convert(tmp_path / "hf", tmp_path / "megatron", row_means=means)
     after = all_tensors(tmp_path / "megatron")
     for ours, theirs in (("embedding.word_embeddings.weight", "model.embed_tokens.weight"),) + (
@@ -343,7 +343,7 @@ def test_other_row_means_convert_again_and_the_same_do_not(model, tmp_path):
     assert inodes(tmp_path / "megatron") != before
 
 
-# --- what an export holds
+# --- contents of an export
 
 
 def as_if_trained(converted, final, data):
@@ -373,7 +373,7 @@ def test_an_export_holds_all_that_a_model_folder_needs(model, tokenizer, tmp_pat
     assert "| data_sha256 | abc |" in card
 
 
-# --- what is refused, before anything is written
+# --- what is refused before anything is written
 
 
 @pytest.mark.parametrize("name", ["tokenizer_sha256", "template_sha256"])
@@ -445,7 +445,7 @@ DAMAGE = {
         "pytorch_model.bin is not a complete file of tensors only",
     ),
     "a missing shard": (lose_a_shard, "model-00002-of-.* is missing but listed in the index"),
-    "a tensor that is not where the index says": (misplace, "model.norm.weight: not in model-00001"),
+    "a tensor missing from its shard": (misplace, "model.norm.weight: not in model-00001"),
     "an index that is not JSON": (
         lambda m: ((m / "model.safetensors.index.json").write_text("{"), (m / "model.safetensors").unlink()),
         "is not an index of tensors",

@@ -1,4 +1,4 @@
-"""Embedding rows compared with all others, against numpy on whole matrices."""
+"""The audit of embedding rows compared with numpy on whole matrices."""
 
 import json
 
@@ -50,7 +50,7 @@ def expected(
 
 
 def as_bin(folder):
-    """The same weights in the files of older models."""
+    """The same weights as `.bin` files."""
     index = folder / "model.safetensors.index.json"
     for path in folder.glob("*.safetensors"):
         torch.save(load_file(path), folder / path.name.replace("model", "pytorch_model").replace("safetensors", "bin"))
@@ -71,7 +71,7 @@ def test_norms_percentiles_and_neighbours_are_those_of_the_whole_matrix(
     assert (tmp_path / "model" / "model.safetensors.index.json").exists() == (shard == "50KB")
     if kind == "bin":
         as_bin(tmp_path / "model")
-    monkeypatch.setattr(embedding_audit, "ROWS", 100)  # so that the last piece is a part of one
+    monkeypatch.setattr(embedding_audit, "ROWS", 100)  # so that the last block is incomplete
     pieces, read = [], Weights.read
     monkeypatch.setattr(Weights, "read", lambda *given: pieces.append(len(found := read(*given))) or found)
     found = audit(tmp_path / "model", tokenizer, TOKENS, nearest=5)

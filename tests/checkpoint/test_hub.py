@@ -1,4 +1,4 @@
-"""Models from the Hub, with the Hub's own client and a server that answers as the Hub does."""
+"""Models from the Hub, with the Hub's own client and a server that imitates the Hub."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from rsft_lib.common.artifact import read_manifest, verify
 
 
 def point_to(endpoint, monkeypatch):
-    """What HF_ENDPOINT does when the library is imported."""
+    """Same as setting HF_ENDPOINT before the library is imported."""
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
     template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
@@ -129,7 +129,7 @@ def test_an_unknown_name_is_reported(server, name, revision, tmp_path):
 
 
 def test_hf_endpoint_is_respected(server, tmp_path):
-    """The same in a process of its own, with nothing patched."""
+    """In a separate process, without patches."""
     script = f"""
 from pathlib import Path
 from rsft_lib.checkpoint import hub

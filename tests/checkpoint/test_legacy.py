@@ -1,6 +1,6 @@
-"""Megatron-LM's older layout, as it writes it and as we do.
+"""Megatron-LM's older layout, written by Megatron-LM and by this kit.
 
-That our files have the names and shapes of megatron-core's own models is checked in test_families.py.
+test_families.py checks that our files have the names and shapes of megatron-core's models.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def model(tmp_path):
 
 
 def by_megatron_lm(model, folder, tokens, local=False, **layout):
-    """A checkpoint as Megatron-LM leaves it after a training: no manifest, no config.json, and more in every file."""
+    """A checkpoint as Megatron-LM writes it: without manifest and config.json, and with more in every file."""
     made = convert(model, folder / "made", format="legacy", vocab_size=tokens, **layout)["folder"]
     shutil.copytree(made, folder / "theirs")
     for name in ("manifest.json", "config.json", "generation_config.json"):

@@ -1,4 +1,4 @@
-"""Code that a model folder brings along is never run, and nobody is asked."""
+"""Code in a model folder is never run, and the user is not prompted to run it."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ AUTO_MAP = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil", "Aut
 
 @pytest.fixture
 def with_code(tmp_path, monkeypatch):
-    """A model folder with code in every place where transformers would run it, if somebody said yes."""
+    """A model folder with code in every place where transformers would run it after confirmation."""
     folder, asked = tmp_path / "with-code", []
     demo.make_model(folder, seed=0)
     code = LEAVES_A_MARK.format(str(tmp_path / "it-ran"))

@@ -1,4 +1,4 @@
-"""What the proof of a conversion finds, and that it finds what is wrong."""
+"""Verification of conversions, correct and wrong ones."""
 
 import json
 import os
@@ -62,7 +62,7 @@ def test_a_tensor_that_changed_is_named(model, tmp_path):
 
 
 def test_an_export_with_biases_of_the_original_is_detected(model, tmp_path, monkeypatch):
-    """The original's fault: on unchanged weights it cannot be seen."""
+    """A bug of the original, which is invisible with unchanged weights."""
     untrained, real = load_file(model / "model.safetensors"), hf.as_hf
 
     def forgetful(weights, config):

@@ -1,4 +1,4 @@
-"""A training as a job: who finds it, who may start another, what it tells; real torchrun."""
+"""Trainings as jobs under real torchrun: attach, start, stop, fail."""
 
 import json
 import multiprocessing
@@ -37,7 +37,7 @@ def ranks_are_there(folder: Path) -> bool:
 
 @pytest.fixture
 def left(tmp_path):
-    """A job of two ranks that was started, and outlives whoever started it."""
+    """A running job of two ranks with on_interrupt="leave"."""
     job = launch.start_training(config(tmp_path), 2, LEAVE)
     wait_until(lambda: ranks_are_there(tmp_path), 300, "both ranks start", tmp_path / "train.log")
     yield job
@@ -152,7 +152,7 @@ def test_two_simultaneous_starts_start_one_job(tmp_path):
 
 def _start(folder: Path) -> None:
     def start_slowly(*arguments, **options):
-        time.sleep(2)  # the other one is there by now
+        time.sleep(2)  # the other one is running by now
         return start(*arguments, **options)
 
     start, local.start_torchrun, local.TRAIN = local.start_torchrun, start_slowly, "rank"

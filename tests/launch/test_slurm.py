@@ -47,7 +47,7 @@ def nodes():
 
 @pytest.fixture
 def pretended(nodes, monkeypatch):
-    """The ranks are those of tests/rank.py, which only save when they are asked to stop; Slurm is asked often."""
+    """Use the ranks of tests/rank.py, which do not train but save when asked to stop; query Slurm often."""
     monkeypatch.setattr(slurm, "TRAIN", "rank")
     monkeypatch.setattr(slurm, "ASK_EVERY", 0.3)
     monkeypatch.setenv("PYTHONPATH", f"{TESTS}:{ROOT}")
@@ -77,11 +77,11 @@ def test_a_job_of_two_nodes_is_stopped_before_its_limit_requeued_and_ends_as_an_
     process = start_notebook(tmp_path, given)
     wait_until(lambda: len(read_metrics(run)) >= 3, 300, "three steps", run / "train.log")
     job = launch.attach(run).id
-    cluster.said("scancel", "--batch", "--signal=USR1", job)  # as Slurm does before the time limit
+    cluster.output_of("scancel", "--batch", "--signal=USR1", job)  # as Slurm does before the time limit
     wait_until(lambda: "PENDING" in state(job), 300, "the job is back in the queue", run / "train.log")
     stopped = json.loads((run / "ended.json").read_text())
     assert stopped["reason"] == "SIGTERM" and stopped["iteration"] < 300
-    cluster.said("scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm waits for two minutes by itself
+    cluster.output_of("scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm waits for two minutes by itself
     assert process.wait(timeout=600) == 0
 
     assert f"resumed from {run}/iter_{stopped['iteration']:07d}" in (run / "train.log").read_text()
@@ -103,7 +103,7 @@ def start_notebook(folder: Path, parameters: dict) -> subprocess.Popen:
 
 
 def state(job: str) -> str:
-    return cluster.said("squeue", "--noheader", "--jobs", job, "--format=%T")
+    return cluster.output_of("squeue", "--noheader", "--jobs", job, "--format=%T")
 
 
 def test_a_pending_job_shows_its_reason_and_is_removed_from_the_queue(pretended, tmp_path, capsys):
@@ -161,13 +161,13 @@ def test_a_failing_rank_is_an_error_with_its_traceback_first(pretended, tmp_path
 def test_a_node_that_fails_fails_a_job_that_may_not_be_queued_again(pretended, tmp_path):
     job = start(tmp_path, slurm_options="--no-requeue")
     wait_until(lambda: ranks_are_there(tmp_path), 300, "both ranks start", tmp_path / "train.log")
-    cluster.said("scontrol", "update", "NodeName=n1", "State=DOWN", "Reason=test")
+    cluster.output_of("scontrol", "update", "NodeName=n1", "State=DOWN", "Reason=test")
     try:
         with pytest.raises(launch.RunFailed, match="node_fail"):
             job.wait()
     finally:
-        cluster.said("scontrol", "update", "NodeName=n1", "State=RESUME")
-        wait_until(lambda: cluster.said("sinfo", "-h", "-o", "%t").strip() == "idle", 300, "the node is back")
+        cluster.output_of("scontrol", "update", "NodeName=n1", "State=RESUME")
+        wait_until(lambda: cluster.output_of("sinfo", "-h", "-o", "%t").strip() == "idle", 300, "the node is back")
 
 
 def test_a_submission_rejected_by_slurm_is_an_error_with_its_reason(pretended, tmp_path):

@@ -1,4 +1,4 @@
-"""Every family at every layout, from every kind of folder, against transformers."""
+"""Every family at every layout and in every format, compared with transformers."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ SIZES = (1, 2, 4)
 
 @pytest.fixture(scope="module")
 def differences(tmp_path_factory) -> dict[tuple[str, str, str], float]:
-    """(family, kind of folder, TP x PP) -> largest difference of the logits."""
+    """(family, format, TP x PP) -> maximum absolute difference of the logits."""
     folder = tmp_path_factory.mktemp("grid")
     for family in FAMILIES:
         here = folder / "models" / family

@@ -1,4 +1,4 @@
-"""The same arithmetic on a GPU as on a CPU, kernel by kernel and as a whole."""
+"""Results on a GPU compared with those on a CPU, for kernels and whole runs."""
 
 import importlib.util
 import os
@@ -40,7 +40,7 @@ def same(function, *arguments, tolerance: float = 4e-3) -> None:
     wide = [x.float() if isinstance(x, torch.Tensor) and x.dtype == torch.bfloat16 else x for x in arguments]
     there = [x.cuda() if isinstance(x, torch.Tensor) else x for x in arguments]
     found, expected = function(*there), function(*wide)
-    if function.__name__.endswith("_"):  # it writes over its first argument
+    if function.__name__.endswith("_"):  # it overwrites its first argument
         found, expected = there[0], wide[0]
     assert apart(found, expected) < tolerance, function.__name__
 
@@ -87,7 +87,7 @@ def test_a_weight_gradient_is_added_in_float32():
 @pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_adamw_makes_the_same_steps(dtype, moments):
-    """The weights are the parts that a rank has of a buffer, which begin wherever the part before ends."""
+    """The weights are a rank's shards of a buffer, which may start at any offset."""
     sizes, whole = (4096, 1, 5001, 0, 902), torch.randn(10_000)
     found = []
     for device in ("cpu", "cuda"):
@@ -122,7 +122,7 @@ def attention(kind: type, context: int = 1):
     )  # fmt: skip
     module = kind(config, 1, None, "self")
     if context > 1:
-        module._gather = lambda key, value: (key, value)  # every rank is given all of them
+        module._gather = lambda key, value: (key, value)  # every rank is passed all of them
     return lambda *heads, samples: module(*(x.unsqueeze(1) for x in heads), attention_bias=samples).squeeze(1)
 
 
@@ -180,7 +180,7 @@ def inputs(tmp_path_factory) -> dict[str, str]:
 
 
 def run(inputs: dict, folder: Path, variants: dict[str, dict], nproc: int = 1) -> dict[str, list[dict]]:
-    """The metrics of several runs: one process does them one after the other, several ranks all at once."""
+    """The metrics of several runs: consecutive in one process, concurrent with several ranks."""
     paths = []
     for name, changes in variants.items():
         given = {"train_iters": 6, "save_interval": 3, "precision": "bf16", "seq_length": 128, **inputs, **changes}

@@ -1,4 +1,4 @@
-"""The loss head against autograd's cross-entropy."""
+"""The loss head compared with autograd's cross-entropy."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""megatron-core against transformers, tensor by tensor."""
+"""megatron-core compared with transformers, tensor by tensor."""
 
 import math
 
@@ -44,7 +44,7 @@ def loaded_state(folder, **changes):
 
 
 def losses_by_transformers(hf, store) -> list[torch.Tensor]:
-    """The loss of each token of each sample but the first, run through the model by itself."""
+    """The loss of each token of each sample except the first token; each sample runs alone."""
     found = []
     for tokens, _ in (store[i] for i in range(len(store))):
         ids = torch.from_numpy(tokens).long()
@@ -108,7 +108,7 @@ def test_the_loss_curve_matches_transformers_with_torch_adamw(models):
     adam = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
     for number, packs in enumerate(batches, start=1):
         chosen = [store[sample] for sample in data.samples(packs)]
-        totals = [  # (sum of losses, trained tokens) of each sample, which transformers runs by itself
+        totals = [  # (sum of losses, trained tokens) of each sample, which transformers runs alone
             ((loss * torch.from_numpy(mask[1:])).sum(), int(mask[1:].sum()))
             for loss, (_, mask) in zip(losses_by_transformers(network, chosen), chosen, strict=True)
         ]
@@ -127,7 +127,7 @@ def test_the_loss_curve_matches_transformers_with_torch_adamw(models):
 
 def gradients_by_hf_name(model, folder) -> dict[str, torch.Tensor]:
     parameters = dict(model.named_parameters())
-    # fc1 is saved in two halves and therefore has no key of its own yet
+    # fc1 is saved in two halves, so its entry has no key yet
     keys = {name: getattr(entry, "key", name) for name, entry in sharded_weights(model).items() if name in parameters}
     ours = {key: parameters[name].main_grad.clone() for name, key in keys.items()}
     return by_hf_name(ours, read_config(folder / "megatron"))
@@ -145,7 +145,7 @@ def test_scores_match_the_loss_of_transformers_at_every_trained_token(models, tm
         ours, trained = torch.from_numpy(found[sample]), torch.from_numpy(store[sample][1]) > 0
         assert ours.isnan().tolist() == (~trained).tolist()
         torch.testing.assert_close(ours[trained], losses[trained[1:]], atol=1e-5, rtol=1e-5)
-    random_store(folder / "store", samples=30)  # the same samples, written anew, are the same data
+    random_store(folder / "store", samples=30)  # the same samples written again are the same data
     assert len(TokenLosses(tmp_path / "losses")) == 30
 
 

@@ -1,4 +1,4 @@
-"""Our AdamW against torch's, and a bf16 weight with the rest of its float32."""
+"""Our AdamW compared with torch's, and the split of float32 weights."""
 
 import pytest
 import torch

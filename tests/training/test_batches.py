@@ -1,4 +1,4 @@
-"""Which samples make up a step, and their tensors."""
+"""The samples of a step, and their tensors."""
 
 import numpy as np
 import pytest

@@ -1,7 +1,7 @@
-"""One rank against several, whatever they split.
+"""Trainings with one rank compared with trainings at every kind of parallelism.
 
-Every comparison is between whole trainings, by the same function that torchrun starts. RSFT_LONG_TESTS=1 adds layouts
-that the others contain.
+Every comparison is between whole trainings, by the same function that torchrun starts. RSFT_LONG_TESTS=1 adds
+redundant layouts.
 """
 
 import os

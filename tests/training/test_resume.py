@@ -1,4 +1,4 @@
-"""A run that was stopped, killed or damaged, against one that was left alone."""
+"""Runs that were stopped, killed or damaged, compared with an uninterrupted one."""
 
 import errno
 import fcntl
@@ -56,7 +56,7 @@ def straight(inputs, tmp_path_factory):
 
 
 def stopped_half_way(run_folder: Path, copy: Path) -> Path:
-    """A run as it is when it was killed after the middle checkpoint, a step later."""
+    """A copy of a run as if it had been killed one step after the middle checkpoint."""
     shutil.copytree(run_folder, copy)
     shutil.rmtree(newest(copy))
     MetricsWriter(copy, STEPS - 1)
@@ -190,7 +190,7 @@ def test_a_finished_run_goes_on_where_more_steps_are_asked_for_on_the_schedule_o
     assert "  train_iters: was 4, now 8; the learning-rate schedule is recomputed for the new length\n" in log
     shutil.copytree(output, again)
     shutil.rmtree(newest(again))
-    same(run(inputs, again, train_iters=2 * STEPS), found)  # and is itself resumed bit for bit
+    same(run(inputs, again, train_iters=2 * STEPS), found)  # it also resumes bit for bit
 
 
 def test_a_checkpoint_written_while_training_goes_on_is_that_of_its_step(inputs, straight, tmp_path):
@@ -238,7 +238,7 @@ def test_a_run_that_was_killed_between_its_last_save_and_the_removal_of_older_on
 
 
 def theirs(run: Path, straight: Path) -> dict[Path, bytes]:
-    """Folders that somebody laid beside a run's checkpoints, and what a file in each of them says."""
+    """Folders of a user beside a run's checkpoints: a file in each of them -> its contents."""
     folders = [run / name for name in ("iter_best", "iter_0000009_backup", "iter_00000001", ".iter_best.old")]
     for folder in folders:
         shutil.copytree(newest(straight), folder)
@@ -308,7 +308,7 @@ def test_on_nfs_what_a_killed_save_left_is_removed_with_and_without_its_lock(tmp
     monkeypatch.setattr(fcntl, "flock", nfs.flock)
     for name in (".iter_0000001.old", ".iter_0000002.tmp", ".iter_0000003.tmp", "iter_0000004", ".iter_best.tmp"):
         (tmp_path / name).mkdir()
-    for name in (".iter_0000002.tmp.lock", ".iter_0000004.tmp.lock"):  # the last had got its name
+    for name in (".iter_0000002.tmp.lock", ".iter_0000004.tmp.lock"):  # the last one had been renamed already
         (tmp_path / name).touch()
     with locked(tmp_path / ".iter_0000003.tmp"):
         remove_leftovers(tmp_path)
@@ -341,15 +341,15 @@ def _without_locks(config) -> None:
     forked.train_as_rank(config)
 
 
-# --- a disk without room
+# --- a full disk
 
 
 def test_too_little_disk_space_is_reported_before_a_checkpoint_is_written(inputs, tmp_path):
     output = tmp_path / "run"
     config = settings(output=str(output), train_iters=STEPS, save_interval=1, **inputs)
     processes = forked.start(_with_room_for_one, 2, output / "train.log", config)
-    told = r"\.iter_0000002\.tmp needs [\d.]+ MB, .*run has [\d.]+ MB left: free some space"
-    with pytest.raises(RuntimeError, match=told):
+    message = r"\.iter_0000002\.tmp needs [\d.]+ MB, .*run has [\d.]+ MB left: free some space"
+    with pytest.raises(RuntimeError, match=message):
         forked.join(processes, output / "train.log")
     assert steps(output) == [1] and newest(output) and not list(output.glob(".iter_*"))
 

@@ -1,4 +1,4 @@
-"""Run folders with something damaged, as a power loss or a full disk leaves it."""
+"""Run folders with files damaged by a power loss or a full disk, or added by a user."""
 
 import dataclasses
 import errno
@@ -139,7 +139,7 @@ def test_a_run_with_damaged_metrics_resumes(tmp_path):
     config = settings(**place, train_iters=6, save_interval=3, lr=1e-4)
     forked.train(config)
     run, whole = tmp_path / "run", read_metrics(tmp_path / "run")
-    shutil.rmtree(run / "iter_0000006")  # it is found as if killed after the middle
+    shutil.rmtree(run / "iter_0000006")  # as if it had been killed after the middle
     (run / "ended.json").write_text('{"reason": "fini')
     written = (run / FILE).read_bytes().splitlines(keepends=True)
     (run / FILE).write_bytes(b"".join([written[0], b"\0" * len(written[1]), *written[2:]]))

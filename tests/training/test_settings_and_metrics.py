@@ -133,7 +133,7 @@ def test_settings_come_from_json_and_from_yaml(tmp_path):
     with pytest.raises(ValueError, match="unknown setting 'seq_lenght'; did you mean seq_length?"):
         TrainConfig.from_file(path)
     text = tmp_path / "run.yaml"
-    text.write_text("checkpoint: c\ndata: d\noutput: o\nlr: 2e-5\npacking: false\n")  # YAML takes 2e-5 for a text
+    text.write_text("checkpoint: c\ndata: d\noutput: o\nlr: 2e-5\npacking: false\n")  # YAML parses 2e-5 as a string
     read = TrainConfig.from_file(text)
     assert (read.lr, read.packing) == (2e-5, False)
     text.write_text("- lr\n")
@@ -249,13 +249,13 @@ def test_a_step_of_one_mode_is_not_a_spike_but_a_jump_within_a_mode_is():
 def test_mode_collapse_raises_an_alarm(think, mode):
     watch = Alarms()
     record = {"loss": 1.0, "think_share": 0.4, "p_think_when_think": think, "p_think_when_short": think}
-    said = [watch.look(record) for _ in range(alarms.FEWEST)]
-    assert said[:-1] == [[]] * (alarms.FEWEST - 1)
-    assert f"mean probability of {mode} is" in said[-1][0]
+    messages = [watch.look(record) for _ in range(alarms.FEWEST)]
+    assert messages[:-1] == [[]] * (alarms.FEWEST - 1)
+    assert f"mean probability of {mode} is" in messages[-1][0]
     healthy = Alarms()
     record |= {"p_think_when_think": 0.4, "p_think_when_short": 0.4}
     assert [healthy.look(record) for _ in range(100)] == [[]] * 100
-    single = Alarms()  # data of one mode only may well make a model of one mode
+    single = Alarms()  # no alarm if the data only has one mode
     record = {"loss": 1.0, "think_share": 1.0, "p_think_when_think": 1.0}
     assert [single.look(record) for _ in range(100)] == [[]] * 100
 

@@ -1,4 +1,4 @@
-"""Trainings from any kind of folder, with a vocabulary that divides by nothing."""
+"""Trainings from all formats, with an indivisible vocabulary size."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Runs that end before their end: asked to, too slow, broken or asleep."""
+"""Runs that end early: by a signal, a time limit, an error or a hang."""
 
 import errno
 import math
@@ -146,8 +146,8 @@ def test_a_nan_loss_ends_the_run_before_the_update(inputs, straight, tmp_path):
         run = config(inputs, output, save_interval=2)
         forked.join(forked.start(_broken, 1, output / "train.log", run), output / "train.log")
     assert newest(output).name == "iter_0000002" and len(read_metrics(output)) == 2
-    told = (output / "broken_step_0000003.json").read_text()
-    assert '"loss": "nan"' in told and '"samples": [' in told
+    report = (output / "broken_step_0000003.json").read_text()
+    assert '"loss": "nan"' in report and '"samples": [' in report
 
 
 def _broken(run) -> None:
@@ -183,7 +183,7 @@ def _take_long_to_save(run) -> None:
 
 
 def _let_pass(seconds: float) -> None:
-    """Set the watch's clock forward, and let it look."""
+    """Set the watchdog's clock forward, and let it check."""
     clock = watchdog.clock
     watchdog.clock = lambda: clock() + seconds
     time.sleep(3 * watchdog.LOOK)
@@ -304,7 +304,7 @@ def _fill_the_disk(run) -> None:
 
 
 def end_of_two_ranks_that(do: str, inputs: dict, output: Path, monkeypatch) -> str:
-    """What a user is told of a run in which tests/sleepy.py did something in place of its third micro-batch."""
+    """The error message of a run in which tests/sleepy.py replaces the third micro-batch."""
     monkeypatch.setenv("PYTHONPATH", str(TESTS), prepend=os.pathsep)
     monkeypatch.setenv("RANKS_SHALL", do)
     output.mkdir()
@@ -329,7 +329,7 @@ def test_a_hanging_rank_ends_the_run_and_every_rank_writes_its_stack(inputs, tmp
     for stack in (first, second):
         assert "rsft_lib/training/batches.py" in stack and "in run_batch\n" in stack, message
     assert "in fall_asleep" in second and "in fall_asleep" not in first, message
-    if do == "hold the lock":  # torchrun told it to end, which it could not hear
+    if do == "hold the lock":  # it could not handle torchrun's SIGTERM
         assert "in fall_asleep" in (tmp_path / "run" / "stacks" / "told1.txt").read_text()
 
 
