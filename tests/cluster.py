@@ -1,4 +1,4 @@
-"""A Slurm cluster of two nodes on this machine: slurmctld, two slurmd and munged in a folder of their own."""
+"""A Slurm cluster of two nodes on this machine: slurmctld, two slurmd and munged in a temporary folder."""
 
 import getpass
 import os
@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 NEEDED = ("sbatch", "slurmctld", "slurmd", "munged")
-PATIENCE = 300  # seconds for each daemon to come, or go; a machine may be busy with something else
+PATIENCE = 300  # seconds for each daemon to start or stop on a busy machine
 CONF = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -44,39 +44,39 @@ PartitionName=p Nodes=n[0-1] Default=YES MaxTime=INFINITE State=UP
 
 
 def missing() -> str:
-    """Why there can be no cluster here; empty if there can."""
+    """The reason why no cluster can be started; empty if one can."""
     absent = [name for name in NEEDED if not _path(name)]
-    return f"no {', '.join(absent)} here: apt-get install slurm-wlm munge" if absent else ""
+    return f"{', '.join(absent)} not installed: apt-get install slurm-wlm munge" if absent else ""
 
 
 def _path(program: str) -> str | None:
-    return shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin")  # which only root has on its PATH
+    return shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin")  # only in root's PATH
 
 
 @contextmanager
 def cluster() -> Iterator[None]:
-    """Within the block Slurm's commands speak to a cluster with the nodes n0 and n1."""
-    folder = Path(tempfile.mkdtemp(prefix="slurm"))  # short: a socket's path has 107 characters at most
+    """Within the block, Slurm's commands use a cluster with the nodes n0 and n1."""
+    folder = Path(tempfile.mkdtemp(prefix="slurm"))  # short: a socket's path may have 107 characters
     before = os.environ.get("SLURM_CONF")
     try:
         _start(folder)
         os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
-        _until(lambda: said("sinfo", "--noheader", "--format=%t").strip() == "idle", "both nodes are idle", folder)
+        _until(lambda: output_of("sinfo", "--noheader", "--format=%t").strip() == "idle", "both nodes are idle", folder)
         yield
     finally:
-        said("scancel", "--user", getpass.getuser())
+        output_of("scancel", "--user", getpass.getuser())
         _stop(folder)
         os.environ.pop("SLURM_CONF") if before is None else os.environ.update(SLURM_CONF=before)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def said(*command: str) -> str:
-    """What one of Slurm's commands prints."""
+def output_of(*command: str) -> str:
+    """The output of a Slurm command."""
     return subprocess.run(command, capture_output=True, text=True).stdout
 
 
 def _start(folder: Path) -> None:
-    ports = random.sample(range(20_000, 32_000), 3)  # below those that the system gives to who asks for any
+    ports = random.sample(range(20_000, 32_000), 3)  # below the system's ephemeral ports
     conf = folder / "slurm.conf"
     conf.write_text(CONF.format(folder=folder, host=socket.gethostname(), user=getpass.getuser(), ports=ports))
     for name in ("state", "n0", "n1"):
@@ -93,7 +93,7 @@ def _start(folder: Path) -> None:
 
 
 def _stop(folder: Path) -> None:
-    """The nodes first, each with the jobs on it."""
+    """Stop the nodes, with their jobs, and then the other daemons."""
     for name in ("n0", "n1", "slurmctld", "munged"):
         path = folder / f"{name}.pid"
         if path.exists():
@@ -107,5 +107,5 @@ def _until(condition, what: str, folder: Path) -> None:
     while not condition():
         if time.monotonic() > deadline:
             logs = "\n".join(f"{path.name}:\n{path.read_text()[-1000:]}" for path in folder.glob("*.log"))
-            raise TimeoutError(f"{what}: not within {PATIENCE} s; sinfo shows {said('sinfo')!r}\n{logs}")
+            raise TimeoutError(f"{what}: not within {PATIENCE} s; sinfo shows {output_of('sinfo')!r}\n{logs}")
         time.sleep(0.1)

@@ -1,4 +1,4 @@
-"""A tiny random model of every family, each with what is particular to it, and noise on every weight."""
+"""A tiny random model of every family with its particular settings, and noise on every weight."""
 
 from pathlib import Path
 
@@ -16,11 +16,11 @@ from transformers import (
 )
 
 SHAPE = {
-    "vocab_size": 251,  # divides by no number of ranks
+    "vocab_size": 251,  # prime
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
 }  # fmt: skip
-LLAMA3_ROPE = {  # of Llama 3.2, with a short context so that a short text is scaled too
+LLAMA3_ROPE = {  # of Llama 3.2, with a short context so that scaling affects short texts
     "rope_type": "llama3", "rope_theta": 500_000.0, "factor": 32.0, "low_freq_factor": 1.5, "high_freq_factor": 5.0,
     "original_max_position_embeddings": 16,
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Ranks for tests that need many runs: forked from a process that has imported everything, so they start at once."""
+"""Ranks for tests with many runs: forked from a process that has imported everything, so that they start fast."""
 
 import multiprocessing
 import os
@@ -15,10 +15,10 @@ _context.set_forkserver_preload(["rsft_lib.training.train", "rsft_lib.evaluation
 
 
 def start(target, nproc: int, log: Path, *arguments) -> list:
-    """`target(*arguments)` on ranks of their own; what they print goes to `log`."""
+    """Run `target(*arguments)` on separate ranks with output to `log`."""
     log.parent.mkdir(parents=True, exist_ok=True)
     log.write_bytes(b"")
-    # As torchrun does it: a port that is chosen first and opened later may be another's by then.
+    # Like torchrun: a port that is chosen first and opened later may be taken in between.
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     world = {
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(nproc),
@@ -30,14 +30,14 @@ def start(target, nproc: int, log: Path, *arguments) -> list:
     ]
     for process in processes:
         process.start()
-        process.store = store  # which lives as long as they do
+        process.store = store  # keep it alive as long as the process
     return processes
 
 
 def join(processes: list, log: Path, seconds: float = 600) -> None:
-    """Wait for ranks; a failure of one ends the others, as torchrun does, and is raised with the log's end.
+    """Wait for ranks. If one fails, the others are killed, like under torchrun, and the end of the log is raised.
 
-    One that has not ended after `seconds` (its exit code is None) has failed.
+    A rank that has not ended after `seconds` (exit code None) has failed.
     """
     for process in processes:
         process.join(seconds)
@@ -49,13 +49,13 @@ def join(processes: list, log: Path, seconds: float = 600) -> None:
 
 
 def train(config: TrainConfig, nproc: int = 1) -> None:
-    """A whole training, as `launch_training` runs it."""
+    """Run a whole training, like `launch_training`."""
     log = Path(config.output) / "train.log"
     join(start(train_as_rank, nproc, log, config), log)
 
 
 def train_as_rank(config: TrainConfig) -> None:
-    """What each rank of a training does."""
+    """The target of a training's ranks."""
     from rsft_lib.training.train import run
 
     run(config)
@@ -72,5 +72,5 @@ def _rank(target, environment: dict, log: Path, arguments: tuple) -> None:
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
-        os._exit(1)  # not the orderly way: a thread of gloo may wait for a rank that is gone
+        os._exit(1)  # without cleanup, in which a thread of gloo may wait for a rank that has ended
     sys.stdout.flush()

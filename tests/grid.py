@@ -1,8 +1,8 @@
-"""What test_families.py starts: `grid.py FOLDER` loads every model in FOLDER at every TP x PP and compares logits.
+"""Load every model in a folder at every TP x PP and compare logits, for test_families.py: `grid.py FOLDER`.
 
-Ranks are forked from one process that has imported everything, so that sixteen of them start in no time. FOLDER
-has a folder for each model with `expected.pt`, the logits of transformers, and what is to be loaded at a layout:
-`legacy_TP2PP1` and so on for that layout, `torch_dist` and `hf` for all of them. Prints `model kind TPxPP difference`.
+Ranks are forked from one process that has imported everything, so that sixteen of them start fast. FOLDER has a folder
+for each model with `expected.pt`, the logits of transformers, and the weights to load: `legacy_TP2PP1` and so on for
+one layout, `torch_dist` and `hf` for all of them. Prints `model kind TPxPP difference`.
 """
 
 import os
@@ -23,7 +23,7 @@ from rsft_lib.model.cpu_shim import cuda_on_cpu  # noqa: E402
 from rsft_lib.model.gpt import build_model  # noqa: E402
 
 SIZES = (1, 2, 4)
-WITH_TRANSFORMER_ENGINE = {  # what its layers call the weights that ours call otherwise
+WITH_TRANSFORMER_ENGINE = {  # names of the local layers -> names of Transformer Engine's
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
 }
@@ -54,7 +54,7 @@ def te_name(name: str) -> str:
 
 
 def check_legacy(folder: Path, model, config, tp: int, pp: int) -> None:
-    """A rank's file has what the state of the model that megatron-core built for the rank has."""
+    """Check that a rank's file has the contents of the state dict that megatron-core builds for the rank."""
     tp_rank, pp_rank = (
         parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank(),
     )  # fmt: skip
@@ -119,7 +119,7 @@ def main() -> None:
     while children:
         child, status = os.wait()
         children.remove(child)
-        if status:  # the others would wait for it
+        if status:  # the others would block
             for other in children:
                 os.kill(other, signal.SIGKILL)
             sys.exit("a rank failed")

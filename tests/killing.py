@@ -1,7 +1,7 @@
-"""Kill a run at random moments and let it go on, again and again: python tests/killing.py --kills 200
+"""Repeatedly kill a run at random moments and resume it: python tests/killing.py --kills 200
 
-Whatever the moment, the run must come back from a whole checkpoint and end as the one that was left alone: the same
-weights, optimizer states, metrics and samples, bit for bit.
+The run must always resume from a complete checkpoint and end like an uninterrupted one: the same weights, optimizer
+states, metrics and samples, bit for bit.
 """
 
 import argparse
@@ -22,12 +22,12 @@ from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.metrics import read_metrics
 from rsft_lib.training.run_folder import read_ended
 
-MEASURED = ("seconds", "tokens_per_second", "memory_gib")  # beginnings of the names of what no two runs have alike
+MEASURED = ("seconds", "tokens_per_second", "memory_gib")  # prefixes of metrics that differ between runs
 RANKS = 2
 
 
 def run_settings(folder: Path, name: str, steps: int) -> TrainConfig:
-    """A run of many short steps that saves often and keeps little; its inputs are made once."""
+    """Settings of a run of many short steps that saves often and keeps few checkpoints; its inputs are made once."""
     if not (folder / "store").exists():
         shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
         tiny_model(folder / "hf", **shape)
@@ -51,15 +51,18 @@ MOMENTS = {
 def is_now(moment: str, run: Path) -> bool:
     try:
         return MOMENTS[moment](run)
-    except FileNotFoundError:  # a folder got its final name while it was looked through
+    except FileNotFoundError:  # a folder was renamed during the search
         return False
 
 
 def kill_once(config: TrainConfig, rng: random.Random, seconds: float) -> str:
-    """Start the run, or go on with it, and kill all its ranks at some moment: its name, '' if the run ended first.
+    """Start or resume the run, and kill all its ranks at a random moment.
 
     Args:
-        seconds: what a whole run takes.
+        seconds: duration of a whole run.
+
+    Returns:
+        The name of the moment; '' if the run ended first.
     """
     run = Path(config.output)
     processes = forked.start(forked.train_as_rank, RANKS, run / "train.log", config)
@@ -69,7 +72,7 @@ def kill_once(config: TrainConfig, rng: random.Random, seconds: float) -> str:
         if time.monotonic() > earliest and is_now(name, run):
             time.sleep(rng.uniform(0, 0.01))
             for process in processes:
-                process.kill()  # which a rank that has just ended by itself does not mind
+                process.kill()  # no error if it has just ended by itself
             for process in processes:
                 process.join()
             return name
@@ -79,7 +82,7 @@ def kill_once(config: TrainConfig, rng: random.Random, seconds: float) -> str:
 
 
 def differences(found: Path, expected: Path) -> list[str]:
-    """In what two finished runs differ."""
+    """The differences of two finished runs."""
     ours, theirs = all_tensors(newest(found)), all_tensors(newest(expected))
     problems = [name for name in theirs if not torch.equal(ours[name], theirs[name])]
     for one, other in zip(read_metrics(found), read_metrics(expected), strict=True):
@@ -92,15 +95,18 @@ def differences(found: Path, expected: Path) -> list[str]:
 
 
 def survive(folder: Path, kills: int, seed: int, steps: int = 60) -> dict[str, int]:
-    """Kill runs `kills` times in all and compare each one that ends: how often each moment was hit.
+    """Kill runs `kills` times in total and compare each one that ends.
+
+    Returns:
+        How often each moment was hit.
 
     Raises:
-        AssertionError: a run ended otherwise than the one that was left alone.
+        AssertionError: a run ended differently from the uninterrupted one.
     """
     rng, counts, number = random.Random(seed), dict.fromkeys(MOMENTS, 0), 0
     forked.train(run_settings(folder, "alone", steps), RANKS)
     began = time.monotonic()
-    forked.train(run_settings(folder, "timed", steps), RANKS)  # without the imports, which ranks share
+    forked.train(run_settings(folder, "timed", steps), RANKS)  # without imports, which the first run did
     seconds = time.monotonic() - began
     while sum(counts.values()) < kills:
         config = run_settings(folder, f"run{number}", steps)
@@ -128,9 +134,9 @@ def main() -> None:
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         counts = survive(Path(folder), arguments.kills, arguments.seed)
-    told = ", ".join(f"{count} {name}" for name, count in counts.items())
+    listed = ", ".join(f"{count} {name}" for name, count in counts.items())
     print(
-        f"{sum(counts.values())} kills ({told}) in {time.monotonic() - began:.0f} s: every run ended bit for bit alike"
+        f"{sum(counts.values())} kills ({listed}) in {time.monotonic() - began:.0f} s: all runs ended bit for bit alike"
     )
 
 

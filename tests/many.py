@@ -1,4 +1,4 @@
-"""What test_gpu.py starts: one rank that does several trainings, one after the other: `many.py CONFIG ...`"""
+"""One rank that runs several trainings in a row, for test_gpu.py: `many.py CONFIG ...`"""
 
 import sys
 from pathlib import Path

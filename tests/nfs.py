@@ -1,4 +1,4 @@
-"""Locks as Linux has them on NFS: only what is open for writing can be locked, so never a folder."""
+"""File locks like those of Linux on NFS: only files opened for writing can be locked, never folders."""
 
 import errno
 import fcntl
@@ -8,7 +8,7 @@ real = fcntl.flock
 
 
 def flock(file, how: int) -> None:
-    """In place of `fcntl.flock`."""
+    """Replacement of `fcntl.flock`."""
     descriptor = file if isinstance(file, int) else file.fileno()
     if how & fcntl.LOCK_EX and fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
         raise OSError(errno.EBADF, os.strerror(errno.EBADF))

@@ -1,5 +1,5 @@
-"""What tests start as the ranks of a run, in place of those that train: `rank.py FOLDER what`, or as those are started,
-`rank.py --config FOLDER/config.json`. Each rank leaves its pid in FOLDER.
+"""Ranks that do not train, for tests: `rank.py FOLDER what`, or with the arguments of a training,
+`rank.py --config FOLDER/config.json`. Each rank writes its pid into FOLDER.
 """
 
 import json
@@ -21,8 +21,8 @@ def main(what: str) -> None:
         signal.signal(signal.SIGTERM, save)
     (folder / f"rank{rank}.pid").write_text(str(os.getpid()))
     if what == "finish":
-        told = [os.environ[name] for name in ("OMP_NUM_THREADS", *ENVIRONMENT)]
-        print(f"rank {rank} was here with threads and settings {' '.join(told)}", flush=True)
+        values = [os.environ[name] for name in ("OMP_NUM_THREADS", *ENVIRONMENT)]
+        print(f"rank {rank} was here with threads and settings {' '.join(values)}", flush=True)
         return
     if what.startswith("fail") and rank == "1":
         raise KeyError(f"broken on rank {rank}")
@@ -30,9 +30,9 @@ def main(what: str) -> None:
 
 
 def save(number: int, _frame) -> None:
-    """Take a while, then end as a training does that was asked to; asked again meanwhile, end at once.
+    """Take a second, then end like a training that was asked to stop; a second signal ends the rank immediately.
 
-    Stricter than a training (signals.py), so that tests see who asks twice.
+    This is stricter than a training (signals.py), so that tests notice repeated signals.
     """
     signal.signal(signal.SIGTERM, lambda number, _frame: os._exit(128 + number))
     time.sleep(1)

@@ -1,8 +1,7 @@
-"""What test_stopping.py starts in place of rsft_lib.training.train: in its third micro-batch rank 1 does what
-$RANKS_SHALL says: `sleep`, `hold the lock` of the interpreter for ever, or `fail` while rank 0 sleeps and does not
-notice.
+"""A training with a fault, for test_stopping.py. In the third micro-batch rank 1 does what $RANKS_SHALL contains:
+`sleep`, `hold the lock` (the GIL) indefinitely, or `fail` while rank 0 sleeps and does not notice.
 
-The watch's clock is set forward in place of waiting, so that no test depends on how long a micro-batch takes.
+The watchdog's clock is set forward instead of waiting, so that no test depends on the duration of a micro-batch.
 """
 
 import ctypes
@@ -26,14 +25,14 @@ def fall_asleep() -> None:
     elif (WHAT, RANK, seen) == ("hold the lock", 1, 3):
         lock, libc = ctypes.create_string_buffer(64), ctypes.PyDLL(None)
         libc.pthread_mutex_lock(lock)
-        libc.pthread_mutex_lock(lock)  # which no signal interrupts
+        libc.pthread_mutex_lock(lock)  # not interrupted by signals
     elif (WHAT, RANK, seen) == ("hold the lock", 0, 4):
-        set_forward()  # and wait for rank 1 in a collective
+        set_forward()  # then block in a collective with rank 1
     elif (WHAT, RANK, seen) == ("fail", 1, 3):
         raise KeyError("broken on rank 1")
     elif (WHAT, RANK, seen) == ("fail", 0, 3):
-        told = Path(watchdog._watch.folder / "told0.txt")
-        while not told.read_text():  # torchrun has seen that rank 1 failed
+        on_sigterm = Path(watchdog._watch.folder / "told0.txt")
+        while not on_sigterm.read_text():  # until torchrun has noticed that rank 1 failed
             time.sleep(0.1)
         sleep()
 
@@ -48,7 +47,7 @@ def set_forward() -> None:
 
 
 if __name__ == "__main__":
-    if WHAT == "hold the lock":  # of a watch of 45 seconds: 5 until stacks are written without the lock, and 20 more
+    if WHAT == "hold the lock":  # with hang_timeout 45: stacks without the GIL after 5 s, the end 20 s later
         watchdog.LATE, watchdog.GRACE = -40, 20
     batches.beat = fall_asleep
     train.main()

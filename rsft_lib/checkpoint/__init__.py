@@ -1,1 +1,1 @@
-"""Weights between Hugging Face folders and megatron-core `torch_dist` checkpoints."""
+"""Conversion of weights between Hugging Face folders and megatron-core checkpoints."""

@@ -1,4 +1,4 @@
-"""Any folder with a model's weights, checked and read by megatron-core's names, whatever its format and layout."""
+"""Check and read the weights of a folder in any format and layout, by their megatron-core names."""
 
 import hashlib
 import json
@@ -11,14 +11,14 @@ from rsft_lib.checkpoint.lazy_weights import Piece, Weights, refuse
 from rsft_lib.common.artifact import MANIFEST, file_hash, read_manifest, verify, verify_files
 from rsft_lib.model.weight_map import EMBEDDING, HEAD, megatron_shapes, weight_map
 
-OF_A_MODEL = ("embedding.", "decoder.", "output_layer.")  # other names in a checkpoint are the optimizer's
+OF_A_MODEL = ("embedding.", "decoder.", "output_layer.")  # all other names belong to the optimizer
 
 
 def kind(folder: Path) -> str:
-    """'torch_dist', 'legacy' (files of ranks, as Megatron-LM's older layout has them) or 'hf'.
+    """The format of a folder: 'torch_dist', 'legacy' (Megatron-LM's older layout, one file per rank) or 'hf'.
 
     Raises:
-        FileNotFoundError: the folder is none of these.
+        FileNotFoundError: the folder has none of these formats.
     """
     if (Path(folder) / torch_dist.METADATA).is_file():
         return "torch_dist"
@@ -29,21 +29,21 @@ def kind(folder: Path) -> str:
 
 
 def check(folder: Path) -> None:
-    """Check the hash of every file of which a weight will be used, and that no pickle among them can run anything.
+    """Check the hash of every file with weights, and that none of its pickles can run code.
 
-    Folders that this kit did not write have no hashes; a `torch_dist` checkpoint without them is refused.
+    Folders that this kit did not write have no hashes; a `torch_dist` checkpoint without hashes is refused.
 
     Raises:
-        FileNotFoundError: there is no checkpoint, it was not finished, or a file is missing.
-        ValueError: a file is damaged, not of this checkpoint, or not to be trusted; the message names it.
+        FileNotFoundError: the checkpoint or a file is missing, or its save was not finished.
+        ValueError: a file is damaged, belongs to another checkpoint or is unsafe; the message names it.
     """
-    folder, found = Path(folder), kind(folder)
-    if found == "torch_dist":
+    folder, format = Path(folder), kind(folder)
+    if format == "torch_dist":
         torch_dist.check(folder, _of_a_model)
-    elif found == "hf" and (folder / MANIFEST).is_file():
+    elif format == "hf" and (folder / MANIFEST).is_file():
         verify_files(folder, hf.weight_files(folder))
-    elif found == "legacy":
-        for root in (folder, folder.parent):  # the manifest lies beside the tracker
+    elif format == "legacy":
+        for root in (folder, folder.parent):  # the manifest is beside the tracker
             if (root / MANIFEST).is_file():
                 verify(root)
 
@@ -51,13 +51,13 @@ def check(folder: Path) -> None:
 def identity(folder: Path) -> str:
     """SHA-256 over `config.json` and the weight files of a folder, independent of its path.
 
-    Hashes are taken from the folder's manifest where it lists them.
+    Hashes listed in the folder's manifest are not recomputed.
     """
-    folder, found = Path(folder), kind(folder)
-    if found == "hf":
+    folder, format = Path(folder), kind(folder)
+    if format == "hf":
         files = [folder / name for name in hf.weight_files(folder)]
     else:
-        files = sorted(folder.rglob(f"*{torch_dist.SUFFIX}" if found == "torch_dist" else legacy.FILE))
+        files = sorted(folder.rglob(f"*{torch_dist.SUFFIX}" if format == "torch_dist" else legacy.FILE))
     names = ["config.json", *(path.relative_to(folder).as_posix() for path in files)]
     listed = read_manifest(folder)["files"] if (folder / MANIFEST).is_file() else {}
     hashes = {name: listed[name]["sha256"] if name in listed else file_hash(folder / name) for name in names}
@@ -65,13 +65,13 @@ def identity(folder: Path) -> str:
 
 
 def open_weights(folder: Path, config: PretrainedConfig) -> Weights:
-    """The weights of a folder, memory-mapped; `check` it first. The optimizer's state is not read.
+    """The weights of a folder, memory-mapped; `check` it first. The optimizer state is not read.
 
-    Their vocabulary may have another number of rows than `config` says: padding, or what Megatron-LM cut off.
+    Their number of vocabulary rows may differ from `config`: Megatron-LM pads or truncates them.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: the weights are not those of `config`; every difference is listed.
+        ValueError: the weights do not match `config`; every difference is listed.
     """
     if kind(folder) == "hf":
         return hf.as_megatron(hf.open_weights(folder, config), config)
@@ -84,18 +84,18 @@ def open_weights(folder: Path, config: PretrainedConfig) -> Weights:
 
 
 def vocabulary(config: PretrainedConfig) -> list[str]:
-    """Names of the weights with a row for each token."""
+    """Names of the weights with one row per token."""
     return [name for name in (EMBEDDING, HEAD) if name in weight_map(config)]
 
 
 def whole_vocabulary(weights: Weights, config: PretrainedConfig, original: Path | None = None) -> Weights:
     """The weights with at least a row for each of `config.vocab_size` tokens.
 
-    Megatron-LM sizes the embedding by the tokenizer, and so cuts off rows that no token has; they are taken from the
-    Hugging Face folder `original`.
+    Megatron-LM sizes the embedding by the tokenizer and drops the rows beyond it; they are read from the Hugging Face
+    folder `original`.
 
     Raises:
-        ValueError: rows are missing, and no `original` was given.
+        ValueError: rows are missing and `original` is None.
     """
     short = [name for name in vocabulary(config) if len(weights.empty(name)) < config.vocab_size]
     if not short:
@@ -103,8 +103,8 @@ def whole_vocabulary(weights: Weights, config: PretrainedConfig, original: Path 
     stored = len(weights.empty(short[0]))
     if original is None:
         raise ValueError(
-            f"the checkpoint has rows for {stored} tokens, config.json says {config.vocab_size}: "
-            "name the model it was made from as `original`, from which the others are taken"
+            f"the checkpoint has {stored} vocabulary rows, but vocab_size in config.json is {config.vocab_size}: "
+            "set `original` to the folder of the model that it was converted from, to read the missing rows"
         )
     donor, changed = open_weights(original, config), {}
     for name in short:
@@ -124,7 +124,7 @@ def _compare(weights: Weights, config: PretrainedConfig, folder: Path) -> None:
         if name not in weights.pieces:
             problems.append(f"{name}: missing")
             continue
-        found = tuple(weights.empty(name).shape)
-        if found[1:] != shape[1:] or (found != shape and name not in of_tokens):
-            problems.append(f"{name}: shape {found}, config.json says {shape}")
-    refuse(problems, f"weights of {folder} do not fit config.json")
+        stored = tuple(weights.empty(name).shape)
+        if stored[1:] != shape[1:] or (stored != shape and name not in of_tokens):
+            problems.append(f"{name}: shape {stored}, expected {shape} from config.json")
+    refuse(problems, f"weights of {folder} do not match config.json")

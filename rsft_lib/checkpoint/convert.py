@@ -1,4 +1,4 @@
-"""Into Megatron: the weights of a model folder, or of another checkpoint, as one that megatron-core loads."""
+"""Convert a model folder or a checkpoint into a megatron-core checkpoint."""
 
 import json
 import shutil
@@ -33,34 +33,33 @@ def convert(
     original: str | Path = "",
     overwrite: bool = False,
 ) -> dict:
-    """Write the weights of a folder as a checkpoint of megatron-core. Nothing is done where it is there already.
+    """Convert the weights of a folder to a megatron-core checkpoint. Does nothing if an identical one exists.
 
-    Memory holds one block of one weight at a time; weights keep their dtype and every bit.
+    Only one block of one weight is in memory at a time; weights are copied bit for bit unless `dtype` is set.
 
     Args:
-        source: a Hugging Face folder (safetensors, or `.bin` files of tensors only), or a checkpoint of either
-            format, a training's too; its optimizer state is not read.
-        format: 'torch_dist', which loads at every parallel size, or 'legacy', Megatron-LM's older layout with a
-            file for each rank, which goes into `destination` with `_TP1PP1` appended.
-        tensor_parallel, pipeline_parallel: ranks of the legacy layout.
-        vocab_size: tokens by which Megatron-LM will size the embedding of the legacy layout (it takes the
-            tokenizer's, 151,665 for R1-Distill-Qwen); 0 for that of `config.json`. Rows beyond are padding or,
-            where the model has more, left out.
-        dtype: 'bfloat16', 'float16' or 'float32' to change it; empty to keep that of each weight.
-        row_means: token -> tokens; its rows in the embedding and in the output layer become the mean of theirs.
-        original: Hugging Face folder of the model, for a checkpoint that Megatron-LM wrote: `config.json`, and rows of
-            the vocabulary that were cut off, come from it.
-        overwrite: replace `destination` where it was made from another model or run, too.
+        source: a Hugging Face folder (safetensors, or `.bin` files with tensors only), or a checkpoint of either
+            format, including a training checkpoint; its optimizer state is not read.
+        format: 'torch_dist', which loads at any parallel size, or 'legacy', Megatron-LM's older layout with one file
+            per rank, written to `destination` with `_TP1PP1` appended.
+        tensor_parallel, pipeline_parallel: parallel sizes of the legacy layout.
+        vocab_size: vocabulary size that Megatron-LM will use for the legacy layout (its tokenizer's, 151,665 for
+            R1-Distill-Qwen); 0 for that of `config.json`. It is padded; the model's rows beyond that are dropped.
+        dtype: 'bfloat16', 'float16' or 'float32' to cast all weights; empty to keep the dtype of each weight.
+        row_means: token -> tokens; initialise its rows in embedding and output layer as the mean of theirs.
+        original: Hugging Face folder of the model, for a checkpoint written by Megatron-LM: the source of
+            `config.json` and of vocabulary rows that were dropped.
+        overwrite: also replace a `destination` that was made from another model or run.
 
     Returns:
         The manifest's facts: source, folder, number of weights and parameters, dtype.
 
     Raises:
-        FileNotFoundError: no config, no weights, or a missing shard.
+        FileNotFoundError: config, weights or a shard are missing.
         FileExistsError: `destination` is something else, or was made from another model or run.
-        OSError: the disk has not enough space.
-        ValueError: the weights are not those that `config.json` describes, a setting does not fit the model, or a
-            value overflows `dtype`.
+        OSError: the disk has too little space.
+        ValueError: the weights do not match `config.json`, a setting does not fit the model, or a value overflows
+            `dtype`.
     """
     source, destination = existing(source, "model folder"), resolve(destination)
     describing = existing(original, "original model") if original else source
@@ -88,7 +87,7 @@ def convert(
         **_counts(weights),
     }
     if _already_there(destination, facts, weights, config, config_bytes(describing, dtype)):
-        print(f"{destination} is there already, whole and the same")
+        print(f"{destination} already exists, complete and identical")
     else:
         facts_and_source = {**facts, "source": str(source), **origin(source)}
         _write(destination, facts_and_source, weights, config, describing, dtype, overwrite)
@@ -108,17 +107,19 @@ def _check_settings(
     if format not in FORMATS:
         raise ValueError(f"format is {format!r}; choose one of {', '.join(FORMATS)}")
     if dtype and dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}, or '' to keep it")
+        raise ValueError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}, or '' to keep the dtype")
     if min(tensor_parallel, pipeline_parallel) < 1:
         raise ValueError(f"{tensor_parallel=} and {pipeline_parallel=} must be at least 1")
     if format == "legacy":
         check_layout(config, tensor_parallel, pipeline_parallel)
     elif (tensor_parallel, pipeline_parallel, vocab_size) != (1, 1, 0):
-        raise ValueError("a torch_dist checkpoint loads at every size: parallel sizes and vocab_size are for 'legacy'")
+        raise ValueError(
+            "parallel sizes and vocab_size are for format 'legacy'; a torch_dist checkpoint loads at any size"
+        )
     for row, others in row_means.items():
-        outside = [token for token in (row, *others) if not 0 <= token < config.vocab_size]
-        if outside or not others:
-            raise ValueError(f"row_means[{row}] = {others}: expected tokens from 0 to {config.vocab_size - 1}")
+        invalid = [token for token in (row, *others) if not 0 <= token < config.vocab_size]
+        if invalid or not others:
+            raise ValueError(f"row_means[{row}] = {others}: expected token ids from 0 to {config.vocab_size - 1}")
 
 
 def _counts(weights: Weights) -> dict:
@@ -127,13 +128,13 @@ def _counts(weights: Weights) -> dict:
     return {"weights": len(empty), "parameters": sum(t.numel() for t in empty), "dtype": " and ".join(dtypes)}
 
 
-def _already_there(destination: Path, facts: dict, weights: Weights, config: PretrainedConfig, told: bytes) -> bool:
-    """Whether `destination` is whole and holds what would be written, by every bit."""
+def _already_there(destination: Path, facts: dict, weights: Weights, config: PretrainedConfig, file: bytes) -> bool:
+    """Whether `destination` is complete and bitwise identical to what would be written; `file` is its config.json."""
     try:
-        before = read_manifest(destination)
-        if any(before.get(name) != fact for name, fact in facts.items()):
+        manifest = read_manifest(destination)
+        if any(manifest.get(name) != fact for name, fact in facts.items()):
             return False
-        if (destination / "config.json").read_bytes() != told:
+        if (destination / "config.json").read_bytes() != file:
             return False
         any_format.check(destination)
     except (OSError, ValueError) as error:
@@ -144,7 +145,7 @@ def _already_there(destination: Path, facts: dict, weights: Weights, config: Pre
 
 
 def differing(weights: Weights, others: Weights) -> list[str]:
-    """Names of the weights that are not the same in both, bit for bit, dtype included."""
+    """Names of the weights that are not bitwise identical in both, including dtype."""
     return [name for name in {**weights.pieces, **others.pieces} if not _same(weights, others, name)]
 
 
@@ -159,7 +160,7 @@ def _same(weights: Weights, others: Weights, name: str) -> bool:
 
 
 def origin(folder: Path) -> dict[str, str]:
-    """What a model folder or a checkpoint is of: its run, whatever the step, and what that began from, or itself."""
+    """Where a folder comes from: a training checkpoint's run (at any step) and base model; otherwise itself."""
     manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else {}
     if manifest.get("made_by") == "train":
         return {"origin": str(folder.parent), "base": manifest.get("config", {}).get("checkpoint", "")}
@@ -190,16 +191,16 @@ def _write(
 
 
 def copy_along(describing: Path, folder: Path, dtype: str = "") -> None:
-    """Copy what describes a model to where its weights are written, cast to `dtype` unless that is empty."""
+    """Copy `config.json` and the generation config; `dtype`, unless empty, replaces the config's."""
     if (describing / GENERATION).is_file():
         shutil.copyfile(describing / GENERATION, folder / GENERATION)
     (folder / "config.json").write_bytes(config_bytes(describing, dtype))
 
 
 def config_bytes(describing: Path, dtype: str) -> bytes:
-    """The `config.json` of a model whose weights were cast to `dtype`; unchanged where that is empty.
+    """The `config.json` of a model whose weights were cast to `dtype`; unchanged if that is empty.
 
-    transformers 5 calls the field `dtype`, earlier ones `torch_dtype`; both are set where both are present.
+    The field is `dtype` in transformers 5 and `torch_dtype` before; each one that is present is set.
     """
     file = (describing / "config.json").read_bytes()
     if not dtype:

@@ -1,4 +1,4 @@
-"""An audit of embedding rows: is the row that a control token inherits like the others, and near which words?"""
+"""Audit embedding rows: is the row that a control token inherits typical, and which tokens are its neighbours?"""
 
 import html
 from dataclasses import dataclass
@@ -13,15 +13,15 @@ from rsft_lib.common.paths import existing
 from rsft_lib.common.visible import visible
 
 INPUT, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
-ROWS = 8192  # read at once: 48 MiB as fp32 at a width of 1,536
+ROWS = 8192  # rows per read: 48 MiB in fp32 at hidden size 1,536
 
 
 @dataclass(frozen=True)
 class Row:
     """One token's row of one embedding.
 
-    `percentile` is the share of other tokens' rows with a smaller norm, from 0 to 100; `nearest` are (token, cosine
-    similarity) of the rows that point most alike, best first.
+    `percentile` is the percentage of other tokens' rows with a smaller norm, from 0 to 100; `nearest` lists (token,
+    cosine similarity) of the most similar rows, best first.
     """
 
     token: str
@@ -33,7 +33,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Audit:
-    """Rows that were asked for, and by embedding the norms of all tokens' rows (float32, [tokens])."""
+    """The audited rows, and per embedding the norms of all tokens' rows (float32, [tokens])."""
 
     rows: list[Row]
     norms: dict[str, Tensor]
@@ -53,14 +53,14 @@ class Audit:
 
 
 def audit(model: str | Path, tokenizer, tokens: list[str], nearest: int = 6) -> Audit:
-    """Compare the rows of `tokens` with those of all tokens, in the input and the output embedding of a model folder.
+    """Compare the rows of `tokens` with those of all tokens, in the input and output embedding of a model folder.
 
-    Rows are read in pieces from memory-mapped safetensors or `.bin` files, so memory stays at one piece.
-    Tied embeddings are one. Rows beyond the tokenizer's last token are no token's, and left out.
+    Rows are read in blocks from memory-mapped safetensors or `.bin` files. Tied embeddings are reported once. Rows
+    beyond the tokenizer's last token are ignored.
 
     Raises:
-        FileNotFoundError: there is no model, or a shard of it is missing.
-        ValueError: a file is damaged, a token is not one id, or the embedding has no row for it.
+        FileNotFoundError: the model or one of its shards is missing.
+        ValueError: a file is damaged, a token is not a single id, or the embedding has no row for it.
     """
     folder = existing(model, "model folder")
     weights, ids = hf.open_tensors(folder, (INPUT, OUTPUT)), [_id(tokenizer, token) for token in tokens]
@@ -79,21 +79,21 @@ def audit(model: str | Path, tokenizer, tokens: list[str], nearest: int = 6) -> 
 
 
 def row_means(tokenizer, words: dict[str, list[str]]) -> dict[int, list[int]]:
-    """Which rows to average for the first value of which row: token id -> ids, as `convert(row_means=...)` takes them.
+    """The argument of `convert(row_means=...)`: token id -> ids whose mean initialises its embedding.
 
     Args:
-        words: control token -> words that mean what it should, such as {'<short>': ['short', 'brief', 'answer']}. A
-            word is taken as it stands inside a sentence, with a space before it; one of several tokens gives all.
+        words: control token -> words with its intended meaning, such as {'<short>': ['short', 'brief', 'answer']}. A
+            word is tokenized with a space before it; a word of several tokens contributes all of them.
 
     Raises:
-        ValueError: a control token is not one id, or it has no words.
+        ValueError: a control token is not a single id, or has no words.
     """
     means = {}
     for token, chosen in words.items():
         ids = [i for word in chosen for i in tokenizer(f" {word.strip()}", add_special_tokens=False)["input_ids"]]
         number = _id(tokenizer, token)
         if not ids or number in ids:
-            raise ValueError(f"{token!r} needs words other than itself to begin from, found {chosen}")
+            raise ValueError(f"{token!r} must be initialised from words other than itself, found {chosen}")
         means[number] = ids
     return means
 
@@ -101,7 +101,7 @@ def row_means(tokenizer, words: dict[str, list[str]]) -> dict[int, list[int]]:
 def _id(tokenizer, token: str) -> int:
     ids = tokenizer(token, add_special_tokens=False)["input_ids"]
     if len(ids) != 1:
-        raise ValueError(f"{token!r} is {len(ids)} tokens ({ids}), expected one; patch the tokenizer (notebook 01)")
+        raise ValueError(f"{token!r} has {len(ids)} token ids ({ids}), expected one; patch the tokenizer (notebook 01)")
     return ids[0]
 
 
@@ -109,16 +109,16 @@ def _scan(weights: Weights, name: str, ids: list[int], count: int) -> tuple[Tens
     """Norms of the first `count` rows, [count], and their dot products with the rows `ids`, [len(ids), count]."""
     height = len(weights.empty(name))
     if max(ids) >= height:
-        raise ValueError(f"{name} has {height} rows, none for token {max(ids)}")
-    wanted = torch.cat([_rows(weights, name, i, i + 1) for i in ids])  # [len(ids), h]
+        raise ValueError(f"{name} has {height} rows, but the tokenizer has token id {max(ids)}")
+    selected = torch.cat([_rows(weights, name, i, i + 1) for i in ids])  # [len(ids), h]
     count = min(count, height)
     pieces = (_rows(weights, name, start, min(start + ROWS, count)) for start in range(0, count, ROWS))
-    found = [(piece.norm(dim=1), wanted @ piece.T) for piece in pieces]
-    return torch.cat([norm for norm, _ in found]), torch.cat([product for _, product in found], dim=1)
+    results = [(piece.norm(dim=1), selected @ piece.T) for piece in pieces]
+    return torch.cat([norm for norm, _ in results]), torch.cat([product for _, product in results], dim=1)
 
 
 def _rows(weights: Weights, name: str, start: int, stop: int) -> Tensor:
-    return weights.read(name, (slice(start, stop), slice(None))).float()  # [rows, h]; bf16 norms would be three digits
+    return weights.read(name, (slice(start, stop), slice(None))).float()  # [rows, h]; bf16 norms have 3 digits
 
 
 def _row(tokenizer, token: str, number: int, title: str, norms: Tensor, product: Tensor, nearest: int) -> Row:
@@ -133,4 +133,4 @@ def _row(tokenizer, token: str, number: int, title: str, norms: Tensor, product:
 
 def _shown(tokenizer, number: int) -> str:
     text = tokenizer.decode([number])
-    return tokenizer.convert_ids_to_tokens(number) if "\ufffd" in text else text  # part of a character
+    return tokenizer.convert_ids_to_tokens(number) if "\ufffd" in text else text  # an incomplete character

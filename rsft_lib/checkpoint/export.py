@@ -1,4 +1,4 @@
-"""Out of Megatron: a checkpoint of any format and layout, converted or trained, becomes a Hugging Face folder."""
+"""Export a converted or trained checkpoint of any format and layout as a Hugging Face folder."""
 
 import shutil
 from pathlib import Path
@@ -33,21 +33,21 @@ def export(
     original: str | Path = "",
     overwrite: bool = False,
 ) -> dict:
-    """Write a checkpoint and a tokenizer as a Hugging Face folder. Nothing is done where it is there already.
+    """Write a checkpoint and a tokenizer as a Hugging Face folder. Does nothing if an identical one exists.
 
-    The vocabulary has the original's size, padding removed. Memory holds one block of one weight at a time; the
-    optimizer's state is not read.
+    The vocabulary has the original's size, without padding. Only one block of one weight is in memory at a time; the
+    optimizer state is not read.
 
     Args:
-        checkpoint: a folder of any format; of a run, one of its `iter_0000000`.
-        tokenizer: the folder with tokenizer, chat template and, if it has one, `generation_config.json`.
-        dtype: 'bfloat16', 'float16' or 'float32'; empty for that of `config.json` after a training, and otherwise
-            for that of each weight.
-        max_shard_size: largest safetensors file.
-        original: Hugging Face folder of the model, for a checkpoint that Megatron-LM wrote: `config.json`, and rows of
-            the vocabulary that were cut off, come from it.
-        overwrite: replace `destination` where it was made from another run or model, too; a newer checkpoint of the
-            same run replaces an older one in any case.
+        checkpoint: a folder of any format; for a run, one of its `iter_0000000` folders.
+        tokenizer: the folder with tokenizer, chat template and, optionally, `generation_config.json`.
+        dtype: 'bfloat16', 'float16' or 'float32'; empty for the dtype in `config.json` for a training checkpoint, and
+            for the dtype of each weight otherwise.
+        max_shard_size: maximum size of a safetensors file.
+        original: Hugging Face folder of the model, for a checkpoint written by Megatron-LM: the source of
+            `config.json` and of vocabulary rows that were dropped.
+        overwrite: also replace a `destination` that was made from another run or model; a newer checkpoint of the
+            same run always replaces an older one.
 
     Returns:
         The manifest's facts: checkpoint, tokenizer, number of tensors, dtype.
@@ -55,10 +55,9 @@ def export(
     Raises:
         FileNotFoundError: a folder is missing, or the checkpoint was not finished.
         FileExistsError: `destination` is something else, or was made from another run or model.
-        OSError: the disk has not enough space.
-        ValueError: the checkpoint is damaged, its tensors are not those that its config describes, a value
-            overflows `dtype`, or the tokenizer has more tokens than the model, or is not the one that a run's data was
-            tokenized with.
+        OSError: the disk has too little space.
+        ValueError: the checkpoint is damaged, its tensors do not match its config, a value overflows `dtype`, or the
+            tokenizer has more tokens than the model or differs from the one of the training data.
     """
     checkpoint, tokenizer = existing(checkpoint, "checkpoint"), existing(tokenizer, "tokenizer folder")
     describing, destination = existing(original, "original") if original else checkpoint, resolve(destination)
@@ -77,7 +76,7 @@ def export(
     dtypes = sorted({str(weights.empty(name).dtype).removeprefix("torch.") for name in weights})
     facts |= {"tensors": len(weights.pieces), "dtype": " and ".join(dtypes)}
     if _already_there(destination, facts, config_bytes(describing, dtype)):
-        print(f"{destination} is there already, whole and of the same checkpoint")
+        print(f"{destination} already exists, complete and from the same checkpoint")
         return facts
     size = sum(weights.empty(name).nbytes for name in weights)
     listing = facts | origin(checkpoint)
@@ -85,23 +84,24 @@ def export(
         with progress("export", "B", size) as bar:
             listing["files"] = hf.write(folder, weights, max_shard_size, bar.update)
         _describe(folder, describing, dtype, tokenizer)
-        told = {"tensors": facts["tensors"], "dtype": facts["dtype"]}
-        (folder / "README.md").write_text(model_card(destination.name, checkpoint, told), encoding="utf-8")
+        listed = {"tensors": facts["tensors"], "dtype": facts["dtype"]}
+        (folder / "README.md").write_text(model_card(destination.name, checkpoint, listed), encoding="utf-8")
     return facts
 
 
 def _check_settings(dtype: str, tokenizer: Path, config: PretrainedConfig) -> None:
     if dtype and dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}, or '' to keep it")
+        raise ValueError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}, or '' to keep the dtype")
     tokens = len(load_tokenizer(tokenizer))
     if tokens > config.vocab_size:
         raise ValueError(
-            f"{tokenizer} has {tokens} tokens, the model only {config.vocab_size}: they do not belong together"
+            f"{tokenizer} has {tokens} tokens, but the model's vocab_size is {config.vocab_size}: use the tokenizer "
+            "that the model was trained with"
         )
 
 
 def _refuse_another_tokenizer(checkpoint: Path, tokenizer: Path) -> None:
-    """The model would be asked in other tokens, or by another template, than it was trained on."""
+    """Refuse a tokenizer or chat template other than the one that the model was trained with."""
     if not (checkpoint / MANIFEST).is_file():
         return
     manifest = read_manifest(checkpoint)
@@ -109,13 +109,13 @@ def _refuse_another_tokenizer(checkpoint: Path, tokenizer: Path) -> None:
     differing = [name for name in given if name in trained and trained[name] != given[name]]
     if manifest["made_by"] == "train" and differing:
         raise ValueError(
-            f"{checkpoint} was trained on {manifest['config']['data']}, which was tokenized with another "
-            f"{' and '.join(differing)} than {tokenizer} has: export with the folder given to notebook 04"
+            f"{checkpoint} was trained on {manifest['config']['data']}, whose {' and '.join(differing)} differs from "
+            f"that of {tokenizer}: export with the tokenizer folder given to notebook 04"
         )
 
 
 def _weights(checkpoint: Path, config: PretrainedConfig, dtype: str, original: Path | None) -> Weights:
-    """What will be written, by Hugging Face names."""
+    """The weights to write, by Hugging Face names."""
     any_format.check(checkpoint)
     weights = any_format.whole_vocabulary(any_format.open_weights(checkpoint, config), config, original)
     weights = hf.as_hf(resized(weights, any_format.vocabulary(config), config.vocab_size), config)
@@ -124,7 +124,7 @@ def _weights(checkpoint: Path, config: PretrainedConfig, dtype: str, original: P
 
 
 def _identity(checkpoint: Path) -> str:
-    """The hash of a checkpoint's list of hashes; '' for one that this kit did not write."""
+    """The hash of a checkpoint's manifest; '' if this kit did not write the checkpoint."""
     return file_hash(checkpoint / MANIFEST) if (checkpoint / MANIFEST).is_file() else ""
 
 
@@ -132,11 +132,11 @@ def _already_there(destination: Path, facts: dict, config: bytes) -> bool:
     if not facts["checkpoint_sha256"] or not (destination / MANIFEST).is_file():
         return False
     try:
-        before = verify(destination)
+        manifest = verify(destination)
     except (OSError, ValueError) as error:
         print(f"exporting again: {error}")
         return False
-    same = all(before.get(name) == fact for name, fact in facts.items())
+    same = all(manifest.get(name) == fact for name, fact in facts.items())
     return same and (destination / "config.json").read_bytes() == config
 
 
@@ -145,7 +145,7 @@ def _of(tokenizer: Path) -> list[str]:
 
 
 def _describe(folder: Path, describing: Path, dtype: str, tokenizer: Path) -> None:
-    """Write what goes with the weights: config, tokenizer, template, how to generate."""
+    """Write the files beside the weights: config, tokenizer, chat template, generation config."""
     (folder / "config.json").write_bytes(config_bytes(describing, dtype))
     for name in _of(tokenizer):
         shutil.copyfile(tokenizer / name, folder / name)
@@ -154,7 +154,7 @@ def _describe(folder: Path, describing: Path, dtype: str, tokenizer: Path) -> No
     if (describing / GENERATION).is_file():
         shutil.copyfile(describing / GENERATION, folder / GENERATION)
     else:
-        ends = load_tokenizer(tokenizer)
+        loaded = load_tokenizer(tokenizer)
         GenerationConfig(
-            bos_token_id=ends.bos_token_id, eos_token_id=ends.eos_token_id, pad_token_id=ends.pad_token_id
+            bos_token_id=loaded.bos_token_id, eos_token_id=loaded.eos_token_id, pad_token_id=loaded.pad_token_id
         ).save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Weights as they lie on disk: each a list of memory-mapped pieces, of which only what is asked for is read."""
+"""Lazily loaded weights: each is a list of memory-mapped pieces, and only the requested part is read."""
 
 import ctypes
 import math
@@ -11,21 +11,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BLOCK = 64 * 2**20  # bytes of a weight that are handled at one time
+BLOCK = 64 * 2**20  # bytes of a weight processed at a time
 M_MMAP_THRESHOLD = -3  # mallopt(3)
 
 Box = tuple[slice, ...]
 
 
 class Piece(NamedTuple):
-    """A part of a weight, and where in the weight its first element stands."""
+    """A part of a weight, and the index of its first element in the weight."""
 
     offset: tuple[int, ...]
     tensor: Tensor
 
 
 class Weights:
-    """Weights by name, whatever files and layout they come from.
+    """Weights by name, independent of their files and layout.
 
     >>> weights = Weights({"w": [Piece((0, 0), torch.zeros(2, 3)), Piece((2, 0), torch.ones(2, 3))]})
     >>> weights.empty("w").shape, weights.read("w", (slice(1, 3), slice(0, 1))).tolist()
@@ -33,12 +33,12 @@ class Weights:
     """
 
     def __init__(self, pieces: dict[str, list[Piece]], dtype: torch.dtype | None = None):
-        """`dtype` is what `read` gives; None for the one on disk."""
+        """`dtype` is the dtype that `read` returns; None for the one on disk."""
         self.pieces, self.dtype = pieces, dtype
 
     @classmethod
     def of(cls, tensors: dict[str, Tensor]) -> "Weights":
-        """Weights that are each in one piece."""
+        """Weights of one piece each."""
         return cls({name: [Piece((0,) * tensor.ndim, tensor)] for name, tensor in tensors.items()})
 
     def __iter__(self) -> Iterator[str]:
@@ -52,7 +52,7 @@ class Weights:
         return torch.empty(shape, dtype=self.dtype or pieces[0].tensor.dtype, device="meta")
 
     def read(self, name: str, box: Box = ()) -> Tensor:
-        """The part of a weight that lies in `box`, by default all of it; a view of the file where one piece has it.
+        """The part of a weight within `box`, by default all of it; a view of the file if one piece contains it.
 
         Raises:
             ValueError: a value overflows the dtype.
@@ -71,20 +71,20 @@ class Weights:
         return whole
 
     def _cast(self, dtype: torch.dtype, tensor: Tensor, name: str) -> Tensor:
-        """A part of a weight, cast; an overflow is refused."""
-        found = tensor.to(dtype)
-        if dtype != tensor.dtype and found.isinf().any() and (found.isinf() & tensor.isfinite()).any():
+        """Cast a part of a weight, and refuse an overflow."""
+        cast = tensor.to(dtype)
+        if dtype != tensor.dtype and cast.isinf().any() and (cast.isinf() & tensor.isfinite()).any():
             largest = max(p.tensor[p.tensor.isfinite()].abs().max().item() for p in self.pieces[name])
             raise ValueError(
                 f"{name}: its largest absolute value, {largest:.5g}, overflows {dtype} (maximum "
                 f"{torch.finfo(dtype).max:.5g}); choose bfloat16 or float32"
             )
-        return found
+        return cast
 
     def cuts(self, name: str, box: Box = ()) -> list[Box]:
-        """The weight, or the `box` of it, in blocks of whole rows that are handled one at a time.
+        """Split the weight, or the `box` of it, into blocks of whole rows.
 
-        A large piece begins a block of its own, and so is not copied.
+        A large piece starts a new block, so that it is not copied.
         """
         empty = self.empty(name)
         rows, *rest = _within(box, empty)
@@ -99,7 +99,7 @@ class Weights:
         ]
 
     def blocks(self, name: str, box: Box = ()) -> Iterator[Tensor]:
-        """Yield the blocks of a weight, or of the `box` of it, one below the other and each contiguous."""
+        """Yield the blocks of a weight, or of the `box` of it, in row order and each contiguous."""
         for cut in self.cuts(name, box):
             yield self.read(name, cut).contiguous()
 
@@ -110,48 +110,48 @@ def data_of(tensor: Tensor) -> memoryview:
 
 
 def rows(pieces: list[Piece], start: int, stop: int, at: int) -> list[Piece]:
-    """Rows `start` to `stop` of a weight, as a part of another weight in which the first of them is row `at`."""
+    """Rows `start` to `stop` of a weight, as pieces of another weight in which the first of them is row `at`."""
     everything = slice(0, sys.maxsize)
-    found = (_overlap(piece, (slice(start, stop), *[everything] * (piece.tensor.ndim - 1))) for piece in pieces)
-    return [Piece((part.offset[0] + at, *part.offset[1:]), part.tensor) for part in found if part]
+    parts = (_overlap(piece, (slice(start, stop), *[everything] * (piece.tensor.ndim - 1))) for piece in pieces)
+    return [Piece((part.offset[0] + at, *part.offset[1:]), part.tensor) for part in parts if part]
 
 
 def return_freed_memory() -> None:
-    """Have freed blocks go back to the system at once.
+    """Make glibc return freed blocks to the system immediately.
 
-    glibc keeps those of up to 32 MiB, once it has seen some freed, and so more with every layer that is written.
+    By default it keeps blocks of up to 32 MiB, which accumulate with every layer that is written.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
 
 def resized(weights: Weights, names: Iterable[str], count: int) -> Weights:
-    """The same weights, those in `names` cut, or filled up with zeros, to `count` rows."""
+    """The same weights, with those in `names` truncated or zero-padded to `count` rows."""
     changed = {}
     for name in names:
         stored, *rest = weights.empty(name).shape
         changed[name] = rows(weights.pieces[name], 0, count, at=0)
         if count > stored:
             zero = torch.zeros(1, *rest, dtype=weights.pieces[name][0].tensor.dtype)
-            changed[name] += _one(zero.expand(count - stored, *rest), at=stored)  # takes the memory of one row
+            changed[name] += _one(zero.expand(count - stored, *rest), at=stored)  # uses the memory of one row
     return Weights(weights.pieces | changed, weights.dtype)
 
 
 def with_row_means(weights: Weights, names: Iterable[str], means: dict[int, list[int]]) -> Weights:
-    """The same weights, where each row `r` of those in `names` is the mean of the rows `means[r]`, taken in fp32."""
+    """The same weights, with each row `r` of those in `names` replaced by the fp32 mean of the rows `means[r]`."""
     changed = {}
     for name in names:
         pieces, stored = weights.pieces[name], len(weights.empty(name))
         for row, others in means.items():
-            taken = torch.cat([weights.read(name, (slice(r, r + 1), slice(None))) for r in others])
-            mean = taken.float().mean(dim=0, keepdim=True).to(taken.dtype)
+            averaged = torch.cat([weights.read(name, (slice(r, r + 1), slice(None))) for r in others])
+            mean = averaged.float().mean(dim=0, keepdim=True).to(averaged.dtype)
             pieces = rows(pieces, 0, row, at=0) + _one(mean, at=row) + rows(pieces, row + 1, stored, at=row + 1)
         changed[name] = pieces
     return Weights(weights.pieces | changed, weights.dtype)
 
 
 def refuse(problems: list[str], what: str) -> None:
-    """Raise a ValueError that lists the problems, if there are any; `what` says what each of them is."""
+    """Raise a ValueError that lists the problems, if there are any; `what` describes them."""
     if problems:
         shown = "\n  ".join(problems[:20]) + ("\n  ..." if len(problems) > 20 else "")
         raise ValueError(f"{len(problems)} {what}:\n  {shown}")
@@ -163,13 +163,13 @@ def _within(box: Box, empty: Tensor) -> Box:
 
 
 def _overlap(piece: Piece, box: Box) -> Piece | None:
-    """What of a piece lies in the box, with its place in the box."""
+    """The part of a piece within the box, with its offset in the box."""
     place, cut = [], []
-    for offset, size, wanted in zip(piece.offset, piece.tensor.shape, box, strict=True):
-        start, stop = max(offset, wanted.start), min(offset + size, wanted.stop)
+    for offset, size, interval in zip(piece.offset, piece.tensor.shape, box, strict=True):
+        start, stop = max(offset, interval.start), min(offset + size, interval.stop)
         if start >= stop:
             return None
-        place.append(start - wanted.start)
+        place.append(start - interval.start)
         cut.append(slice(start - offset, stop - offset))
     return Piece(tuple(place), piece.tensor[tuple(cut)])
 
@@ -179,9 +179,9 @@ def _one(tensor: Tensor, at: int) -> list[Piece]:
 
 
 def refusal(error: Exception) -> str:
-    """What an error of `torch.load` says, without torch's advice to allow what was refused, and so to run it."""
+    """The message of a `torch.load` error, without torch's advice to allow, and thus run, what was refused."""
     text = str(error)
     if "weights_only" not in text:
         return text
-    found = re.search(r"unsupported .*?(?=\.\s|\.?$)", text, re.IGNORECASE | re.MULTILINE)
-    return found[0] if found else "it holds more than tensors"
+    reason = re.search(r"unsupported .*?(?=\.\s|\.?$)", text, re.IGNORECASE | re.MULTILINE)
+    return reason[0] if reason else "it contains more than tensors"

@@ -1,4 +1,4 @@
-"""The README of an exported model: what it is, how to ask it, how it was trained, and what is still to be written."""
+"""The model card (README.md) of an exported model: description, usage, training settings, and what to add by hand."""
 
 import json
 from pathlib import Path
@@ -34,25 +34,25 @@ print(tokenizer.decode(model.generate(**ids, max_new_tokens=512)[0]))
 
 ## To be written
 
-The data, its licence and what was left out of it; evaluation{in_modes}; limits; the licence of this model.
+The data, its licence and what was excluded from it; evaluation{in_modes}; limitations; the licence of this model.
 """
 HYBRID = """A reasoning model that answers in two modes, fine-tuned from `{base}` on responses only. The first token of
-an answer is its mode: {modes}. Left to itself the model chooses; put after the prompt, the token decides."""
+an answer is its mode: {modes}. The model chooses the mode itself; append a token to the prompt to set it."""
 PLAIN = "A model fine-tuned from `{base}` on responses only."
-LEFT_OUT = ("checkpoint", "data", "eval_data", "output")  # folders of the machine it was trained on
+OMITTED = ("checkpoint", "data", "eval_data", "output")  # paths on the machine of the training
 
 
 def model_card(name: str, checkpoint: Path, weights: dict) -> str:
     """The card's text.
 
     Args:
-        weights: what is told of them: name -> value.
+        weights: facts of the weights to list: name -> value.
     """
     manifest = _manifest(checkpoint)
-    settings = {key: value for key, value in manifest.get("config", {}).items() if key not in LEFT_OUT}
+    settings = {key: value for key, value in manifest.get("config", {}).items() if key not in OMITTED}
     data = manifest.get("data", {}).get("manifest_sha256")
-    told = {"steps": manifest.get("iteration"), **settings, "data_sha256": data, **weights}
-    lines = [f"| {key} | {value} |" for key, value in told.items() if value not in (None, "")]
+    facts = {"steps": manifest.get("iteration"), **settings, "data_sha256": data, **weights}
+    lines = [f"| {key} | {value} |" for key, value in facts.items() if value not in (None, "")]
     training = "\n".join(["| | |", "|---|---|", *lines])
     modes = " or ".join(f"`{token}`" for token in MODES.values())
     hybrid, base = _knows_modes(manifest), base_model(checkpoint) or "not recorded"
@@ -63,16 +63,16 @@ def model_card(name: str, checkpoint: Path, weights: dict) -> str:
 
 
 def _knows_modes(manifest: dict) -> bool:
-    """Whether the model was trained on answers that begin with a control token, as far as it can be told."""
+    """Whether the model was trained on answers that begin with a control token; True if unknown."""
     path = resolve(manifest.get("config", {}).get("data", "")) / MANIFEST
     if not path.is_file() or file_hash(path) != manifest.get("data", {}).get("manifest_sha256"):
-        return True  # these are not the tokens that it was trained on
+        return True  # the training data is gone or has changed
     modes = json.loads(path.read_text(encoding="utf-8")).get("modes")
     return modes is None or any(mode in modes for mode in MODES)
 
 
 def base_model(folder: Path) -> str:
-    """The Hub name of the model that a folder was made from, or the folder's name; '' where nothing tells it."""
+    """The Hub name of the model that a folder was made from, or that model's folder name; '' if unknown."""
     manifest = _manifest(folder)
     if "name" in manifest:  # downloaded
         return manifest["name"]

@@ -1,4 +1,4 @@
-"""Sharded tensors of a built model and its optimizer: their names in checkpoints, and how they are loaded."""
+"""Sharded state dicts of a built model and its optimizer: names in checkpoints, and loading."""
 
 from pathlib import Path
 
@@ -11,14 +11,14 @@ from rsft_lib.checkpoint.formats import torch_dist
 from rsft_lib.checkpoint.lazy_weights import Weights, refuse, resized
 from rsft_lib.model.config import read_config
 
-# One tensor per layer and weight, and optimizer states shaped like weights: loadable in any layout.
+# One tensor per layer and weight, and optimizer states with the shapes of the weights: loadable at any parallel size.
 SHARDING = {"non_homogeneous_layers": True, "distrib_optim_sharding_type": "fully_reshardable"}
 
 
 def sharded_weights(model: torch.nn.Module) -> dict:
-    """This rank's weights, each with its place in the whole.
+    """This rank's weights as sharded tensors.
 
-    Transformer Engine's extra states hold FP8 scales only; without them, checkpoints of both backends are alike.
+    Transformer Engine's extra states only hold FP8 scales; without them, both backends write the same checkpoints.
     """
     entries = model.sharded_state_dict(metadata=SHARDING)
     return {
@@ -29,8 +29,8 @@ def sharded_weights(model: torch.nn.Module) -> dict:
 
 
 def set_weights(model: torch.nn.Module, loaded: dict) -> None:
-    """Put what was loaded for `sharded_weights(model)` into the model."""
-    while not isinstance(model, GPTModel):  # the wrapper for bf16 tells nothing of what it loads
+    """Load the values of `sharded_weights(model)` into the model."""
+    while not isinstance(model, GPTModel):  # the bf16 wrapper's load_state_dict does not report missing keys
         model = model.module
     result = model.load_state_dict(loaded, strict=False)
     missing = [name for name in result.missing_keys if not name.endswith("_extra_state")]
@@ -39,14 +39,14 @@ def set_weights(model: torch.nn.Module, loaded: dict) -> None:
 
 @torch.no_grad()
 def load_weights(model: torch.nn.Module, folder: Path) -> None:
-    """Fill this rank's part of a built model from a folder: a Hugging Face one, or a checkpoint of any layout.
+    """Load this rank's part of a model from a Hugging Face folder or a checkpoint of any layout.
 
-    A rank reads nothing but its own part, from memory-mapped files; dtypes are converted. Rows by which the model's
-    vocabulary is padded become 0. Rank 0 checks the files before any rank uses them; an error there ends the job.
+    A rank only reads its own shard, from memory-mapped files; dtypes are converted. Padding rows of the vocabulary
+    become 0. Rank 0 checks the files before any rank reads them; an error there ends the job.
 
     Raises:
-        FileNotFoundError: there are no weights, the checkpoint was not finished, or lacks a file.
-        ValueError: a file is damaged or not to be trusted, or the weights are not those of this model.
+        FileNotFoundError: weights or a file are missing, or the checkpoint was not finished.
+        ValueError: a file is damaged or unsafe, or the weights do not match this model.
     """
     if torch.distributed.get_rank() == 0:
         any_format.check(folder)
@@ -59,55 +59,60 @@ def load_weights(model: torch.nn.Module, folder: Path) -> None:
         place.data.copy_(weights.read(place.key, place.global_slice()))
 
 
-def load(wanted: dict, folder: Path) -> dict:
-    """Load a sharded state dict of this rank, at any layout, from a `torch_dist` checkpoint.
+def load(state_dict: dict, folder: Path) -> dict:
+    """Load a sharded state dict of this rank, at any parallel size, from a `torch_dist` checkpoint.
 
     Replaces megatron-core's `dist_checkpointing.load`, which executes pickles in the checkpoint. Tensors are
-    memory-mapped, so a rank reads only what it copies from them; padding rows are 0.
+    memory-mapped, so a rank only reads its own shards; padding rows are 0.
 
-    Hashes are not verified again: pass a checkpoint that `artifact.newest` or `artifact.verify` accepted.
+    Hashes are not verified: pass a checkpoint that `artifact.newest` or `artifact.verify` accepted.
 
     Raises:
-        ValueError: a file is not to be trusted, or the tensors are not those of this run.
+        ValueError: a file is unsafe, or the tensors do not match this run.
     """
-    places = _places(wanted)
+    places = _places(state_dict)
     weights = torch_dist.open_weights(folder, {place.key for place in places}.__contains__)
-    return _loaded(wanted, torch_dist.read_common(folder), _matched(weights, places, folder))
+    return _loaded(state_dict, torch_dist.read_common(folder), _matched(weights, places, folder))
 
 
-def _loaded(wanted, common, weights: Weights):
-    """`wanted` with its sharded tensors read, and every other leaf taken from the same place in `common`."""
-    if isinstance(wanted, ShardedTensorFactory):
-        return wanted.merge_fn(_loaded(wanted.build(), None, weights))
-    if isinstance(wanted, ShardedTensor):
-        return weights.read(wanted.key, wanted.global_slice())
-    if isinstance(wanted, dict):
-        found = common if isinstance(common, dict) else {}
-        return {key: _loaded(value, found.get(key), weights) for key, value in wanted.items()}
-    if isinstance(wanted, list) and _places(wanted):
-        return [_loaded(value, None, weights) for value in wanted]
+def _loaded(entry, common, weights: Weights):
+    """`entry` with its sharded tensors read, and every other leaf replaced by its counterpart in `common`."""
+    if isinstance(entry, ShardedTensorFactory):
+        return entry.merge_fn(_loaded(entry.build(), None, weights))
+    if isinstance(entry, ShardedTensor):
+        return weights.read(entry.key, entry.global_slice())
+    if isinstance(entry, dict):
+        values = common if isinstance(common, dict) else {}
+        return {key: _loaded(value, values.get(key), weights) for key, value in entry.items()}
+    if isinstance(entry, list) and _places(entry):
+        return [_loaded(value, None, weights) for value in entry]
     return common
 
 
 def _matched(weights: Weights, places: list[ShardedTensor], folder: Path) -> Weights:
-    """The weights with the vocabulary padding that `places` expect; any other mismatch is refused."""
+    """The weights with the vocabulary padding that `places` expect.
+
+    Raises:
+        ValueError: there is any other mismatch.
+    """
     rows = {place.key: place.global_shape[0] for place in places if place.allow_shape_mismatch}
     for name, padded in rows.items():
         if name in weights.pieces:
             weights = resized(weights, [name], padded)
-    refuse([text for place in places if (text := _misfit(place, weights))], f"weights of {folder} are not the model's")
+    mismatches = [text for place in places if (text := _mismatch(place, weights))]
+    refuse(mismatches, f"weights of {folder} do not match the model")
     return weights
 
 
-def _misfit(place: ShardedTensor, weights: Weights) -> str:
+def _mismatch(place: ShardedTensor, weights: Weights) -> str:
     if place.key not in weights.pieces:
         return f"{place.key}: missing"
-    found = tuple(weights.empty(place.key).shape)
-    return "" if found == place.global_shape else f"{place.key}: shape {found}, the model has {place.global_shape}"
+    shape = tuple(weights.empty(place.key).shape)
+    return "" if shape == place.global_shape else f"{place.key}: shape {shape}, the model has {place.global_shape}"
 
 
 def _places(entry) -> list[ShardedTensor]:
-    """Where in the whole each part of a state stands; the halves of fc1 stand in two places."""
+    """The sharded tensors in a state dict; the weight of fc1 consists of two."""
     if isinstance(entry, ShardedTensorFactory):
         return _places(entry.build())
     if isinstance(entry, dict | list):

@@ -1,6 +1,6 @@
-"""Proof that a checkpoint is the model it was made from: every tensor bit for bit, and what both of them say.
+"""Verify a conversion: compare every tensor of model and checkpoint bit for bit, and their outputs.
 
-On its own: `python -m rsft_lib.checkpoint.verify --model HF_FOLDER --checkpoint FOLDER`.
+On the command line: `python -m rsft_lib.checkpoint.verify --model HF_FOLDER --checkpoint FOLDER`.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from rsft_lib.model.gpt import build_model
 from rsft_lib.tokenizer.patch import load_tokenizer
 
 SENTENCE = "The quick brown fox jumps over the lazy dog. How many words does this sentence have?"
-SHOWN = 5  # most likely next tokens that are listed side by side
+SHOWN = 5  # number of most likely next tokens in the comparison
 
 EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 
@@ -37,15 +37,15 @@ Logits = Callable[[Tensor], Tensor]  # ids [1, s] -> logits [1, s, vocabulary]
 def prove(
     model: Path, checkpoint: Path, sentence: str = SENTENCE, new_tokens: int = 16, round_trip: bool = True
 ) -> dict:
-    """Compare a Hugging Face folder and a checkpoint, whichever was made from the other. Needs no GPU.
+    """Compare a Hugging Face folder with a checkpoint; either may be made from the other. Needs no GPU.
 
     Args:
-        round_trip: also see what `lost_in_round_trip` finds.
+        round_trip: also run `lost_in_round_trip`.
 
     Returns:
-        `tensors`: a row for each Hugging Face tensor with its shape, dtype, norm and whether both have the same bits;
-        `differing_tensors`: names of those that have not; `rounded`: whether one of both has a shorter dtype, in which
-        they were compared; what `lost_in_round_trip` and `compare_outputs` give.
+        `tensors`: a row for each Hugging Face tensor with its shape, dtype, norm and whether both are bitwise equal;
+        `differing_tensors`: names of those that differ; `rounded`: whether one has a shorter dtype, in which they were
+        compared; the results of `lost_in_round_trip` and `compare_outputs`.
     """
     weights, others, rounded = _both(model, checkpoint)
     table = tensor_table(weights, others)
@@ -62,27 +62,27 @@ def prove(
 
 
 def report(proof: dict) -> str:
-    """A proof as text: a line for each kind of tensor, over all layers, then what both libraries say."""
+    """Format a result of `prove`: a line for each kind of tensor, over all layers, then the outputs."""
     kinds = {}
     for row in proof["tensors"]:
         kind = (re.sub(r"\.\d+\.", ".*.", row["name"]), "x".join(map(str, row["shape"])), row["dtype"])
         kinds.setdefault(kind, []).append(row)
-    lines = [f"{'tensor':<48} {'shape':>13} {'dtype':>9} {'count':>5} {'norms':>21}  same bits"]
-    for (name, shape, dtype), found in kinds.items():
-        norms, same = [row["norm"] for row in found], sum(row["same"] for row in found)
-        span = f"{min(norms):.4g} to {max(norms):.4g}" if len(found) > 1 else f"{norms[0]:.4g}"
-        lines.append(f"{name:<48} {shape:>13} {dtype:>9} {len(found):>5} {span:>21}  {same} of {len(found)}")
-    lines += ["", f"{proof['sentence']!r} goes on, in fp32, by the logits of transformers and of megatron-core, with"]
+    lines = [f"{'tensor':<48} {'shape':>13} {'dtype':>9} {'count':>5} {'norms':>21}  bitwise equal"]
+    for (name, shape, dtype), rows in kinds.items():
+        norms, same = [row["norm"] for row in rows], sum(row["same"] for row in rows)
+        span = f"{min(norms):.4g} to {max(norms):.4g}" if len(rows) > 1 else f"{norms[0]:.4g}"
+        lines.append(f"{name:<48} {shape:>13} {dtype:>9} {len(rows):>5} {span:>21}  {same} of {len(rows)}")
+    lines += ["", f"next tokens after {proof['sentence']!r}, with fp32 logits of transformers and of megatron-core:"]
     lines += [
         f"{row['token']!r:>20} {row['transformers']:>12.5f} {row['megatron']:>12.5f}" for row in proof["next_tokens"]
     ]
-    lines += [f"largest difference of any logit: {proof['logit_difference']:.1e}"]
-    lines += [f"{library:>12} writes {text!r}" for library, text in proof["text"].items()]
+    lines += [f"maximum absolute logit difference: {proof['logit_difference']:.1e}"]
+    lines += [f"{library:>12} generates {text!r}" for library, text in proof["text"].items()]
     return "\n".join(lines)
 
 
 def tensor_table(weights: Weights, others: Weights) -> list[dict]:
-    """Every tensor: name, shape, dtype, Euclidean norm, and whether it has the same bits in both."""
+    """Every tensor: name, shape, dtype, L2 norm, and whether it is bitwise equal in both."""
     different = set(differing(weights, others))
     return [
         {
@@ -97,7 +97,7 @@ def tensor_table(weights: Weights, others: Weights) -> list[dict]:
 
 
 def _both(model: Path, checkpoint: Path) -> tuple[Weights, Weights, bool]:
-    """The weights of each by Hugging Face names; where one was rounded to a shorter dtype, both in that, and True."""
+    """Both by Hugging Face names, and whether one was rounded to a shorter dtype, to which both are then cast."""
     config = read_config(model)
     weights = hf.open_weights(model, config)
     weights = with_row_means(weights, [name for name in EMBEDDINGS if name in weights.pieces], _row_means(checkpoint))
@@ -105,20 +105,20 @@ def _both(model: Path, checkpoint: Path) -> tuple[Weights, Weights, bool]:
     stored = any_format.open_weights(checkpoint, config)
     others = hf.as_hf(resized(stored, any_format.vocabulary(config), config.vocab_size), config)
     dtypes = [{w.empty(name).dtype for name in w} for w in (weights, others)]
-    if dtypes[0] != dtypes[1] and [len(found) for found in dtypes] == [1, 1]:
+    if dtypes[0] != dtypes[1] and [len(kinds) for kinds in dtypes] == [1, 1]:
         shorter = min(dtypes[1].pop(), dtypes[0].pop(), key=lambda dtype: dtype.itemsize)
         return Weights(weights.pieces, shorter), Weights(others.pieces, shorter), True
     return weights, others, False
 
 
 def _row_means(checkpoint: Path) -> dict[int, list[int]]:
-    """The rows that `convert` set to the mean of others, which are not the model's."""
-    made = read_manifest(checkpoint) if (checkpoint / MANIFEST).is_file() else {}
-    return {int(row): others for row, others in made.get("row_means", {}).items()}
+    """The rows that `convert` replaced by a mean of others."""
+    manifest = read_manifest(checkpoint) if (checkpoint / MANIFEST).is_file() else {}
+    return {int(row): others for row, others in manifest.get("row_means", {}).items()}
 
 
 class _Perturbed(Weights):
-    """Weights with the last bit of every number flipped, so that nothing can come back that was not carried."""
+    """Weights with the lowest bit of every value flipped, so that only converted values can match."""
 
     def read(self, name: str, box: Box = ()) -> Tensor:
         tensor = super().read(name, box)
@@ -127,9 +127,9 @@ class _Perturbed(Weights):
 
 
 def lost_in_round_trip(model: Path, scratch: Path) -> list[str]:
-    """Names of tensors that do not survive a way into a checkpoint and, with `export`, out again, every bit changed.
+    """Names of tensors that change when the perturbed model is written to a checkpoint and exported again.
 
-    Takes twice the model's size on the disk of `scratch` while it runs.
+    Temporarily needs twice the model's size on the disk of `scratch`.
     """
     config = read_config(model)
     perturbed = _Perturbed(hf.open_weights(model, config).pieces)
@@ -143,40 +143,40 @@ def lost_in_round_trip(model: Path, scratch: Path) -> list[str]:
 
 
 def compare_outputs(model: Path, checkpoint: Path, sentence: str, new_tokens: int) -> dict:
-    """What transformers makes of the folder, and megatron-core of the checkpoint, both in fp32, of one sentence.
+    """Run one sentence through transformers (folder) and megatron-core (checkpoint), both in fp32.
 
     Returns:
-        `logit_difference`: the largest absolute difference over all positions; `next_tokens`: the most likely ones
-        with both logits; `tokens` and `text`: the greedy continuation of each, by the name of the library.
+        `logit_difference`: maximum absolute difference over all positions; `next_tokens`: the most likely ones with
+        both logits; `tokens` and `text`: the greedy continuation of each, by library.
     """
     tokenizer = load_tokenizer(model)
     ids = torch.tensor([tokenizer(sentence)["input_ids"]], device=device())
 
-    def speak(logits: Logits) -> tuple[Tensor, list[int]]:
+    def generate(logits: Logits) -> tuple[Tensor, list[int]]:
         return logits(ids), _greedy(logits, ids, new_tokens)
 
-    expected, words = with_transformers(model, speak, _row_means(checkpoint))
-    found, our_words = with_megatron(model, checkpoint, ids.shape[1] + new_tokens, speak)
+    expected, expected_tokens = with_transformers(model, generate, _row_means(checkpoint))
+    actual, actual_tokens = with_megatron(model, checkpoint, ids.shape[1] + new_tokens, generate)
     likely = expected[0, -1].topk(SHOWN).indices.tolist()
     return {
         "sentence": sentence,
-        "logit_difference": (found - expected).abs().max().item(),
+        "logit_difference": (actual - expected).abs().max().item(),
         "next_tokens": [
             {
                 "token": tokenizer.decode([t]),
                 "transformers": expected[0, -1, t].item(),
-                "megatron": found[0, -1, t].item(),
+                "megatron": actual[0, -1, t].item(),
             }
             for t in likely
         ],
-        "tokens": {"transformers": words, "megatron": our_words},
-        "text": {"transformers": tokenizer.decode(words), "megatron": tokenizer.decode(our_words)},
+        "tokens": {"transformers": expected_tokens, "megatron": actual_tokens},
+        "text": {"transformers": tokenizer.decode(expected_tokens), "megatron": tokenizer.decode(actual_tokens)},
     }
 
 
 @torch.no_grad()
 def with_transformers(model: Path, use: Callable[[Logits], object], row_means: dict[int, list[int]] | None = None):
-    """What `use` makes of the model of a folder, loaded by transformers in fp32 and let go afterwards."""
+    """The result of `use` on a folder's model, loaded by transformers in fp32 and released afterwards."""
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, trust_remote_code=False)
     loaded = loaded.to(device()).eval()
     stored = loaded.config.dtype or torch.float32
@@ -189,7 +189,7 @@ def with_transformers(model: Path, use: Callable[[Logits], object], row_means: d
 
 @torch.no_grad()
 def with_megatron(model: Path, checkpoint: Path, max_length: int, use: Callable[[Logits], object]):
-    """What `use` makes of a checkpoint, loaded by megatron-core in fp32 on one rank; `model` describes it."""
+    """The result of `use` on a checkpoint, loaded by megatron-core in fp32 on one rank; `model` has its config."""
     config = read_config(model)
     with ranks():
         loaded = build_model(config, transformer_config(config), "torch", max_length).to(device()).eval()
@@ -198,7 +198,7 @@ def with_megatron(model: Path, checkpoint: Path, max_length: int, use: Callable[
 
 
 def _greedy(logits: Logits, ids: Tensor, new_tokens: int) -> list[int]:
-    """The most likely continuation, token by token."""
+    """The greedy continuation."""
     start = ids.shape[1]
     for _ in range(new_tokens):
         ids = torch.cat([ids, logits(ids)[:, -1].argmax(dim=-1, keepdim=True)], dim=1)
@@ -208,10 +208,10 @@ def _greedy(logits: Logits, ids: Tensor, new_tokens: int) -> list[int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder with its tokenizer")
-    parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint made from it, or it from")
-    parser.add_argument("--output", type=Path, help=f"JSON file for the result; {PROOF} in the checkpoint by default")
-    parser.add_argument("--sentence", default=SENTENCE, help="what both are asked to go on with")
-    parser.add_argument("--no-round-trip", action="store_true", help="leave out the way in and out with changed bits")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint to compare it with")
+    parser.add_argument("--output", type=Path, help=f"JSON file for the result; default: {PROOF} in the checkpoint")
+    parser.add_argument("--sentence", default=SENTENCE, help="prompt that both continue")
+    parser.add_argument("--no-round-trip", action="store_true", help="skip the round trip with changed bits")
     arguments = parser.parse_args()
     round_trip = not arguments.no_round_trip
     result = prove(arguments.model, arguments.checkpoint, arguments.sentence, round_trip=round_trip)

@@ -1,4 +1,4 @@
-"""Start ranks outside this process: on this machine under torchrun, or on the machines of a cluster with Slurm."""
+"""Launch ranks outside this process: on this machine under torchrun, or on a cluster with Slurm."""
 
 from rsft_lib.launch.failure import RunFailed, RunStopped
 from rsft_lib.launch.job import Job

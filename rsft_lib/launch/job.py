@@ -1,4 +1,4 @@
-"""A training that runs on its own: whoever holds its handle can watch it, wait for it and ask it to stop."""
+"""The handle of a training that runs in other processes: watch it, wait for it, ask it to stop."""
 
 import time
 from collections.abc import Callable
@@ -11,22 +11,21 @@ from rsft_lib.training.metrics import scan_metrics
 from rsft_lib.training.run_folder import JOB, LOG, STOPPING, how_it_ended, read_ended, read_record
 
 TRAIN = "rsft_lib.training.train"
-COMMON = {"launcher": str, "train_iters": int, "on_interrupt": str, "patience": (int, float)}  # of every job,
-FACTS = {"local": {"pid": int, "birth": str, "host": str}, "slurm": {"id": str}}  # and what else, by launcher
-ENVIRONMENT = {  # of ranks, where it says nothing else: how torch takes memory,
-    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",  # none is lost between blocks of other sizes
-    "THP_MEM_ALLOC_ENABLE": "1",  # in large pages: the first to touch what is saved or loaded waits for few of them
-    # and whose norms Transformer Engine takes: cuDNN's, which need half the time of its own.
-    "NVTE_NORM_FWD_USE_CUDNN": "1", "NVTE_NORM_BWD_USE_CUDNN": "1",
-    "TORCHINDUCTOR_COMPILE_THREADS": "1",  # a handful of kernels needs no pool of processes beside every rank
+COMMON = {"launcher": str, "train_iters": int, "on_interrupt": str, "patience": (int, float)}  # fields of every job
+FACTS = {"local": {"pid": int, "birth": str, "host": str}, "slurm": {"id": str}}  # additional fields by launcher
+ENVIRONMENT = {  # defaults for the ranks' environment
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",  # less fragmentation
+    "THP_MEM_ALLOC_ENABLE": "1",  # huge pages for CPU memory: fewer page faults when saving and loading
+    "NVTE_NORM_FWD_USE_CUDNN": "1", "NVTE_NORM_BWD_USE_CUDNN": "1",  # twice as fast as Transformer Engine's own norms
+    "TORCHINDUCTOR_COMPILE_THREADS": "1",  # no process pool per rank for a few kernels
 }  # fmt: skip
 
 
 class Job:
-    """A training in its run folder; `local.LocalJob` and `slurm.SlurmJob` know how to reach it.
+    """A training in its run folder.
 
-    What they add: `running`, whether it has yet to end; `state`, the same in words; `stop()`, which asks it to save and
-    end; `kill()`.
+    `local.LocalJob` and `slurm.SlurmJob` add `running`; `state`, a description for people; `stop()`, which asks it to
+    save and end; `kill()`.
     """
 
     launcher = ""
@@ -37,7 +36,7 @@ class Job:
 
     @property
     def ended(self) -> dict:
-        """Why it ended (`reason`) and after which step (`iteration`); empty while it runs, or when it failed."""
+        """Why it ended (`reason`) and after which step (`iteration`); empty while it runs, or if it failed."""
         return read_ended(self.folder)
 
     @property
@@ -48,11 +47,11 @@ class Job:
     def wait(self, poll: Callable[[], None] = lambda: None) -> None:
         """Wait until it ends, calling `poll` twice a second.
 
-        Interrupted, also by an error in `poll`, it does what `on_interrupt` says: "stop" lets the job save and end
-        first, for at most `patience` seconds; "leave" lets it run on.
+        On an interrupt, or an error in `poll`, `on_interrupt` applies: "stop" first lets the job save and end, for at
+        most `patience` seconds; "leave" keeps it running.
 
         Raises:
-            RunFailed: it ended without being asked to; the message begins with the traceback of the first that failed.
+            RunFailed: it failed; the message starts with the first failing rank's traceback.
             RunStopped: it was asked to stop before it had anything to save.
         """
         try:
@@ -67,51 +66,51 @@ class Job:
             raise failure(TRAIN, self.log, self.state, self.stopping and not self.ended)
 
     def tail(self, lines: int = 15) -> str:
-        """The last lines of the log; however long it is, only its end is read."""
+        """The last lines of the log; only the end of the file is read."""
         return "\n".join(read_end(self.log, 400 * lines).splitlines()[-lines:])
 
     def status(self) -> dict:
-        """Whether it is done, for `notebook.finish`: `status` is "done", or "stopped" with a `hint` how to go on."""
+        """Whether it is done, for `notebook.finish`: `status` is "done", or "stopped" with a `hint` how to resume."""
         ended = self.ended
         if ended.get("reason") == "finished":
             return {"status": "done"}
         when = f"after step {ended['iteration']:,} of {self.train_iters:,}" if "iteration" in ended else ""
         how = f"{how_it_ended(self.folder)} {when}".rstrip()
-        return {"status": "stopped", "hint": f"{how}; run again with the same settings to go on from there"}
+        return {"status": "stopped", "hint": f"{how}; run again with the same settings to resume"}
 
     def outcome(self) -> dict:
-        """What came of it, for `notebook.finish`: its status, first and last losses, why it ended, its last checkpoint.
+        """The result, for `notebook.finish`: status, first and last losses, why it ended, last checkpoint.
 
         Raises:
-            ValueError: it has not done a step.
+            ValueError: it has not completed a step.
         """
         metrics = scan_metrics(self.folder)
         records = metrics.records
         if not records:
-            why = "; ".join(metrics.problems) or "the training has not done a step"
+            why = "; ".join(metrics.problems) or "the training has not completed a step"
             raise ValueError(f"{self.folder} has no metrics: {why}")
         held_out = [record["eval_loss"] for record in records if "eval_loss" in record]
-        last = checkpoints(self.folder)
-        found = {
+        saved = checkpoints(self.folder)
+        facts = {
             "first_loss": records[0]["loss"],
             "last_loss": records[-1]["loss"],
             "held_out_loss": held_out[-1] if held_out else None,
             "iteration": records[-1]["iteration"],
             "ended": how_it_ended(self.folder),
             "job": self.state,
-            "checkpoint": str(last[-1] if last else "none"),
+            "checkpoint": str(saved[-1] if saved else "none"),
         }
-        found |= {"damaged": "; ".join(metrics.problems)} if metrics.problems else {}
-        return {**self.status(), **found, "summary": "\n".join(f"{name:<15}{value}" for name, value in found.items())}
+        facts |= {"damaged": "; ".join(metrics.problems)} if metrics.problems else {}
+        return {**self.status(), **facts, "summary": "\n".join(f"{name:<15}{value}" for name, value in facts.items())}
 
     def remember(self, **facts) -> None:
-        """Write what `attach` needs into the run folder."""
-        known = {"launcher": self.launcher, "train_iters": self.train_iters}
-        known |= {"on_interrupt": self.on_interrupt, "patience": self.patience}
-        write_json(self.folder / JOB, known | facts)
+        """Write the facts for `attach` into the run folder."""
+        common = {"launcher": self.launcher, "train_iters": self.train_iters}
+        common |= {"on_interrupt": self.on_interrupt, "patience": self.patience}
+        write_json(self.folder / JOB, common | facts)
 
     def _failed(self) -> bool:
-        """Whether it ended in disorder, once it has ended."""
+        """Whether a job that has ended failed."""
         return not self.ended
 
     def _pause(self) -> None:
@@ -121,7 +120,7 @@ class Job:
         if not self.running:
             return
         if self.on_interrupt == "leave":
-            print(f"training goes on ({self.state}); run this notebook again to come back to it", flush=True)
+            print(f"training continues ({self.state}); run this notebook again to attach to it", flush=True)
             return
         self.stop()
         deadline = time.monotonic() + self.patience + 10
@@ -132,22 +131,22 @@ class Job:
 
 
 def read_job(folder: Path) -> dict:
-    """What `remember` wrote; empty where nothing was started.
+    """The facts that `remember` wrote; empty if nothing was started.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: the file is damaged.
     """
     path = Path(folder) / JOB
     try:
         facts = read_record(path)
         expected = COMMON | FACTS.get(str(facts.get("launcher")), {"launcher": ()})
         if facts and facts.keys() != expected.keys():
-            raise ValueError(f"{path} is damaged: it holds {', '.join(facts)}")
+            raise ValueError(f"{path} is damaged: it has the keys {', '.join(facts)}")
         if wrong := [name for name, value in facts.items() if not isinstance(value, expected[name])]:
             raise ValueError(f"{path} is damaged: {wrong[0]} is {facts[wrong[0]]!r}")
     except ValueError as error:
         raise ValueError(
-            f"{error}. It tells which process or job trains in this folder: see with ps or squeue that none does, "
+            f"{error}. It records which process or job trains in this folder: check with ps or squeue that none does, "
             "remove the file, and run again"
         ) from None
     return facts

@@ -1,8 +1,8 @@
 """Ranks on this machine, under torchrun.
 
-The chain is notebook kernel -> torchrun -> ranks. torchrun puts its ranks into sessions of their own, so no signal
-to a process group reaches them; instead every link watches the one before it (torchrun.py,
-common/parent_death.py). A training that shall go on without the notebook has no such link at its beginning.
+The chain is notebook kernel -> torchrun -> ranks. torchrun puts its ranks into separate sessions, which signals to a
+process group do not reach; instead, every process watches its parent (torchrun.py, common/parent_death.py). For a
+training that outlives the notebook, torchrun does not watch the kernel.
 """
 
 import os
@@ -23,13 +23,13 @@ from rsft_lib.launch.job import ENVIRONMENT, TRAIN, Job
 from rsft_lib.launch.log import mark
 from rsft_lib.training.run_folder import CONFIG, LOG, STOPPING
 
-PATIENCE = 30  # seconds that ranks which save nothing have to stop
+PATIENCE = 30  # seconds that ranks without anything to save have to stop
 
 
 def start_torchrun(
     module: str, arguments: list[str], nproc: int, log: Path, patience: float, alone: bool = False
 ) -> subprocess.Popen:
-    """Start `python -m module arguments` on `nproc` ranks whose output goes to the end of `log`.
+    """Start `python -m module arguments` on `nproc` ranks with output appended to `log`.
 
     Args:
         patience: seconds that ranks have to stop when torchrun is asked to.
@@ -47,14 +47,14 @@ def start_torchrun(
         **os.environ,
     }
     mark(log, "started")
-    # A file and not a pipe: a pipe that nobody reads any more keeps its writers alive.
+    # A file instead of a pipe: writing to a pipe without a reader would fail or block.
     with log.open("ab") as output:
         return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C in the notebook is for us to handle
+            start_new_session=True,  # Ctrl-C in the notebook is handled by this process
             env=environment,
         )
 
@@ -75,7 +75,7 @@ def launch(
         patience: seconds that the ranks have to stop when this process is interrupted.
 
     Raises:
-        RunFailed: a rank failed; the message begins with its traceback and names the log.
+        RunFailed: a rank failed; the message starts with its traceback and names the log.
     """
     process = start_torchrun(module, arguments, nproc, log, patience)
     try:
@@ -83,9 +83,9 @@ def launch(
             poll()
         poll()
     except BaseException:
-        process.terminate()  # torchrun passes it on to its ranks
+        process.terminate()  # torchrun forwards it to its ranks
         if not _ends(process, patience + 10):
-            process.kill()  # and the ranks die with their parent
+            process.kill()  # the ranks die with their parent
             process.wait()
         raise
     if process.returncode:
@@ -93,19 +93,19 @@ def launch(
 
 
 def ask_to_stop(torchrun: int) -> bool:
-    """Send SIGTERM to the ranks under a torchrun, or to itself where it has none yet; whether it had any.
+    """Send SIGTERM to the ranks of a torchrun process, or to itself if it has none yet; returns whether it had any.
 
-    torchrun itself would up to torch 2.11 kill ranks that have not saved within 30 seconds, and at a second SIGTERM at
-    once, and would report as its own failure that it was asked to stop.
+    With a SIGTERM to itself, torchrun up to torch 2.11 kills ranks that have not saved within 30 seconds, kills them
+    immediately on a second SIGTERM, and reports the stop as its own failure.
 
     Raises:
-        psutil.NoSuchProcess: it is gone.
+        psutil.NoSuchProcess: torchrun has ended.
     """
     process = psutil.Process(torchrun)
     ranks = process.children()
-    for one in ranks or [process]:
-        with suppress(psutil.NoSuchProcess):  # it ended meanwhile; the others shall still hear of it
-            one.send_signal(signal.SIGTERM)
+    for target in ranks or [process]:
+        with suppress(psutil.NoSuchProcess):  # it has ended; still signal the others
+            target.send_signal(signal.SIGTERM)
     return bool(ranks)
 
 
@@ -122,14 +122,14 @@ def start(folder: Path, nproc: int, **common) -> "LocalJob":
 
 
 def find(folder: Path, facts: dict) -> "LocalJob | None":
-    """The job that `facts` tell of, if it runs on this machine."""
+    """The job with these `facts`, if it runs on this machine."""
     host = facts.pop("host")
     job = LocalJob(folder, **facts)
     return job if host == socket.gethostname() and job.running else None
 
 
 class LocalJob(Job):
-    """A training under a torchrun of this machine."""
+    """A training under torchrun on this machine."""
 
     launcher = "local"
 
@@ -150,7 +150,7 @@ class LocalJob(Job):
         return f"exit code {self.process.returncode}" if self.process and self.process.returncode else "ended"
 
     def stop(self) -> None:
-        """Ask all ranks to save after the step that runs, and end. It returns at once; only the first call counts."""
+        """Ask all ranks to save after the current step and end. Returns immediately; only the first call counts."""
         if not self.running or self.stopping:
             return
         (self.folder / STOPPING).touch()
@@ -158,11 +158,11 @@ class LocalJob(Job):
             ask_to_stop(self.pid)
 
     def kill(self) -> None:
-        """End it at once, whatever it does, and wait until all of it is gone."""
+        """Kill torchrun and all ranks, and wait until they have ended."""
         ranks = []
         with suppress(psutil.NoSuchProcess):
             torchrun = psutil.Process(self.pid)
-            if self.running:  # else its number may be another's by now
+            if self.running:  # otherwise its pid may have been reused
                 ranks = torchrun.children(recursive=True)
                 torchrun.kill()
         for rank in ranks:
@@ -173,7 +173,7 @@ class LocalJob(Job):
             time.sleep(0.01)
 
     def _failed(self) -> bool:
-        # Where one rank dies, torchrun asks the others to stop, and those may manage to.
+        # When one rank dies, torchrun asks the others to stop, and they may write ended.json.
         return super()._failed() or torchrun_reports(self.log)
 
     def _pause(self) -> None:
@@ -183,7 +183,7 @@ class LocalJob(Job):
 
 
 def _ends(process: subprocess.Popen, seconds: float) -> bool:
-    """Wait for a process, but no longer than this."""
+    """Wait for a process for at most `seconds`; returns whether it has ended."""
     try:
         process.wait(timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -192,9 +192,9 @@ def _ends(process: subprocess.Popen, seconds: float) -> bool:
 
 
 def birth(pid: int) -> str:
-    """When a process began, as no other with its number did; empty if it is not there or has ended.
+    """A unique start time of a process, which identifies it even if its pid is reused; empty if it has ended.
 
-    That is the boot of the machine and the clock tick since then, from /proc (proc(5), Linux).
+    It consists of the machine's boot id and the clock ticks since boot, from /proc (proc(5), Linux).
     """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -1,4 +1,4 @@
-"""`train.log`: the output of every start of a run, each under a line of its own; a cause is looked for in the last."""
+"""`train.log`: the output of all starts of a run, each under a marker line."""
 
 import os
 import re
@@ -10,13 +10,13 @@ _LINE = re.compile(rf"^{MARK} .*$\n?", re.MULTILINE)
 
 
 def mark(log: Path, what: str) -> None:
-    """Begin a new part of a log: everything before this moment belongs to an earlier start."""
+    """Append a marker line that starts a new section of the log."""
     with log.open("a", encoding="utf-8") as file:
         file.write(f"{chr(10) if file.tell() else ''}{MARK} {what} {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
 
 
 def read_end(log: Path, size: int) -> str:
-    """What the last start said, of the last `size` bytes of a log; empty where there is none."""
+    """The output of the last start within the last `size` bytes of a log; empty if there is no log."""
     if not log.exists():
         return ""
     with log.open("rb") as file:

@@ -1,8 +1,8 @@
-"""torchrun whose ranks are stopped when who started it ends: `python -m rsft_lib.launch.torchrun PID PATIENCE` and
-arguments of torchrun.
+"""torchrun that stops its ranks when its parent ends: `python -m rsft_lib.launch.torchrun PID PATIENCE` and arguments
+of torchrun.
 
-The signal that parent_death.py asks for comes again with every thread of the parent that ends, and torchrun
-mishandles a second SIGTERM, so here a thread looks for the parent.
+A thread polls the parent's pid. parent_death.py would send a signal for every thread of the parent that ends, and
+torchrun mishandles a second SIGTERM.
 """
 
 import os
@@ -15,7 +15,7 @@ from rsft_lib.launch.local import ask_to_stop
 
 
 def end_after(parent: int, patience: float) -> None:
-    """Once `parent` is not this process's parent, or no longer, ask the ranks to stop, and after `patience` insist."""
+    """When `parent` is no longer this process's parent, ask the ranks to stop; after `patience` seconds, torchrun."""
     while os.getppid() == parent:
         time.sleep(0.2)
     if ask_to_stop(os.getpid()):

@@ -1,1 +1,1 @@
-"""The model: a Hugging Face config as a megatron-core GPTModel, and the names of its weights."""
+"""The model: a megatron-core GPTModel built from a Hugging Face config, and the mapping of weight names."""

@@ -1,8 +1,8 @@
-"""Attention within each sample of a pack, also where the tokens of a pack lie on several context-parallel ranks.
+"""Causal attention within each sample of a pack, with or without context parallelism.
 
-Context parallelism cuts a micro-batch into 2 * size equal chunks, of which each rank holds one from the front and its
-mirror from the back, so that all attend to about as much. Keys and values are few (grouped queries): every rank
-gathers them all and attends with the queries it has. Samples need no padding for it.
+Context parallelism splits a micro-batch into 2 * size equal chunks. Each rank holds one chunk from the front and its
+mirror from the back, which balances the work. Keys and values are small (grouped-query attention), so every rank
+all-gathers them and attends with its own queries; samples need no padding.
 """
 
 import inspect
@@ -16,29 +16,29 @@ from torch.nn.functional import scaled_dot_product_attention
 
 
 class Chunk(NamedTuple):
-    """Consecutive queries of a rank, and the keys that they see: sample by sample, the last query sees the last key."""
+    """Consecutive queries of a rank and the keys they attend to; in each sample the last query sees the last key."""
 
     queries: slice
     """Rows of this rank."""
     keys: slice
     """Rows of the whole micro-batch."""
     query_ends: Tensor
-    """int32 [pieces of samples + 1]: 0, then where each piece ends among `queries`."""
+    """int32 [pieces of samples + 1]: cumulative lengths of the pieces in `queries`, starting with 0."""
     key_ends: Tensor
     """The same for `keys`."""
     longest: tuple[int, int]
-    """Of all pieces: most queries, most keys."""
+    """Maximum number of queries and of keys in one piece."""
 
 
 def packed(cu_seqlens: list[int], device: torch.device) -> tuple[Chunk]:
-    """A whole micro-batch, on one context-parallel rank, whose samples end at `cu_seqlens` (0 is the first)."""
+    """The one chunk of a micro-batch without context parallelism; `cu_seqlens` starts with 0."""
     (chunk,) = chunks_of(cu_seqlens)
     ends = chunk.query_ends.to(device)
     return (chunk._replace(query_ends=ends, key_ends=ends),)
 
 
 def chunks_of(cu_seqlens: list[int], rank: int = 0, size: int = 1) -> tuple[Chunk, ...]:
-    """The chunks that a context-parallel rank has of a micro-batch whose samples end at `cu_seqlens`, on the CPU."""
+    """The chunks of one context-parallel rank of a micro-batch with samples at `cu_seqlens`; tensors on the CPU."""
     chunks, first = [], 0
     for low, high in _bounds(cu_seqlens[-1], rank, size):
         chunks.append(_chunk(cu_seqlens, low, high, first))
@@ -47,7 +47,7 @@ def chunks_of(cu_seqlens: list[int], rank: int = 0, size: int = 1) -> tuple[Chun
 
 
 def share(rows: Tensor, rank: int, size: int) -> Tensor:
-    """The part of rows [1, t] that a context-parallel rank holds, [1, t / size]."""
+    """The shard of rows [1, t] on a context-parallel rank, [1, t / size]."""
     return torch.cat([rows[:, low:high] for low, high in _bounds(rows.shape[1], rank, size)], dim=1)
 
 
@@ -72,11 +72,11 @@ def _chunk(cu_seqlens: list[int], low: int, high: int, first: int) -> Chunk:
 
 
 class _PackedAttention(torch.nn.Module):
-    """Causal self-attention in place of megatron-core's `DotProductAttention`; subclasses say how one chunk attends.
+    """Causal self-attention that replaces megatron-core's `DotProductAttention`; subclasses implement `attend`.
 
-    The chunks of this rank come as its `attention_bias`, since they say what attends to what. megatron-core takes a
-    micro-batch for one long row: its own packed samples (`packed_seq_params`) would have to be padded where they are
-    split, and queries, keys and values be taken apart before their rotary positions are applied.
+    This rank's chunks are passed as `attention_bias`. megatron-core sees a micro-batch as one long row. Its own packed
+    format (`packed_seq_params`) would require padding for context parallelism, and splitting queries, keys and values
+    before the rotary embedding is applied.
     """
 
     def __init__(self, config, layer_number, attn_mask_type, attention_type, **_):
@@ -97,7 +97,7 @@ class _PackedAttention(torch.nn.Module):
         return torch.cat(mixed).flatten(1).unsqueeze(1)
 
     def _gather(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of all ranks in the order of the micro-batch; gradients go back to the ranks they are of."""
+        """Keys and values of all ranks in the order of the micro-batch; backward returns gradients to their ranks."""
         both = gather_from_sequence_parallel_region(
             torch.cat([key, value], dim=-1), group=parallel_state.get_context_parallel_group()
         )
@@ -108,7 +108,7 @@ class _PackedAttention(torch.nn.Module):
 
 
 class TorchAttention(_PackedAttention):
-    """With torch's own kernels: FlashAttention over all samples at once on a GPU, else sample by sample."""
+    """Attention by torch: FlashAttention over all samples at once on a GPU, otherwise sample by sample."""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, chunk: Chunk) -> Tensor:
         if query.is_cuda and query.dtype != torch.float32:  # FlashAttention has no float32
@@ -121,7 +121,7 @@ class TorchAttention(_PackedAttention):
 
 
 class TEAttention(_PackedAttention):
-    """With Transformer Engine, which runs cuDNN's kernels: about 1.6 times as fast on Hopper GPUs."""
+    """Attention by Transformer Engine with cuDNN kernels: about 1.6 times as fast on Hopper GPUs."""
 
     def setup(self, config) -> None:
         from transformer_engine.pytorch import DotProductAttention
@@ -137,7 +137,7 @@ class TEAttention(_PackedAttention):
         )
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, chunk: Chunk) -> Tensor:
-        # It refuses tensors that begin in the middle of their memory, as those of later chunks do.
+        # It rejects tensors with a storage offset, which later chunks have.
         query, key, value = (x.clone() if x.storage_offset() else x for x in (query, key, value))
         return self.inner(
             query, key, value,
@@ -147,7 +147,7 @@ class TEAttention(_PackedAttention):
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """[heads, q, d], [groups, k, d] twice -> [heads, q, d]; the queries are the last of the k positions."""
+    """[heads, q, d], [groups, k, d] twice -> [heads, q, d]; the queries are the last q of the k positions."""
     if query.shape[1] == key.shape[1]:
         return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
     mask = torch.ones(query.shape[1], key.shape[1], dtype=torch.bool, device=query.device)
@@ -158,7 +158,7 @@ def _causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def _flash(query: Tensor, key: Tensor, value: Tensor, chunk: Chunk) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    # torch 2.11 takes fewer key heads than query heads as they are, 2.13 wants it said.
+    # torch 2.11 accepts grouped-query attention without a flag, 2.13 requires it.
     grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     return varlen_attn(
         query, key, value, chunk.query_ends, chunk.key_ends, *chunk.longest, window_size=(-1, 0), **grouped

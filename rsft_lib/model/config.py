@@ -1,4 +1,4 @@
-"""A Hugging Face `config.json` as a megatron-core TransformerConfig. Nothing else describes the model."""
+"""A Hugging Face `config.json` as a megatron-core TransformerConfig; it is the only description of the model."""
 
 import json
 from pathlib import Path
@@ -12,34 +12,34 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from rsft_lib.common.paths import existing
 
 FAMILIES = ("qwen2", "qwen3", "llama", "mistral")
-ROPE_TYPES = ("default", "linear", "llama3")  # those that change frequencies only
+ROPE_TYPES = ("default", "linear", "llama3")  # the types that only change frequencies
 
 
 def read_config(folder: str | Path) -> PretrainedConfig:
-    """The `config.json` of a model or checkpoint folder. Code that the folder brings along is never run.
+    """Read the `config.json` of a model or checkpoint folder. Code in the folder is never run.
 
     Raises:
-        FileNotFoundError: the folder holds none.
+        FileNotFoundError: the folder has no config.
         ValueError: it is damaged, or describes a model that this kit cannot train; the message names the setting.
     """
     path = existing(Path(folder) / "config.json", "model config")
     try:
         family = json.loads(path.read_text(encoding="utf-8"))["model_type"]
-        # Of another family, transformers would ask whether to run the folder's code.
+        # For other families, transformers would ask whether to run the folder's code.
         config = AutoConfig.from_pretrained(path.parent, trust_remote_code=False) if family in FAMILIES else None
-    except Exception as error:  # transformers raises many kinds; each means that the file is no model's config
-        raise ValueError(f"{path} cannot be read as a model's config: {error}") from error
+    except Exception as error:  # transformers raises many types; all mean that the file is not a model config
+        raise ValueError(f"{path} cannot be read as a model config: {error}") from error
     _refuse_unsupported({"model_type": (family, FAMILIES)} if config is None else _expected(config), path)
     return config
 
 
 def head_dim(config: PretrainedConfig) -> int:
-    """Width of one attention head; not every model has hidden_size / heads."""
+    """Dimension of one attention head, which may differ from hidden_size / heads."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def padded_vocab_size(vocab_size: int, multiple: int) -> int:
-    """`vocab_size` rounded up, so that the rows of an embedding divide over tensor-parallel ranks.
+    """`vocab_size` rounded up to a multiple, so that embedding rows are divisible by the tensor-parallel size.
 
     >>> padded_vocab_size(151_665, 128)
     151680
@@ -48,44 +48,47 @@ def padded_vocab_size(vocab_size: int, multiple: int) -> int:
 
 
 def attention_window(config: PretrainedConfig) -> int | None:
-    """Positions that one token attends to at most, or None: attention to more than these would be another model's."""
+    """The sliding window: the maximum number of positions that a token attends to; None if unlimited."""
     return getattr(config, "sliding_window", None)
 
 
-def check_layout(config: PretrainedConfig, tensor_parallel: int, pipeline_parallel: int) -> None:
-    """Check that the model divides over ranks; its vocabulary is padded and need not.
+def check_layout(
+    config: PretrainedConfig, tensor_parallel: int, pipeline_parallel: int, virtual_pipeline: int = 1
+) -> None:
+    """Check that the model can be partitioned across ranks; the vocabulary is padded and always can.
 
     Raises:
-        ValueError: with every size that does not.
+        ValueError: lists every size that is not divisible.
     """
-    groups, problems = config.num_key_value_heads, []
+    heads, groups, problems = config.num_attention_heads, config.num_key_value_heads, []
     for name in ("num_attention_heads", "intermediate_size"):
         if getattr(config, name) % tensor_parallel:
-            problems.append(f"{name} {getattr(config, name)} does not divide by tensor_parallel {tensor_parallel}")
+            problems.append(f"{name}={getattr(config, name)} is not divisible by {tensor_parallel=}")
     if groups % tensor_parallel and tensor_parallel % groups:
-        problems.append(f"num_key_value_heads {groups} is no multiple or divisor of tensor_parallel {tensor_parallel}")
-    rows = (config.num_attention_heads + 2 * groups) * head_dim(config)  # megatron-core splits them evenly
+        problems.append(f"num_key_value_heads={groups} is neither a multiple nor a divisor of {tensor_parallel=}")
+    rows = (heads + 2 * groups) * head_dim(config)  # megatron-core splits them evenly
     if rows % tensor_parallel:
         problems.append(f"the {rows} rows of the fused QKV weight are not divisible by {tensor_parallel=}")
-    if config.num_hidden_layers % pipeline_parallel:
+    if config.num_hidden_layers % (pipeline_parallel * virtual_pipeline):
+        by_virtual = f" x {virtual_pipeline=}" if virtual_pipeline > 1 else ""
         problems.append(
-            f"num_hidden_layers {config.num_hidden_layers} does not divide by pipeline_parallel {pipeline_parallel}"
+            f"num_hidden_layers={config.num_hidden_layers} is not divisible by {pipeline_parallel=}{by_virtual}"
         )
     if problems:
-        raise ValueError("this model does not divide over the ranks: " + "; ".join(problems))
+        raise ValueError("this model cannot be partitioned across the ranks: " + "; ".join(problems))
 
 
 def inverse_frequencies(config: PretrainedConfig) -> Tensor | None:
-    """Scaled rotary frequencies as transformers computes them, float32 [head_dim / 2]; None for unscaled ones.
+    """Scaled rotary frequencies as transformers computes them, float32 [head_dim / 2]; None if unscaled.
 
-    megatron-core 0.16.1 knows Llama 3's scaling too, but takes only its factor from outside.
+    megatron-core 0.16.1 implements Llama 3's scaling, but only its factor can be set.
     """
     kind = config.rope_parameters["rope_type"]
     return None if kind == "default" else ROPE_INIT_FUNCTIONS[kind](config, "cpu")[0]
 
 
 def transformer_config(config: PretrainedConfig, **run_settings) -> TransformerConfig:
-    """The architecture of `config` with the settings of a run (parallel sizes, dtypes, fusions)."""
+    """The architecture of `config` with the settings of a run (parallel sizes, dtypes, fusions, ...)."""
     return TransformerConfig(
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
@@ -110,15 +113,15 @@ def transformer_config(config: PretrainedConfig, **run_settings) -> TransformerC
 
 
 def _leave_empty(weight: torch.Tensor) -> None:
-    """Weights always come from a checkpoint.
+    """Skip initialization: weights always come from a checkpoint.
 
-    `perform_initialization=False` would say the same, but then megatron-core does not mark weights as split
-    over tensor-parallel ranks, and the gradient norm counts rank 0's part only.
+    With `perform_initialization=False` megatron-core would not mark weights as tensor-parallel, and the gradient norm
+    would only include rank 0's shard.
     """
 
 
 def _expected(config: PretrainedConfig) -> dict[str, tuple]:
-    """Setting -> (what it is, what it may be); one that a family does not have counts as what is expected of it."""
+    """Setting -> (value, allowed values); a setting that the family lacks has an allowed value."""
     rope = getattr(config, "rope_parameters", None) or {}
     return {
         "hidden_act": (getattr(config, "hidden_act", None), ("silu",)),
@@ -132,7 +135,7 @@ def _expected(config: PretrainedConfig) -> dict[str, tuple]:
 
 
 def _refuse_unsupported(expected: dict[str, tuple], path: Path) -> None:
-    for name, (found, allowed) in expected.items():
-        if found not in allowed:
-            one_of = " or ".join(repr(value) for value in allowed if value is not None)
-            raise ValueError(f"{path}: {name} is {found!r}; this kit trains models with {one_of or 'none'} only")
+    for name, (value, allowed) in expected.items():
+        if value not in allowed:
+            one_of = " or ".join(repr(choice) for choice in allowed if choice is not None)
+            raise ValueError(f"{path}: {name} is {value!r}; this kit only trains models with {one_of or 'none'}")

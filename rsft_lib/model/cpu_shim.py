@@ -1,7 +1,7 @@
-"""megatron-core on a machine without CUDA.
+"""Run megatron-core on a machine without CUDA.
 
-megatron-core asks for CUDA by name in many places although all of its arithmetic runs on CPU. Within
-`cuda_on_cpu()` those names mean the CPU. Where CUDA is there, nothing is changed.
+megatron-core hard-codes CUDA in many places although all of its arithmetic runs on a CPU. Within `cuda_on_cpu()` these
+calls use the CPU. With CUDA, nothing is changed.
 """
 
 import functools
@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 
 def device() -> torch.device:
-    """The device that tensors of this process belong on."""
+    """The device for this process's tensors."""
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
@@ -26,7 +26,7 @@ def device() -> torch.device:
 
 @functools.cache
 def gpu() -> tuple[str, int] | None:
-    """Name and bytes of memory of this machine's first GPU, asked without taking any of it; None without one."""
+    """Name and memory in bytes of this machine's first GPU, read without allocating on it; None without a GPU."""
     if not torch.cuda.is_available() or not shutil.which("nvidia-smi"):
         return None
     query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
@@ -37,7 +37,7 @@ def gpu() -> tuple[str, int] | None:
 
 
 def fused(function):
-    """`function` as one kernel where its first argument lies on a GPU, by torch's compiler; elsewhere as it is."""
+    """Compile `function` into one kernel for a first argument on a GPU; otherwise run it eagerly."""
     compiled = jit_fuser(function)
 
     @functools.wraps(function)
@@ -48,7 +48,7 @@ def fused(function):
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """Every torch function called with a CUDA device gets the CPU; `Tensor.cuda()` is the identity."""
+    """Replaces a CUDA device by the CPU in every torch function call; `Tensor.cuda()` is the identity."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -66,13 +66,13 @@ class _CudaMeansCpu(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def _is_cuda(wanted) -> bool:
+def _is_cuda(target) -> bool:
     # megatron-core also passes torch.cuda.current_device(), a bare int.
-    return isinstance(wanted, int) or str(wanted).startswith("cuda")
+    return isinstance(target, int) or str(target).startswith("cuda")
 
 
 class _Stream:
-    """Stands for the one stream that a CPU has; a class, since type annotations name it."""
+    """Stub of `torch.cuda.Stream`; a class, since type annotations use it."""
 
     def __init__(self, *_, **__):
         pass
@@ -82,18 +82,18 @@ class _Stream:
 
 @contextmanager
 def cuda_on_cpu() -> Iterator[None]:
-    """Let megatron-core run on this machine, with or without CUDA; enter it once, around everything."""
+    """Let megatron-core run on this machine, with or without CUDA; enter it once, around all of its calls."""
     if torch.cuda.is_available():
         yield
         return
     for method in vars(torch.optim.Optimizer).values():
-        # Those import torch's compiler to tell it that they are not for it: a tenth of the time that a rank needs to
-        # start, and an error within the mode below.
+        # These import torch's compiler only to disable it for themselves: a tenth of a rank's startup time, and an
+        # error within the mode below.
         if hasattr(method, "__wrapped__"):
             method.__wrapped__.__dynamo_disable = method.__wrapped__
     nothing = lambda *_, **__: None  # noqa: E731
     stand_ins = {
-        # Not 0: within a backward pass no mode is active that would say what 0 means.
+        # Not 0: the mode, which maps 0 to the CPU, is not active in the backward pass.
         "current_device": lambda: torch.device("cpu"),
         "set_device": nothing,
         "synchronize": nothing,

@@ -1,4 +1,4 @@
-"""The process groups of a run: who holds which part of the model, and which part of the batch."""
+"""Process groups of a run: data-, tensor-, pipeline- and context-parallel."""
 
 import os
 from collections.abc import Iterator
@@ -21,12 +21,12 @@ def ranks(
     virtual_pipeline_size: int = 1,
     timeout: int = 600,
 ) -> Iterator[None]:
-    """Join the ranks that torchrun started, or be the only one, within the block.
+    """Initialize the process groups of the ranks that torchrun started, or of a single rank, within the block.
 
-    NCCL between GPUs, gloo between CPUs.
+    The backend is NCCL on GPUs and gloo on CPUs.
 
     Args:
-        timeout: seconds after which a rank that waits for another one fails, as it may while that one writes or reads.
+        timeout: seconds after which a collective fails; ranks also wait in one while another reads or writes files.
     """
     with cuda_on_cpu():
         cuda = torch.cuda.is_available()

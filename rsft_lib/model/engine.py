@@ -1,4 +1,4 @@
-"""What differs between megatron-core 0.16.1, the last for Python 3.11, and 0.19.2, for later ones; nowhere else."""
+"""All differences between megatron-core 0.16.1, the last version for Python 3.11, and 0.19.2 for later Pythons."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,20 +18,20 @@ from torch import Tensor
 VERSION = version("megatron-core")
 
 
-def _copy_memory(output: Tensor, again: Tensor) -> None:
-    storage, source = output.untyped_storage(), again.untyped_storage()
+def _copy_memory(output: Tensor, recomputed: Tensor) -> None:
+    storage, source = output.untyped_storage(), recomputed.untyped_storage()
     storage.resize_(source.nbytes())
     storage.copy_(source)
 
 
 def _share_or_copy() -> Callable[[Tensor, Tensor], None]:
-    """How an output that was given back gets its memory again, once it is computed again.
+    """The function that restores a discarded output from its recomputation.
 
-    0.16 copies. 0.19 hands the new memory over, by C++ that is compiled when it is first asked for: on a GPU 3 ms of
-    a micro-batch of 420, on a CPU nothing but the wait.
+    0.16 copies. 0.19 shares the new memory through C++ that is compiled on first use: it saves 3 ms of a micro-batch
+    of 420 ms on a GPU, and nothing on a CPU.
     """
     if torch.cuda.is_available():
-        with suppress(ImportError, OSError, RuntimeError):  # no compiler, no ninja, no folder for what is compiled
+        with suppress(ImportError, OSError, RuntimeError):  # no compiler, no ninja or no build folder
             return _share()
     return _copy_memory
 
@@ -41,13 +41,13 @@ megatron_random._get_share_storage = _share_or_copy
 
 
 def prepare_recomputation() -> None:
-    """Compile now what the first backward pass would compile, in which nobody waits for it as long."""
+    """Compile now what the first backward pass would compile, where the hang timeout is shorter."""
     if _share is not None:
         _share_or_copy()
 
 
 def replace_dense_mlp(layer: TransformerLayerSubmodules, mlp: type[MLP]) -> None:
-    """Have a layer's spec build `mlp` where it would build megatron-core's MLP; experts stay as they are."""
+    """Replace megatron-core's MLP by `mlp` in a layer's spec; experts are unchanged."""
     spec = layer.mlp
     if isinstance(spec, ModuleSpec):  # 0.16
         if spec.module is MLP:
@@ -57,9 +57,9 @@ def replace_dense_mlp(layer: TransformerLayerSubmodules, mlp: type[MLP]) -> None
 
 
 def plan_save(sharded: dict, folder: Path, threads: int) -> AsyncRequest:
-    """Decide which rank writes which tensor of a `torch_dist` checkpoint; `threads` files a rank.
+    """Plan which rank writes which tensor of a `torch_dist` checkpoint, in `threads` files per rank.
 
-    The default of 0.19 is a package that is no dependency of it.
+    The default backend of 0.19 is a package that it does not depend on.
     """
     strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=threads)
     return strategy.async_save(sharded, folder, *([] if VERSION.startswith("0.16") else ["mcore"]))

@@ -1,4 +1,4 @@
-"""The model that is trained: megatron-core's GPTModel over packed samples, with a loss at trained positions only."""
+"""The trained model: megatron-core's GPTModel over packed samples, with a loss at trained positions only."""
 
 import importlib.util
 
@@ -17,10 +17,10 @@ from rsft_lib.model.loss_head import Loss, Targets, weighted_loss
 
 
 def resolve_backend(backend: str, precision: str = "bf16") -> str:
-    """'te' or 'torch' for 'auto', 'te' or 'torch'; Transformer Engine has no attention to packed samples in fp32.
+    """Resolve 'auto' to 'te' or 'torch'; Transformer Engine has no fp32 attention over packed samples.
 
     Raises:
-        ValueError: the name is another, or 'te' is asked for where it cannot run.
+        ValueError: the name is unknown, or 'te' cannot run here.
     """
     available = (
         precision != "fp32" and torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
@@ -35,19 +35,19 @@ def resolve_backend(backend: str, precision: str = "bf16") -> str:
 
 
 class ResponseModel(GPTModel):
-    """GPTModel that is called with packed samples and, for training, returns a `loss_head.Loss`.
+    """GPTModel over packed samples that returns a `loss_head.Loss` for training.
 
     Args of a call:
         input_ids, position_ids: int64 [b, s]; positions restart with every sample.
         attention_mask: None; attention is causal within each sample.
-        labels: `loss_head.Targets` for a loss; without them the call returns logits [b, s, v / TP].
-        samples: the `attention.Chunk`s of this rank; without them, every row is one sample.
+        labels: `loss_head.Targets` for a loss; None returns logits [b, s, v / TP].
+        samples: the `attention.Chunk`s of this rank; None if every row is one sample.
     """
 
     tokens_in_vocabulary: int
-    """The last rows of embedding and output layer may be padding; they take no part in the loss."""
+    """Later rows of embedding and output layer are padding and excluded from the loss."""
     watched: tuple[int, ...] = ()
-    """Words whose probability is reported at every target."""
+    """Tokens whose log probability is returned at every target."""
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, attention_mask=None, *, samples=None, **rest):
         if samples is not None:
@@ -59,7 +59,7 @@ class ResponseModel(GPTModel):
         logits = self.forward(input_ids.view(1, -1), positions, attention_mask, samples=samples, **rest)
         return logits.view(rows, length, -1) if self.post_process else logits
 
-    # What follows overrides methods that megatron-core calls private, with arguments that differ between its versions.
+    # The methods below override private ones of megatron-core; their arguments differ between versions.
 
     def _preprocess(self, input_ids: Tensor, position_ids: Tensor, **_) -> tuple:
         embedded = self.embedding(input_ids=input_ids, position_ids=position_ids) if self.pre_process else None
@@ -71,16 +71,16 @@ class ResponseModel(GPTModel):
             return super()._postprocess(hidden_states=hidden_states, labels=None, **rest)
         group, sequence = self.pg_collection.tp, self.config.sequence_parallel
         enter = gather_from_sequence_parallel_region if sequence else copy_to_tensor_model_parallel_region
-        own = _used(self.output_layer).weight  # none where a tied model's embedding is on this stage
+        own = _gathered(self.output_layer).weight  # None if this stage has the embedding that it is tied to
         weight = self.shared_embedding_or_output_weight() if own is None else own
         hidden = enter(hidden_states).flatten(0, 1)  # [t, h]
         return weighted_loss(hidden, weight, labels, group, self.tokens_in_vocabulary, self.watched)
 
 
-def _used(module: torch.nn.Module) -> torch.nn.Module:
-    """`module`, whose parameters are about to be used without calling it.
+def _gathered(module: torch.nn.Module) -> torch.nn.Module:
+    """Run the forward pre-hooks of a module whose parameters are used without calling it.
 
-    DDP, where it gathers weights while others compute, waits for those of a module in a hook of its call.
+    With overlap_param_gather, DDP waits for a module's weights in such a hook.
     """
     for hook in module._forward_pre_hooks.values():
         hook(module, None)
@@ -90,17 +90,19 @@ def _used(module: torch.nn.Module) -> torch.nn.Module:
 def build_model(
     hf: PretrainedConfig, config: TransformerConfig, backend: str, max_length: int, vp_stage: int | None = None
 ) -> ResponseModel:
-    """This rank's part of the model, or its part number `vp_stage` of several, weights not yet loaded.
+    """This rank's part of the model (virtual pipeline stage `vp_stage`, if any), with uninitialized weights.
 
-    The vocabulary is padded to divide over the tensor-parallel ranks.
+    The vocabulary is padded to a multiple of the tensor-parallel size.
 
     Raises:
-        ValueError: the model does not divide over the ranks, or attends to fewer than `max_length` positions.
+        ValueError: the model cannot be partitioned across the ranks, or its sliding window is below `max_length`.
     """
     parts, window = config.tensor_model_parallel_size, attention_window(hf)
     check_layout(hf, parts, config.pipeline_model_parallel_size)
     if window is not None and window < max_length:
-        raise ValueError(f"sequences of {max_length} are longer than the model's sliding_window {window}; shorten them")
+        raise ValueError(
+            f"sequence length {max_length} exceeds the model's sliding_window={window}; set a shorter seq_length"
+        )
     model = ResponseModel(
         config,
         block_spec(backend, config, vp_stage),
@@ -118,8 +120,8 @@ def build_model(
     if frequencies is not None:
         model.rotary_pos_emb.inv_freq = frequencies
     for module in model.modules():
-        # By Transformer Engine's layers too, weight gradients are added where DDP keeps them. Said here, since
-        # megatron-core, told so in its config, asks for Apex on behalf of the output layer.
+        # Have Transformer Engine's layers accumulate weight gradients into DDP's buffers too. Set here, since
+        # megatron-core would require Apex for the output layer if the config set it.
         if hasattr(module, "fuse_wgrad_accumulation"):
             module.fuse_wgrad_accumulation = True
     return model

@@ -1,4 +1,4 @@
-"""The loss head's one Triton kernel: it reads the logits once, where torch's compiler has them read twice."""
+"""The loss head's Triton kernel: it reads the logits once, where torch.compile's kernel reads them twice."""
 
 import torch
 import triton

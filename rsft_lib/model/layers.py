@@ -1,10 +1,10 @@
-"""The layers of a model, as megatron-core specifies them for a config, and what of them is this kit's own.
+"""Layer specs: megatron-core's for a config, with this kit's attention and MLP.
 
-A Hugging Face `config.json` becomes a TransformerConfig in `config.py`, and that becomes layers here:
-`get_gpt_decoder_block_spec` names Transformer Engine's modules on a GPU that has them and megatron-core's local ones
-elsewhere. Put in their place are a core attention that keeps the samples of a pack apart (`attention.py`) and an MLP
-that keeps less for the backward pass. A layer of a new kind, as experts are, comes from megatron-core with its setting
-in the TransformerConfig; what megatron-core lacks for it is put into its spec in `block_spec`.
+`config.py` converts a Hugging Face `config.json` into a TransformerConfig; here it becomes layers.
+`get_gpt_decoder_block_spec` chooses Transformer Engine's modules or megatron-core's local ones. `block_spec` replaces
+the core attention by one that separates the samples of a pack (`attention.py`), and the MLP by one that saves less for
+the backward pass. To add another kind of layer, such as experts, set it in the TransformerConfig and put whatever
+megatron-core lacks into the spec in `block_spec`.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ from rsft_lib.model.cpu_shim import fused
 
 
 def block_spec(backend: str, config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage, with modules of Transformer Engine ('te') or of megatron-core ('torch')."""
+    """Layers of this pipeline stage, with modules of Transformer Engine ('te') or of megatron-core ('torch')."""
     te = backend == "te"
     block = get_gpt_decoder_block_spec(config, use_transformer_engine=te, normalization="RMSNorm", vp_stage=vp_stage)
     for layer in (spec.submodules for spec in block.layer_specs):
@@ -43,12 +43,12 @@ def block_spec(backend: str, config: TransformerConfig, vp_stage: int | None = N
 
 
 def recomputed(config: TransformerConfig) -> list[str]:
-    """What megatron-core calls the modules that are computed again in the backward pass."""
+    """megatron-core's names of the modules with selective activation recomputation."""
     return config.recompute_modules if config.recompute_granularity == "selective" else []
 
 
 def _separate_norm(layer: TransformerLayerSubmodules) -> None:
-    """Take the norm before attention out of the product after it: only a norm by itself can be computed again."""
+    """Separate the norm before attention from the fused linear layer: only a separate norm can be recomputed."""
     from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
 
     layer.input_layernorm = TENorm
@@ -57,7 +57,7 @@ def _separate_norm(layer: TransformerLayerSubmodules) -> None:
 
 
 class Norm(torch.nn.RMSNorm):
-    """torch's, marked for sequence parallelism, with which megatron-core's wrapper of it refuses to work."""
+    """torch's RMSNorm with support for sequence parallelism, which megatron-core's wrapper rejects."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, **_):
         super().__init__(hidden_size, eps, dtype=config.params_dtype)
@@ -65,10 +65,10 @@ class Norm(torch.nn.RMSNorm):
 
 
 class LeanMLP(MLP):
-    """megatron-core's SwiGLU MLP, [t, 1, h] -> [t, 1, h], that computes its activation again in the backward pass.
+    """megatron-core's SwiGLU MLP, [t, 1, h] -> [t, 1, h], that recomputes its activation in the backward pass.
 
-    The second product alone keeps the activation, [t, 1, f / TP], half as much as all else that an MLP keeps: 7.7 GiB
-    in 28 layers of 8,960 at 16,384 tokens. So its memory is given back, and filled again before it is used.
+    Only the second linear layer needs the activation, [t, 1, f / TP], a third of what an MLP saves for the backward
+    pass: 7.7 GiB in 28 layers with f = 8,960 at 16,384 tokens. Its memory is freed, and refilled before it is used.
     """
 
     def forward(self, hidden_states: Tensor, *_, **__) -> tuple[Tensor, Tensor | None]:
@@ -77,17 +77,17 @@ class LeanMLP(MLP):
         projected, _ = self.linear_fc1(hidden_states)  # [t, 1, 2 f / TP]
         activated = self._activate(projected)  # [t, 1, f / TP]
         output, bias = self.linear_fc2(activated)
-        # Recomputed layers are run twice as they are, and FP8's product keeps a copy of its own.
+        # Layers with full recomputation run twice anyway, and the FP8 linear layer saves its own copy.
         if output.requires_grad and not self.config.recompute_granularity and not self.config.fp8:
             _discard(activated, output, partial(_fill, projected.detach()))
         return output, bias
 
     def _from_hidden_states(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The same, with all but the second product computed again."""
-        again = CheckpointWithoutOutput(fp8=None)
-        activated = again.checkpoint(lambda x: self._activate(self.linear_fc1(x)[0]), hidden_states)
+        """The same, but everything except the second linear layer is recomputed."""
+        recomputation = CheckpointWithoutOutput(fp8=None)
+        activated = recomputation.checkpoint(lambda x: self._activate(self.linear_fc1(x)[0]), hidden_states)
         output, bias = self.linear_fc2(activated)
-        again.discard_output_and_register_recompute(output)
+        recomputation.discard_output_and_register_recompute(output)
         return output, bias
 
     def _activate(self, projected: Tensor) -> Tensor:
@@ -95,20 +95,20 @@ class LeanMLP(MLP):
 
 
 def _discard(activated: Tensor, output: Tensor, fill: Callable[[Tensor], None]) -> None:
-    """Free the memory of `activated` until the gradient of `output` is there, and have `fill` fill it again.
+    """Free the memory of `activated`, and refill it with `fill` once the gradient of `output` is available.
 
-    As megatron-core's `CheckpointWithoutOutput` does it, which from 0.17 on needs a C++ compiler on the machine.
+    Works like megatron-core's `CheckpointWithoutOutput`, which needs a C++ compiler from 0.17 on.
     """
     size = activated.untyped_storage().nbytes()
     activated.untyped_storage().resize_(0)
-    kept = [(activated.data, fill)]  # autograd takes no change of `data` for one
+    discarded = [(activated.data, fill)]  # autograd does not track changes of `data`
 
     def restore(_) -> None:
-        if not kept:  # of a graph that is gone through once more
+        if not discarded:  # a second backward pass through the same graph
             return
-        again, fill = kept.pop()  # the hook lives to the end of the backward pass; what it needed should not
-        again.untyped_storage().resize_(size)
-        fill(again)
+        restored, fill = discarded.pop()  # the hook outlives this call and must not keep them alive
+        restored.untyped_storage().resize_(size)
+        fill(restored)
 
     output.register_hook(restore)
 

@@ -1,15 +1,15 @@
-"""The names of a model's weights in both worlds: a table for each family, read in both directions.
+"""Weight names of megatron-core and Hugging Face: one table per family, used in both directions.
 
-Left, the name in a megatron-core checkpoint (the same for the Transformer Engine layer spec and the local one, at
-every tensor and pipeline size). Then the axis over which tensor-parallel ranks share the weight, None for one that
-each of them has whole. Right, the Hugging Face tensors it is made of:
+Left, the name in a megatron-core checkpoint (the same for the Transformer Engine and the local layer spec, at every
+parallel size). Then the axis that tensor parallelism shards, None for a replicated weight. Right, the Hugging Face
+tensors that it consists of:
 
     one     the same tensor
-    two     gate and up projection, one below the other
+    two     gate and up projection, concatenated along the rows
     three   query, key and value, interleaved by query group: the group's queries, its key, its value
 
 The layout of `linear_qkv` is that of megatron/core/transformer/attention.py,
-`SelfAttention.get_query_key_value_tensors`. Layers count from 0 in both worlds; `{}` stands for their number.
+`SelfAttention.get_query_key_value_tensors`. Layers are numbered from 0 in both; `{}` stands for the number.
 """
 
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from rsft_lib.model.config import head_dim
 
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 
-# The rows of one family differ from those of another by whole lines only.
+# Families differ by whole entries only.
 _ATTENTION, _MLP = "decoder.layers.{}.self_attention.", "decoder.layers.{}.mlp."
 _HF, _HF_ATTENTION, _HF_MLP = "model.layers.{}.", "model.layers.{}.self_attn.", "model.layers.{}.mlp."
 _COMMON = {
@@ -45,7 +45,7 @@ FAMILIES = {
 
 
 class Rows(NamedTuple):
-    """Rows of a Hugging Face tensor, and the row of the megatron-core weight at which they stand."""
+    """A range of rows of a Hugging Face tensor, and its first row in the megatron-core weight (`at`)."""
 
     name: str
     start: int
@@ -64,12 +64,12 @@ def weight_map(config: PretrainedConfig) -> dict[str, list[str]]:
 
 
 def split_axis(name: str, config: PretrainedConfig) -> int | None:
-    """The axis of a megatron-core weight over which tensor-parallel ranks share it, None if each has it whole."""
+    """The axis of a megatron-core weight that tensor parallelism shards; None if it is replicated."""
     return FAMILIES[config.model_type][_row(name)][0]
 
 
 def row_map(config: PretrainedConfig) -> dict[str, list[Rows]]:
-    """megatron-core name -> where its rows come from, or go to, from the first row to the last."""
+    """megatron-core name -> the Hugging Face rows that it consists of, in order."""
     shapes, groups = hf_shapes(config), config.num_key_value_heads
     return {
         ours: _stacked(theirs, shapes, parts=groups if len(theirs) == 3 else 1)
@@ -78,14 +78,14 @@ def row_map(config: PretrainedConfig) -> dict[str, list[Rows]]:
 
 
 def _stacked(names: list[str], shapes: dict[str, tuple[int, ...]], parts: int) -> list[Rows]:
-    """The tensors cut into `parts` each: first part of every tensor, second part of every tensor, and so on."""
-    found, at = [], 0
+    """Split each tensor into `parts` and interleave them: the first part of every tensor, the second, and so on."""
+    stacked, at = [], 0
     for part in range(parts):
         for name in names:
             count = shapes[name][0] // parts
-            found.append(Rows(name, part * count, count, at))
+            stacked.append(Rows(name, part * count, count, at))
             at += count
-    return found
+    return stacked
 
 
 def hf_shapes(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
@@ -109,7 +109,7 @@ def hf_shapes(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
 
 
 def megatron_shapes(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
-    """megatron-core name -> shape, for every weight of the model, its vocabulary not padded."""
+    """megatron-core name -> shape, for every weight of the model, without vocabulary padding."""
     shapes = hf_shapes(config)
     return {
         ours: (sum(shapes[name][0] for name in theirs), *shapes[theirs[0]][1:])
@@ -118,11 +118,11 @@ def megatron_shapes(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _layer(name: str) -> str:
-    """The number in the name of a layer's weight, '' for others."""
+    """The layer number in a weight's name; '' if the weight does not belong to a layer."""
     parts = name.split(".")
     return parts[2] if parts[1] == "layers" else ""
 
 
 def _row(name: str) -> str:
-    """The name as the table has it."""
+    """The weight's key in the table."""
     return name.replace(f"layers.{_layer(name)}.", "layers.{}.", 1) if _layer(name) else name

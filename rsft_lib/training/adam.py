@@ -1,9 +1,9 @@
-"""AdamW that keeps no second copy of the weights.
+"""AdamW with split master weights.
 
-A bf16 weight and the 16 bits that it leaves of a float32 are that float32 exactly, so the master copy costs two bytes a
-weight and not four, and the update reads and writes every number once. `megatron.core`'s distributed optimizer holds
-it as it would Transformer Engine's FusedAdam, whose 16-bit moments take a float32 copy of all of them at every step.
-Update: Loshchilov and Hutter, https://arxiv.org/abs/1711.05101, as torch.optim.AdamW does it.
+A float32 master weight is stored as its bf16 weight and the remaining 16 bits, so it costs two extra bytes instead of
+four, and the update reads and writes every value once. It takes the place of Transformer Engine's FusedAdam in
+megatron-core's distributed optimizer; with 16-bit moments, FusedAdam copies all of them to float32 at every step.
+Update: Loshchilov and Hutter, https://arxiv.org/abs/1711.05101, as in torch.optim.AdamW.
 """
 
 import torch
@@ -12,11 +12,11 @@ from torch import Tensor
 from rsft_lib.model.cpu_shim import fused
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-MASTER = "master_param"  # megatron-core's name; here what a bf16 weight leaves of its float32, int16
+MASTER = "master_param"  # megatron-core's name; here int16, the lower bits of the float32 weight
 
 
 class AdamW:
-    """Weights are float32 or bf16; gradients, float32 or bf16, are `grad`, or `decoupled_grad` of bf16 weights."""
+    """Weights and gradients are float32 or bf16; gradients are read from `grad`, for bf16 from `decoupled_grad`."""
 
     def __init__(self, groups: list[dict], betas: tuple[float, float], eps: float, moments: torch.dtype):
         self.param_groups, self.betas, self.eps = groups, betas, eps
@@ -30,11 +30,11 @@ class AdamW:
 
     @torch.no_grad()
     def step(self) -> None:
-        """One update with gradients times `scale`."""
+        """One update with the gradients multiplied by `scale`."""
         self.steps += 1
         for group in self.param_groups:
             weights = [weight for weight in group["params"] if weight.numel()]
-            if not weights:  # other ranks have all of them
+            if not weights:  # all are on other ranks
                 continue
             factors = self._factors(group["lr"], group["weight_decay"]).to(weights[0].device)
             for weight in weights:
@@ -43,7 +43,7 @@ class AdamW:
                 adamw_(weight, state.get(MASTER), grad, state["exp_avg"], state["exp_avg_sq"], factors)
 
     def _factors(self, lr: float, weight_decay: float) -> Tensor:
-        """What a step multiplies with, as `adamw_` wants it."""
+        """The factors of one step, for `adamw_`."""
         beta1, beta2 = self.betas
         rate, correction = lr / (1 - beta1**self.steps), 1 / (1 - beta2**self.steps)
         factors = [self.scale, 1 - lr * weight_decay, rate, correction, beta1, 1 - beta1, beta2, 1 - beta2, self.eps]
@@ -52,8 +52,8 @@ class AdamW:
     def _weights(self) -> list[Tensor]:
         return [weight for group in self.param_groups for weight in group["params"]]
 
-    # What megatron-core's distributed optimizer calls to save and load. Tensors go by the two functions below; the
-    # step is asked for in either of the places where torch's AdamW and Transformer Engine's have it.
+    # Called by megatron-core's distributed optimizer to save and load. Tensors are handled by the last two methods; the
+    # step is stored where torch's AdamW and where Transformer Engine's has it, since megatron-core reads both.
 
     def state_dict(self) -> dict:
         numbers = iter(range(len(self._weights())))
@@ -69,12 +69,12 @@ class AdamW:
             self.steps = int(saved["step"])
 
     def get_unscaled_state(self, weight: Tensor, name: str) -> Tensor:
-        """A state as float32; of MASTER the whole weight."""
+        """A state as float32; for MASTER the full-precision weight."""
         value = self.state[weight][name]
         return join(weight, value) if name == MASTER else value.float()
 
     def set_scaled_state(self, weight: Tensor, name: str, value: Tensor) -> None:
-        """Set a state from float32; with MASTER the weight too."""
+        """Set a state from float32; MASTER also sets the weight."""
         if name == MASTER:
             split_(value.to(weight.device), weight, self.state[weight][name])
         else:
@@ -83,12 +83,12 @@ class AdamW:
 
 @fused
 def adamw_(weight: Tensor, rest: Tensor | None, grad: Tensor, first: Tensor, second: Tensor, factors: Tensor) -> None:
-    """One AdamW step of one tensor, computed in float32: all but `grad` change in place.
+    """One AdamW step of one tensor, computed in float32; updates `weight`, `rest` and the moments in place.
 
     Args:
-        weight: float32, or bf16 with `rest` int16, what it leaves of its float32.
+        weight: float32, or bf16 with the lower bits in `rest`, int16.
         first, second: the moments, float32 or bf16.
-        factors: float32 [9], of `AdamW._factors`.
+        factors: float32 [9], from `AdamW._factors`.
     """
     scale, shrink, rate, correction, beta1, rest1, beta2, rest2, eps = factors.unbind()
     grad = grad.float() * scale
@@ -105,12 +105,12 @@ def adamw_(weight: Tensor, rest: Tensor | None, grad: Tensor, first: Tensor, sec
 
 
 def join(weight: Tensor, rest: Tensor) -> Tensor:
-    """The float32 of which `split_` made a bf16 and an int16."""
+    """Restore the float32 that `split_` split into bf16 and int16."""
     return ((weight.view(torch.int16).int() << 16) + rest.int()).view(torch.float32)
 
 
 def split_(whole: Tensor, weight: Tensor, rest: Tensor) -> None:
-    """Round float32 to the nearest bf16, ties away from zero, and keep in int16 what is missing of its bits."""
+    """Split float32 into the nearest bf16, ties away from zero, and the remaining bits as int16."""
     bits = whole.contiguous().view(torch.int32)
     upper = (bits + 0x8000) >> 16
     weight.view(torch.int16).copy_(upper)

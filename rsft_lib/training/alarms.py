@@ -1,24 +1,24 @@
-"""What should make someone look at a run: a loss that jumps, a model that answers in one mode only."""
+"""Alarms of a run: loss spikes and mode collapse (the model only answers in one mode)."""
 
 import statistics
 from collections import defaultdict, deque
 from functools import partial
 
-WINDOW = 100  # steps that are looked back upon
-FEWEST = 20  # steps before anything is said
+WINDOW = 100  # number of previous steps in the statistics
+FEWEST = 20  # minimum number of previous steps for an alarm
 SPIKE = 6.0  # standard deviations above the mean of the window
-ONE_SIDED = 0.02  # probability of a mode below which it counts as gone
-BOTH = 0.1  # share of a mode in the data from which on it should not go
+ONE_SIDED = 0.02  # a mode with a lower probability has collapsed
+BOTH = 0.1  # minimum share of a mode in the data for a collapse alarm
 
 
 class Alarms:
-    """Watches the metrics of one step after the other.
+    """Checks the metrics of every step.
 
-    Spike: the loss of a mode, or of everything where no modes are known, is more than SPIKE standard deviations above
-    the mean of the last WINDOW steps (and 10 % of it). Per mode, since a step that happens to hold short answers only
-    has another loss than the steps before, which is no news.
-    Collapse: over the window the model gives <think> a probability under ONE_SIDED, or <short>, although the data has
-    at least BOTH of it.
+    Spike: the loss of a mode (the total loss if modes are unknown) exceeds the mean of the last WINDOW steps by more
+    than SPIKE standard deviations and 10 %. Losses are compared per mode, since the total loss also varies with the
+    proportion of modes in a batch.
+    Collapse: over the window, the model's probability of <think> or <short> is below ONE_SIDED, although its share in
+    the data is at least BOTH.
     """
 
     def __init__(self):
@@ -26,19 +26,19 @@ class Alarms:
         self.losses, self.probabilities, self.shares = defaultdict(window), window(), window()
 
     def look(self, record: dict) -> list[str]:
-        """What is wrong after this step; usually nothing."""
+        """Messages of the alarms after this step; usually none."""
         losses = {name: value for name, value in record.items() if name.startswith("loss_mode_")}
-        found = [self._spike(name, loss) for name, loss in (losses or {"loss": record["loss"]}).items()]
-        return [*filter(None, found), *self._collapse(record)]
+        spikes = [self._spike(name, loss) for name, loss in (losses or {"loss": record["loss"]}).items()]
+        return [*filter(None, spikes), *self._collapse(record)]
 
     def _spike(self, name: str, loss: float) -> str:
-        before, found = self.losses[name], ""
-        if len(before) >= FEWEST:
-            mean, deviation = statistics.fmean(before), statistics.pstdev(before)
+        previous, message = self.losses[name], ""
+        if len(previous) >= FEWEST:
+            mean, deviation = statistics.fmean(previous), statistics.pstdev(previous)
             if loss > mean + max(SPIKE * deviation, 0.1 * mean):
-                found = f"loss spike: {name} {loss:.4f} after a mean of {mean:.4f} over {len(before)} steps"
-        before.append(loss)
-        return found
+                message = f"loss spike: {name} {loss:.4f} after a mean of {mean:.4f} over {len(previous)} steps"
+        previous.append(loss)
+        return message
 
     def _collapse(self, record: dict) -> list[str]:
         share = record.get("think_share")
@@ -50,9 +50,9 @@ class Alarms:
         if len(self.shares) < FEWEST:
             return []
         data, model = statistics.fmean(self.shares), statistics.fmean(self.probabilities)
-        gone = [("<think>", data, model), ("<short>", 1 - data, 1 - model)]
+        modes = [("<think>", data, model), ("<short>", 1 - data, 1 - model)]
         return [
-            f"mode collapse: the model gives {mode} a probability of {p:.3f}, the data has it in {there:.0%} of answers"
-            for mode, there, p in gone
-            if there >= BOTH and p < ONE_SIDED
+            f"mode collapse: the model's mean probability of {mode} is {p:.3f}, its share in the data is {in_data:.0%}"
+            for mode, in_data, p in modes
+            if in_data >= BOTH and p < ONE_SIDED
         ]

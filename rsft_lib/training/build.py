@@ -1,4 +1,4 @@
-"""This rank's part of a run: model, optimizer and schedule, as the settings say."""
+"""Build this rank's model, optimizer and learning-rate schedule from the settings."""
 
 from pathlib import Path
 
@@ -24,15 +24,15 @@ from rsft_lib.training.state import TrainState
 
 
 def build_state(config: TrainConfig, checkpoint: Path) -> TrainState:
-    """This rank's chunks of the model with gradient buffers, its share of the optimizer, and the schedule."""
+    """This rank's model chunks with gradient buffers, its shard of the optimizer, and the schedule."""
     hf = read_config(checkpoint)
-    refuse_misfit(config, hf)
+    check_layout(hf, config.tensor_parallel, config.pipeline_parallel, config.virtual_pipeline)
     mcore = model_settings(config, hf)
     if "layernorm" in recomputed(mcore):
         engine.prepare_recomputation()
     stages = range(config.virtual_pipeline) if config.virtual_pipeline > 1 else [None]
     chunks = [_wrapped(config, mcore, hf, stage) for stage in stages]
-    # Our own optimizer step divides by the batch's weights, so megatron-core must not divide by its count of tokens.
+    # The optimizer step divides by the sum of loss weights, so megatron-core must not divide by the number of tokens.
     mcore.finalize_model_grads_func = lambda model, num_tokens, **rest: finalize_model_grads(model, None, **rest)
     mcore.grad_scale_func = None
     if chunks[0].ddp_config.overlap_grad_reduce:
@@ -42,7 +42,7 @@ def build_state(config: TrainConfig, checkpoint: Path) -> TrainState:
 
 
 def model_settings(config: TrainConfig, hf: PretrainedConfig) -> TransformerConfig:
-    """The architecture of `hf` with what the run decides."""
+    """The architecture of `hf` with the settings of a run."""
     low = config.precision != "fp32"
     dtype = torch.bfloat16 if low else torch.float32
     backend = resolve_backend(config.backend, config.precision)
@@ -64,16 +64,16 @@ def model_settings(config: TrainConfig, hf: PretrainedConfig) -> TransformerConf
         **_recompute(config),
         **_fp8(config),
     )
-    # Queries, keys and values in one pass from their product, where nothing else happens to them.
-    untouched = not settings.qk_layernorm and settings.num_query_groups >= config.tensor_parallel
-    settings.fused_single_qkv_rope = HAVE_FUSED_QKV_ROPE and backend == "te" and untouched
+    # Fuse the QKV split with the rotary embedding if nothing happens in between.
+    fusable = not settings.qk_layernorm and settings.num_query_groups >= config.tensor_parallel
+    settings.fused_single_qkv_rope = HAVE_FUSED_QKV_ROPE and backend == "te" and fusable
     return settings
 
 
 def _interleaving(config: TrainConfig) -> dict:
     if config.virtual_pipeline == 1:
         return {}
-    # One by one: sent in batches, what two stages exchange in both directions at once would be taken for each other.
+    # Without batching: batched messages of two stages that exchange in both directions at once are mixed up.
     return {
         "virtual_pipeline_model_parallel_size": config.virtual_pipeline,
         "overlap_p2p_comm": True,
@@ -85,7 +85,7 @@ def _recompute(config: TrainConfig) -> dict:
     if config.recompute == "full":
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     if config.recompute == "selective":
-        # Transformer Engine keeps what FP8's products take, whatever becomes of the rest.
+        # Transformer Engine always saves the inputs of FP8 linear layers.
         lean = resolve_backend(config.backend, config.precision) == "te" and config.precision == "bf16"
         return {"recompute_granularity": "selective", "recompute_modules": ["layernorm" if lean else "mlp"]}
     return {}
@@ -107,23 +107,7 @@ def _wrapped(config: TrainConfig, mcore: TransformerConfig, hf: PretrainedConfig
         grad_reduce_in_fp32=config.gradients == "fp32",
         overlap_grad_reduce=overlap,
         overlap_param_gather=overlap,
-        check_for_nan_in_grad=False,  # the norm tells, before anything is updated
+        check_for_nan_in_grad=False,  # the gradient norm is checked before the update
     )
     model = Float16Module(mcore, model) if config.precision != "fp32" else model
     return DistributedDataParallel(mcore, ddp, model, disable_bucketing=bool(stage))
-
-
-def refuse_misfit(config: TrainConfig, hf: PretrainedConfig) -> None:
-    """Compare the settings with the model.
-
-    Raises:
-        ValueError: the model cannot be split that way.
-    """
-    check_layout(hf, config.tensor_parallel, pipeline_parallel=1)
-    layers = hf.num_hidden_layers
-    parts = config.pipeline_parallel * config.virtual_pipeline
-    if layers % parts:
-        by_virtual = f" x virtual_pipeline {config.virtual_pipeline}" if config.virtual_pipeline > 1 else ""
-        raise ValueError(
-            f"the model's {layers} layers do not divide by pipeline_parallel {config.pipeline_parallel}{by_virtual}"
-        )

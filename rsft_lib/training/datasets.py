@@ -1,4 +1,4 @@
-"""What a run trains on and is evaluated on, and what is known of where it came from."""
+"""Training, held-out and test data of a run, and the facts that identify them."""
 
 from dataclasses import dataclass
 
@@ -10,22 +10,22 @@ from rsft_lib.data.store import TokenStore
 from rsft_lib.tokenizer.patch import fingerprint
 from rsft_lib.training.config import TrainConfig
 
-TOLD = ("tokenizer_sha256", "template_sha256", "options")  # of the store's manifest, where it has them
+RECORDED = ("tokenizer_sha256", "template_sha256", "options")  # fields of the store's manifest, if present
 
 
 @dataclass(frozen=True)
 class Datasets:
-    """Packed samples for training, and for evaluation and a test at the end where there are any."""
+    """Packed samples for training and, optionally, for evaluation and for a test at the end."""
 
     train: PackedDataset
     held_out: PackedDataset | None
     test: PackedDataset | None
 
     def facts(self) -> dict:
-        """What must be the same when a run is continued."""
+        """Facts that must not change when a run is resumed."""
         manifest = self.train.store.manifest
-        told = {name: manifest[name] for name in TOLD if name in manifest}
-        return told | {
+        recorded = {name: manifest[name] for name in RECORDED if name in manifest}
+        return recorded | {
             "manifest_sha256": file_hash(self.train.store.folder / MANIFEST),
             "packs": len(self.train),
             "plan_sha256": self.train.plan_sha256(),
@@ -37,8 +37,8 @@ def open_datasets(config: TrainConfig) -> Datasets:
 
     Raises:
         FileNotFoundError: a folder is missing or unfinished.
-        ValueError: a sample does not fit, the split leaves nothing to train on, or the tokenizer is not what it was
-            when the data was tokenized.
+        ValueError: a sample is too long, the split leaves no training data, or the tokenizer has changed since the data
+            was tokenized.
     """
     store = TokenStore(existing(config.data, "data"))
     refuse_another_tokenizer(store)
@@ -52,15 +52,15 @@ def open_datasets(config: TrainConfig) -> Datasets:
         return Datasets(_packed(config, store), _packed(config, held_out), None)
     parts = split(len(store), config.split)
     if not parts[0]:
-        raise ValueError(f"split {config.split!r} of {len(store)} samples in {store.folder} leaves none to train on")
+        raise ValueError(f"split {config.split!r} of {len(store)} samples in {store.folder} leaves no training samples")
     return Datasets(*(_packed(config, store, part) if part else None for part in parts))
 
 
 def refuse_another_tokenizer(store: TokenStore) -> None:
-    """What is trained would not be what is served if the tokenizer changed after the data was made.
+    """Refuse data if its tokenizer has changed since: the model would be served with other tokens than trained on.
 
     Raises:
-        ValueError: the tokenizer's folder is there and has another `tokenizer.json` or chat template than then.
+        ValueError: `tokenizer.json` or the chat template in the tokenizer's folder has changed.
     """
     folder = resolve(store.manifest.get("tokenizer", ""))
     if not store.manifest.get("tokenizer") or not (folder / "tokenizer.json").is_file():
@@ -68,13 +68,13 @@ def refuse_another_tokenizer(store: TokenStore) -> None:
     changed = [name for name, value in fingerprint(folder).items() if value != store.manifest.get(name)]
     if changed:
         raise ValueError(
-            f"{store.folder} was made with another {' and '.join(changed)} than {folder} has now: tokenize again "
+            f"{' and '.join(changed)} of {folder} changed after {store.folder} was tokenized: tokenize again "
             "(notebook 04_tokenize_and_inspect)"
         )
 
 
 def split(samples: int, shares: str) -> tuple[range, ...]:
-    """Sample numbers for training, evaluation and test, one after the other, rounded as Megatron-LM does.
+    """Consecutive ranges of samples for training, evaluation and test, rounded like Megatron-LM.
 
     >>> split(2000, "999,1,0")
     (range(0, 1998), range(1998, 2000), range(2000, 2000))

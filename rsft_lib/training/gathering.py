@@ -1,8 +1,7 @@
-"""What the data-parallel ranks hold of an optimizer's states, on the CPU of the first of them, for a checkpoint.
+"""Gather the optimizer states of all data-parallel ranks on the CPU of the first one, for a checkpoint.
 
-In place of megatron-core's own function, which puts what lies after padding between two buckets into wrong places
-(there is some where their sizes do not divide by the number of ranks and by 128), and needs 32 bytes a parameter to
-gather 12.
+Replaces megatron-core's function, which misplaces everything after padding between two buckets (present if their sizes
+are not divisible by the number of ranks and by 128), and needs 32 bytes per parameter to gather 12.
 """
 
 import torch
@@ -10,15 +9,15 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from rsft_lib.training.adam import MASTER, MOMENTS
 
-STATES = ("param", *MOMENTS)  # as megatron-core calls them
+STATES = ("param", *MOMENTS)  # megatron-core's names
 
 
 def gather_states(
     optimizer: DistributedOptimizer, use_gloo_comm: bool, empty_data: bool, return_on_all_ranks: bool
 ) -> dict | None:
-    """`DistributedOptimizer.get_parameter_state_dp_zero` over gloo: by buffer and dtype a float32 tensor of each state.
+    """`DistributedOptimizer.get_parameter_state_dp_zero` over gloo: a float32 tensor of each state by buffer and dtype.
 
-    A parameter's place is that which `param_index_map` of the buffer gives, so padding is kept.
+    Parameters are placed by the buffer's `param_index_map`, so padding is kept.
 
     Args:
         empty_data: return meta tensors on every rank, as placeholders for loading.
@@ -26,24 +25,24 @@ def gather_states(
     Returns:
         None on all ranks but the first, unless `empty_data`.
     """
-    assert empty_data or (use_gloo_comm and not return_on_all_ranks), "LAYOUT in state.py asks for nothing else"
-    kept = empty_data or optimizer.data_parallel_group_gloo.rank() == 0
+    assert empty_data or (use_gloo_comm and not return_on_all_ranks), "unsupported; see LAYOUT in state.py"
+    returned = empty_data or optimizer.data_parallel_group_gloo.rank() == 0
     gathered: dict = {"buckets_coalesced": True}
     for number, (buffer, buckets) in enumerate(zip(optimizer.buffers, optimizer.gbuf_ranges, strict=True)):
         (dtype,) = buckets
-        # All threads write zeros: memory that a GPU's copy is the first to touch comes page by page, at 1 GB/s.
+        # Zeroing touches the memory with all threads; otherwise the copy from the GPU would, page by page, at 1 GB/s.
         place = "meta" if empty_data else "cpu"
-        states = {name: torch.zeros(buffer.numel, device=place) if kept else None for name in STATES}
+        states = {name: torch.zeros(buffer.numel, device=place) if returned else None for name in STATES}
         if not empty_data:
             for bucket, ranges in zip(buffer.buckets, buckets[dtype], strict=True):
                 for name, whole in states.items():
                     _gather(optimizer, name, bucket, ranges["param_map"], whole)
         gathered[number] = {dtype: {**states, "numel_unpadded": buffer.numel_unpadded}}
-    return gathered if kept else None
+    return gathered if returned else None
 
 
 def _gather(optimizer: DistributedOptimizer, name: str, bucket, shards: dict, whole: torch.Tensor | None) -> None:
-    """Put the state `name` of a bucket's parameters, of which this rank has `shards`, into the first rank's `whole`."""
+    """Gather the state `name` of a bucket's parameters from all ranks' `shards` into the first rank's `whole`."""
     group = optimizer.data_parallel_group_gloo
     numel = bucket.grad_data.numel()
     places = None if whole is None else list(whole[bucket.offset : bucket.offset + numel].chunk(group.size()))

@@ -1,4 +1,4 @@
-"""The training loop: megatron-core's schedules and optimizer, step by step, until the end or a reason to stop."""
+"""The training loop: megatron-core's schedules and optimizer, until the last step or a reason to stop."""
 
 import gc
 import itertools
@@ -33,13 +33,13 @@ from rsft_lib.training.state import TrainState, load, start
 
 
 def train(config: TrainConfig) -> TrainState:
-    """Train to the end or a reason to stop, going on from the newest checkpoint in the run folder if there is one.
+    """Train until the last step or a reason to stop, resuming from the newest checkpoint in the run folder.
 
-    `ended.json` in the run folder then says why it ended, and after which step.
+    At the end, `ended.json` in the run folder contains the reason and the last step.
     """
     output, checkpoint = resolve(config.output), existing(config.checkpoint, "checkpoint")
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    # In this order: the watch writes down where a rank stood, and then has `stopping` hear of a signal.
+    # The order matters: on SIGTERM the watchdog writes the stack, then calls the handler of `stopping`.
     with stopping(config.time_limit) as stop, watchdog.watched(output, rank, ranks, config.hang_timeout):
         (output / ENDED).unlink(missing_ok=True)
         data = open_datasets(config)
@@ -48,7 +48,7 @@ def train(config: TrainConfig) -> TrainState:
         if rank == 0:
             print(describe(config, hf, data, torch.distributed.get_world_size()), flush=True)
             if data.train.control is None:
-                print("no losses by mode: the tokenizer of the data is gone or has no control tokens", flush=True)
+                print("no losses by mode: the data's tokenizer is missing or has no control tokens", flush=True)
         state = build_state(config, checkpoint)
         state.watch(data.train.control)
         with watchdog.deadline(max(watchdog.START, config.save_timeout)):
@@ -59,7 +59,7 @@ def train(config: TrainConfig) -> TrainState:
             timeout=config.save_timeout, keep_last=config.keep_last, keep_every=config.keep_every,
         )  # fmt: skip
         run = Run(config, state, data, hf, output, stop, saver)
-        gc.freeze()  # what there is now stays to the end; looking through it again and again would cost half seconds
+        gc.freeze()  # these objects live until the end; every collection over them would take half a second
         while state.iteration < config.train_iters and not run.stopped:
             run.step()
         run.end()
@@ -67,24 +67,24 @@ def train(config: TrainConfig) -> TrainState:
 
 
 def begin(state: TrainState, output: Path, checkpoint: Path, facts: dict) -> None:
-    """Load weights, and when resuming everything else, into `state`; only rank 0 needs `facts`."""
-    found, changed = [None], []
+    """Resume `state` from the newest checkpoint in `output`, else load the base weights; only rank 0 needs `facts`."""
+    resume, changed = [None], []
     if torch.distributed.get_rank() == 0:
-        found = [newest(output)]
-        changed = refuse_another_run(found[0], facts) if found[0] else []
-    torch.distributed.broadcast_object_list(found)
-    if found[0] is None:
+        resume = [newest(output)]
+        changed = refuse_another_run(resume[0], facts) if resume[0] else []
+    torch.distributed.broadcast_object_list(resume)
+    if resume[0] is None:
         start(state, checkpoint)
         return
-    load(state, found[0])
+    load(state, resume[0])
     if torch.distributed.get_rank() == 0:
         rate = state.optimizer.param_groups[0]["lr"]
-        message = f"resumed from {found[0]}: next step {state.iteration + 1:,}, learning rate {rate:.2e}"
+        message = f"resumed from {resume[0]}: next step {state.iteration + 1:,}, learning rate {rate:.2e}"
         print(message, *(f"  {line}" for line in changed), sep="\n", flush=True)
 
 
 class Run:
-    """A run that goes on step by step."""
+    """A run in progress."""
 
     def __init__(
         self, config: TrainConfig, state: TrainState, data: Datasets, hf: PretrainedConfig, output: Path, stop: Stop,
@@ -97,7 +97,7 @@ class Run:
         self.writers = open_writers(output, state.iteration, config) if self.first else []
 
     def step(self) -> None:
-        """One optimizer step, with what is due after it: evaluation, metrics, log, checkpoint."""
+        """One optimizer step, followed by evaluation, metrics, log and checkpoint where due."""
         config, state, began = self.config, self.state, time.perf_counter()
         record = self._train(began)
         last = state.iteration == config.train_iters
@@ -113,7 +113,7 @@ class Run:
         watchdog.end_step()
 
     def end(self) -> None:
-        """Complete the last checkpoint, and say how the run ended."""
+        """Finish the last checkpoint, and record and print how the run ended."""
         self.saver.finish()
         for writer in self.writers:
             writer.close()
@@ -122,10 +122,10 @@ class Run:
             write_json(self.output / ENDED, {"reason": reason, "iteration": self.state.iteration})
             print(f"{how_it_ended(self.output)} after step {self.state.iteration}", flush=True)
             if self.stopped:
-                print("run again to go on from there", flush=True)
+                print("run again to resume", flush=True)
 
     def _train(self, began: float) -> dict:
-        """Update the model with one global batch; the record of the step."""
+        """Update the model with one global batch and return the record of the step."""
         config, state, data = self.config, self.state, self.data.train
         packs, following = (data.step(state.iteration + i, config.global_batch_size) for i in range(2))
         waited = self.loader.waited
@@ -156,7 +156,7 @@ class Run:
 
     def _speed(self, packs: list[int], trained: int, seconds: float) -> dict:
         tokens = self.config.global_batch_size * self.config.seq_length
-        found = {
+        speed = {
             "tokens_per_second": tokens / seconds,
             "trained_tokens_per_second": trained / seconds,
             "seconds": seconds,
@@ -165,15 +165,15 @@ class Run:
         if peak := peak_flops():
             squares = sum(self.data.train.cost(index) for index in packs)
             flops = training_flops(self.hf, tokens, squares)
-            found["mfu"] = flops / seconds / peak / torch.distributed.get_world_size()
-        return found
+            speed["mfu"] = flops / seconds / peak / torch.distributed.get_world_size()
+        return speed
 
     def _look_for_alarms(self, record: dict) -> None:
-        found = self.alarms.look(record)
-        if found:
-            record["alarms"] = found
+        alarms = self.alarms.look(record)
+        if alarms:
+            record["alarms"] = alarms
             if self.first:
-                print("\n".join(f"ALARM after step {record['iteration']}: {alarm}" for alarm in found), flush=True)
+                print("\n".join(f"ALARM after step {record['iteration']}: {alarm}" for alarm in alarms), flush=True)
             if self.config.alarm_stop:
                 self.stop.ask("alarm")
 
@@ -184,17 +184,17 @@ class Run:
             print(log_line(record, self.config.train_iters), flush=True)
 
     def _agree(self, seconds: float) -> None:
-        """Let all ranks know why one of them wants to stop, and whether any is still writing a checkpoint."""
+        """All-reduce the reason to stop, and whether any rank is still writing a checkpoint."""
         self.stop.look_at_the_clock(seconds)
-        said = torch.tensor([self.stop.reason, not self.saver.written()], dtype=torch.int32, device=device())
-        torch.distributed.all_reduce(said, op=torch.distributed.ReduceOp.MAX)
-        reason, writing = said.tolist()
+        flags = torch.tensor([self.stop.reason, not self.saver.written()], dtype=torch.int32, device=device())
+        torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
+        reason, writing = flags.tolist()
         self.stopped = REASONS[reason]
         if not writing:
             self.saver.go_on()
 
     def _give_up(self, loss: float, norm: float, packs: list[int]) -> None:
-        """End the run before a broken update: what it was trained on is left for who wants to know.
+        """End the run before a non-finite update, and write the batch's sample numbers to a file.
 
         Raises:
             FloatingPointError: always.
@@ -204,28 +204,28 @@ class Run:
         if self.first:
             write_json(path, {"iteration": number, "loss": str(loss), "grad_norm": str(norm), "samples": samples})
         raise FloatingPointError(
-            f"step {number}: loss {loss}, gradient norm {norm}; nothing was updated or saved. The numbers of its "
-            f"samples in {self.config.data} are in {path}; lower lr or look at them"
+            f"step {number}: loss {loss}, gradient norm {norm}; nothing was updated or saved. {path} lists the "
+            f"batch's samples in {self.config.data}; inspect them or lower lr"
         )
 
 
 class Update(NamedTuple):
-    """What one global batch gave."""
+    """Result of the update with one global batch."""
 
     counts: list[float]
-    """Its tally."""
+    """The batch's tally."""
     norm: float
-    """Of its gradient, before clipping."""
+    """Global L2 norm of the gradient, before clipping."""
     computed: float
-    """The time when the gradient was there, by `time.perf_counter`."""
+    """The `time.perf_counter` when the gradient was computed."""
 
     def finite(self) -> bool:
-        """Whether loss and gradient are numbers; otherwise nothing was updated."""
+        """Whether loss and gradient are finite; otherwise nothing was updated."""
         return math.isfinite(self.counts[0]) and math.isfinite(self.norm)
 
 
 def update(state: TrainState, loader: Loader, packs: list[int], following: list[int] | None = None) -> Update:
-    """Train on the global batch of `packs`; `following` is the next one, which is prepared meanwhile."""
+    """Train on the global batch of `packs`; `following` is the next one, to be prefetched."""
     for chunk in state.chunks:
         chunk.train()
         chunk.zero_grad_buffer()
@@ -242,7 +242,7 @@ def update(state: TrainState, loader: Loader, packs: list[int], following: list[
 
 @torch.no_grad()
 def evaluate(state: TrainState, config: TrainConfig, data: PackedDataset, prefix: str) -> dict[str, float]:
-    """Metrics over the same `eval_iters` batches of held-out data every time."""
+    """Metrics over the first `eval_iters` batches of held-out data, the same in every evaluation."""
     for chunk in state.chunks:
         chunk.eval()
     batches = min(config.eval_iters, -(-len(data) // config.global_batch_size))
@@ -256,14 +256,14 @@ def evaluate(state: TrainState, config: TrainConfig, data: PackedDataset, prefix
 
 
 def peak_memory() -> int:
-    """Most bytes that this process had: on the GPU, or resident where there is none."""
+    """Peak memory of this process in bytes: allocated on the GPU, or resident without a GPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def log_line(record: dict, train_iters: int) -> str:
-    """One step on one line."""
+    """The log line of one step."""
     line = (
         f"step {record['iteration']:>6}/{train_iters}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  "
         f"grad norm {record['grad_norm']:.2f}  {record['tokens_per_second']:,.0f} tokens/s"

@@ -1,8 +1,8 @@
-"""The loss of a step: cross-entropy times weight, summed over trained tokens, over the sum of weights of the batch.
+"""The loss of a step: weighted cross-entropy, summed over the trained tokens of a batch, divided by the sum of weights.
 
-The gradients of all micro-batches and ranks are added up as they are, weights are counted along with the losses, and
-the optimizer divides once. So neither packing nor the parallel layout changes a token's weight, and weights need not
-be whole numbers.
+Gradients of all micro-batches and ranks are summed without normalization, the weights are summed along with the
+losses, and the optimizer divides once. So a token's weight depends on neither packing nor parallel sizes, and need not
+be an integer.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,22 +19,22 @@ from rsft_lib.training.loss_stats import tally
 
 
 class MicroBatch(NamedTuple):
-    """What one context-parallel rank needs of a micro-batch."""
+    """One context-parallel rank's part of a micro-batch."""
 
     tokens: Tensor
     position_ids: Tensor
     targets: Targets
     kinds: Tensor
-    """int64 [n], of each target."""
+    """int64 [n], the kind of each target."""
     chunks: tuple[Chunk, ...]
 
     def each(self, function: Callable[[Tensor], Tensor]) -> "MicroBatch":
-        """The same with every tensor passed through `function`."""
+        """Apply `function` to every tensor."""
         return _each(self, function)
 
 
 def micro_batch(batch: dict[str, Tensor], rank: int, size: int) -> MicroBatch:
-    """Cut out of the tensors of `PackedDataset.batch` what a context-parallel rank needs, still on the CPU."""
+    """Shard the tensors of `PackedDataset.batch` for a context-parallel rank, on the CPU."""
     own = {name: share(rows, rank, size) for name, rows in batch.items() if name != "cu_seqlens"}
     positions = own["loss_mask"][0].nonzero()[:, 0]
     targets = Targets(positions, own["labels"][0, positions], own["loss_mask"][0, positions])
@@ -43,14 +43,14 @@ def micro_batch(batch: dict[str, Tensor], rank: int, size: int) -> MicroBatch:
 
 
 def forward_step(batches: Iterator[MicroBatch], model):
-    """Run one micro-batch through this rank's part of the model; the signature is that of mcore's schedules."""
+    """Run one micro-batch through this rank's part of the model; called by megatron-core's schedules."""
     batch = next(batches).each(lambda tensor: tensor.to(device(), non_blocking=True))
     output = model(batch.tokens, batch.position_ids, None, labels=batch.targets, samples=batch.chunks)
     return output, partial(total_and_tally, weights=batch.targets.weights, kinds=batch.kinds)
 
 
 def total_and_tally(output: Loss, weights: Tensor, kinds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What mcore's schedules want of a loss: a scalar to differentiate, a count (which is not used), and the log."""
+    """The loss for megatron-core's schedules: a differentiable scalar, a token count (unused), and the tally."""
     count = torch.zeros((), dtype=torch.int, device=kinds.device)
     return output[0], count, tally(Loss(*output), weights, kinds)
 

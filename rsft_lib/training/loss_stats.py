@@ -1,8 +1,8 @@
-"""What is counted over the trained tokens of a batch, and the metrics that it becomes.
+"""Loss statistics of the trained tokens of a batch, and the metrics computed from them.
 
-A tally is one float64 vector, so that a single sum over ranks and micro-batches completes it: the weighted loss, the
-weights, the number of trained tokens, loss and number of tokens of each kind (see `span_kinds`), and, of each mode,
-the summed probability that <think> had against <short> where one of the two had to be chosen.
+A tally is one float64 vector that is summed over ranks and micro-batches: the weighted loss, the weights, the number of
+trained tokens, loss and number of tokens of each kind (see `span_kinds`), and for each mode the summed probability of
+<think> against <short> at the control token.
 """
 
 import torch
@@ -18,11 +18,12 @@ SIZE = 3 + 2 * KINDS + CHOOSING
 
 @torch.no_grad()
 def tally(loss: Loss, weights: Tensor, kinds: Tensor) -> Tensor:
-    """The counts of one micro-batch: float64 [SIZE].
+    """The tally of one micro-batch: float64 [SIZE].
 
     Args:
-        loss: with the probabilities of <think> and <short> at every target, if they are known.
-        weights: float32 [n], and kinds: int64 [n], of each target.
+        loss: with the log probabilities of <think> and <short> at every target, if they are watched.
+        weights: float32 [n].
+        kinds: int64 [n].
     """
     total, log_probabilities = loss
     losses = -log_probabilities[:, 0].double()
@@ -38,12 +39,12 @@ def tally(loss: Loss, weights: Tensor, kinds: Tensor) -> Tensor:
 
 
 def weight_sum(counts: list[float]) -> float:
-    """The weights of a tally: what loss and gradients are divided by. Not 0, also where nothing is trained."""
+    """The divisor of loss and gradients: the sum of weights, or 1 if it is 0."""
     return counts[1] or 1.0
 
 
 def trained_tokens(counts: list[float]) -> int:
-    """The number of tokens of a tally."""
+    """The number of trained tokens in a tally."""
     return int(counts[2])
 
 
@@ -52,24 +53,24 @@ def metrics(counts: list[float], prefix: str = "", kinds: bool = True) -> dict[s
 
     Args:
         counts: a tally, summed over all ranks.
-        kinds: whether kinds were known.
+        kinds: whether the kinds of tokens are known.
 
     Returns:
-        loss, and if kinds were known: loss_mode_* and loss_span_* per token; p_think_when_*, the mean probability of
-        <think> against <short> where the data has that mode; think_share, how often the data has <think> there.
-        Means over no tokens are left out.
+        loss, and if kinds are known: loss_mode_* and loss_span_* per token; p_think_when_*, the mean probability of
+        <think> against <short> where the data has that mode; think_share, the share of <think> in the data. Means over
+        no tokens are omitted.
     """
     losses, numbers, chosen = counts[3 : 3 + KINDS], counts[3 + KINDS : 3 + 2 * KINDS], counts[3 + 2 * KINDS :]
-    found = {"loss": counts[0] / weight_sum(counts)}
+    values = {"loss": counts[0] / weight_sum(counts)}
     if kinds:
         width = len(SPAN_NAMES)
         groups = {f"loss_mode_{name}": range(i * width, (i + 1) * width) for i, name in enumerate(MODE_NAMES)}
         groups |= {f"loss_span_{name}": range(i, KINDS, width) for i, name in enumerate(SPAN_NAMES)}
-        found |= {name: _mean(sum(losses[k] for k in ks), sum(numbers[k] for k in ks)) for name, ks in groups.items()}
+        values |= {name: _mean(sum(losses[k] for k in ks), sum(numbers[k] for k in ks)) for name, ks in groups.items()}
         decisions = [numbers[mode * width + CONTROL] for mode in range(CHOOSING)]
-        found |= {f"p_think_when_{MODE_NAMES[mode]}": _mean(chosen[mode], decisions[mode]) for mode in range(CHOOSING)}
-        found["think_share"] = _mean(decisions[MODE_NAMES.index("think")], sum(decisions))
-    return {prefix + name: value for name, value in found.items() if value is not None}
+        values |= {f"p_think_when_{MODE_NAMES[mode]}": _mean(chosen[mode], decisions[mode]) for mode in range(CHOOSING)}
+        values["think_share"] = _mean(decisions[MODE_NAMES.index("think")], sum(decisions))
+    return {prefix + name: value for name, value in values.items() if value is not None}
 
 
 def _mean(total: float, number: float) -> float | None:

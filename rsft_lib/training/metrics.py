@@ -1,6 +1,6 @@
-"""`metrics.jsonl`: one JSON object per line, written by one rank and read by notebooks; and who else is told.
+"""Read and write `metrics.jsonl`, one JSON object per step; TensorBoard and Weights & Biases.
 
-A line may be damaged, by a power loss or a full disk. It is passed over, and everyone who reads the file says so.
+A line may be damaged by a power loss or a full disk. Readers skip and report it.
 """
 
 import itertools
@@ -14,23 +14,23 @@ from rsft_lib.common.temporary import new_file
 from rsft_lib.training.config import TrainConfig
 
 FILE = "metrics.jsonl"
-DAMAGED = "metrics.damaged.jsonl"  # what it was before a run went on without the lines that cannot be read
+DAMAGED = "metrics.damaged.jsonl"  # copy of a damaged file, from before the damaged lines were removed
 TENSORBOARD = "tensorboard"
 
 
 class MetricsWriter:
-    """Appends records; each is on disk before the next step begins."""
+    """Appends records; each is synced to disk."""
 
     def __init__(self, folder: Path, iteration: int):
-        """Open the file to go on after `iteration`: later records, of a run that was lost, are removed.
+        """Open the file to continue after `iteration`; records of later steps, whose results were lost, are removed.
 
-        Lines that cannot be read and steps that are missing are printed; a damaged file is kept beside the new one.
+        Damaged lines and missing steps are printed; a damaged file is copied before it is replaced.
         """
-        path, found = folder / FILE, scan_metrics(folder)
-        kept = [record for record in found.records if record["iteration"] <= iteration]
-        for problem in [*found.damaged, *_gaps([record["iteration"] for record in kept], iteration)]:
+        path, previous = folder / FILE, scan_metrics(folder)
+        kept = [record for record in previous.records if record["iteration"] <= iteration]
+        for problem in [*previous.damaged, *_gaps([record["iteration"] for record in kept], iteration)]:
             print(f"{path}: {problem}", flush=True)
-        if found.damaged:
+        if previous.damaged:
             _keep(path)
         with new_file(path) as file:
             file.writelines(map(_line, kept))
@@ -46,7 +46,7 @@ class MetricsWriter:
 
 
 class TensorBoard:
-    """The same records as TensorBoard's scalars; those of steps that were lost are hidden from it."""
+    """Writes the records as TensorBoard scalars; steps that were lost are purged."""
 
     def __init__(self, folder: Path, iteration: int):
         from torch.utils.tensorboard import SummaryWriter
@@ -63,17 +63,17 @@ class TensorBoard:
 
 
 class Wandb:
-    """The same records for Weights & Biases; a resumed run goes on under its id, which lies in the run folder."""
+    """Logs the records to Weights & Biases; the run's id is kept in the run folder and reused when it resumes."""
 
     def __init__(self, folder: Path, iteration: int, config: TrainConfig):
         import wandb
 
-        kept = folder / "wandb_id.txt"
+        id_file = folder / "wandb_id.txt"
         self.run = wandb.init(
             project=config.wandb_project, config=config.to_json(), dir=str(folder), name=folder.name,
-            id=kept.read_text(encoding="utf-8") if kept.exists() else None, resume="allow",
+            id=id_file.read_text(encoding="utf-8") if id_file.exists() else None, resume="allow",
         )  # fmt: skip
-        kept.write_text(self.run.id, encoding="utf-8")
+        id_file.write_text(self.run.id, encoding="utf-8")
 
     def write(self, iteration: int, **record) -> None:
         self.run.log({name: value for name, value in record.items() if value is not None}, step=iteration)
@@ -83,7 +83,7 @@ class Wandb:
 
 
 def open_writers(folder: Path, iteration: int, config: TrainConfig) -> list:
-    """Everyone who is told of each step, to go on after `iteration`."""
+    """The writers of the settings, opened to continue after `iteration`."""
     writers = [MetricsWriter(folder, iteration)]
     if config.tensorboard:
         writers.append(TensorBoard(folder, iteration))
@@ -93,25 +93,25 @@ def open_writers(folder: Path, iteration: int, config: TrainConfig) -> list:
 
 
 class Metrics(NamedTuple):
-    """What a run folder's file holds."""
+    """The contents of a run folder's `metrics.jsonl`."""
 
     records: list[dict]
-    """In order; those that can be read."""
+    """Readable records, in order."""
     damaged: list[str]
-    """A sentence for each line that cannot be read as it is."""
+    """A message for each damaged line."""
     gaps: list[str]
-    """A sentence for each range of steps that no record is of, up to the last one."""
+    """A message for each range of missing steps up to the last record."""
 
     @property
     def problems(self) -> list[str]:
-        """All that is wrong with the file, with its name."""
+        """All messages, with the file's name."""
         return [f"{FILE}: {problem}" for problem in (*self.damaged, *self.gaps)]
 
 
 def scan_metrics(folder: Path) -> Metrics:
-    """The records of a run folder, and what is wrong with them; nothing when it has not begun.
+    """The records of a run folder, and their problems; empty before the first step.
 
-    The last line is not looked at while it is half written.
+    An incomplete last line, which is still being written, is ignored.
     """
     path = Path(folder) / FILE
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
@@ -125,12 +125,12 @@ def scan_metrics(folder: Path) -> Metrics:
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """The records of a run folder that can be read, in order."""
+    """The readable records of a run folder, in order."""
     return scan_metrics(folder).records
 
 
 def parse(line: bytes) -> tuple[dict | None, str]:
-    """The record in a line, and what is wrong with the line: another one may follow what was damaged."""
+    """(record, problem) of a line; a damaged line may still end in a complete record."""
     try:
         return _record(line), ""
     except (ValueError, RecursionError) as error:
@@ -139,7 +139,7 @@ def parse(line: bytes) -> tuple[dict | None, str]:
 
 
 def _keep(path: Path) -> None:
-    """Copy a damaged file to a name that is free: whenever the process is killed, the file itself is still there."""
+    """Copy a damaged file to an unused name; the original stays, so that a kill at any time loses nothing."""
     others = (f"metrics.damaged-{number}.jsonl" for number in itertools.count(2))
     names = map(path.with_name, itertools.chain([DAMAGED], others))
     with new_file(next(name for name in names if not name.exists()), "wb") as file:
@@ -148,12 +148,12 @@ def _keep(path: Path) -> None:
 
 def _record(line: bytes) -> dict:
     if b"\0" in line:
-        raise ValueError("it holds zero bytes, as a power loss leaves them")
+        raise ValueError("it contains zero bytes, probably from a power loss")
     record = json.loads(line)
     if not isinstance(record, dict) or type(record.get("iteration")) is not int or not _is_number(record.get("loss")):
         raise ValueError("it is not a record of a step")
     if wrong := [name for name, value in record.items() if value is not None and not _is_known(name, value)]:
-        raise ValueError(f"{wrong[0]} is no number that can be drawn")
+        raise ValueError(f"{wrong[0]} is not a finite number")
     return record
 
 
@@ -164,18 +164,18 @@ def _is_known(name: str, value) -> bool:
 def _is_number(value) -> bool:
     try:
         return isinstance(value, int | float) and math.isfinite(value)
-    except OverflowError:  # of an integer that no float can hold
+    except OverflowError:  # an integer beyond the range of floats
         return False
 
 
 def _gaps(steps: list[int], last: int) -> list[str]:
-    """What is missing among steps that should be 1, 2, 3 and so on to `last`."""
-    there = sorted({0, *steps, last + 1})
-    holes = [(low + 1, high - 1) for low, high in itertools.pairwise(there) if high - low > 1]
-    return [f"step {a} is missing" if a == b else f"steps {a} to {b} are missing" for a, b in holes]
+    """Messages for the steps missing from 1 to `last`."""
+    present = sorted({0, *steps, last + 1})
+    gaps = [(low + 1, high - 1) for low, high in itertools.pairwise(present) if high - low > 1]
+    return [f"step {a} is missing" if a == b else f"steps {a} to {b} are missing" for a, b in gaps]
 
 
 def _line(record: dict) -> str:
-    # JSON has no NaN: what is not a number is null.
+    # JSON has no NaN or infinity; they become null.
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
     return json.dumps(finite, allow_nan=False) + "\n"

@@ -1,4 +1,4 @@
-"""megatron-core's distributed optimizer around our AdamW, and its schedule."""
+"""megatron-core's distributed optimizer with our AdamW, and the learning-rate schedule."""
 
 from functools import partial
 
@@ -14,7 +14,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def build_optimizer(config: TrainConfig, chunks: list) -> MegatronOptimizer:
-    """The distributed optimizer: master weights and moments, each held by one data-parallel rank."""
+    """The distributed optimizer: master weights and moments, sharded over data-parallel ranks."""
     low = config.precision != "fp32"
     settings = OptimizerConfig(
         optimizer="adam",
@@ -28,8 +28,8 @@ def build_optimizer(config: TrainConfig, chunks: list) -> MegatronOptimizer:
         params_dtype=torch.bfloat16 if low else torch.float32,
         use_distributed_optimizer=True,
     )
-    # megatron-core's word for an inner optimizer that holds bf16 weights themselves and keeps what float32 needs
-    # besides. Set behind its back, since it believes that only Transformer Engine has one.
+    # megatron-core's flag for an inner optimizer that updates bf16 weights and has its own master weights. Set after
+    # the validation, which would require Transformer Engine's.
     settings.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = low
     optimizer = get_megatron_optimizer(settings, chunks)
     for one in optimizer.chained_optimizers:
@@ -40,16 +40,17 @@ def build_optimizer(config: TrainConfig, chunks: list) -> MegatronOptimizer:
 
 
 def gradient_norm(optimizer: MegatronOptimizer) -> float:
-    """The norm of the gradient of the whole model as it was added up; the CPU waits here for all that was computed."""
+    """Global L2 norm of the summed gradients, before normalization; synchronizes with the GPU."""
     optimizer.prepare_grads()
     return optimizer.get_grad_norm()
 
 
 def step(optimizer: MegatronOptimizer, norm: float, denominator: float, clip_grad: float) -> None:
-    """One update with the gradients divided by `denominator` and clipped; both ride along in AdamW's single pass.
+    """One update with the gradients divided by `denominator` and clipped, both fused into AdamW's pass.
 
     Args:
-        norm: of the divided gradients; they are scaled so that it is at most `clip_grad`, where that is not 0.
+        norm: global L2 norm of the divided gradients.
+        clip_grad: maximum norm for gradient clipping; 0 for none.
     """
     shrink = min(1.0, clip_grad / (norm + 1e-6)) if clip_grad else 1.0
     for one in optimizer.chained_optimizers:
@@ -74,5 +75,5 @@ def build_schedule(config: TrainConfig, optimizer: MegatronOptimizer) -> Optimiz
         wd_incr_steps=config.train_iters,
         wd_incr_style="constant",
     )
-    schedule.step(increment=1)  # no step is taken at a learning rate of 0
+    schedule.step(increment=1)  # skip the step with a learning rate of 0
     return schedule

@@ -1,4 +1,4 @@
-"""What a run will take, told before it starts: parameters, memory, disk, steps, time."""
+"""Estimates before a run starts: parameters, memory, disk, steps, time."""
 
 import shutil
 from dataclasses import dataclass
@@ -8,21 +8,20 @@ import psutil
 from transformers import PretrainedConfig
 
 from rsft_lib.common.paths import existing, resolve
-from rsft_lib.model.config import head_dim, read_config
+from rsft_lib.model.config import check_layout, head_dim, read_config
 from rsft_lib.model.cpu_shim import gpu
 from rsft_lib.model.loss_head import CHUNK
-from rsft_lib.training.build import refuse_misfit
 from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.datasets import Datasets, open_datasets
 from rsft_lib.training.flops import matmul_parameters, parameters, peak_flops, training_flops
 
-EXPECTED_MFU = 0.45  # what a run on GPUs is reckoned with; ours reach 0.5 and more with packs of 16,384
+EXPECTED_MFU = 0.45  # assumed for GPUs; measured runs reach 0.5 and more with packs of 16,384 tokens
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that one rank needs, by what they hold; an estimate from shapes, without fragmentation and CUDA's own."""
+    """Estimated bytes on one rank by purpose, from shapes; excludes fragmentation and CUDA's own memory."""
 
     weights: float
     gradients: float
@@ -40,21 +39,21 @@ def preflight(config: TrainConfig, nproc: int) -> str:
 
     Raises:
         FileNotFoundError: a folder is missing.
-        ValueError: the settings do not go together, or not with the model or the data.
+        ValueError: the settings are inconsistent, or do not fit the model or the data.
     """
     config.data_parallel(nproc)
     return describe(config, read_config(existing(config.checkpoint, "checkpoint")), open_datasets(config), nproc)
 
 
 def describe(config: TrainConfig, hf: PretrainedConfig, data: Datasets, ranks: int) -> str:
-    """The lines that `preflight` gives, and the log of a run begins with."""
-    refuse_misfit(config, hf)
-    asked, config = config, config.for_packs(len(data.train))
-    overridden = asked.train_iters != config.train_iters
-    overrides = f"; epochs={config.epochs:g} overrides train_iters={asked.train_iters}" if overridden else ""
+    """The text of `preflight`, which also starts the log of a run."""
+    check_layout(hf, config.tensor_parallel, config.pipeline_parallel, config.virtual_pipeline)
+    given, config = config, config.for_packs(len(data.train))
+    overridden = given.train_iters != config.train_iters
+    overrides = f"; epochs={config.epochs:g} overrides train_iters={given.train_iters}" if overridden else ""
     per_epoch = len(data.train) / config.global_batch_size
     lines = {
-        "model": f"{parameters(hf):,} parameters, {matmul_parameters(hf):,} of them in products",
+        "model": f"{parameters(hf):,} parameters, {matmul_parameters(hf):,} of them in matrix products",
         "ranks": _layout(config, ranks),
         "memory": _memory_line(config, hf, ranks),
         "step": f"{config.global_batch_size * config.seq_length:,} tokens in {config.global_batch_size} packs",
@@ -68,7 +67,7 @@ def describe(config: TrainConfig, hf: PretrainedConfig, data: Datasets, ranks: i
 
 
 def memory(config: TrainConfig, hf: PretrainedConfig, ranks: int) -> Memory:
-    """What the fullest rank needs: the first pipeline stage, or the last where the loss is more."""
+    """Memory of the rank that needs most: the first or the last pipeline stage."""
     tensor, pipeline, context = config.tensor_parallel, config.pipeline_parallel, config.context_parallel
     ends = 1 if pipeline > 1 or hf.tie_word_embeddings else 2  # embedding and output layer on one rank
     layers = matmul_parameters(hf) - hf.vocab_size * hf.hidden_size
@@ -89,17 +88,17 @@ def memory(config: TrainConfig, hf: PretrainedConfig, ranks: int) -> Memory:
 
 
 def _activations(config: TrainConfig, hf: PretrainedConfig) -> float:
-    """Values per token that a rank keeps for the backward pass, with one layer's gradients."""
+    """Activations per token that a rank saves for the backward pass, plus one layer's gradients."""
     heads, groups, width = hf.num_attention_heads, hf.num_key_value_heads, head_dim(hf)
     across = config.tensor_parallel if config.sequence_parallel else 1
     hidden, inner = hf.hidden_size / across, 2 * hf.intermediate_size / config.tensor_parallel
     attention = 2 * (heads + groups) * width / config.tensor_parallel
     layer = {"none": 2 * hidden + attention + inner, "selective": 2 * hidden + attention, "full": hidden}
-    kept = layer[config.recompute] * hf.num_hidden_layers / config.pipeline_parallel
-    waiting = config.pipeline_parallel * (1 + (config.virtual_pipeline > 1))  # micro-batches before the first returns
+    saved = layer[config.recompute] * hf.num_hidden_layers / config.pipeline_parallel
+    in_flight = config.pipeline_parallel * (1 + (config.virtual_pipeline > 1))  # micro-batches of the first stage
     live = 1.5 * inner + 4 * hidden
     return (
-        kept * (waiting if config.pipeline_parallel > 1 else 1)
+        saved * (in_flight if config.pipeline_parallel > 1 else 1)
         + live
         + (layer["none"] if config.recompute == "full" else 0)
     )
@@ -116,20 +115,20 @@ def _layout(config: TrainConfig, ranks: int) -> str:
 def _memory_line(config: TrainConfig, hf: PretrainedConfig, ranks: int) -> str:
     need = memory(config, hf, ranks)
     parts = ", ".join(f"{name} {_size(getattr(need, name))}" for name in need.__dataclass_fields__)
-    if found := gpu():
-        there, what = found[1], "this GPU has"
+    if device := gpu():
+        available, what = device[1], "this GPU has"
     else:
-        there, what = psutil.virtual_memory().total / ranks, "each rank's share of this machine is"
+        available, what = psutil.virtual_memory().total / ranks, "each rank's share of this machine is"
     fits = (
         ""
-        if need.total < 0.95 * there
+        if need.total < 0.95 * available
         else "  TOO LITTLE: see recompute, moments, gradients and the *_parallel settings"
     )
-    return f"about {_size(need.total)} a rank ({parts}); {what} {_size(there)}{fits}"
+    return f"about {_size(need.total)} per rank ({parts}); {what} {_size(available)}{fits}"
 
 
 def checkpoint_bytes(config: TrainConfig, hf: PretrainedConfig) -> int:
-    """Weights as they are, and for the optimizer the float32 of them and of both moments."""
+    """Bytes of a checkpoint: weights, and float32 master weights and moments."""
     return parameters(hf) * (_width(config) + 12)
 
 
@@ -138,20 +137,20 @@ def _checkpoint_line(config: TrainConfig, hf: PretrainedConfig) -> str:
     kept = -(-config.train_iters // config.save_interval)
     if config.keep_last:
         kept = min(kept, config.keep_last + (config.train_iters // config.keep_every if config.keep_every else 0) + 1)
-    free = shutil.disk_usage(_first_that_exists(resolve(config.output))).free
+    free = shutil.disk_usage(_first_existing(resolve(config.output))).free
     fits = "" if size * kept < free else "  TOO LITTLE: see keep_last"
     return f"{_size(size)} each, {kept} kept; {_size(free)} free in {config.output}{fits}"
 
 
 def _saving_line(config: TrainConfig, hf: PretrainedConfig) -> str:
-    # The optimizer's part is gathered in main memory and copied once, to be cut into files; see gathering.py.
-    needed, there = parameters(hf) * (_width(config) + 2 * 12), psutil.virtual_memory().total
-    fits = "" if needed < there else "  TOO LITTLE: the ranks are killed at the first checkpoint"
-    return f"up to {_size(needed)} of main memory; this machine has {_size(there)}{fits}"
+    # The optimizer states are gathered in main memory and copied once, to be split into files; see gathering.py.
+    needed, available = parameters(hf) * (_width(config) + 2 * 12), psutil.virtual_memory().total
+    fits = "" if needed < available else "  TOO LITTLE: the ranks will be killed at the first checkpoint"
+    return f"up to {_size(needed)} of main memory; this machine has {_size(available)}{fits}"
 
 
 def _width(config: TrainConfig) -> int:
-    """Bytes of a weight."""
+    """Bytes per weight."""
     return 4 if config.precision == "fp32" else 2
 
 
@@ -159,7 +158,7 @@ def _size(bytes_: float) -> str:
     return f"{bytes_ / GIB:,.1f} GiB" if bytes_ >= GIB else f"{bytes_ / 2**20:,.1f} MiB"
 
 
-def _first_that_exists(folder: Path) -> Path:
+def _first_existing(folder: Path) -> Path:
     return next(path for path in (folder, *folder.parents) if path.exists())
 
 
@@ -170,4 +169,4 @@ def _time_line(config: TrainConfig, hf: PretrainedConfig, data: Datasets, ranks:
     share = config.global_batch_size / len(data.train)
     flops = training_flops(hf, config.global_batch_size * config.seq_length, sum(data.train.costs) * share)
     step = flops / (peak * EXPECTED_MFU * ranks)
-    return f"about {step:.1f} s a step, {step * config.train_iters / 3600:.1f} hours at an MFU of {EXPECTED_MFU:.0%}"
+    return f"about {step:.1f} s per step, {step * config.train_iters / 3600:.1f} hours at {EXPECTED_MFU:.0%} MFU"

@@ -1,4 +1,4 @@
-"""Whether a run may resume from a checkpoint: same model, data and settings, wherever they are stored."""
+"""Check that a run may resume from a checkpoint: same model, data and settings, independent of their paths."""
 
 from pathlib import Path
 
@@ -9,45 +9,45 @@ from rsft_lib.training.datasets import Datasets
 
 
 def facts_of(config: TrainConfig, data: Datasets, base: Path) -> dict:
-    """What a checkpoint's manifest records of its run: settings, and hashes of data and base model."""
+    """The facts of a run in a checkpoint's manifest: settings, and hashes of data and base model."""
     return {"config": config.to_json(), "data": data.facts(), "base_sha256": identity(base)}
 
 
 def refuse_another_run(checkpoint: Path, facts: dict) -> list[str]:
-    """A run resumes only with the model, settings and data it began with; `train_iters` may grow.
+    """Refuse to resume with another model, other data or other settings; only `train_iters` may grow.
 
     Args:
         facts: as `facts_of` returns them.
 
     Returns:
-        For the log, a line for each setting that changed without making it another run.
+        For the log, a line for each changed setting that is allowed to change.
 
     Raises:
-        ValueError: with every difference that makes it another run; or the manifest does not tell of its run.
+        ValueError: lists every difference that is not allowed; or the manifest has no facts of its run.
     """
-    before = read_manifest(checkpoint)
-    _refuse_damaged(checkpoint, before)
-    old, new = before["config"], facts["config"]
+    recorded = read_manifest(checkpoint)
+    _refuse_damaged(checkpoint, recorded)
+    old, new = recorded["config"], facts["config"]
     changed = {name: f"was {old[name]!r}, now {new[name]!r}" for name in new if name in old and old[name] != new[name]}
     differences = [f"{name}: {changed.pop(name)}" for name in SHAPES_THE_RUN if name in changed]
     if new["train_iters"] < old["train_iters"]:
         differences.append(f"train_iters: {changed.pop('train_iters')}; it may only grow")
-    base = before.get("base_sha256", "")
+    base = recorded.get("base_sha256", "")
     if base != facts["base_sha256"] and (base or "checkpoint" in changed):
         paths = changed.pop("checkpoint", f"{new['checkpoint']!r} has changed")
         differences.append(
             f"checkpoint: {paths}; SHA-256 of the weights was {base[:12]}, now {facts['base_sha256'][:12]}"
         )
     differences += [
-        f"data: {name}: was {before['data'].get(name)!r}, now {value!r}"
+        f"data: {name}: was {recorded['data'].get(name)!r}, now {value!r}"
         for name, value in facts["data"].items()
-        if before["data"].get(name) != value
+        if recorded["data"].get(name) != value
     ]
     if differences:
         listed = "\n  ".join(differences)
         raise ValueError(
             f"{checkpoint} belongs to another run:\n  {listed}\n"
-            "Set these back to continue it, or choose another output folder for a new run."
+            "Restore these to resume it, or choose another output folder for a new run."
         )
     if "train_iters" in changed:
         changed["train_iters"] += "; the learning-rate schedule is recomputed for the new length"
@@ -56,9 +56,9 @@ def refuse_another_run(checkpoint: Path, facts: dict) -> list[str]:
 
 def _refuse_damaged(checkpoint: Path, manifest: dict) -> None:
     config, data = manifest.get("config"), manifest.get("data")
-    told = isinstance(config, dict) and isinstance(data, dict) and isinstance(manifest.get("base_sha256", ""), str)
-    if not told or type(config.get("train_iters")) is not int:
+    valid = isinstance(config, dict) and isinstance(data, dict) and isinstance(manifest.get("base_sha256", ""), str)
+    if not valid or type(config.get("train_iters")) is not int:
         raise ValueError(
-            f"{checkpoint / MANIFEST} is damaged: it does not tell with which settings and data the run was trained. "
-            "Move this checkpoint away to go on from the one before it, or choose another output folder for a new run."
+            f"{checkpoint / MANIFEST} is damaged: the settings or data of the run are missing. Move this checkpoint "
+            "away to resume from the previous one, or choose another output folder for a new run."
         )

@@ -1,7 +1,7 @@
-"""Checkpoints of a run: `iter_0000000` folders that are whole or absent, written while training waits or goes on.
+"""Save checkpoints of a run atomically as `iter_0000000` folders, synchronously or in the background.
 
-megatron-core plans which rank writes what; the writing itself is done here by threads, which hash on the way. Its own
-writers are forked processes, which are waited for for ever when one is killed, and fork while CUDA runs.
+megatron-core plans which rank writes which tensors; threads write and hash the files here. megatron-core's own writers
+are processes forked while CUDA runs, and the save hangs when one of them is killed.
 """
 
 import errno
@@ -28,18 +28,18 @@ from rsft_lib.training.retention import remove_leftovers, remove_old, set_aside
 from rsft_lib.training.state import LAYOUT, TrainState, content
 from rsft_lib.training.watchdog import deadline
 
-# In place of a queue that megatron-core keeps in yet another process.
+# Replaces a queue that megatron-core keeps in a separate process.
 filesystem_async._results_queue = queue.Queue()
 
 
 class Saver:
-    """Writes the checkpoints of a run, one at a time; all ranks call it together."""
+    """Writes the checkpoints of a run, one at a time; its methods are collective over all ranks."""
 
     def __init__(
         self, output: Path, model_config: Path, facts: dict, *, iteration: int, size: float, timeout: float,
         keep_last: int, keep_every: int,
     ):  # fmt: skip
-        """`iteration` is where the run begins; `size` the bytes that a checkpoint should have, until there is one."""
+        """`iteration` is the step at which the run starts; `size` the estimated bytes of its first checkpoint."""
         self.output, self.model_config, self.facts, self.size = output, model_config, facts, size
         self.timeout, self.keep_last, self.keep_every = timeout, keep_last, keep_every
         self.writing: _Writing | None = None
@@ -48,11 +48,11 @@ class Saver:
         self.lock = ExitStack()
         if _rank_0():
             remove_leftovers(output)
-            remove_old(output, iteration, keep_last, keep_every)  # where the last save was killed before it did so
+            remove_old(output, iteration, keep_last, keep_every)  # in case the last save was killed before that
             self.size = next(map(_bytes, reversed(checkpoints(output))), size)
 
     def save(self, state: TrainState, wait: bool) -> None:
-        """Write a checkpoint of this moment; without `wait`, go on when the tensors are copied.
+        """Write a checkpoint of the current state; without `wait`, return once the tensors are copied.
 
         Raises:
             OSError: the disk is full; earlier checkpoints are kept.
@@ -64,17 +64,17 @@ class Saver:
             if _rank_0():
                 self._make_room(temporary)
             torch.distributed.barrier()
-            # What megatron-core's `dist_checkpointing.save` does, but that of 0.19 pickles what is no tensor.
+            # Like megatron-core's `dist_checkpointing.save`, which in 0.19 pickles everything that is not a tensor.
             sharded, common = save_preprocess({**content(state), "content_metadata": LAYOUT}, True, _comparable)
             if _rank_0():
                 write_common(temporary, common)
-            request = engine.plan_save(sharded, temporary, threads=WRITERS)  # as many files a rank
+            request = engine.plan_save(sharded, temporary, threads=WRITERS)
             self.writing = _Writing(request, temporary, final, state.iteration)
             if wait:
                 self.finish()
 
     def _make_room(self, temporary: Path) -> None:
-        """Create the temporary folder of a checkpoint; it is locked until it gets its final name."""
+        """Create the temporary folder of a checkpoint; it stays locked until it is renamed."""
         self.output.mkdir(parents=True, exist_ok=True)
         with ExitStack() as lock:
             lock.enter_context(locked(temporary, wait=False))
@@ -88,14 +88,14 @@ class Saver:
         """Whether this rank has nothing left to write.
 
         Raises:
-            TimeoutError: it has been writing for longer than it may.
+            TimeoutError: writing has exceeded `save_timeout`.
         """
         if self.writing and not self.writing.done.is_set() and time.monotonic() - self.writing.began > self.timeout:
-            raise TimeoutError(f"{self.writing.final} was not written within save_timeout {self.timeout} s")
+            raise TimeoutError(f"{self.writing.final} was not written within save_timeout={self.timeout} s")
         return self.writing is None or self.writing.done.is_set()
 
     def go_on(self) -> None:
-        """Complete a checkpoint that every rank has `written`: its name comes in the background."""
+        """Complete a checkpoint that all ranks have `written`; it is renamed in the background."""
         if self.writing is None:
             return
         writing, self.writing = self.writing, None
@@ -112,7 +112,7 @@ class Saver:
             self.publishing = self.background.submit(self._publish, writing, files)
 
     def finish(self) -> None:
-        """Wait until nothing is being written any more, and raise what went wrong."""
+        """Wait until the current checkpoint is complete, and raise its error if it failed."""
         with deadline(self.timeout):
             self.go_on()
             if self.publishing:
@@ -132,14 +132,14 @@ class Saver:
 
 
 class _Writing:
-    """A checkpoint on its way to disk: tensors are copied at once, files written by threads."""
+    """A checkpoint being written: tensors are copied immediately, files are written by threads."""
 
     def __init__(self, request: AsyncRequest, temporary: Path, final: Path, iteration: int):
         self.request, self.temporary, self.final, self.iteration = request, temporary, final, iteration
         self.began, self.done, self.files, self.result = time.monotonic(), threading.Event(), {}, None
         self.failed: tuple[int, str] = (0, "")
         self.buckets = request.preload_fn() if request.preload_fn else []
-        if not torch.cuda.is_available():  # nothing was copied from anywhere, and training would write on
+        if not torch.cuda.is_available():  # on a CPU, the tensors are still those that training updates
             self.buckets = [
                 (path, key, (raw, [(i, t.clone()) for i, t in ts])) for path, key, (raw, ts) in self.buckets
             ]
@@ -148,23 +148,23 @@ class _Writing:
     def _write(self) -> None:
         try:
             items = {Path(path): [*raw, *tensors] for path, _, (raw, tensors) in self.buckets}
-            places, self.files = write_files({path: [data for _, data in found] for path, found in items.items()})
+            places, self.files = write_files({path: [data for _, data in pairs] for path, pairs in items.items()})
             self.result = {
                 number: [
                     WriteResult(item.index, place.length, place)
-                    for (item, _), place in zip(found, places[path], strict=True)
+                    for (item, _), place in zip(pairs, places[path], strict=True)
                 ]
-                for number, (path, found) in enumerate(items.items())
+                for number, (path, pairs) in enumerate(items.items())
             }
         except Exception as error:
             self.failed = (getattr(error, "errno", None) or 0, f"{type(error).__name__}: {error}")
         self.done.set()
 
     def complete(self) -> dict[str, dict]:
-        """Wait for the threads, and let megatron-core write what describes the files.
+        """Wait for the threads, and have megatron-core write the checkpoint's metadata.
 
         Returns:
-            On the first rank, the manifest's entries of the files that all ranks have written.
+            On the first rank, the manifest entries of the files of all ranks.
 
         Raises:
             OSError: on every rank, the error of the first rank that failed.
@@ -187,7 +187,7 @@ class _Writing:
 
 @contextmanager
 def disk_full_details(final: Path, size: float) -> Iterator[None]:
-    """Add to a disk-full error how much the checkpoint `final` needs and how much is free."""
+    """Add the size of the checkpoint `final` and the free space to a disk-full error."""
     try:
         yield
     except OSError as error:
@@ -197,7 +197,7 @@ def disk_full_details(final: Path, size: float) -> Iterator[None]:
         raise OSError(
             error.errno,
             f"{error.strerror}: {final} needs about {size / 1e9:,.3f} GB, {free / 1e9:,.3f} GB are free. Free some "
-            "space, or set keep_last, and start again: the run resumes from the previous checkpoint",
+            "space or set keep_last, then run again: the run resumes from the previous checkpoint",
         ) from None
 
 
@@ -206,7 +206,7 @@ def _bytes(checkpoint: Path) -> int:
 
 
 def _comparable(common: dict) -> dict:
-    """What is no tensor and must be alike on all ranks; of states that a rank has none of, a name alone is left."""
+    """The non-tensor contents that must be the same on all ranks, without the optimizer's per-rank `param_state`."""
     return {**common, "optimizer": {k: v for k, v in common["optimizer"].items() if k != "param_state"}}
 
 

@@ -1,4 +1,4 @@
-"""Reasons to stop before the end: a signal, a time limit, an alarm. All ranks must stop after the same step."""
+"""Reasons to stop early: a signal, a time limit, an alarm. All ranks must stop after the same step."""
 
 import os
 import signal
@@ -6,11 +6,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-REASONS = ("", "alarm", "time limit", "SIGINT", "SIGTERM")  # the larger wins when ranks differ
+REASONS = ("", "alarm", "time limit", "SIGINT", "SIGTERM")  # the last one wins if ranks differ
 
 
 class Stop:
-    """What this rank has heard so far; `reason` is a place in REASONS."""
+    """This rank's reason to stop so far; `reason` is an index into REASONS."""
 
     def __init__(self, minutes: float):
         self.reason, self.began, self.limit = 0, time.monotonic(), minutes * 60
@@ -20,7 +20,7 @@ class Stop:
         self.reason = max(self.reason, REASONS.index(name))
 
     def look_at_the_clock(self, seconds: float) -> None:
-        """Stop at the time limit when one more step like the last, of `seconds`, and a save would go past it."""
+        """Stop if another step as long as the longest so far would exceed the time limit; this one took `seconds`."""
         self.spare = max(self.spare, seconds)
         if self.limit and time.monotonic() - self.began + self.spare > self.limit:
             self.ask("time limit")
@@ -28,18 +28,19 @@ class Stop:
 
 @contextmanager
 def stopping(minutes: float) -> Iterator[Stop]:
-    """Within the block SIGTERM and SIGINT are remembered for the end of the step.
+    """Within the block, SIGTERM and SIGINT request a stop after the current step.
 
-    A second SIGINT ends the process at once. A second SIGTERM is the same request that came on another way (a scheduler
-    sends it to all processes, and torchrun to its ranks), and must not cost what is being saved.
+    A second signal ends the process immediately if one of the two is SIGINT. A repeated SIGTERM is the same request
+    that arrived by another route (a scheduler sends it to all processes, and torchrun to its ranks), and must not
+    interrupt a save.
     """
     stop = Stop(minutes)
 
     def handle(number, _frame):
-        heard, now = REASONS[stop.reason], signal.Signals(number).name
-        if heard.startswith("SIG") and "SIGINT" in (heard, now):
+        previous, received = REASONS[stop.reason], signal.Signals(number).name
+        if previous.startswith("SIG") and "SIGINT" in (previous, received):
             os._exit(128 + number)
-        stop.ask(now)
+        stop.ask(received)
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -1,4 +1,4 @@
-"""What a run consists of at one moment, and what of it a checkpoint holds."""
+"""The state of a run, and its contents in a checkpoint."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,22 +13,22 @@ from rsft_lib.checkpoint.sharded import SHARDING, load_weights, set_weights, sha
 from rsft_lib.data.span_kinds import Control
 from rsft_lib.model.gpt import ResponseModel
 
-# Optimizer states are gathered through the CPU: through the GPU it would need as much memory again as they have.
+# Gather optimizer states through the CPU; through the GPU, it would need their size again in GPU memory.
 LAYOUT = {**SHARDING, "distrib_optim_fully_reshardable_mem_efficient": True}
 
 
 @dataclass
 class TrainState:
-    """This rank's part of the model, its optimizer and schedule, and how many steps are done."""
+    """This rank's part of the model, its optimizer and schedule, and the number of completed steps."""
 
     chunks: list[DistributedDataParallel]
-    """One, or several groups of layers where pipeline stages interleave."""
+    """One, or several groups of layers with virtual pipeline stages."""
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     iteration: int = 0
 
     def watch(self, control: Control | None) -> None:
-        """Have the model report the probability of the modes' control tokens wherever it is trained."""
+        """Have the model return the log probabilities of the modes' control tokens at every target."""
         for chunk in self.chunks:
             model = chunk
             while not isinstance(model, ResponseModel):
@@ -37,12 +37,12 @@ class TrainState:
 
 
 def content(state: TrainState, *, loading: bool = False) -> dict:
-    """Everything that a checkpoint holds, each tensor with its place in the whole model.
+    """The contents of a checkpoint as a sharded state dict.
 
-    Nothing in training draws random numbers; the state of the generator is kept for who adds something that does.
+    Training draws no random numbers; the generator's state is included for extensions that do.
     """
     for chunk in state.chunks:
-        chunk.start_param_sync(force_sync=True)  # others' updates may not have come yet where gathering overlaps
+        chunk.start_param_sync(force_sync=True)  # with overlap, the updated weights may not have been gathered yet
     weights = {f"model{number}": sharded_weights(chunk.module) for number, chunk in enumerate(state.chunks)}
     return {
         **(weights if len(weights) > 1 else {"model": weights["model0"]}),
@@ -55,13 +55,13 @@ def content(state: TrainState, *, loading: bool = False) -> dict:
 
 
 def start(state: TrainState, checkpoint: Path) -> None:
-    """Begin a run with the weights of a checkpoint."""
+    """Start a run with the weights of a checkpoint."""
     for chunk in state.chunks:
         load_weights(chunk.module, checkpoint)
 
 
 def load(state: TrainState, checkpoint: Path) -> None:
-    """Continue from a checkpoint of a run, saved at any parallel layout."""
+    """Resume from a checkpoint of a run, saved at any parallel sizes."""
     loaded = sharded.load(content(state, loading=True), checkpoint)
     for number, chunk in enumerate(state.chunks):
         set_weights(chunk.module, loaded["model" if len(state.chunks) == 1 else f"model{number}"])

@@ -18,7 +18,7 @@ from rsft_lib.training.watchdog import START
 
 
 def run(config: TrainConfig) -> None:
-    """Train as the rank that torchrun's environment says."""
+    """Train as the rank given by torchrun's environment variables."""
     config.data_parallel(int(os.environ["WORLD_SIZE"]))
     with ranks(
         config.tensor_parallel, config.pipeline_parallel, config.seed,

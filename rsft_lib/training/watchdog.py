@@ -1,11 +1,11 @@
-"""A run that makes no progress ends, and every rank leaves the stacks that it stood at.
+"""End a run that hangs, and write the stack traces of every rank.
 
-Collectives block for ever when a rank sleeps, and a save does when a disk hangs. A thread of every rank looks at the
-clock: after a deadline it writes the stacks of all threads, tells the other ranks through a file, waits until they have
-written theirs, and ends the process; one that ended at once would have torchrun end the others before they write.
+Collectives block indefinitely when a rank stops responding, and saves when a disk hangs. A watchdog thread in every
+rank checks a deadline. When it expires, the thread writes the stacks of all threads, notifies the other ranks through a
+file, waits for their stacks, and ends the process; without the wait torchrun would end the other ranks too early.
 
-Where a C call keeps the interpreter's lock no thread of Python runs. Then faulthandler's timer writes the stacks, and
-the kernel's alarm clock ends the process; neither needs the lock.
+If a C call holds the GIL, no Python thread runs. Then faulthandler's timer writes the stacks and the kernel's interval
+timer ends the process; neither needs the GIL.
 """
 
 import faulthandler
@@ -18,19 +18,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-START = 600  # seconds until the first beat, in which kernels are compiled and ranks find each other
-PATIENCE = 8  # times the longest wait of this step and the one before
-LOOK = 1.0  # seconds between two looks at the clock and at the file, which may lie on a disk that many ranks share
-LATE = 10  # seconds after a deadline at which stacks are written without the interpreter's lock
+START = 600  # seconds until the first beat, for kernel compilation and rendezvous
+PATIENCE = 8  # timeout as a multiple of the longest interval between beats in this and the previous step
+LOOK = 1.0  # seconds between checks of the clock and of the file, which may be on a shared file system
+LATE = 10  # seconds after a deadline until stacks are written without the GIL
 GRACE = 30  # seconds that a rank waits for the stacks of the others
 STACKS = "stacks"
-FIRED = "fired.txt"  # in it, who noticed first; empty while all is well
+FIRED = "fired.txt"  # which rank timed out first; empty otherwise
 
 clock = time.monotonic
 
 
 class _Watch:
-    """The one watch of this process: faulthandler has only one timer."""
+    """The watchdog of this process; there is only one, since faulthandler has only one timer."""
 
     def __init__(self, folder: Path | None = None, rank: int = 0, ranks: int = 1, least: float = 0):
         self.folder, self.rank, self.ranks, self.least = folder, rank, ranks, least
@@ -39,34 +39,34 @@ class _Watch:
         self.due, self.granted = math.inf, 0.0
 
     def arm(self, seconds: float) -> None:
-        """Expect a beat within `seconds`, also by the timers that need no lock."""
+        """Set the deadline of the next beat, for the thread and for the timers that do not need the GIL."""
         if not self.least:
             return
-        faulthandler.cancel_dump_traceback_later()  # waits for the stacks that it is writing
+        faulthandler.cancel_dump_traceback_later()  # also waits until it has finished writing stacks
         if os.fstat(self.file.fileno()).st_size and not self.fired():
-            self.file.truncate(0)  # what a timer wrote of a call that has returned, before any rank gave up
+            self.file.truncate(0)  # the timer wrote stacks of a call that has returned after all
         self.due, self.granted = clock() + seconds, seconds
         faulthandler.dump_traceback_later(seconds + LATE, file=self.file)
-        signal.setitimer(signal.ITIMER_REAL, seconds + LATE + GRACE)  # SIGALRM: it ends a process with no handler
+        signal.setitimer(signal.ITIMER_REAL, seconds + LATE + GRACE)  # SIGALRM ends the process
 
     def look(self, over: threading.Event) -> None:
-        """What the thread does, until the block is `over`."""
+        """The watchdog thread, until the block is `over`."""
         while not over.wait(LOOK):
             if clock() > self.due:
                 self.give_up(f"no progress for {self.granted:.0f} s")
-            with suppress(OSError):  # a file system that fails now may answer the next time
+            with suppress(OSError):  # a file system error may be temporary
                 if by := self.fired():
                     self.give_up(f"at this time {by}")
 
     def fired(self) -> str:
-        """Which rank gave up first, and why; empty while none has."""
+        """Which rank timed out first, and why; empty if none has."""
         return (self.folder / FIRED).read_text(errors="replace")
 
     def give_up(self, why: str) -> None:
-        """Write the stacks, have the others write theirs, and end the process."""
+        """Write the stacks, have the other ranks write theirs, and end the process."""
         try:
             faulthandler.cancel_dump_traceback_later()
-            signal.setitimer(signal.ITIMER_REAL, 2 * GRACE)  # should the disk be what hangs
+            signal.setitimer(signal.ITIMER_REAL, 2 * GRACE)  # in case the disk hangs
             self.file.write(f"{why}\n")
             self.file.flush()
             faulthandler.dump_traceback(self.file)
@@ -79,9 +79,9 @@ class _Watch:
             os._exit(1)
 
     def _written(self, rank: int) -> bool:
-        """Whether a rank has written its stacks, or ended by itself and took its file along."""
+        """Whether a rank has written its stacks, or has ended by itself and removed its file."""
         path = self.folder / f"rank{rank}.txt"
-        return not path.exists() or bool(path.read_bytes())  # reading it, since NFS keeps what stat says for a while
+        return not path.exists() or bool(path.read_bytes())  # read it, since NFS caches the size
 
 
 _watch = _Watch()
@@ -89,11 +89,10 @@ _watch = _Watch()
 
 @contextmanager
 def watched(folder: Path, rank: int, ranks: int, seconds: int) -> Iterator[None]:
-    """Within the block, end this process when no `beat` comes for `seconds`; longer where micro-batches take long.
+    """Within the block, end this process if there is no `beat` for `seconds`, or longer if micro-batches take long.
 
-    Its stacks are in `folder/stacks/rank<rank>.txt` then, and the other ones of `ranks` do the same. Of a rank that is
-    sent SIGTERM, `told<rank>.txt` has the stack at that moment: it may be killed next. With 0 seconds nothing is
-    watched.
+    It writes its stacks to `folder/stacks/rank<rank>.txt`, and so do the other ranks. On SIGTERM, which a kill may
+    follow, a rank writes its stack to `told<rank>.txt`. `seconds` 0 disables the watchdog.
     """
     global _watch
     _watch = _Watch(folder / STACKS, rank, ranks, seconds)
@@ -101,10 +100,10 @@ def watched(folder: Path, rank: int, ranks: int, seconds: int) -> Iterator[None]
         yield
         return
     _watch.folder.mkdir(parents=True, exist_ok=True)
-    own, told = (_watch.folder / f"{name}{rank}.txt" for name in ("rank", "told"))
-    for path in (_watch.folder / FIRED, own, told):
-        path.write_text("")  # not what a run before has left; no other rank of this one has begun to wait
-    with own.open("a") as _watch.file, told.open("a") as file:
+    on_hang, on_sigterm = (_watch.folder / f"{name}{rank}.txt" for name in ("rank", "told"))
+    for path in (_watch.folder / FIRED, on_hang, on_sigterm):
+        path.write_text("")  # remove stacks of a previous run; no rank of this one can have timed out yet
+    with on_hang.open("a") as _watch.file, on_sigterm.open("a") as file:
         over = threading.Event()
         thread = threading.Thread(target=_watch.look, args=[over], name="watchdog", daemon=True)
         _watch.arm(START)
@@ -114,17 +113,17 @@ def watched(folder: Path, rank: int, ranks: int, seconds: int) -> Iterator[None]
             yield
         finally:
             over.set()
-            thread.join()  # for ever where it has given up: it ends the process
+            thread.join()  # does not return after a timeout: the thread ends the process
             faulthandler.unregister(signal.SIGTERM)
             faulthandler.cancel_dump_traceback_later()
             signal.setitimer(signal.ITIMER_REAL, 0)
-            own.unlink(missing_ok=True)  # who has no stacks did not hang
+            on_hang.unlink(missing_ok=True)
             _watch.least = 0
-    told.unlink(missing_ok=True)
+    on_sigterm.unlink(missing_ok=True)
 
 
 def beat() -> None:
-    """Say that this rank made progress: called for every micro-batch."""
+    """Record progress of this rank; called for every micro-batch."""
     now = clock()
     _watch.begun = True
     if _watch.last:
@@ -134,16 +133,16 @@ def beat() -> None:
 
 
 def end_step() -> None:
-    """Say that a step is done; the first one compiled kernels, so what its micro-batches took is soon forgotten."""
+    """Record the end of a step; only the last two steps count, since the first one includes kernel compilation."""
     beat()
     _watch.before, _watch.slowest = _watch.slowest, 0.0
 
 
 @contextmanager
 def deadline(seconds: float) -> Iterator[None]:
-    """Give what is done in the block this long, in place of the usual patience between two beats.
+    """Allow `seconds` for the block instead of the usual timeout between two beats.
 
-    A block within another is a part of it: the outer one's time runs on.
+    A nested block has no effect: the deadline of the outer one remains.
     """
     if _watch.in_deadline:
         yield
@@ -157,20 +156,20 @@ def deadline(seconds: float) -> Iterator[None]:
     if not _watch.begun:
         _watch.arm(START)
         return
-    _watch.last = 0.0  # what took long here is no measure for a micro-batch
+    _watch.last = 0.0  # do not count the block as a micro-batch
     beat()
 
 
 def read_stacks(folder: Path) -> dict[str, str]:
-    """The stacks that ranks left in a run folder by the ranks' names, `rank 0`; empty when the run did not hang.
+    """Stacks in a run folder by rank, `rank 0`; empty if the run did not hang.
 
-    A rank that was ended before its watch fired has the stack of that moment.
+    For a rank that was ended before its watchdog fired, it is the stack at SIGTERM.
     """
-    hung, told = (_read(folder / STACKS, name) for name in ("rank", "told"))
-    return {f"rank {rank}": text for rank, text in sorted((told | hung).items())} if hung else {}
+    on_hang, on_sigterm = (_read(folder / STACKS, name) for name in ("rank", "told"))
+    return {f"rank {rank}": text for rank, text in sorted((on_sigterm | on_hang).items())} if on_hang else {}
 
 
 def _read(folder: Path, name: str) -> dict[int, str]:
-    """The files `name` and a rank's number that have something in them."""
+    """Contents of the non-empty files `<name><rank>.txt`, by rank."""
     texts = {path.stem: path.read_text(errors="replace").rstrip() for path in folder.glob(f"{name}*.txt")}
     return {int(stem.removeprefix(name)): text for stem, text in texts.items() if text}

@@ -1,4 +1,4 @@
-"""Into Megatron and back, and what is refused on the way."""
+"""Conversion to megatron-core and export to Hugging Face, and what both refuse."""
 
 import errno
 import json
@@ -37,7 +37,7 @@ def tokenizer(tmp_path_factory):
 
 
 def perturbed(checkpoint, folder):
-    """A copy of a checkpoint with noise on every weight, as if it had been trained."""
+    """A copy of a checkpoint with noise on every weight, like after a training."""
     noisy = {name: tensor + 0.1 * torch.randn_like(tensor) for name, tensor in all_tensors(checkpoint).items()}
     with new_folder(folder, {"made_by": "train"}) as temporary:
         torch_dist.write(temporary, Weights.of(noisy))
@@ -46,11 +46,11 @@ def perturbed(checkpoint, folder):
 
 
 def same_tensors(a, b):
-    """Whether two dictionaries hold the same tensors, by every bit."""
+    """Whether two dictionaries have bitwise equal tensors."""
     return a.keys() == b.keys() and all(a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]) for n in a)
 
 
-def test_an_export_carries_every_perturbed_tensor_biases_too(model, tokenizer, tmp_path):
+def test_an_export_contains_every_perturbed_tensor_including_biases(model, tokenizer, tmp_path):
     convert(model, tmp_path / "megatron")
     noisy = perturbed(tmp_path / "megatron", tmp_path / "noisy")
     export(noisy, tokenizer, tmp_path / "out")
@@ -58,8 +58,8 @@ def test_an_export_carries_every_perturbed_tensor_biases_too(model, tokenizer, t
     before, after = load_file(model / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     assert {n: (t.shape, t.dtype) for n, t in after.items()} == {n: (t.shape, t.dtype) for n, t in before.items()}
     assert [name for name in before if torch.equal(before[name], after[name])] == []
-    # Independent of our table of names: transformers, with the export, computes what megatron-core does with the
-    # checkpoint it came from.
+    # Independent of our weight map: transformers with the export has the same outputs as megatron-core with the
+    # checkpoint.
     assert logit_difference(tmp_path / "out", noisy) < 1e-4
     assert (tmp_path / "out" / "config.json").read_bytes() == (model / "config.json").read_bytes()
     verify(tmp_path / "out")
@@ -67,7 +67,7 @@ def test_an_export_carries_every_perturbed_tensor_biases_too(model, tokenizer, t
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_there_and_back_every_bit_and_the_dtype_stay(family, dtype, tokenizer, tmp_path):
+def test_a_round_trip_preserves_every_bit_and_the_dtype(family, dtype, tokenizer, tmp_path):
     before = tiny_family(tmp_path / "hf", family, dtype)
     convert(tmp_path / "hf", tmp_path / "megatron")
     export(tmp_path / "megatron", tokenizer, tmp_path / "out")
@@ -100,7 +100,7 @@ def test_weights_of_two_dtypes_keep_theirs(model, tokenizer, tmp_path):
     assert same_tensors(load_file(model / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors"))
 
 
-def test_a_dtype_that_is_asked_for_is_that_of_every_tensor_and_of_the_config(model, tokenizer, tmp_path):
+def test_a_requested_dtype_applies_to_every_tensor_and_the_config(model, tokenizer, tmp_path):
     facts = convert(model, tmp_path / "megatron", dtype="bfloat16")
     assert facts["dtype"] == "bfloat16" and {t.dtype for t in all_tensors(tmp_path / "megatron").values()} == {
         torch.bfloat16
@@ -112,7 +112,7 @@ def test_a_dtype_that_is_asked_for_is_that_of_every_tensor_and_of_the_config(mod
 
 
 @pytest.mark.parametrize("names", [["dtype"], ["torch_dtype"], ["dtype", "torch_dtype"], []])
-def test_no_name_of_the_dtype_in_a_written_config_says_another(names, model, tokenizer, tmp_path):
+def test_every_dtype_field_of_a_written_config_is_updated(names, model, tokenizer, tmp_path):
     edit_config(model, **dict.fromkeys(["dtype", "torch_dtype"], "float32"))
     content = json.loads((model / "config.json").read_text())
     kept = {key: value for key, value in content.items() if key in names or key not in ("dtype", "torch_dtype")}
@@ -131,7 +131,7 @@ def test_a_converted_config_of_another_dtype_is_written_again(model, tmp_path):
     assert right != (model / "config.json").read_bytes()
     shutil.copyfile(model / "config.json", tmp_path / "megatron" / "config.json")
     facts = {k: v for k, v in read_manifest(tmp_path / "megatron").items() if k != "files"}
-    artifact.write_manifest(tmp_path / "megatron", facts)  # as before it was changed along
+    artifact.write_manifest(tmp_path / "megatron", facts)  # as written before config.json was changed too
     convert(model, tmp_path / "megatron", dtype="bfloat16")
     assert (tmp_path / "megatron" / "config.json").read_bytes() == right
 
@@ -150,7 +150,7 @@ def test_a_training_in_fp32_is_exported_in_the_dtype_of_the_model(tokenizer, tmp
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "long", dtype="auto").dtype == torch.float32
 
 
-def test_a_number_that_float16_has_no_room_for_is_named_and_nothing_is_written(model, tokenizer, tmp_path):
+def test_a_value_that_overflows_float16_is_refused_by_name_and_nothing_is_written(model, tokenizer, tmp_path):
     norm = "model.layers.1.input_layernorm.weight"
     for number, fits in ((65504.0, True), (65519.0, True), (65520.0, False), (-1e9, False)):
         edit_weights(model, lambda t, n=number: t[norm].__setitem__(7, n))
@@ -180,7 +180,7 @@ def as_bin(model, sharded):
 
 
 def as_shards(model):
-    """Beside the one file, which transformers would remove."""
+    """Add shards beside the single file, which transformers would remove."""
     AutoModelForCausalLM.from_pretrained(model).save_pretrained(model / "shards", max_shard_size="100KB")
     for path in (model / "shards").glob("model*"):
         shutil.copyfile(path, model / path.name)
@@ -209,7 +209,7 @@ def test_any_kind_of_model_folder_converts_like_one_safetensors_file(source, mod
     assert same_tensors(all_tensors(tmp_path / "a"), all_tensors(tmp_path / "b"))
 
 
-STALE = {  # what lies beside newer files: how it is made of a folder with one file of safetensors
+STALE = {  # other weight files -> how to add them to a folder with one safetensors file
     "an index and its shards": lambda m: SOURCES["sharded"](m),
     "an index without its shards": lambda m: (
         SOURCES["sharded"](m), [path.unlink() for path in m.glob("model-*.safetensors")],
@@ -220,7 +220,7 @@ STALE = {  # what lies beside newer files: how it is made of a folder with one f
 
 
 @pytest.mark.parametrize("stale", STALE)
-def test_of_several_files_of_weights_those_are_read_that_transformers_reads(stale, model, tmp_path, capsys):
+def test_of_several_weight_files_those_of_transformers_are_read(stale, model, tmp_path, capsys):
     weights = model / "model.safetensors"
     before = load_file(weights)
     STALE[stale](model)
@@ -231,8 +231,8 @@ def test_of_several_files_of_weights_those_are_read_that_transformers_reads(stal
     assert differing_tensors(model, tmp_path / "megatron") == []
     found = all_tensors(tmp_path / "megatron")["output_layer.weight"]
     assert torch.equal(found, expected["lm_head.weight"])
-    said = capsys.readouterr().out
-    assert f"{model}: reading model.safetensors, ignoring " in said and "(the precedence of transformers)" in said
+    output = capsys.readouterr().out
+    assert f"{model}: reading model.safetensors, ignoring " in output and "(the precedence of transformers)" in output
 
 
 def test_shards_are_read_before_a_bin_file_as_transformers_does(model, tmp_path):
@@ -245,7 +245,7 @@ def test_shards_are_read_before_a_bin_file_as_transformers_does(model, tmp_path)
     assert torch.equal(all_tensors(tmp_path / "megatron")["output_layer.weight"], expected["lm_head.weight"])
 
 
-def test_a_second_copy_of_a_tied_head_is_left_out_but_another_tensor_is_refused(tmp_path):
+def test_a_copy_of_a_tied_head_is_ignored_but_a_different_tensor_is_refused(tmp_path):
     model = tmp_path / "hf"
     tiny_model(model, tie_word_embeddings=True)
     embedding = load_file(model / "model.safetensors")["model.embed_tokens.weight"]
@@ -257,18 +257,18 @@ def test_a_second_copy_of_a_tied_head_is_left_out_but_another_tensor_is_refused(
         convert(model, tmp_path / "other")
 
 
-# --- what is done again, and what is not
+# --- what is repeated, and what is not
 
 
 def inodes(folder):
     return {path.name: path.stat().st_ino for path in folder.iterdir()}
 
 
-def test_what_is_there_and_whole_is_not_converted_again(model, tmp_path, capsys):
+def test_a_complete_conversion_is_not_repeated(model, tmp_path, capsys):
     first = convert(model, tmp_path / "megatron")
     before = inodes(tmp_path / "megatron")
     assert convert(model, tmp_path / "megatron") == first
-    assert inodes(tmp_path / "megatron") == before and "is there already" in capsys.readouterr().out
+    assert inodes(tmp_path / "megatron") == before and "already exists" in capsys.readouterr().out
 
 
 def flip_last_bit(path):
@@ -286,7 +286,7 @@ AGAIN = {
 
 
 @pytest.mark.parametrize("change", AGAIN)
-def test_what_would_come_out_otherwise_is_converted_again(change, model, tmp_path):
+def test_a_conversion_with_another_result_is_repeated(change, model, tmp_path):
     convert(model, tmp_path / "megatron")
     AGAIN[change](model, tmp_path / "megatron")
     before = inodes(tmp_path / "megatron")
@@ -318,7 +318,7 @@ def test_an_export_is_made_again_only_for_another_checkpoint_or_tokenizer(model,
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_row_becomes_the_mean_of_others_in_both_embeddings_and_nothing_else_changes(tied, tmp_path):
     before = tiny_model(tmp_path / "hf", torch.bfloat16, tie_word_embeddings=tied).state_dict()
-    means = {7: [1, 2, 3], 2: [7, 9], 255: [0]}  # of the rows as they were, whatever is replaced first
+    means = {7: [1, 2, 3], 2: [7, 9], 255: [0]}  # means of the original rows, in any order
     convert(tmp_path / "hf", tmp_path / "megatron", row_means=means)
     after = all_tensors(tmp_path / "megatron")
     for ours, theirs in (("embedding.word_embeddings.weight", "model.embed_tokens.weight"),) + (
@@ -343,7 +343,7 @@ def test_other_row_means_convert_again_and_the_same_do_not(model, tmp_path):
     assert inodes(tmp_path / "megatron") != before
 
 
-# --- what an export holds
+# --- contents of an export
 
 
 def as_if_trained(converted, final, data):
@@ -373,7 +373,7 @@ def test_an_export_holds_all_that_a_model_folder_needs(model, tokenizer, tmp_pat
     assert "| data_sha256 | abc |" in card
 
 
-# --- what is refused, before anything is written
+# --- what is refused before anything is written
 
 
 @pytest.mark.parametrize("name", ["tokenizer_sha256", "template_sha256"])
@@ -382,7 +382,8 @@ def test_a_run_is_not_exported_with_another_tokenizer_or_template_than_it_was_tr
 ):
     convert(model, tmp_path / "megatron")
     as_if_trained(tmp_path / "megatron", tmp_path / "trained", fingerprint(tokenizer) | {name: "of another"})
-    with pytest.raises(ValueError, match=f"{tmp_path}/trained was trained on /secret/place.* another {name} than"):
+    message = f"{tmp_path}/trained was trained on /secret/place.*, whose {name} differs from"
+    with pytest.raises(ValueError, match=message):
         export(tmp_path / "trained", tokenizer, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -427,7 +428,7 @@ DAMAGE = {
         lambda m: edit_config(m, num_hidden_layers=3, layer_types=None),
         r"model.layers.3.input_layernorm.weight: not described by config.json",
     ),
-    "a wrong size": (lambda m: edit_config(m, intermediate_size=97), r"shape \(96, 64\), config.json says \(97, 64\)"),
+    "a wrong size": (lambda m: edit_config(m, intermediate_size=97), r"shape \(96, 64\), expected \(97, 64\)"),
     "another model's config": (
         lambda m: edit_config(m, model_type="qwen3"), r"q_norm.weight: missing|bias: not described",
     ),
@@ -437,21 +438,21 @@ DAMAGE = {
     ),
     "a truncated file": (
         lambda m: cut_in_half(m / "model.safetensors"),
-        "model.safetensors is no whole safetensors file .* download it again",
+        "model.safetensors is not a complete safetensors file .* download it again",
     ),
     "a truncated .bin": (
         lambda m: (as_bin(m, sharded=False), cut_in_half(m / "pytorch_model.bin")),
-        "pytorch_model.bin is no whole file of tensors only",
+        "pytorch_model.bin is not a complete file of tensors only",
     ),
-    "a missing shard": (lose_a_shard, "model-00002-of-.* is named by the index but missing"),
-    "a tensor that is not where the index says": (misplace, "model.norm.weight: not in model-00001"),
-    "an index that is no JSON": (
+    "a missing shard": (lose_a_shard, "model-00002-of-.* is missing but listed in the index"),
+    "a tensor missing from its shard": (misplace, "model.norm.weight: not in model-00001"),
+    "an index that is not JSON": (
         lambda m: ((m / "model.safetensors.index.json").write_text("{"), (m / "model.safetensors").unlink()),
-        "is no index of tensors",
+        "is not an index of tensors",
     ),
-    "no weights": (lambda m: (m / "model.safetensors").unlink(), "holds neither model.safetensors nor"),
+    "no weights": (lambda m: (m / "model.safetensors").unlink(), "has neither model.safetensors nor"),
     "no config": (lambda m: (m / "config.json").unlink(), "model config: .*config.json does not exist"),
-    "a config that is no JSON": (lambda m: (m / "config.json").write_text("{"), "config.json cannot be read"),
+    "a config that is not JSON": (lambda m: (m / "config.json").write_text("{"), "config.json cannot be read"),
     "another family": (lambda m: edit_config(m, model_type="gpt2"), "config.json: model_type is 'gpt2'"),
     "biases on every projection": (
         lambda m: edit_config(m, model_type="llama", attention_bias=True), "attention_bias is True",
@@ -475,18 +476,20 @@ def test_a_model_that_cannot_be_converted_is_refused_by_name_and_leaves_nothing(
 
 
 SETTINGS = {
-    "a TP that does not divide": (
+    "an indivisible TP": (
         {"format": "legacy", "tensor_parallel": 3},
-        "num_attention_heads 4 does not divide by tensor_parallel 3; num_key_value_heads 2 is no",
+        "num_attention_heads=4 is not divisible by tensor_parallel=3; num_key_value_heads=2 is neither",
     ),
-    "a PP that does not divide": ({"format": "legacy", "pipeline_parallel": 3}, "num_hidden_layers 4 does not divide"),
-    "a TP of nothing": ({"format": "legacy", "tensor_parallel": 0}, "must be at least 1"),
-    "a TP for what loads at any": ({"tensor_parallel": 2}, "loads at every size"),
+    "an indivisible PP": (
+        {"format": "legacy", "pipeline_parallel": 3}, "num_hidden_layers=4 is not divisible by pipeline_parallel=3",
+    ),
+    "a TP of 0": ({"format": "legacy", "tensor_parallel": 0}, "must be at least 1"),
+    "a TP for a format without one": ({"tensor_parallel": 2}, "loads at any size"),
     "an unknown format": ({"format": "zarr"}, "format is 'zarr'; choose one of torch_dist, legacy"),
     "an unknown dtype": ({"dtype": "int8"}, "dtype is 'int8'; choose one of bfloat16"),
     "a row beyond the vocabulary": ({"row_means": {256: [1]}}, r"row_means\[256\]"),
     "a mean of nothing": ({"row_means": {25: []}}, r"row_means\[25\] = \[\]"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", SETTINGS)
@@ -552,7 +555,7 @@ def test_a_checkpoint_of_another_model_is_not_exported(model, tokenizer, tmp_pat
         torch_dist.write(folder, Weights.of(tensors))
         tiny_model(tmp_path / "smaller", num_hidden_layers=2, intermediate_size=32)
         shutil.copyfile(tmp_path / "smaller" / "config.json", folder / "config.json")
-    with pytest.raises(ValueError, match="fc1.weight: shape .192, 64., config.json says .64, 64.") as error:
+    with pytest.raises(ValueError, match="fc1.weight: shape .192, 64., expected .64, 64. from config.json") as error:
         export(tmp_path / "mixed", tokenizer, tmp_path / "out")
     assert "decoder.layers.2.mlp.linear_fc1.weight: not described by config.json" in str(error.value)
     assert not (tmp_path / "out").exists()
@@ -561,5 +564,5 @@ def test_a_checkpoint_of_another_model_is_not_exported(model, tokenizer, tmp_pat
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tokenizer, tmp_path):
     tiny_model(tmp_path / "hf", vocab_size=4)
     convert(tmp_path / "hf", tmp_path / "megatron")
-    with pytest.raises(ValueError, match="the model only 4"):
+    with pytest.raises(ValueError, match="the model's vocab_size is 4"):
         export(tmp_path / "megatron", tokenizer, tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Embedding rows compared with all others, against numpy on whole matrices."""
+"""The audit of embedding rows compared with numpy on whole matrices."""
 
 import json
 
@@ -50,7 +50,7 @@ def expected(
 
 
 def as_bin(folder):
-    """The same weights in the files of older models."""
+    """The same weights as `.bin` files."""
     index = folder / "model.safetensors.index.json"
     for path in folder.glob("*.safetensors"):
         torch.save(load_file(path), folder / path.name.replace("model", "pytorch_model").replace("safetensors", "bin"))
@@ -71,7 +71,7 @@ def test_norms_percentiles_and_neighbours_are_those_of_the_whole_matrix(
     assert (tmp_path / "model" / "model.safetensors.index.json").exists() == (shard == "50KB")
     if kind == "bin":
         as_bin(tmp_path / "model")
-    monkeypatch.setattr(embedding_audit, "ROWS", 100)  # so that the last piece is a part of one
+    monkeypatch.setattr(embedding_audit, "ROWS", 100)  # so that the last block is incomplete
     pieces, read = [], Weights.read
     monkeypatch.setattr(Weights, "read", lambda *given: pieces.append(len(found := read(*given))) or found)
     found = audit(tmp_path / "model", tokenizer, TOKENS, nearest=5)
@@ -107,25 +107,25 @@ def test_a_row_of_zeros_is_no_neighbour_and_has_none(tokenizer, tmp_path):
 
 
 def test_a_model_that_cannot_be_audited_is_refused_with_a_reason(tokenizer, tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds neither model.safetensors nor pytorch_model.bin"):
+    with pytest.raises(FileNotFoundError, match="has neither model.safetensors nor pytorch_model.bin"):
         audit(tmp_path, tokenizer, TOKENS)
     save_file({"lm_head.weight": torch.zeros(4, 2)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="has no tensor 'model.embed_tokens.weight'"):
         audit(tmp_path, tokenizer, TOKENS)
     save_file({INPUT: torch.zeros(4, 2)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"has 4 rows, none for token 433"):
+    with pytest.raises(ValueError, match=r"has 4 rows, but the tokenizer has token id 433"):
         audit(tmp_path, tokenizer, TOKENS)
-    with pytest.raises(ValueError, match="'<none>' is .* tokens .*expected one"):
+    with pytest.raises(ValueError, match="'<none>' has .* token ids .*expected one"):
         audit(tmp_path, tokenizer, ["<none>"])
     index = {"weight_map": {INPUT: "gone.safetensors", "model.norm.weight": "needless.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match=r"has 4 rows"):  # of the whole file, which transformers would read
         audit(tmp_path, tokenizer, TOKENS)
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="gone.safetensors is named by the index but missing"):
+    with pytest.raises(FileNotFoundError, match="gone.safetensors is missing but listed in the index"):
         audit(tmp_path, tokenizer, TOKENS)
     save_file({"other": torch.zeros(1)}, tmp_path / "gone.safetensors")
-    with pytest.raises(ValueError, match=f"{INPUT}: not in gone.safetensors, where the index has it"):
+    with pytest.raises(ValueError, match=f"{INPUT}: not in gone.safetensors, despite the index"):
         audit(tmp_path, tokenizer, TOKENS)
 
 
@@ -134,6 +134,6 @@ def test_row_means_are_the_ids_of_words_as_they_stand_in_a_sentence(tokenizer):
     means = row_means(tokenizer, {"<short>": ["four", " eggs "], "<think>": ["step"]})
     assert means[ids("<short>")] == [ids("Ġfour"), ids("Ġeggs")]
     assert tokenizer.decode(means[ids("<think>")]) == " step" and len(means) == 2
-    for words, message in (({"<short>": []}, "needs words"), ({"<none>": ["a"]}, "expected one")):
+    for words, message in (({"<short>": []}, "must be initialised from words"), ({"<none>": ["a"]}, "expected one")):
         with pytest.raises(ValueError, match=message):
             row_means(tokenizer, words)

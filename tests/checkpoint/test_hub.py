@@ -1,4 +1,4 @@
-"""Models from the Hub, with the Hub's own client and a server that answers as the Hub does."""
+"""Models from the Hub, with the Hub's own client and a server that imitates the Hub."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from rsft_lib.common.artifact import read_manifest, verify
 
 
 def point_to(endpoint, monkeypatch):
-    """What HF_ENDPOINT does when the library is imported."""
+    """Same as setting HF_ENDPOINT before the library is imported."""
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
     template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
@@ -56,14 +56,14 @@ def test_a_model_is_downloaded_by_name_with_only_the_files_that_are_needed(serve
     assert convert(folder, tmp_path / "megatron")["weights"] == 31
 
 
-def test_what_is_there_is_used_without_asking_the_hub(server):
+def test_an_existing_download_is_used_without_contacting_the_hub(server):
     folder = hub.model_folder(NAME)
     server.requests.clear()
     assert hub.model_folder(NAME) == hub.model_folder(NAME, COMMIT) == hub.model_folder(str(folder)) == folder
     assert server.requests == []
 
 
-def test_another_revision_or_a_folder_with_a_hole_is_downloaded(server):
+def test_another_revision_or_an_incomplete_folder_is_downloaded(server):
     folder = hub.model_folder(NAME)
     hub.model_folder(NAME, "v1")
     assert read_manifest(folder)["commit"] == TAG
@@ -73,20 +73,20 @@ def test_another_revision_or_a_folder_with_a_hole_is_downloaded(server):
     assert server.requests and verify(folder)
 
 
-def test_bin_files_are_taken_where_there_is_nothing_else(server):
+def test_bin_files_are_downloaded_only_without_safetensors(server):
     del server.files["model.safetensors"], server.files["model-00001-of-00001.safetensors"]
     folder = hub.model_folder(NAME)
     assert (folder / "pytorch_model.bin").read_bytes() == b"pickled"
 
 
-def test_a_connection_that_breaks_off_is_taken_up_where_it_was(server, monkeypatch):
+def test_an_interrupted_connection_is_resumed(server, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 10_000)
     server.break_off = "model.safetensors"
     verify(hub.model_folder(NAME))
     assert [path for method, path in server.requests if method == "RANGE"] == ["model.safetensors"]
 
 
-def test_a_download_that_was_killed_goes_on_with_the_files_that_are_missing(server, tmp_path, monkeypatch):
+def test_a_killed_download_resumes_with_the_missing_files(server, tmp_path, monkeypatch):
     real = huggingface_hub.file_download.http_get
 
     def pulled_out(url, *args, **kwargs):
@@ -104,9 +104,9 @@ def test_a_download_that_was_killed_goes_on_with_the_files_that_are_missing(serv
     assert "model.safetensors" in server.fetched() and server.fetched().isdisjoint(before)
 
 
-def test_a_file_that_came_over_damaged_is_refused_and_fetched_again_next_time(server, tmp_path):
+def test_a_file_damaged_in_the_download_is_refused_and_downloaded_again(server, tmp_path):
     server.damage = "model.safetensors"
-    with pytest.raises(ValueError, match="model.safetensors came over damaged"):
+    with pytest.raises(ValueError, match="model.safetensors was damaged in the download"):
         hub.model_folder(NAME)
     assert not (tmp_path / "checkpoints" / FOLDER).exists()
     server.damage = None
@@ -122,14 +122,14 @@ def test_a_model_that_asks_for_a_token_gets_it(server):
 
 
 @pytest.mark.parametrize(("name", "revision"), [("some-org/Other", "main"), (NAME, "v9"), ("no such/na me", "main")])
-def test_a_name_that_is_nowhere_is_told_plainly(server, name, revision, tmp_path):
-    with pytest.raises(FileNotFoundError, match="is no folder under .* could not be downloaded"):
+def test_an_unknown_name_is_reported(server, name, revision, tmp_path):
+    with pytest.raises(FileNotFoundError, match="is not a folder under .* could not be downloaded"):
         hub.model_folder(name, revision)
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_the_hub_is_where_hf_endpoint_says(server, tmp_path):
-    """The same in a process of its own, with nothing patched."""
+def test_hf_endpoint_is_respected(server, tmp_path):
+    """In a separate process, without patches."""
     script = f"""
 from pathlib import Path
 from rsft_lib.checkpoint import hub
@@ -141,7 +141,7 @@ print(hub.model_folder({NAME!r}))
     verify(tmp_path / "elsewhere" / FOLDER)
 
 
-def test_without_a_network_a_missing_model_is_told_plainly_and_a_present_one_is_used(server, monkeypatch):
+def test_without_a_network_a_missing_model_is_reported_and_an_existing_one_is_used(server, monkeypatch):
     folder = hub.model_folder(NAME)
     point_to("http://127.0.0.1:9", monkeypatch)
     assert hub.model_folder(NAME) == folder
@@ -152,7 +152,7 @@ def test_without_a_network_a_missing_model_is_told_plainly_and_a_present_one_is_
 def test_a_repository_without_weights_is_refused(server):
     for name in ("model.safetensors", "model-00001-of-00001.safetensors", "pytorch_model.bin"):
         del server.files[name]
-    with pytest.raises(ValueError, match="no model.safetensors and no pytorch_model.bin"):
+    with pytest.raises(ValueError, match="neither model.safetensors nor pytorch_model.bin"):
         hub.model_folder(NAME)
 
 
@@ -173,7 +173,7 @@ def test_a_folder_that_somebody_else_made_is_not_touched(server, tmp_path):
     theirs = tmp_path / "checkpoints" / FOLDER
     theirs.mkdir(parents=True)
     (theirs / "config.json").write_text("{}")
-    with pytest.raises(FileExistsError, match="was not downloaded by this kit: name it instead"):
+    with pytest.raises(FileExistsError, match="was not downloaded by this kit: pass it instead"):
         hub.model_folder(NAME)
     assert os.listdir(theirs) == ["config.json"]
     shutil.rmtree(theirs)

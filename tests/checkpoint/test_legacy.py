@@ -1,6 +1,6 @@
-"""Megatron-LM's older layout, as it writes it and as we do.
+"""Megatron-LM's older layout, written by Megatron-LM and by this kit.
 
-That our files have the names and shapes of megatron-core's own models is checked in test_families.py.
+test_families.py checks that our files have the names and shapes of megatron-core's models.
 """
 
 import argparse
@@ -14,12 +14,11 @@ import torch
 from families import tiny_family
 from megatron.core.transformer.enums import AttnBackend
 from safetensors.torch import load_file
-from support import all_tensors, settings, tiny_tokenizer
+from support import all_tensors, tiny_tokenizer
 
 from rsft_lib.checkpoint.convert import convert
 from rsft_lib.checkpoint.export import export
-from rsft_lib.model.config import read_config
-from rsft_lib.training.build import refuse_misfit
+from rsft_lib.model.config import check_layout, read_config
 
 FILE = "model_optim_rng.pt"
 
@@ -31,7 +30,7 @@ def model(tmp_path):
 
 
 def by_megatron_lm(model, folder, tokens, local=False, **layout):
-    """A checkpoint as Megatron-LM leaves it after a training: no manifest, no config.json, and more in every file."""
+    """A checkpoint as Megatron-LM writes it: without manifest and config.json, and with more in every file."""
     made = convert(model, folder / "made", format="legacy", vocab_size=tokens, **layout)["folder"]
     shutil.copytree(made, folder / "theirs")
     for name in ("manifest.json", "config.json", "generation_config.json"):
@@ -76,10 +75,10 @@ def test_a_checkpoint_that_megatron_lm_wrote_becomes_one_of_ours(model, tmp_path
     assert all(torch.equal(a[name], b[name]) and torch.equal(a[name], c[name]) for name in a)
 
 
-def test_rows_that_were_cut_off_are_not_made_up(model, tmp_path):
+def test_dropped_rows_are_not_invented(model, tmp_path):
     made = convert(model, tmp_path / "made", format="legacy", vocab_size=100)["folder"]
     assert len(load_rank(made, 0)["model"]["embedding.word_embeddings.weight"]) == 128
-    with pytest.raises(ValueError, match="rows for 128 tokens, config.json says 251: name the model"):
+    with pytest.raises(ValueError, match="has 128 vocabulary rows, but vocab_size in config.json is 251"):
         export(made, tiny_tokenizer(tmp_path / "tokenizer"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -118,14 +117,14 @@ NORM = "decoder.layers.0.self_attention.linear_qkv.layer_norm_weight"
 DAMAGE = {
     "a rank is missing": (lambda f: shutil.rmtree(f / "iter_0000001" / "mp_rank_01_000"), "mp_rank_01_000/.* missing"),
     "a file is missing": (lambda f: rank_file(f, "mp_rank_00_001").unlink(), "mp_rank_00_001/.* missing"),
-    "a file is cut": (lambda f: cut(rank_file(f, "mp_rank_01_001")), "mp_rank_01_001/.* is no whole, safe checkpoint"),
+    "a file is cut": (lambda f: cut(rank_file(f, "mp_rank_01_001")), "mp_rank_01_001/.* is not a complete, safe"),
     "files of two steps": (
         lambda f: edit(rank_file(f, "mp_rank_00_001"), lambda c: c.update(iteration=2)),
         "mixes files of several steps",
     ),
-    "files of two steps that tell no step": (
+    "files of two steps without their numbers": (
         lambda f: edit(rank_file(f, "mp_rank_01_000"), lambda c: c["model"][NORM].add_(1)),
-        f"{NORM} is another than in the files of other ranks",
+        f"{NORM} differs from the files of other ranks",
     ),
     "a weight is missing": (
         lambda f: edit(rank_file(f, "mp_rank_00_000"), lambda c: c["model"].pop(NORM)), f"{NORM}: missing",
@@ -137,7 +136,7 @@ DAMAGE = {
     "a weight has another size": (
         lambda f: [edit(path, lambda c: c["model"].update({NORM: torch.ones(3)})) for path in f.rglob(FILE)
                    if path.parent.name.endswith("_000")],
-        r"layer_norm_weight: shape \(3,\), config.json says \(64,\)",
+        r"layer_norm_weight: shape \(3,\), expected \(64,\) from config.json",
     ),
     "parts of experts": (
         lambda f: os.rename(f / "iter_0000001" / "mp_rank_00_000", f / "iter_0000001" / "mp_rank_00_000_000"),
@@ -156,8 +155,8 @@ def test_a_damaged_checkpoint_of_megatron_lm_is_refused_by_name(damage, model, t
     assert not (tmp_path / "ours").exists()
 
 
-def test_query_key_and_value_that_do_not_divide_over_ranks_are_refused_and_not_cut_off(tmp_path):
-    """As megatron-core does, which splits their 160 rows evenly; heads alone would divide."""
+def test_an_indivisible_qkv_weight_is_refused_and_not_truncated(tmp_path):
+    """megatron-core splits its 160 rows evenly; the heads alone would be divisible."""
     shape = {"num_attention_heads": 6, "num_key_value_heads": 2, "hidden_size": 96, "intermediate_size": 96}
     tiny_family(tmp_path / "hf", "qwen2", **shape, head_dim=16)
     layout = {"format": "legacy", "tensor_parallel": 6}
@@ -165,8 +164,8 @@ def test_query_key_and_value_that_do_not_divide_over_ranks_are_refused_and_not_c
         convert(tmp_path / "hf", tmp_path / "made", **layout)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
     with pytest.raises(ValueError, match="the 160 rows of the fused QKV weight"):
-        refuse_misfit(settings(checkpoint="c", data="d", output="o", tensor_parallel=6), read_config(tmp_path / "hf"))
-    # Two heads more, and 192 rows divide.
+        check_layout(read_config(tmp_path / "hf"), tensor_parallel=6, pipeline_parallel=1)
+    # 192 rows are divisible.
     tiny_family(tmp_path / "hf", "qwen2", **shape | {"num_attention_heads": 12, "num_key_value_heads": 6}, head_dim=8)
     made = convert(tmp_path / "hf", tmp_path / "made", **layout)["folder"]
     convert(made, tmp_path / "back", original=tmp_path / "hf")

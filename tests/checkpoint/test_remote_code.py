@@ -1,4 +1,4 @@
-"""Code that a model folder brings along is never run, and nobody is asked."""
+"""Code in a model folder is never run, and the user is not prompted to run it."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ AUTO_MAP = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil", "Aut
 
 @pytest.fixture
 def with_code(tmp_path, monkeypatch):
-    """A model folder with code in every place where transformers would run it, if somebody said yes."""
+    """A model folder with code in every place where transformers would run it after confirmation."""
     folder, asked = tmp_path / "with-code", []
     demo.make_model(folder, seed=0)
     code = LEAVES_A_MARK.format(str(tmp_path / "it-ran"))
@@ -60,7 +60,7 @@ def test_code_of_a_model_folder_is_never_run_nor_asked_about_where_the_model_is_
     of_another_family(with_code)
     tokenizer, store = load_tokenizer(with_code), random_store(tmp_path / "store")
     run = settings(checkpoint=str(with_code), data=str(store), output=str(tmp_path / "run"))
-    not_ours = f"{with_code}/config.json: model_type is 'evil'; this kit trains models with 'qwen2'"
+    not_ours = f"{with_code}/config.json: model_type is 'evil'; this kit only trains models with 'qwen2'"
     not_asked = f"^The repository {with_code} contains custom code"
     for use, error, reason in (
         (lambda: read_config(with_code), ValueError, f"^{not_ours}"),

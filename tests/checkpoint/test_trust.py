@@ -45,7 +45,7 @@ def score_as_rank(checkpoint, data, output):
 
 
 def uses(folder: Path, tmp_path: Path) -> dict:
-    """Whatever reads a checkpoint, as notebooks 02, 05, 07 and 08 have it read."""
+    """All ways to read a checkpoint, as in notebooks 02, 05, 07 and 08."""
     if not (tmp_path / "store").exists():
         random_store(tmp_path / "store", samples=20)
         tiny_tokenizer(tmp_path / "tokenizer")
@@ -62,7 +62,7 @@ def uses(folder: Path, tmp_path: Path) -> dict:
 
 
 def refuses(ways: dict, message: str, tmp_path: Path, monkeypatch) -> None:
-    """Every way to use a checkpoint refuses it, no weight has been read by then, and nothing is left behind."""
+    """Check that every way to use a checkpoint refuses it, before a weight is read, and leaves no files."""
     monkeypatch.setattr(Weights, "read", lambda *_: pytest.fail("a weight was used"))
     for name, use in ways.items():
         with pytest.raises((ValueError, FileNotFoundError, RuntimeError), match=message):
@@ -75,11 +75,11 @@ def refuses(ways: dict, message: str, tmp_path: Path, monkeypatch) -> None:
 
 
 def damage(folder: Path, flips: int, cuts: int, seed: int = 0) -> tuple[int, int]:
-    """How many of so many flipped bits, and files cut short, at random places of a checkpoint, are detected."""
+    """Number of detected bit flips and truncations at random positions of a checkpoint."""
     rng, found = random.Random(seed), [0, 0]
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     for number in range(flips + cuts):
-        # Half of the damage in files by their size, half in any file: small ones matter no less.
+        # Choose half of the files by size, half uniformly, so that small ones are damaged too.
         weights = [path.stat().st_size for path in files] if number % 2 else None
         (path,) = rng.choices(files, weights)
         whole = path.read_bytes()
@@ -128,14 +128,14 @@ def test_shards_of_two_steps_are_refused(checkpoint, tmp_path, monkeypatch):
     refuses(uses(checkpoint, tmp_path), "__0_0.distcp does not match the SHA-256", tmp_path, monkeypatch)
 
 
-def test_a_half_of_a_shard_that_is_zero_is_refused(checkpoint, tmp_path, monkeypatch):
+def test_a_half_zeroed_shard_is_refused(checkpoint, tmp_path, monkeypatch):
     path = checkpoint / "__0_0.distcp"
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
     refuses(uses(checkpoint, tmp_path), "__0_0.distcp does not match the SHA-256", tmp_path, monkeypatch)
 
 
-def test_a_file_that_was_laid_in_is_refused_but_a_proof_is_not(checkpoint, tmp_path, monkeypatch):
+def test_an_added_file_is_refused_but_verify_json_is_not(checkpoint, tmp_path, monkeypatch):
     (checkpoint / "verify.json").write_text("{}")
     torch_dist.check(checkpoint)
     (checkpoint / "__1_0.distcp").write_bytes(b"of another run")
@@ -157,11 +157,11 @@ def test_a_manifest_that_was_edited_is_refused(checkpoint):
             verify(checkpoint)
 
 
-# --- attacks: the manifest is right in each of them, as an attacker would have it
+# --- attacks, each with a valid manifest
 
 
 class Payload:
-    """Unpickled, it leaves a mark."""
+    """Creates a file when unpickled."""
 
     def __init__(self, mark: Path):
         self.mark = mark
@@ -176,7 +176,7 @@ class Evaluated(Payload):
 
 
 class Nested(Payload):
-    """Bytes that torch itself unpickles without a restriction."""
+    """Bytes that torch unpickles without restriction."""
 
     def __reduce__(self):
         hidden = tempfile.TemporaryFile()
@@ -186,7 +186,7 @@ class Nested(Payload):
 
 
 def named(module: str, name: str) -> bytes:
-    """The opcodes of a pickle that put what a module has by that name on the stack."""
+    """Pickle opcodes that push a module's attribute onto the stack."""
     text = lambda t: b"\x8c" + bytes([len(t)]) + t.encode()  # noqa: E731
     return text(module) + text(name) + b"\x93"
 
@@ -198,7 +198,7 @@ def through_an_allowed_module(mark: Path) -> bytes:
 
 
 METADATA = "torch.distributed.checkpoint.metadata"
-SHARED = {  # what everybody in the process uses: the pickle that puts it on the stack, and how to look at it
+SHARED = {  # global objects: the opcodes that push them onto the stack, and a function that returns them
     "a class": (named(METADATA, "Metadata"), lambda: Metadata),
     "a function": (named("torch.serialization", "_get_layout"), lambda: _get_layout),
     "a member of an enum": (
@@ -209,7 +209,7 @@ SHARED = {  # what everybody in the process uses: the pickle that puts it on the
 
 
 def poisoned(checkpoint: Path, shared: str) -> bytes:
-    """The metadata as it is, after a pickle that sets `poisoned` on something that is no part of it."""
+    """The metadata, preceded by opcodes that set `poisoned` on a global object."""
     whole, (stack, _) = (checkpoint / ".metadata").read_bytes(), SHARED[shared]
     state = b"N}\x8c\x08poisoned\x88s\x86"  # (None, {"poisoned": True}): attributes, even of what has no dictionary
     return whole[:2] + stack + state + b"b0" + whole[2:]
@@ -222,7 +222,7 @@ def metadata_with(checkpoint, extra):
 
 
 def with_object(checkpoint, payload):
-    """An object in place of a tensor, which torch's own planner unpickles without a restriction."""
+    """Replace a tensor by an object, which torch's planner unpickles without restriction."""
     from torch.distributed.checkpoint.filesystem import _StorageInfo
     from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
@@ -270,7 +270,7 @@ ATTACKS = {
         lambda c, m: (c / ".metadata").write_bytes(through_an_allowed_module(m)), "refused.*os.system",
     ),
     "something else in .metadata": (
-        lambda c, m: (c / ".metadata").write_bytes(pickle.dumps({"w": 1})), "refused: it holds a dict",
+        lambda c, m: (c / ".metadata").write_bytes(pickle.dumps({"w": 1})), "refused: it contains a dict",
     ),
     "attributes of a class in .metadata": (
         lambda c, m: (c / ".metadata").write_bytes(poisoned(c, "a class")), "refused: it sets attributes of",
@@ -283,9 +283,9 @@ ATTACKS = {
         lambda c, m: with_object(c, Payload(m)), "is a BytesStorageMetadata, expected tensors only",
     ),
     "a path out of the folder": (
-        lambda c, m: outside_of_the_folder(c, "../hf/model.safetensors"), "points at '../hf/model.safetensors'",
+        lambda c, m: outside_of_the_folder(c, "../hf/model.safetensors"), "refers to '../hf/model.safetensors'",
     ),
-    "a path to anywhere": (lambda c, m: outside_of_the_folder(c, "/x/0.distcp"), "points at '/x/0.distcp'"),
+    "a path to anywhere": (lambda c, m: outside_of_the_folder(c, "/x/0.distcp"), "refers to '/x/0.distcp'"),
 }  # fmt: skip
 
 
@@ -295,18 +295,18 @@ NO_PLAIN_TENSORS = {"sparse": torch.eye(2).to_sparse(), "of no memory": torch.on
 @pytest.mark.parametrize("kind", NO_PLAIN_TENSORS)
 def test_a_tensor_of_another_kind_is_refused_as_damage(kind, checkpoint):
     in_a_tensors_place(checkpoint, NO_PLAIN_TENSORS[kind])
-    with pytest.raises(ValueError, match=r"distcp at byte \d+ holds no plain tensor .*: it is damaged, or not of"):
+    with pytest.raises(ValueError, match=r"distcp at byte \d+ does not contain a plain tensor .*: it is damaged, or"):
         torch_dist.open_weights(checkpoint)
 
 
 def test_a_name_with_a_zero_byte_is_refused(checkpoint):
     outside_of_the_folder(checkpoint, "a\0.distcp")
-    with pytest.raises(ValueError, match=r"metadata is refused: it points at 'a\\x00.distcp'"):
+    with pytest.raises(ValueError, match=r"metadata is refused: it refers to 'a\\x00.distcp'"):
         torch_dist.open_weights(checkpoint)
 
 
 @pytest.mark.parametrize("payload", [Payload("mark"), torch.nn.Linear(1, 1)], ids=["a call", "a module"])
-def test_a_refusal_does_not_tell_how_to_load_the_file_all_the_same(payload, checkpoint):
+def test_a_refusal_does_not_advise_how_to_load_the_file_anyway(payload, checkpoint):
     torch.save(payload, checkpoint / "common.pt")
     with pytest.raises(ValueError, match="(?i)common.pt is refused: unsupported global.*; do not load") as refused:
         torch_dist.read_common(checkpoint)
@@ -315,16 +315,14 @@ def test_a_refusal_does_not_tell_how_to_load_the_file_all_the_same(payload, chec
 
 
 def made_right(checkpoint: Path) -> None:
-    """Have the manifest list the files as they are now."""
+    """Rewrite the manifest for the current files."""
     facts = {name: fact for name, fact in read_manifest(checkpoint).items() if name not in ("files", "manifest_sha256")}
     write_manifest(checkpoint, facts)
     verify(checkpoint)
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_an_attack_in_a_converted_checkpoint_is_refused_and_nothing_of_it_runs(
-    attack, checkpoint, tmp_path, monkeypatch
-):
+def test_an_attack_in_a_converted_checkpoint_is_refused_and_not_executed(attack, checkpoint, tmp_path, monkeypatch):
     harm, message = ATTACKS[attack]
     harm(checkpoint, tmp_path / "it-ran")
     made_right(checkpoint)
@@ -334,7 +332,7 @@ def test_an_attack_in_a_converted_checkpoint_is_refused_and_nothing_of_it_runs(
 
 @pytest.fixture(scope="module")
 def half_way(tmp_path_factory):
-    """A folder with the inputs of a run, and the run as it is after half of its steps."""
+    """A folder with the inputs of a run, and the run after half of its steps."""
     folder = tmp_path_factory.mktemp("half-way")
     tiny_model(folder / "hf")
     convert(folder / "hf", folder / "megatron")
@@ -350,7 +348,7 @@ def the_run(folder: Path, **changes):
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_an_attack_in_a_runs_checkpoint_is_refused_when_it_goes_on_and_nothing_of_it_runs(attack, half_way, tmp_path):
+def test_an_attack_in_a_runs_checkpoint_is_refused_on_resume_and_not_executed(attack, half_way, tmp_path):
     run = shutil.copytree(half_way / "run", tmp_path / "run")
     harm, message = ATTACKS[attack]
     harm(run / "iter_0000002", tmp_path / "it-ran")
@@ -381,7 +379,7 @@ def test_an_attack_is_refused_by_the_processes_that_notebooks_launch(half_way, t
 
 
 @pytest.mark.parametrize("shared", SHARED)
-def test_a_pickle_sets_no_attribute_of_what_others_use_too(shared, checkpoint):
+def test_a_pickle_cannot_set_attributes_of_shared_objects(shared, checkpoint):
     (checkpoint / ".metadata").write_bytes(poisoned(checkpoint, shared))
     with pytest.raises(ValueError, match="refused: it sets attributes of"):
         torch_dist.read_metadata(checkpoint)
@@ -389,7 +387,7 @@ def test_a_pickle_sets_no_attribute_of_what_others_use_too(shared, checkpoint):
 
 
 @pytest.mark.parametrize("kind", ["pytorch_model.bin", "model_optim_rng.pt"])
-def test_an_attack_in_files_of_others_is_refused_and_nothing_of_it_runs(kind, tmp_path):
+def test_an_attack_in_third_party_files_is_refused_and_not_executed(kind, tmp_path):
     tiny_model(tmp_path / "hf")
     mark, folder = tmp_path / "it-ran", tmp_path / "hf"
     if kind == "pytorch_model.bin":
@@ -399,14 +397,14 @@ def test_an_attack_in_files_of_others_is_refused_and_nothing_of_it_runs(kind, tm
         folder = Path(convert(folder, tmp_path / "legacy", format="legacy")["folder"])
         (folder / MANIFEST).unlink()
         torch.save({"model": {}, "args": Payload(mark)}, folder / "iter_0000001" / "mp_rank_00" / kind)
-    with pytest.raises(ValueError, match=f"{kind} is no whole") as refused:
+    with pytest.raises(ValueError, match=f"{kind} is not a complete") as refused:
         convert(folder, tmp_path / "out")
-    assert "weights_only" not in "".join(traceback.format_exception(refused.value))  # torch tells how to run it
+    assert "weights_only" not in "".join(traceback.format_exception(refused.value))  # torch's advice to run it
     assert not mark.exists() and not (tmp_path / "out").exists()
 
 
 def test_the_attacks_are_real(checkpoint, tmp_path):
-    """Loaded as torch does, what is refused above would have run."""
+    """The payloads refused above run when they are unpickled without restriction."""
     for number, attack in enumerate((Payload, Evaluated, Nested)):
         mark = tmp_path / f"mark{number}"
         pickle.loads(metadata_with(checkpoint, attack(mark)))

@@ -1,4 +1,4 @@
-"""What the proof of a conversion finds, and that it finds what is wrong."""
+"""Verification of conversions, correct and wrong ones."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def model(tmp_path):
     return tmp_path / "hf"
 
 
-def test_the_proof_of_a_right_conversion_has_every_tensor_and_what_both_say(model, tmp_path):
+def test_verifying_a_correct_conversion_compares_every_tensor_and_the_outputs(model, tmp_path):
     convert(model, tmp_path / "megatron")
     proof = prove(model, tmp_path / "megatron", SENTENCE, new_tokens=8)
     assert proof["differing_tensors"] == proof["lost_in_round_trip"] == []
@@ -46,7 +46,7 @@ def test_the_proof_of_a_right_conversion_has_every_tensor_and_what_both_say(mode
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "megatron"]
 
 
-def test_rows_that_were_set_to_means_are_compared_with_the_means(model, tmp_path):
+def test_rows_initialised_with_means_are_compared_with_the_means(model, tmp_path):
     convert(model, tmp_path / "megatron", row_means={5: [1, 2], 1: [5, 3]})
     proof = prove(model, tmp_path / "megatron", SENTENCE, new_tokens=4)
     assert proof["differing_tensors"] == proof["lost_in_round_trip"] == [] and proof["logit_difference"] < 1e-4
@@ -61,8 +61,8 @@ def test_a_tensor_that_changed_is_named(model, tmp_path):
     assert proof["differing_tensors"] == ["model.layers.2.self_attn.k_proj.bias"]
 
 
-def test_an_export_that_takes_biases_from_the_original_is_found_out(model, tmp_path, monkeypatch):
-    """The original's fault: on unchanged weights it cannot be seen."""
+def test_an_export_with_biases_of_the_original_is_detected(model, tmp_path, monkeypatch):
+    """A bug of the original, which is invisible with unchanged weights."""
     untrained, real = load_file(model / "model.safetensors"), hf.as_hf
 
     def forgetful(weights, config):
@@ -77,7 +77,7 @@ def test_an_export_that_takes_biases_from_the_original_is_found_out(model, tmp_p
     assert proof["lost_in_round_trip"] == [f"model.layers.{layer}.self_attn.k_proj.bias" for layer in range(4)]
 
 
-def test_tensors_that_are_mixed_up_both_ways_are_found_out_by_the_logits(model, tmp_path, monkeypatch):
+def test_tensors_swapped_in_both_directions_are_detected_by_the_logits(model, tmp_path, monkeypatch):
     real = hf.row_map
 
     def mixed_up(config):
@@ -96,7 +96,7 @@ def test_tensors_that_are_mixed_up_both_ways_are_found_out_by_the_logits(model, 
     assert proof["logit_difference"] > 0.01
 
 
-def test_an_export_is_proven_against_the_checkpoint_it_came_from_in_its_own_dtype(model, tmp_path):
+def test_an_export_is_verified_against_its_checkpoint_in_its_own_dtype(model, tmp_path):
     convert(model, tmp_path / "megatron")
     export(tmp_path / "megatron", model, tmp_path / "out", dtype="bfloat16")
     proof = prove(tmp_path / "out", tmp_path / "megatron", SENTENCE, new_tokens=1, round_trip=False)
@@ -104,7 +104,7 @@ def test_an_export_is_proven_against_the_checkpoint_it_came_from_in_its_own_dtyp
     assert {row["dtype"] for row in proof["tensors"]} == {"bfloat16"}
 
 
-def test_the_command_leaves_its_proof_in_the_checkpoint_which_stays_whole(model, tmp_path):
+def test_the_command_writes_verify_json_into_the_checkpoint_which_stays_valid(model, tmp_path):
     convert(model, tmp_path / "megatron")
     command = [sys.executable, "-m", "rsft_lib.checkpoint.verify"]
     command += ["--model", str(model), "--checkpoint", str(tmp_path / "megatron")]

@@ -1,4 +1,4 @@
-"""A training as a job: who finds it, who may start another, what it tells; real torchrun."""
+"""Trainings as jobs under real torchrun: attach, start, stop, fail."""
 
 import json
 import multiprocessing
@@ -37,7 +37,7 @@ def ranks_are_there(folder: Path) -> bool:
 
 @pytest.fixture
 def left(tmp_path):
-    """A job of two ranks that was started, and outlives whoever started it."""
+    """A running job of two ranks with on_interrupt="leave"."""
     job = launch.start_training(config(tmp_path), 2, LEAVE)
     wait_until(lambda: ranks_are_there(tmp_path), 300, "both ranks start", tmp_path / "train.log")
     yield job
@@ -55,19 +55,19 @@ def test_a_job_is_found_by_its_folder_stopped_once_and_ends_with_what_it_saved(l
     assert found.ended == {"reason": "SIGTERM", "iteration": 3}
     left.wait()
     assert left.state == "ended" and launch.attach(left.folder) is None
-    hint = "stopped by you after step 3 of 5; run again with the same settings to go on from there"
+    hint = "stopped by you after step 3 of 5; run again with the same settings to resume"
     assert left.status() == {"status": "stopped", "hint": hint}
 
 
 def test_a_second_start_finds_the_first_and_refuses_other_settings(left, capsys):
     assert launch.start_training(config(left.folder), 2, LEAVE).pid == left.pid
-    assert "found running, nothing was started" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="other settings runs in .*\n  lr: runs with 1e-05, asked for 2e-05\n"):
+    assert "already running, nothing was started" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="other settings runs in .*\n  lr: running with 1e-05, requested 2e-05\n"):
         launch.start_training(config(left.folder, lr=2e-5), 2, LEAVE)
     assert len([p for p in survivors(left.folder) if "torch.distributed.run" in p.cmdline()]) == 1
 
 
-def test_a_process_that_got_the_number_of_one_that_ended_is_not_the_job(left):
+def test_a_process_with_a_reused_pid_is_not_the_job(left):
     facts = json.loads((left.folder / JOB).read_text())
     (left.folder / JOB).write_text(json.dumps(facts | {"pid": os.getpid()}))
     assert launch.attach(left.folder) is None
@@ -77,16 +77,16 @@ def test_a_process_that_got_the_number_of_one_that_ended_is_not_the_job(left):
     assert launch.attach(left.folder).pid == left.pid
 
 
-def test_an_interrupt_leaves_the_job_alone_where_that_was_chosen(left, capsys):
+def test_an_interrupt_leaves_the_job_running_with_on_interrupt_leave(left, capsys):
     def interrupt():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         left.wait(interrupt)
-    assert left.running and "training goes on" in capsys.readouterr().out
+    assert left.running and "training continues" in capsys.readouterr().out
 
 
-def test_an_interrupt_has_the_job_save_and_end_first_where_that_was_chosen(tmp_path):
+def test_an_interrupt_stops_the_job_with_on_interrupt_stop(tmp_path):
     def interrupt():
         if ranks_are_there(tmp_path):
             raise KeyboardInterrupt
@@ -104,7 +104,7 @@ def test_a_killed_rank_fails_the_job_with_the_reason_first(tmp_path):
     (tmp_path / "rank0.pid").unlink()
     with pytest.raises(launch.RunFailed) as error:
         job.wait()
-    assert str(error.value).startswith("rank 1: Signal 9 (SIGKILL)") and "too little memory?" in str(error.value)
+    assert str(error.value).startswith("rank 1: Signal 9 (SIGKILL)") and "out of memory?" in str(error.value)
     assert error.value._render_traceback_() == [str(error.value)]
 
 
@@ -120,7 +120,7 @@ def test_a_job_may_be_stopped_at_once(tmp_path, monkeypatch, seconds):
 
 
 @pytest.mark.parametrize(("ranks", "kind"), [("sleep", launch.RunStopped), ("fail-recorded", launch.RunFailed)])
-def test_who_stops_a_job_before_its_first_step_is_shown_no_failure_but_a_real_one(tmp_path, monkeypatch, ranks, kind):
+def test_stopping_a_job_before_its_first_step_is_not_a_failure_unless_a_rank_fails(tmp_path, monkeypatch, ranks, kind):
     monkeypatch.setenv("RANKS_SHALL", ranks)
     job = launch.start_training(config(tmp_path), 2)
     if ranks == "sleep":
@@ -135,7 +135,7 @@ def test_who_stops_a_job_before_its_first_step_is_shown_no_failure_but_a_real_on
     assert str(error.value).startswith(begin), str(error.value)
 
 
-def test_two_who_start_at_once_start_one_job(tmp_path):
+def test_two_simultaneous_starts_start_one_job(tmp_path):
     context = multiprocessing.get_context("spawn")
     both = [context.Process(target=_start, args=(tmp_path,)) for _ in range(2)]
     for process in both:
@@ -152,7 +152,7 @@ def test_two_who_start_at_once_start_one_job(tmp_path):
 
 def _start(folder: Path) -> None:
     def start_slowly(*arguments, **options):
-        time.sleep(2)  # the other one is there by now
+        time.sleep(2)  # the other one is running by now
         return start(*arguments, **options)
 
     start, local.start_torchrun, local.TRAIN = local.start_torchrun, start_slowly, "rank"
@@ -164,7 +164,7 @@ def test_a_job_of_another_machine_that_still_writes_is_not_joined_by_a_second(tm
         json.dumps({"launcher": "local", "host": "elsewhere", "pid": 1, "birth": "x", **COMMON}), encoding="utf-8"
     )
     (tmp_path / "train.log").write_text("step 1")
-    with pytest.raises(ValueError, match="was started on elsewhere and wrote"):
+    with pytest.raises(ValueError, match="was started on elsewhere and last wrote"):
         launch.start_training(config(tmp_path), 2)
     assert launch.attach(tmp_path) is None
 

@@ -26,7 +26,7 @@ def rank_can_be_imported(monkeypatch):
 
 @pytest.fixture
 def started(tmp_path):
-    """A process that waits in `launch`, as a notebook's kernel does, while two ranks sleep without a word."""
+    """A process that waits in `launch`, like a notebook's kernel, while two ranks sleep without output."""
     caller = subprocess.Popen([sys.executable, "-c", CALLER, str(tmp_path)], stderr=subprocess.DEVNULL)
     wait_until(lambda: len(list(tmp_path.glob("rank*.pid"))) == 2, 300, "both ranks start")
     assert len(survivors(tmp_path)) == 4  # the caller, torchrun, two ranks
@@ -93,7 +93,7 @@ def test_all_ranks_write_one_log_and_share_the_cores(tmp_path, monkeypatch):
     launch("rank", [str(tmp_path), "finish"], 2, tmp_path / "new" / "train.log", lambda: polled.append(1))
     threads = max(1, os.cpu_count() // 2)
     log = (tmp_path / "new" / "train.log").read_text()
-    told = f"was here with threads and settings {threads} what the user set 1 1 1 1\n"
-    assert all(f"rank {rank} {told}" in log for rank in (0, 1))
+    line = f"was here with threads and settings {threads} what the user set 1 1 1 1\n"
+    assert all(f"rank {rank} {line}" in log for rank in (0, 1))
     assert "Warning" not in log
     assert polled

@@ -1,6 +1,6 @@
-"""Notebooks that train are interrupted and killed, with the real papermill and kernels.
+"""Interrupt and kill notebooks that train, with the real papermill and kernels.
 
-Nothing of the training may stay behind, and it must have saved; or, where that was chosen, it goes on and is found.
+By `on_interrupt`, the training must save and leave no process behind, or continue and be found again.
 """
 
 import os
@@ -28,7 +28,7 @@ config = TrainConfig(checkpoint="none", data="none", output=FOLDER, save_timeout
 job = launch.start_training(config, 2, launch.LaunchOptions(on_interrupt=CHOICE))
 job.wait()
 """
-WHO = [  # whom a signal ends, by which, and what was chosen
+WHO = [  # (process to end, signal, on_interrupt)
     ("papermill", "SIGTERM", "stop"), ("papermill", "SIGKILL", "leave"),
     ("kernel", "SIGKILL", "stop"), ("kernel", "SIGINT", "leave"),
 ]  # fmt: skip
@@ -39,9 +39,9 @@ if LONG:
 
 @pytest.fixture
 def notebook(tmp_path, monkeypatch):
-    """Starts a notebook that trains in `tmp_path/run`: papermill's process, and the kernel's."""
+    """Start a notebook that trains in `tmp_path/run`; returns papermill's process and the kernel's."""
     monkeypatch.setenv("PYTHONPATH", str(TESTS), prepend=os.pathsep)
-    # torchrun's own patience is not what ranks depend upon: torch 2.11 has 30 seconds, whatever one asks for.
+    # Ranks do not depend on torchrun's shutdown timeout: in torch 2.11 it is always 30 seconds.
     monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "0")
     run, started = tmp_path / "run", []
 
@@ -63,7 +63,7 @@ def notebook(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("who", "how", "choice"), WHO)
-def test_a_training_whose_notebook_goes_does_what_was_chosen(notebook, who, how, choice):
+def test_a_training_follows_on_interrupt_when_its_notebook_ends(notebook, who, how, choice):
     start, run = notebook
     papermill, kernel = start(choice)
     (papermill if who == "papermill" else kernel).send_signal(getattr(signal, how))

@@ -46,7 +46,7 @@ def nodes():
 
 @pytest.fixture
 def pretended(nodes, monkeypatch):
-    """The ranks are those of tests/rank.py, which only save when they are asked to stop; Slurm is asked often."""
+    """Use the ranks of tests/rank.py, which do not train but save when asked to stop; query Slurm often."""
     monkeypatch.setattr(slurm, "TRAIN", "rank")
     monkeypatch.setattr(slurm, "ASK_EVERY", 0.3)
     monkeypatch.setenv("PYTHONPATH", f"{TESTS}:{ROOT}")
@@ -76,11 +76,11 @@ def test_a_job_of_two_nodes_is_stopped_before_its_limit_requeued_and_ends_as_an_
     process = start_notebook(tmp_path, given)
     wait_until(lambda: len(read_metrics(run)) >= 3, 300, "three steps", run / "train.log")
     job = launch.attach(run).id
-    cluster.said("scancel", "--batch", "--signal=USR1", job)  # as Slurm does before the time limit
+    cluster.output_of("scancel", "--batch", "--signal=USR1", job)  # as Slurm does before the time limit
     wait_until(lambda: "PENDING" in state(job), 300, "the job is back in the queue", run / "train.log")
     stopped = json.loads((run / "ended.json").read_text())
     assert stopped["reason"] == "SIGTERM" and stopped["iteration"] < 300
-    cluster.said("scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm waits for two minutes by itself
+    cluster.output_of("scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm waits for two minutes by itself
     assert process.wait(timeout=600) == 0
 
     assert f"resumed from {run}/iter_{stopped['iteration']:07d}" in (run / "train.log").read_text()
@@ -102,10 +102,10 @@ def start_notebook(folder: Path, parameters: dict) -> subprocess.Popen:
 
 
 def state(job: str) -> str:
-    return cluster.said("squeue", "--noheader", "--jobs", job, "--format=%T")
+    return cluster.output_of("squeue", "--noheader", "--jobs", job, "--format=%T")
 
 
-def test_a_job_that_waits_says_for_what_and_is_taken_from_the_queue(pretended, tmp_path, capsys):
+def test_a_pending_job_shows_its_reason_and_is_removed_from_the_queue(pretended, tmp_path, capsys):
     job = start(tmp_path, slurm_options="--begin=now+1hour", slurm_time="00:10:00", slurm_partition="p")
     assert "pending (BeginTime)" in job.state and job.running
     polls = []
@@ -134,7 +134,7 @@ def test_a_job_is_found_from_elsewhere_stopped_and_ends_with_what_it_saved(prete
 
 
 @pytest.mark.parametrize("choice", ["stop", "leave"])
-def test_a_job_whose_notebook_is_killed_does_what_was_chosen(pretended, tmp_path, choice):
+def test_a_job_follows_on_interrupt_when_its_notebook_is_killed(pretended, tmp_path, choice):
     arguments = [str(tmp_path / "run"), choice]
     notebook = subprocess.Popen([sys.executable, "-c", NOTEBOOK, *arguments])
     wait_until(lambda: ranks_are_there(tmp_path / "run"), 300, "both ranks start")
@@ -160,17 +160,17 @@ def test_a_failing_rank_is_an_error_with_its_traceback_first(pretended, tmp_path
 def test_a_node_that_fails_fails_a_job_that_may_not_be_queued_again(pretended, tmp_path):
     job = start(tmp_path, slurm_options="--no-requeue")
     wait_until(lambda: ranks_are_there(tmp_path), 300, "both ranks start", tmp_path / "train.log")
-    cluster.said("scontrol", "update", "NodeName=n1", "State=DOWN", "Reason=test")
+    cluster.output_of("scontrol", "update", "NodeName=n1", "State=DOWN", "Reason=test")
     try:
         with pytest.raises(launch.RunFailed, match="node_fail"):
             job.wait()
     finally:
-        cluster.said("scontrol", "update", "NodeName=n1", "State=RESUME")
-        wait_until(lambda: cluster.said("sinfo", "-h", "-o", "%t").strip() == "idle", 300, "the node is back")
+        cluster.output_of("scontrol", "update", "NodeName=n1", "State=RESUME")
+        wait_until(lambda: cluster.output_of("sinfo", "-h", "-o", "%t").strip() == "idle", 300, "the node is back")
 
 
-def test_a_submission_that_slurm_refuses_is_an_error_with_its_reason(pretended, tmp_path):
-    with pytest.raises(ValueError, match="Slurm refuses .*job.sbatch: .*[Ii]nvalid partition"):
+def test_a_submission_rejected_by_slurm_is_an_error_with_its_reason(pretended, tmp_path):
+    with pytest.raises(ValueError, match="Slurm rejects .*job.sbatch: .*[Ii]nvalid partition"):
         start(tmp_path, slurm_partition="none")
     assert launch.attach(tmp_path) is None
 
@@ -198,7 +198,7 @@ def test_an_option_that_would_break_out_of_its_line_is_refused(name):
         launch.LaunchOptions(**TWO, **{name: "x\ntouch pwned"})
 
 
-def test_of_a_job_that_slurm_has_forgotten_the_accounts_tell_whether_it_was_stopped(tmp_path, monkeypatch):
+def test_accounting_shows_whether_a_job_unknown_to_the_controller_was_stopped(tmp_path, monkeypatch):
     answers = {"scontrol": (1, "", "error: Invalid job id specified"), "sacct": (0, "FAILED|75:0\n", "")}
     monkeypatch.setattr(slurm, "_slurm", lambda *c: subprocess.CompletedProcess(c, *answers[c[0]]))
     (tmp_path / "ended.json").write_text('{"reason": "SIGTERM", "iteration": 3}')
@@ -206,13 +206,13 @@ def test_of_a_job_that_slurm_has_forgotten_the_accounts_tell_whether_it_was_stop
     job.wait()
     assert job.state == "Slurm job 7: stopped"
     answers["sacct"] = (0, "CANCELLED by 0|0:0\n", "")
-    job.asked = 0.0
+    job.queried = 0.0
     assert not job.running and job.state == "Slurm job 7: cancelled"
 
 
-def test_without_slurm_the_error_says_where_to_go(tmp_path, monkeypatch):
+def test_without_slurm_the_error_names_the_remedy(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ValueError, match="launcher is 'slurm', but there is no sinfo here: start on a login node"):
+    with pytest.raises(ValueError, match="launcher is 'slurm', but this machine has no sinfo: run on a login node"):
         start(tmp_path / "run")
     (tmp_path / "job.json").write_text(json.dumps({
         "launcher": "slurm", "id": "7", "train_iters": 5, "on_interrupt": "leave", "patience": 20,
@@ -221,7 +221,7 @@ def test_without_slurm_the_error_says_where_to_go(tmp_path, monkeypatch):
         launch.attach(tmp_path)
 
 
-def test_the_script_can_be_read_and_names_what_was_asked_for(tmp_path, monkeypatch):
+def test_the_script_is_readable_and_contains_the_options(tmp_path, monkeypatch):
     monkeypatch.setattr(slurm, "_has_gpus", lambda options: True)
     run = tmp_path / "a run's 100 %"
     options = launch.LaunchOptions(**TWO, slurm_time="04:00:00", slurm_partition="gpu", slurm_options="--account lab")

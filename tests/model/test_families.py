@@ -1,4 +1,4 @@
-"""Every family at every layout, from every kind of folder, against transformers."""
+"""Every family at every layout and in every format, compared with transformers."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ SIZES = (1, 2, 4)
 
 @pytest.fixture(scope="module")
 def differences(tmp_path_factory) -> dict[tuple[str, str, str], float]:
-    """(family, kind of folder, TP x PP) -> largest difference of the logits."""
+    """(family, format, TP x PP) -> maximum absolute difference of the logits."""
     folder = tmp_path_factory.mktemp("grid")
     for family in FAMILIES:
         here = folder / "models" / family
@@ -39,17 +39,17 @@ def differences(tmp_path_factory) -> dict[tuple[str, str, str], float]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_are_those_of_transformers_at_every_layout_from_every_kind_of_folder(family, differences):
+def test_logits_equal_those_of_transformers_at_every_layout_and_format(family, differences):
     found = {key[1:]: value for key, value in differences.items() if key[0] == family}
     kinds, layouts = ("hf", "torch_dist", "legacy"), [f"{tp}x{pp}" for tp in SIZES for pp in SIZES]
     assert found.keys() == {(kind, layout) for kind in kinds for layout in layouts}
     assert {key: value for key, value in found.items() if not value < 1e-4} == {}
 
 
-def test_a_model_is_not_given_more_positions_than_it_attends_to(tmp_path):
+def test_a_sequence_length_beyond_the_sliding_window_is_refused(tmp_path):
     tiny_family(tmp_path, "mistral")
     config = read_config(tmp_path)
     with ranks():
         build_model(config, transformer_config(config), "torch", max_length=64)
-        with pytest.raises(ValueError, match="sequences of 65 are longer than the model's sliding_window 64"):
+        with pytest.raises(ValueError, match="sequence length 65 exceeds the model's sliding_window=64"):
             build_model(config, transformer_config(config), "torch", max_length=65)

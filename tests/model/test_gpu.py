@@ -1,4 +1,4 @@
-"""The same arithmetic on a GPU as on a CPU, kernel by kernel and as a whole."""
+"""Results on a GPU compared with those on a CPU, for kernels and whole runs."""
 
 import importlib.util
 import os
@@ -40,12 +40,12 @@ def same(function, *arguments, tolerance: float = 4e-3) -> None:
     wide = [x.float() if isinstance(x, torch.Tensor) and x.dtype == torch.bfloat16 else x for x in arguments]
     there = [x.cuda() if isinstance(x, torch.Tensor) else x for x in arguments]
     found, expected = function(*there), function(*wide)
-    if function.__name__.endswith("_"):  # it writes over its first argument
+    if function.__name__.endswith("_"):  # it overwrites its first argument
         found, expected = there[0], wide[0]
     assert apart(found, expected) < tolerance, function.__name__
 
 
-def test_the_kernels_of_the_loss_head_compute_what_their_reference_does():
+def test_the_loss_head_kernels_match_their_reference():
     logits, labels, weights = 3 * random(64, 151_936), torch.randint(-9000, 160_000, (64,)), torch.rand(64)
     same(log_sum_exp, logits, tolerance=1e-6)
     same(cross_entropy_backward_, logits, log_sum_exp(logits), labels, weights)
@@ -87,7 +87,7 @@ def test_a_weight_gradient_is_added_in_float32():
 @pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_adamw_makes_the_same_steps(dtype, moments):
-    """The weights are the parts that a rank has of a buffer, which begin wherever the part before ends."""
+    """The weights are a rank's shards of a buffer, which may start at any offset."""
     sizes, whole = (4096, 1, 5001, 0, 902), torch.randn(10_000)
     found = []
     for device in ("cpu", "cuda"):
@@ -122,12 +122,12 @@ def attention(kind: type, context: int = 1):
     )  # fmt: skip
     module = kind(config, 1, None, "self")
     if context > 1:
-        module._gather = lambda key, value: (key, value)  # every rank is given all of them
+        module._gather = lambda key, value: (key, value)  # every rank is passed all of them
     return lambda *heads, samples: module(*(x.unsqueeze(1) for x in heads), attention_bias=samples).squeeze(1)
 
 
 @pytest.mark.parametrize("kind", ATTENTIONS)
-def test_attention_and_its_gradients_are_those_of_float32_sample_by_sample(kind):
+def test_attention_and_its_gradients_match_float32_sample_by_sample(kind):
     query, key, value, grad = random(512, 12, 128), random(512, 2, 128), random(512, 2, 128), random(512, 12 * 128)
     results = []
     for module, device in ((attention(TorchAttention), "cpu"), (attention(kind), "cuda")):
@@ -141,7 +141,7 @@ def test_attention_and_its_gradients_are_those_of_float32_sample_by_sample(kind)
 
 
 @pytest.mark.parametrize("kind", ATTENTIONS)
-def test_the_parts_of_two_context_parallel_ranks_are_the_whole(kind):
+def test_the_outputs_of_two_context_parallel_ranks_match_one_rank(kind):
     query, key, value, grad = (
         x.cuda() for x in (random(512, 12, 128), random(512, 2, 128), random(512, 2, 128), random(512, 12 * 128))
     )
@@ -180,7 +180,7 @@ def inputs(tmp_path_factory) -> dict[str, str]:
 
 
 def run(inputs: dict, folder: Path, variants: dict[str, dict], nproc: int = 1) -> dict[str, list[dict]]:
-    """The metrics of several runs: one process does them one after the other, several ranks all at once."""
+    """The metrics of several runs: consecutive in one process, concurrent with several ranks."""
     paths = []
     for name, changes in variants.items():
         given = {"train_iters": 6, "save_interval": 3, "precision": "bf16", "seq_length": 128, **inputs, **changes}
@@ -232,7 +232,7 @@ TWO = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="torch finds fewe
 
 
 @TWO
-def test_two_gpus_give_the_curve_and_the_weights_of_one_in_every_layout(inputs, tmp_path):
+def test_two_gpus_match_the_losses_and_weights_of_one_in_every_layout(inputs, tmp_path):
     single = {"precision": "fp32", "backend": "torch"}
     whole = run(inputs, tmp_path, {"one": single})["one"]
     expected = all_tensors(newest(tmp_path / "one"))
@@ -260,7 +260,7 @@ def test_two_gpus_follow_one_with_transformer_engine(precision, inputs, tmp_path
 
 
 @TWO
-def test_two_gpus_go_on_in_another_layout_and_save_while_they_train(inputs, tmp_path):
+def test_two_gpus_resume_in_another_layout_with_async_saves(inputs, tmp_path):
     kind = {"precision": "fp32", "backend": "torch", "async_save": True}
     whole = run(inputs, tmp_path, {"whole": kind | LAYOUTS["tp2-sp"]}, nproc=2)["whole"]
     shutil.copytree(tmp_path / "whole", tmp_path / "again")

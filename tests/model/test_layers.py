@@ -1,4 +1,4 @@
-"""What the kit puts into megatron-core's layers."""
+"""The kit's replacements of megatron-core's layers."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def gradients(model) -> dict[str, torch.Tensor]:
     return {name: weight.grad.clone() for name, weight in model.named_parameters()}
 
 
-def test_the_activation_of_an_mlp_takes_no_memory_until_its_gradient_is_needed(model, monkeypatch):
+def test_the_activation_of_an_mlp_is_freed_until_the_backward_pass(model, monkeypatch):
     kept = []
     for layer in model.decoder.layers:
         layer.mlp.linear_fc2.register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0].untyped_storage()))
@@ -55,23 +55,23 @@ def test_the_activation_of_an_mlp_takes_no_memory_until_its_gradient_is_needed(m
         assert torch.equal(lean[name], expected), name
 
 
-def test_norms_and_mlps_that_are_computed_again_give_the_same_gradients(model, monkeypatch):
-    """What `recompute: selective` does with Transformer Engine, by local layers."""
+def test_recomputed_norms_and_mlps_have_the_same_gradients(model, monkeypatch):
+    """Emulates `recompute: selective` with Transformer Engine, using local layers."""
     monkeypatch.setattr(CheckpointWithoutOutput.__init__, "__defaults__", (None,))  # which counts as FP8
     expected = gradients(model)
-    for layer in model.decoder.layers:  # the norm before an MLP is within its first product there
+    for layer in model.decoder.layers:  # there, the norm before an MLP is fused into its first linear layer
         layer.recompute_input_layernorm, layer.recompute_pre_mlp_layernorm = True, False
     monkeypatch.setattr(model.config, "recompute_granularity", "selective")
     monkeypatch.setattr(model.config, "recompute_modules", ["layernorm"])
     passes = []
     for layer in model.decoder.layers:
         layer.mlp.linear_fc1.register_forward_pre_hook(lambda *_: passes.append(1))
-    for name, found in gradients(model).items():  # sums of two are taken in another order
+    for name, found in gradients(model).items():  # the summation order differs
         torch.testing.assert_close(found, expected[name], atol=1e-4, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
     assert len(passes) == 2 * len(model.decoder.layers)
 
 
-def test_a_graph_can_be_gone_through_twice(model):
+def test_a_second_backward_pass_through_a_graph_works(model):
     tokens = torch.arange(LENGTH)[None]
     total = model(tokens, tokens).square().sum()
     once, twice = (torch.autograd.grad(total, list(model.parameters()), retain_graph=True) for _ in range(2))
@@ -79,9 +79,7 @@ def test_a_graph_can_be_gone_through_twice(model):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_first_step_starts_from_the_weights_of_the_checkpoint_and_not_from_what_the_optimizer_was_built_with(
-    precision, tmp_path
-):
+def test_the_first_step_starts_from_the_weights_of_the_checkpoint(precision, tmp_path):
     tiny_model(tmp_path / "hf")
     convert(tmp_path / "hf", tmp_path / "megatron")
     data = PackedDataset(TokenStore(random_store(tmp_path / "data")), 96, seed=0)
@@ -97,7 +95,7 @@ def test_a_first_step_starts_from_the_weights_of_the_checkpoint_and_not_from_wha
     for name, weight in before.items():
         assert weight.any(), name
         moved = (after[name] - weight).abs()
-        # AdamW's first step is one learning rate; decay takes a thousandth, and bf16 has 8 bits.
+        # AdamW's first step is one learning rate; weight decay is a thousandth of it, and bf16 has 8 bits.
         assert 0 < moved.max() < 1.1e-2 + 2**-7 * weight.abs().max(), name
 
 

@@ -1,4 +1,4 @@
-"""The loss head against autograd's cross-entropy."""
+"""The loss head compared with autograd's cross-entropy."""
 
 import pytest
 import torch
@@ -59,7 +59,7 @@ def test_evaluation_leaves_the_gradient_buffer_alone(alone):
     assert not weight.main_grad.any()
 
 
-def test_a_micro_batch_that_trains_nothing_has_a_gradient_of_zero(alone):
+def test_a_micro_batch_without_trained_tokens_has_zero_gradients(alone):
     hidden, weight = torch.randn(T, H, requires_grad=True), parameter(20, H)
     nothing = Targets(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64), torch.empty(0))
     loss = weighted_loss(hidden, weight, nothing, alone, 20, watched=(1, 2))

@@ -1,4 +1,4 @@
-"""megatron-core against transformers, tensor by tensor."""
+"""megatron-core compared with transformers, tensor by tensor."""
 
 import math
 
@@ -44,7 +44,7 @@ def loaded_state(folder, **changes):
 
 
 def losses_by_transformers(hf, store) -> list[torch.Tensor]:
-    """The loss of each token of each sample but the first, run through the model by itself."""
+    """The loss of each token of each sample except the first token; each sample runs alone."""
     found = []
     for tokens, _ in (store[i] for i in range(len(store))):
         ids = torch.from_numpy(tokens).long()
@@ -52,14 +52,14 @@ def losses_by_transformers(hf, store) -> list[torch.Tensor]:
     return found
 
 
-def test_a_converted_checkpoint_gives_every_tensor_back_and_the_logits_of_transformers(models):
+def test_a_converted_checkpoint_has_every_tensor_and_the_logits_of_transformers(models):
     folder, _, _ = models
     assert differing_tensors(folder / "hf", folder / "megatron") == []
     assert logit_difference(folder / "hf", folder / "megatron") < 1e-4
 
 
 @pytest.mark.parametrize("normalize_by", ["token", "sample"])
-def test_packed_loss_and_every_gradient_are_those_of_transformers_sample_by_sample(models, normalize_by):
+def test_packed_loss_and_gradients_match_transformers_sample_by_sample(models, normalize_by):
     folder, hf, store = models
     hf.zero_grad()
     masks = [torch.from_numpy(store[i][1][1:]) for i in range(len(store))]
@@ -92,7 +92,7 @@ def test_packed_loss_and_every_gradient_are_those_of_transformers_sample_by_samp
         )
 
 
-def test_the_curve_is_that_of_transformers_and_torch_adamw(models):
+def test_the_loss_curve_matches_transformers_with_torch_adamw(models):
     folder, _, store = models
     network, losses, expected = AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32), [], []
     with ranks():
@@ -108,7 +108,7 @@ def test_the_curve_is_that_of_transformers_and_torch_adamw(models):
     adam = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
     for number, packs in enumerate(batches, start=1):
         chosen = [store[sample] for sample in data.samples(packs)]
-        totals = [  # (sum of losses, trained tokens) of each sample, which transformers runs by itself
+        totals = [  # (sum of losses, trained tokens) of each sample, which transformers runs alone
             ((loss * torch.from_numpy(mask[1:])).sum(), int(mask[1:].sum()))
             for loss, (_, mask) in zip(losses_by_transformers(network, chosen), chosen, strict=True)
         ]
@@ -127,13 +127,13 @@ def test_the_curve_is_that_of_transformers_and_torch_adamw(models):
 
 def gradients_by_hf_name(model, folder) -> dict[str, torch.Tensor]:
     parameters = dict(model.named_parameters())
-    # fc1 is saved in two halves and therefore has no key of its own yet
+    # fc1 is saved in two halves, so its entry has no key yet
     keys = {name: getattr(entry, "key", name) for name, entry in sharded_weights(model).items() if name in parameters}
     ours = {key: parameters[name].main_grad.clone() for name, key in keys.items()}
     return by_hf_name(ours, read_config(folder / "megatron"))
 
 
-def test_the_score_of_a_dataset_is_the_loss_of_transformers_at_every_trained_token(models, tmp_path):
+def test_scores_match_the_loss_of_transformers_at_every_trained_token(models, tmp_path):
     folder, hf, store = models
     with ranks():
         score(folder / "megatron", folder / "store", tmp_path / "losses")
@@ -145,11 +145,11 @@ def test_the_score_of_a_dataset_is_the_loss_of_transformers_at_every_trained_tok
         ours, trained = torch.from_numpy(found[sample]), torch.from_numpy(store[sample][1]) > 0
         assert ours.isnan().tolist() == (~trained).tolist()
         torch.testing.assert_close(ours[trained], losses[trained[1:]], atol=1e-5, rtol=1e-5)
-    random_store(folder / "store", samples=30)  # the same samples, written anew, are the same data
+    random_store(folder / "store", samples=30)  # the same samples written again are the same data
     assert len(TokenLosses(tmp_path / "losses")) == 30
 
 
-def test_the_tokens_of_one_sample_do_not_reach_another_of_the_same_pack(models):
+def test_samples_of_a_pack_do_not_attend_to_each_other(models):
     folder, _, store = models
     with ranks():
         config, state = loaded_state(folder)
@@ -180,7 +180,7 @@ def test_the_loss_is_the_same_in_one_chunk_and_in_many(models, monkeypatch):
     torch.testing.assert_close(norms[0], norms[1])
 
 
-def test_fractional_weights_of_tokens_weigh_their_losses(models, tmp_path, monkeypatch):
+def test_fractional_token_weights_scale_their_losses(models, tmp_path, monkeypatch):
     folder, hf, _ = models
     table = torch.tensor([0.0, 1.0, 0.25]).numpy()
     monkeypatch.setattr(TokenStore, "weights", table, raising=False)

@@ -90,7 +90,7 @@ def test_rerun_after_a_killed_kernel_it_reattaches_and_records_the_training(run,
 
     second = papermill(tmp_path, NOTEBOOK, run)
     lines = []
-    while "found running, nothing was started" not in "".join(lines):
+    while "already running, nothing was started" not in "".join(lines):
         lines.append(second.stderr.readline())
         assert lines[-1], lines
     launch.attach(output).stop()

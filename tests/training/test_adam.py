@@ -1,4 +1,4 @@
-"""Our AdamW against torch's, and a bf16 weight with the rest of its float32."""
+"""Our AdamW compared with torch's, and the split of float32 weights."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def test_every_bit_pattern_of_a_float32_survives_the_split():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_twenty_steps_are_those_of_torch_in_float32(dtype):
+def test_twenty_steps_match_torch_in_float32(dtype):
     start = [torch.randn(40).to(dtype).float(), torch.randn(8).to(dtype).float()]
     theirs = [torch.nn.Parameter(weight.clone()) for weight in start]
     reference = torch.optim.AdamW(
@@ -46,7 +46,7 @@ def test_twenty_steps_are_those_of_torch_in_float32(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_rank_that_has_nothing_of_some_weights_or_of_all_takes_its_step(dtype):
+def test_a_rank_without_a_shard_of_some_or_all_weights_takes_its_step(dtype):
     nothing = torch.empty(0, dtype=dtype)
     nothing.grad = nothing.decoupled_grad = torch.empty(0, dtype=dtype)
     for groups in ([group()], [group(nothing), group()]):
@@ -65,7 +65,7 @@ def test_a_change_too_small_for_bf16_is_not_lost():
     assert adam.get_unscaled_state(weight, MASTER).item() == pytest.approx(1 - 50e-4, rel=1e-5)
 
 
-def test_states_come_back_as_they_were_saved():
+def test_states_survive_saving_and_loading():
     weight = torch.randn(30).bfloat16()
     adam = AdamW([group(weight)], (0.9, 0.95), 1e-8, torch.bfloat16)
     weight.decoupled_grad = torch.randn(30)

@@ -1,4 +1,4 @@
-"""Which samples make up a step, and their tensors."""
+"""The samples of a step, and their tensors."""
 
 import numpy as np
 import pytest
@@ -60,7 +60,7 @@ def test_a_batch_may_span_two_epochs(data):
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("micro_batch_size", [1, 2])
-def test_ranks_share_out_the_same_global_batch(ranks, micro_batch_size):
+def test_ranks_partition_the_same_global_batch(ranks, micro_batch_size):
     packs, costs = list(range(10, 18)), [3.0, 1.0, 4.0, 1.0, 5.0, 9.0, 2.0, 6.0]
     shares = [rank_share(packs, costs, micro_batch_size, rank, ranks) for rank in range(ranks)]
     assert sorted(pack for share in shares for micro_batch in share for pack in micro_batch) == packs
@@ -112,7 +112,7 @@ def test_the_plan_has_a_hash_that_a_change_of_packing_changes(data):
     assert data.plan_sha256() == again.plan_sha256() != other.plan_sha256()
 
 
-def test_evaluation_goes_through_the_data_once_and_fills_up_with_nothing(data):
+def test_evaluation_covers_the_data_once_and_pads_with_empty_packs(data):
     packs = data.once(0, len(data) + 2)
     assert sorted(packs[: len(data)]) == list(range(len(data))) and packs[len(data) :] == [EMPTY, EMPTY]
     assert packs[:6] == [*data.once(0, 3), *data.once(1, 3)] == PackedDataset(data.store, 96, seed=7).once(0, 6)

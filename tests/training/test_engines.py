@@ -29,7 +29,7 @@ trained(TrainConfig.from_file(sys.argv[1]))
 
 
 def train(python: str, inputs: Path, run: Path, **changes) -> list[float]:
-    """The losses of a run by an environment, which begins or goes on in the folder `run`."""
+    """Start or resume the run in the folder `run` with an environment's Python; returns its losses."""
     given = {"checkpoint": str(inputs / "megatron"), "data": str(inputs / "data"), "output": str(run)}
     config = settings(train_iters=STEPS, save_interval=STEPS // 2, **{**given, **changes})
     write_json(run.with_suffix(".json"), config.to_json())
@@ -70,9 +70,9 @@ def test_both_have_the_same_losses(runs):
 
 
 @pytest.mark.parametrize("began, goes_on", [("here", OTHER), ("there", sys.executable)], ids=["to it", "from it"])
-def test_a_run_of_one_goes_on_with_the_other(began, goes_on, inputs, runs, tmp_path):
+def test_a_run_of_one_version_resumes_with_the_other(began, goes_on, inputs, runs, tmp_path):
     shutil.copytree(runs[began], tmp_path / "run")
     shutil.rmtree(newest(tmp_path / "run"))
-    MetricsWriter(tmp_path / "run", STEPS // 2)  # takes back what was told of later steps
+    MetricsWriter(tmp_path / "run", STEPS // 2)  # removes the records of later steps
     assert train(goes_on, inputs, tmp_path / "run") == pytest.approx(losses(runs["here"]), rel=1e-6)
     assert "resumed from" in (tmp_path / "run" / "train.log").read_text()

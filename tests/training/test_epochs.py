@@ -1,4 +1,4 @@
-"""The length of a run in passes over its data, asked for in notebook 05."""
+"""The length of a run in epochs, as set in notebook 05."""
 
 import dataclasses
 import json
@@ -36,8 +36,8 @@ def test_epochs_of_the_notebook_are_steps_wherever_they_are_read_and_more_of_the
         f"{steps} steps, 0.3 epochs; epochs=0.3 overrides train_iters=500" in (tmp_path / "05_train.ipynb").read_text()
     )
 
-    asked = settings(**given | {"epochs": EPOCHS})  # whatever train_iters says
+    asked = settings(**given | {"epochs": EPOCHS})  # overrides train_iters
     assert asked.train_iters == TrainConfig(**place).train_iters != steps
-    assert start_training(asked, 1).train_iters == steps and "found finished" in capsys.readouterr().out
+    assert start_training(asked, 1).train_iters == steps and "already finished" in capsys.readouterr().out
     launch_training(dataclasses.replace(asked, epochs=2 * EPOCHS), 1)
     assert len(read_metrics(output)) == math.ceil(2 * EPOCHS * packs / 4) > steps

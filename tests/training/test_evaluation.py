@@ -36,7 +36,7 @@ def inputs(tmp_path_factory) -> Path:
 
 @torch.no_grad()
 def by_transformers(model, store: TokenStore, samples: Sequence[int], normalize_by: str) -> float:
-    """The loss over some samples, one after the other."""
+    """The loss over some samples, evaluated one by one."""
     total = weight = 0.0
     for tokens, mask in (store[number] for number in samples):
         ids, trained = torch.from_numpy(tokens).long(), torch.from_numpy(mask[1:]) > 0

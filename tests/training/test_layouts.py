@@ -1,7 +1,7 @@
-"""One rank against several, whatever they split.
+"""Trainings with one rank compared with trainings at every kind of parallelism.
 
-Every comparison is between whole trainings, by the same function that torchrun starts. RSFT_LONG_TESTS=1 adds layouts
-that the others contain.
+Every comparison is between whole trainings, by the same function that torchrun starts. RSFT_LONG_TESTS=1 adds
+redundant layouts.
 """
 
 import os
@@ -77,7 +77,7 @@ if os.environ.get("RSFT_LONG_TESTS"):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_gives_the_curve_and_the_weights_of_one_rank(layout, inputs, one_rank, tmp_path):
+def test_every_layout_matches_the_losses_and_weights_of_one_rank(layout, inputs, one_rank, tmp_path):
     nproc, changes = LAYOUTS[layout]
     metrics, tensors = run(inputs, tmp_path / "run", nproc, **changes)
     expected_metrics, expected = one_rank

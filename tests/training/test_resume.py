@@ -1,4 +1,4 @@
-"""A run that was stopped, killed or damaged, against one that was left alone."""
+"""Runs that were stopped, killed or damaged, compared with an uninterrupted one."""
 
 import errno
 import fcntl
@@ -56,7 +56,7 @@ def straight(inputs, tmp_path_factory):
 
 
 def stopped_half_way(run_folder: Path, copy: Path) -> Path:
-    """A run as it is when it was killed after the middle checkpoint, a step later."""
+    """A copy of a run as if it had been killed one step after the middle checkpoint."""
     shutil.copytree(run_folder, copy)
     shutil.rmtree(newest(copy))
     MetricsWriter(copy, STEPS - 1)
@@ -69,7 +69,7 @@ def same(found: list[dict], expected: list[dict], tolerance: float = 0.0) -> Non
         assert a == (b if key == "samples_sha256" else pytest.approx(b, rel=tolerance, abs=0)), key
 
 
-def test_half_and_half_after_a_resume_are_the_whole_bit_for_bit(inputs, straight, tmp_path):
+def test_a_resumed_run_matches_an_uninterrupted_one_bit_for_bit(inputs, straight, tmp_path):
     output = stopped_half_way(straight[0], tmp_path / "run")
     same(run(inputs, output), straight[1])
     assert f"resumed from {output / 'iter_0000002'}" in (output / "train.log").read_text()
@@ -96,7 +96,7 @@ CHANGES_OF_LAYOUT = {
 
 
 @pytest.mark.parametrize("change", CHANGES_OF_LAYOUT)
-def test_a_run_goes_on_in_another_layout_with_the_samples_in_the_same_order(change, inputs, straight, tmp_path):
+def test_a_run_resumes_in_another_layout_with_the_samples_in_the_same_order(change, inputs, straight, tmp_path):
     (before, layout), (after, other) = CHANGES_OF_LAYOUT[change]
     run(inputs, tmp_path / "whole", before, **layout)
     found = run(inputs, stopped_half_way(tmp_path / "whole", tmp_path / "run"), after, **other)
@@ -106,7 +106,7 @@ def test_a_run_goes_on_in_another_layout_with_the_samples_in_the_same_order(chan
         torch.testing.assert_close(tensor, expected[name], atol=1e-4, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_told(inputs, straight, tmp_path):
+def test_a_damaged_checkpoint_is_skipped_and_reported(inputs, straight, tmp_path):
     output = tmp_path / "run"
     shutil.copytree(straight[0], output)
     shard = next(newest(output).glob("*.distcp"))
@@ -118,7 +118,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_told(inputs, straight, tmp_path
     assert f"skipping a checkpoint: {shard}" in log and "resumed from" in log
 
 
-def test_a_finished_run_is_found_finished(inputs, straight, tmp_path):
+def test_a_finished_run_is_recognized(inputs, straight, tmp_path):
     output = tmp_path / "run"
     shutil.copytree(straight[0], output)
     before = (output / "metrics.jsonl").read_bytes()
@@ -150,7 +150,7 @@ def test_a_run_is_not_continued_with_other_settings_or_other_data(inputs, straig
     assert len(read_metrics(output)) == STEPS
 
 
-def test_a_run_goes_on_with_a_moved_base_in_smaller_micro_batches_and_tells_what_changed(inputs, tmp_path):
+def test_a_run_resumes_with_a_moved_base_and_smaller_micro_batches_and_logs_the_changes(inputs, tmp_path):
     run(inputs, tmp_path / "whole", micro_batch_size=2)
     output = stopped_half_way(tmp_path / "whole", tmp_path / "run")
     moved = shutil.copytree(inputs["checkpoint"], tmp_path / "moved")
@@ -161,7 +161,7 @@ def test_a_run_goes_on_with_a_moved_base_in_smaller_micro_batches_and_tells_what
     assert f"  checkpoint: was '{inputs['checkpoint']}', now '{moved}'\n" in log
 
 
-def test_the_same_weights_are_the_same_base_wherever_they_lie_and_whoever_listed_them(inputs, tmp_path):
+def test_the_identity_of_a_base_depends_on_its_weights_only(inputs, tmp_path):
     base = Path(inputs["checkpoint"])
     convert(base.parent / "hf", tmp_path / "made-again")
     copy = shutil.copytree(base, tmp_path / "without-manifest")
@@ -190,7 +190,7 @@ def test_a_finished_run_goes_on_where_more_steps_are_asked_for_on_the_schedule_o
     assert "  train_iters: was 4, now 8; the learning-rate schedule is recomputed for the new length\n" in log
     shutil.copytree(output, again)
     shutil.rmtree(newest(again))
-    same(run(inputs, again, train_iters=2 * STEPS), found)  # and is itself resumed bit for bit
+    same(run(inputs, again, train_iters=2 * STEPS), found)  # it also resumes bit for bit
 
 
 def test_a_checkpoint_written_while_training_goes_on_is_that_of_its_step(inputs, straight, tmp_path):
@@ -238,7 +238,7 @@ def test_a_run_that_was_killed_between_its_last_save_and_the_removal_of_older_on
 
 
 def theirs(run: Path, straight: Path) -> dict[Path, bytes]:
-    """Folders that somebody laid beside a run's checkpoints, and what a file in each of them says."""
+    """Folders of a user beside a run's checkpoints: a file in each of them -> its contents."""
     folders = [run / name for name in ("iter_best", "iter_0000009_backup", "iter_00000001", ".iter_best.old")]
     for folder in folders:
         shutil.copytree(newest(straight), folder)
@@ -308,7 +308,7 @@ def test_on_nfs_what_a_killed_save_left_is_removed_with_and_without_its_lock(tmp
     monkeypatch.setattr(fcntl, "flock", nfs.flock)
     for name in (".iter_0000001.old", ".iter_0000002.tmp", ".iter_0000003.tmp", "iter_0000004", ".iter_best.tmp"):
         (tmp_path / name).mkdir()
-    for name in (".iter_0000002.tmp.lock", ".iter_0000004.tmp.lock"):  # the last had got its name
+    for name in (".iter_0000002.tmp.lock", ".iter_0000004.tmp.lock"):  # the last one had been renamed already
         (tmp_path / name).touch()
     with locked(tmp_path / ".iter_0000003.tmp"):
         remove_leftovers(tmp_path)
@@ -318,7 +318,7 @@ def test_on_nfs_what_a_killed_save_left_is_removed_with_and_without_its_lock(tmp
     assert set(os.listdir(tmp_path)) == {".iter_best.tmp", "iter_0000004"}
 
 
-def test_where_no_locks_are_known_a_run_goes_on_and_tells_what_is_left(inputs, straight, tmp_path):
+def test_without_file_locks_a_run_continues_and_reports_leftovers(inputs, straight, tmp_path):
     output = stopped_half_way(straight[0], tmp_path / "run")
     for step in (3, STEPS):
         shutil.copytree(newest(output), output / f".iter_{step:07d}.tmp")
@@ -328,7 +328,7 @@ def test_where_no_locks_are_known_a_run_goes_on_and_tells_what_is_left(inputs, s
     same(read_metrics(output), straight[1])
     assert [path.name for path in output.glob(".iter_*")] == [".iter_0000003.tmp"] and steps(output) == [2, STEPS]
     assert (
-        f"not removed: {output / '.iter_0000003.tmp'} may be in use, and this file system has no locks"
+        f"not removed: {output / '.iter_0000003.tmp'} may be in use (no file locks on this file system)"
         in log.read_text()
     )
 
@@ -341,15 +341,15 @@ def _without_locks(config) -> None:
     forked.train_as_rank(config)
 
 
-# --- a disk without room
+# --- a full disk
 
 
-def test_a_disk_with_too_little_room_for_the_next_checkpoint_is_told_before_it_is_written(inputs, tmp_path):
+def test_too_little_disk_space_is_reported_before_a_checkpoint_is_written(inputs, tmp_path):
     output = tmp_path / "run"
     config = settings(output=str(output), train_iters=STEPS, save_interval=1, **inputs)
     processes = forked.start(_with_room_for_one, 2, output / "train.log", config)
-    told = r"\.iter_0000002\.tmp needs [\d.]+ MB, .*run has [\d.]+ MB left: free some space"
-    with pytest.raises(RuntimeError, match=told):
+    message = r"\.iter_0000002\.tmp needs [\d.]+ MB, .*run has [\d.]+ MB left: free some space"
+    with pytest.raises(RuntimeError, match=message):
         forked.join(processes, output / "train.log")
     assert steps(output) == [1] and newest(output) and not list(output.glob(".iter_*"))
 
@@ -361,9 +361,7 @@ def _with_room_for_one(config) -> None:
     forked.train_as_rank(config)
 
 
-def test_a_disk_that_fills_up_while_a_checkpoint_is_written_is_told_with_what_it_takes_and_leaves_no_part(
-    inputs, tmp_path
-):
+def test_a_disk_that_fills_up_during_a_save_is_reported_with_sizes_and_leaves_nothing(inputs, tmp_path):
     output = tmp_path / "run"
     given = {"train_iters": STEPS, "save_interval": 1, "async_save": True, "pipeline_parallel": 2, **inputs}
     config = settings(output=str(output), **given)
@@ -388,7 +386,7 @@ def _fill_up(config) -> None:
     forked.train_as_rank(config)
 
 
-def test_killed_at_five_random_moments_a_run_ends_bit_for_bit_like_one_left_alone(tmp_path):
+def test_a_run_killed_at_five_random_moments_matches_an_uninterrupted_one_bit_for_bit(tmp_path):
     assert sum(killing.survive(tmp_path, kills=5, seed=1, steps=16).values()) == 5
 
 

@@ -1,4 +1,4 @@
-"""Run folders with something damaged, as a power loss or a full disk leaves it."""
+"""Run folders with files damaged by a power loss or a full disk, or added by a user."""
 
 import dataclasses
 import errno
@@ -66,7 +66,7 @@ def write(folder: Path, *content: bytes) -> Path:
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_a_line_that_cannot_be_read_is_passed_over_and_named_by_everyone_who_reads(tmp_path, wrong):
+def test_a_damaged_line_is_skipped_and_reported_by_every_reader(tmp_path, wrong):
     run = write(tmp_path / "run", *lines(range(1, 4)), WRONG[wrong], *lines(range(6 if "next" in wrong else 5, 11)))
     assert [r["iteration"] for r in read_metrics(run)] == [1, 2, 3, 5, 6, 7, 8, 9, 10]
     damaged, missing = scan_metrics(run).problems
@@ -85,7 +85,7 @@ def test_a_line_that_cannot_be_read_is_passed_over_and_named_by_everyone_who_rea
     assert outcome["damaged"] == f"{damaged}; {missing}" and damaged in outcome["summary"]
 
 
-def test_what_is_missing_at_a_resume_is_told_and_the_damaged_file_is_kept(tmp_path, capsys):
+def test_missing_steps_are_reported_on_resume_and_the_damaged_file_is_kept(tmp_path, capsys):
     run = write(tmp_path / "run", *lines(range(1, 3)), CUT, *lines(range(6, 8)), b"\0" * 40)
     before = (run / FILE).read_bytes()
     MetricsWriter(run, 9).close()
@@ -121,7 +121,7 @@ def test_a_process_killed_while_it_mends_the_metrics_loses_none_and_each_damaged
     assert kept == {DAMAGED: before, "metrics.damaged-2.jsonl": before, "metrics.damaged-3.jsonl": again}
 
 
-def test_a_run_with_whole_metrics_tells_of_nothing(tmp_path, capsys):
+def test_complete_metrics_have_no_problems(tmp_path, capsys):
     run = write(tmp_path / "run", *lines(range(1, 11)))
     with (run / FILE).open("ab") as file:
         file.write(b'{"iteration": 11, "lo')  # is being written
@@ -131,7 +131,7 @@ def test_a_run_with_whole_metrics_tells_of_nothing(tmp_path, capsys):
     assert capsys.readouterr().out == "" and len(read_metrics(run)) == 8 and not (run / DAMAGED).exists()
 
 
-def test_a_run_whose_metrics_are_damaged_goes_on(tmp_path):
+def test_a_run_with_damaged_metrics_resumes(tmp_path):
     tiny_model(tmp_path / "hf", hidden_size=32, intermediate_size=32, num_hidden_layers=2)
     convert(tmp_path / "hf", tmp_path / "megatron")
     random_store(tmp_path / "data")
@@ -139,7 +139,7 @@ def test_a_run_whose_metrics_are_damaged_goes_on(tmp_path):
     config = settings(**place, train_iters=6, save_interval=3, lr=1e-4)
     forked.train(config)
     run, whole = tmp_path / "run", read_metrics(tmp_path / "run")
-    shutil.rmtree(run / "iter_0000006")  # it is found as if killed after the middle
+    shutil.rmtree(run / "iter_0000006")  # as if it had been killed after the middle
     (run / "ended.json").write_text('{"reason": "fini')
     written = (run / FILE).read_bytes().splitlines(keepends=True)
     (run / FILE).write_bytes(b"".join([written[0], b"\0" * len(written[1]), *written[2:]]))
@@ -150,7 +150,7 @@ def test_a_run_whose_metrics_are_damaged_goes_on(tmp_path):
     assert read_ended(run) == {"reason": "finished", "iteration": 6}
 
 
-def test_a_finished_run_is_found_finished_though_its_base_was_removed(tmp_path, capsys):
+def test_a_finished_run_is_recognized_after_its_base_was_removed(tmp_path, capsys):
     tiny_model(tmp_path / "hf", hidden_size=32, intermediate_size=32, num_hidden_layers=2)
     convert(tmp_path / "hf", tmp_path / "megatron")
     random_store(tmp_path / "data")
@@ -159,9 +159,9 @@ def test_a_finished_run_is_found_finished_though_its_base_was_removed(tmp_path, 
     forked.train(config)
     (tmp_path / "megatron").rename(tmp_path / "moved")
     launch.start_training(config, 1)
-    assert "found finished, nothing was started" in capsys.readouterr().out
+    assert "already finished, nothing was started" in capsys.readouterr().out
     launch.start_training(dataclasses.replace(config, checkpoint=str(tmp_path / "moved")), 1)
-    assert "found finished, nothing was started" in capsys.readouterr().out
+    assert "already finished, nothing was started" in capsys.readouterr().out
     for asked in ({"train_iters": 3}, {"checkpoint": str(tmp_path / "another")}):
         with pytest.raises(FileNotFoundError, match="checkpoint: .* does not exist"):
             launch.start_training(dataclasses.replace(config, **asked), 1)
@@ -188,7 +188,7 @@ def test_how_a_run_ended_is_unknown_where_its_file_is_damaged(tmp_path, text):
         ("time limit", False, "stopped at the time limit"),
     ],
 )  # fmt: skip
-def test_how_a_run_ended_is_told_in_words(tmp_path, reason, asked, words):
+def test_how_a_run_ended_is_described(tmp_path, reason, asked, words):
     run = write(tmp_path / "run", *lines(range(1, 11)))
     (run / "ended.json").write_text(json.dumps({"reason": reason, "iteration": 10}))
     if asked:
@@ -212,13 +212,13 @@ def test_runs_are_compared_though_little_is_known_of_one(tmp_path, config, capsy
 
 
 @pytest.mark.parametrize("wrong", [{"config": None}, {"data": None}, {"config": {}}, {"base_sha256": 5}])
-def test_a_checkpoint_that_does_not_tell_of_its_run_is_damaged(tmp_path, wrong):
+def test_a_checkpoint_without_facts_of_its_run_is_damaged(tmp_path, wrong):
     config, data = settings(checkpoint="a", data="b", output="c").to_json(), {"packs": 5}
     facts = {"config": config, "data": data, "base_sha256": "abc"}
     write_manifest(tmp_path, {"made_by": "train", "iteration": 5} | facts)
     assert refuse_another_run(tmp_path, facts) == []
     write_manifest(tmp_path, {"made_by": "train", "iteration": 5} | facts | wrong)
-    with pytest.raises(ValueError, match=f"{tmp_path}/manifest.json is damaged: it does not tell .* Move this"):
+    with pytest.raises(ValueError, match=f"{tmp_path}/manifest.json is damaged: the settings or data .* Move this"):
         refuse_another_run(tmp_path, facts)
 
 
@@ -240,14 +240,14 @@ JOB = {"launcher": "local", "pid": 1, "birth": "x", "host": "elsewhere", **COMMO
         *(json.dumps(JOB | wrong) for wrong in ({"host": None}, {"pid": "x"}, {"patience": "x"}, {"launcher": ["x"]})),
     ],
 )  # fmt: skip
-def test_where_it_is_unknown_what_trains_in_a_folder_nothing_is_started(tmp_path, text):
+def test_nothing_is_started_if_job_json_is_damaged(tmp_path, text):
     (tmp_path / "job.json").write_text(text)
     config = settings(checkpoint="none", data="none", output=str(tmp_path))
-    with pytest.raises(ValueError, match=r"job.json is damaged: .* see with ps or squeue that none does, remove"):
+    with pytest.raises(ValueError, match=r"job.json is damaged: .* check with ps or squeue that none does, remove"):
         launch.start_training(config, 1)
 
 
-def test_a_log_keeps_what_was_said_and_a_cause_is_looked_for_in_the_last_start(tmp_path, monkeypatch):
+def test_a_log_keeps_all_output_and_a_cause_is_searched_in_the_last_start(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(TESTS), prepend=":")
     log = tmp_path / "train.log"
     with pytest.raises(launch.RunFailed, match="broken on rank 1"):
@@ -311,7 +311,7 @@ def test_a_checkpoint_into_which_somebody_put_files_stays(tmp_path, capsys):
     for _ in range(2):
         remove_old(run, 10, keep_last=1, keep_every=0)
     assert names(run) == ["iter_0000005", "iter_0000010"]
-    assert capsys.readouterr().out.count("iter_0000005, since my_results.json in it is not of this kit") == 1
+    assert capsys.readouterr().out.count("iter_0000005, since this kit did not write my_results.json in it") == 1
 
 
 def test_a_checkpoint_with_files_of_somebody_is_set_aside_where_its_step_is_saved_again(tmp_path, capsys):

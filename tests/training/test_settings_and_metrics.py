@@ -18,11 +18,10 @@ from transformers import Qwen2Config
 from rsft_lib.checkpoint.convert import convert
 from rsft_lib.launch import LaunchOptions
 from rsft_lib.model import engine
-from rsft_lib.model.config import read_config
+from rsft_lib.model.config import check_layout, read_config
 from rsft_lib.notebook import declared_parameters
 from rsft_lib.training import alarms, flops, metrics
 from rsft_lib.training.alarms import Alarms
-from rsft_lib.training.build import refuse_misfit
 from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.datasets import split
 from rsft_lib.training.metrics import FILE, MetricsWriter, open_writers, read_metrics
@@ -92,12 +91,12 @@ def test_every_setting_is_documented_and_the_training_notebook_has_it_as_a_param
         ({"split": "9,1"}, "split is '9,1'; it must be three numbers"),
     ],
 )
-def test_a_setting_that_cannot_be_is_named(changes, message):
+def test_an_invalid_setting_is_named(changes, message):
     with pytest.raises(ValueError, match=message):
         config(**changes)
 
 
-def test_asking_for_what_is_not_installed_is_refused(monkeypatch):
+def test_a_setting_that_needs_a_missing_package_is_refused(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install tensorboard"):
         config(tensorboard=True)
@@ -116,12 +115,13 @@ def test_ranks_that_do_not_fit_are_refused_before_anything_starts():
         config(pipeline_parallel=3, virtual_pipeline=2).data_parallel(3)
 
 
-def test_a_model_that_cannot_be_split_that_way_is_refused():
-    refuse_misfit(config(tensor_parallel=4, pipeline_parallel=7, virtual_pipeline=2), R1)
-    with pytest.raises(ValueError, match="28 layers do not divide by pipeline_parallel 4 x virtual_pipeline 2"):
-        refuse_misfit(config(pipeline_parallel=4, virtual_pipeline=2), R1)
-    with pytest.raises(ValueError, match="num_attention_heads 12 does not divide by tensor_parallel 8"):
-        refuse_misfit(config(tensor_parallel=8), R1)
+def test_a_model_that_cannot_be_partitioned_is_refused():
+    check_layout(R1, tensor_parallel=4, pipeline_parallel=7, virtual_pipeline=2)
+    message = "num_hidden_layers=28 is not divisible by pipeline_parallel=4 x virtual_pipeline=2"
+    with pytest.raises(ValueError, match=message):
+        check_layout(R1, tensor_parallel=1, pipeline_parallel=4, virtual_pipeline=2)
+    with pytest.raises(ValueError, match="num_attention_heads=12 is not divisible by tensor_parallel=8"):
+        check_layout(R1, tensor_parallel=8, pipeline_parallel=1)
 
 
 def test_settings_come_from_json_and_from_yaml(tmp_path):
@@ -132,7 +132,7 @@ def test_settings_come_from_json_and_from_yaml(tmp_path):
     with pytest.raises(ValueError, match="unknown setting 'seq_lenght'; did you mean seq_length?"):
         TrainConfig.from_file(path)
     text = tmp_path / "run.yaml"
-    text.write_text("checkpoint: c\ndata: d\noutput: o\nlr: 2e-5\npacking: false\n")  # YAML takes 2e-5 for a text
+    text.write_text("checkpoint: c\ndata: d\noutput: o\nlr: 2e-5\npacking: false\n")  # YAML parses 2e-5 as a string
     read = TrainConfig.from_file(text)
     assert (read.lr, read.packing) == (2e-5, False)
     text.write_text("- lr\n")
@@ -176,7 +176,7 @@ def test_the_schedule_warms_up_and_decays_to_its_end(name):
     assert rates[10:] == pytest.approx([0.1 + 0.9 * SCHEDULES[name](n) for n in range(11, 101)])
 
 
-def test_metrics_after_the_checkpoint_that_is_resumed_are_taken_back(tmp_path):
+def test_metrics_after_the_resumed_checkpoint_are_removed(tmp_path):
     writer = MetricsWriter(tmp_path, 0)
     for iteration in (1, 2, 3):
         writer.write(iteration=iteration, loss=1 / iteration)
@@ -192,12 +192,12 @@ def test_a_line_that_is_being_written_is_not_read(tmp_path):
     assert read_metrics(tmp_path / "elsewhere") == []
 
 
-def test_what_is_no_number_is_null(tmp_path):
+def test_nan_and_infinity_become_null(tmp_path):
     MetricsWriter(tmp_path, 0).write(iteration=1, loss=math.nan, lr=math.inf)
     assert (tmp_path / FILE).read_text() == '{"iteration": 1, "loss": null, "lr": null}\n'
 
 
-def test_tensorboard_and_wandb_are_told_the_same_and_go_on_after_a_resume(tmp_path, monkeypatch):
+def test_tensorboard_and_wandb_receive_the_metrics_and_continue_after_a_resume(tmp_path, monkeypatch):
     told = []
 
     class Writer:
@@ -233,7 +233,7 @@ def test_tensorboard_and_wandb_are_told_the_same_and_go_on_after_a_resume(tmp_pa
     assert asked == [(None, "allow"), ("abc", "allow")]
 
 
-def test_an_alarm_is_raised_for_a_loss_that_jumps_and_not_for_noise():
+def test_a_loss_spike_raises_an_alarm_and_noise_does_not():
     watch = Alarms()
     noise = [2.0 + 0.05 * math.sin(7 * step) for step in range(50)]
     assert [watch.look({"loss": loss}) for loss in noise] == [[]] * 50
@@ -241,7 +241,7 @@ def test_an_alarm_is_raised_for_a_loss_that_jumps_and_not_for_noise():
     assert "loss spike: loss 3.0000" in found
 
 
-def test_a_step_of_one_mode_only_is_no_spike_and_a_jump_within_a_mode_is_one():
+def test_a_step_of_one_mode_is_not_a_spike_but_a_jump_within_a_mode_is():
     def step(number: int, think: bool = True, short: float = 0.7) -> dict:
         losses = {"loss_mode_think": 0.1 + 0.01 * math.sin(7 * number)} if think else {}
         return {"loss": 0.2 if think else short, **losses, "loss_mode_short": short + 0.01 * math.sin(5 * number)}
@@ -253,16 +253,16 @@ def test_a_step_of_one_mode_only_is_no_spike_and_a_jump_within_a_mode_is_one():
 
 
 @pytest.mark.parametrize(("think", "mode"), [(0.999, "<short>"), (0.001, "<think>")])
-def test_an_alarm_is_raised_when_the_model_has_lost_a_mode(think, mode):
+def test_mode_collapse_raises_an_alarm(think, mode):
     watch = Alarms()
     record = {"loss": 1.0, "think_share": 0.4, "p_think_when_think": think, "p_think_when_short": think}
-    said = [watch.look(record) for _ in range(alarms.FEWEST)]
-    assert said[:-1] == [[]] * (alarms.FEWEST - 1)
-    assert f"gives {mode} a probability" in said[-1][0]
+    messages = [watch.look(record) for _ in range(alarms.FEWEST)]
+    assert messages[:-1] == [[]] * (alarms.FEWEST - 1)
+    assert f"mean probability of {mode} is" in messages[-1][0]
     healthy = Alarms()
     record |= {"p_think_when_think": 0.4, "p_think_when_short": 0.4}
     assert [healthy.look(record) for _ in range(100)] == [[]] * 100
-    single = Alarms()  # data of one mode only may well make a model of one mode
+    single = Alarms()  # no alarm if the data only has one mode
     record = {"loss": 1.0, "think_share": 1.0, "p_think_when_think": 1.0}
     assert [single.look(record) for _ in range(100)] == [[]] * 100
 
@@ -285,7 +285,7 @@ def test_the_memory_estimate_is_that_of_the_ledger():
     assert shared.optimizer == pytest.approx(full.optimizer / 8)
 
 
-def test_preflight_tells_what_a_run_will_take(tmp_path, monkeypatch):
+def test_preflight_estimates_the_cost_of_a_run(tmp_path, monkeypatch):
     tiny_model(tmp_path / "hf")
     convert(tmp_path / "hf", tmp_path / "megatron")
     random_store(tmp_path / "store")
@@ -295,7 +295,7 @@ def test_preflight_tells_what_a_run_will_take(tmp_path, monkeypatch):
     )  # fmt: skip
     text = preflight(run, nproc=2)
     assert (
-        "MiB a rank (weights 0." in text
+        "MiB per rank (weights 0." in text
         and "2 = 2 data" in text
         and "30 steps" in text
         and "3 kept" in text
@@ -310,7 +310,7 @@ def test_preflight_tells_what_a_run_will_take(tmp_path, monkeypatch):
     assert "13 steps, 2.1 epochs; epochs=2 overrides train_iters=30" in for_epochs
     with pytest.raises(ValueError, match="is not divisible by micro_batch_size=1 x 3"):
         preflight(run, nproc=3)
-    with pytest.raises(ValueError, match="layers do not divide by pipeline_parallel 3"):
+    with pytest.raises(ValueError, match="num_hidden_layers=4 is not divisible by pipeline_parallel=3"):
         preflight(dataclasses.replace(run, pipeline_parallel=3), nproc=3)
     assert not (tmp_path / "run").exists()
 

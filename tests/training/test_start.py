@@ -1,4 +1,4 @@
-"""Trainings from any kind of folder, with a vocabulary that divides by nothing."""
+"""Trainings from all formats, with an indivisible vocabulary size."""
 
 import shutil
 from pathlib import Path
@@ -50,9 +50,7 @@ def test_a_training_starts_from_a_model_folder_as_from_a_checkpoint_of_two_ranks
     assert [name for name in before if torch.equal(before[name], after[name])] == []
 
 
-def test_a_run_goes_on_with_a_padded_vocabulary_which_changes_no_loss_and_is_gone_in_the_export(
-    folder, from_hf, tmp_path
-):
+def test_a_padded_vocabulary_resumes_changes_no_loss_and_is_not_exported(folder, from_hf, tmp_path):
     shutil.copytree(folder / "from-hf", tmp_path / "run")
     shutil.rmtree(newest(tmp_path / "run"))
     MetricsWriter(tmp_path / "run", STEPS // 2)

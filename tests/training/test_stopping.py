@@ -1,4 +1,4 @@
-"""Runs that end before their end: asked to, too slow, broken or asleep."""
+"""Runs that end early: by a signal, a time limit, an error or a hang."""
 
 import errno
 import math
@@ -84,7 +84,7 @@ def _wait_in_the_third_step(run) -> None:
     forked.train_as_rank(run)
 
 
-def test_who_is_asked_again_goes_on_saving_and_who_is_interrupted_ends_at_once(inputs, tmp_path):
+def test_a_second_sigterm_does_not_interrupt_a_save_but_a_sigint_does(inputs, tmp_path):
     output = tmp_path / "run"
     processes = forked.start(_save_slowly, 1, output / "train.log", config(inputs, output))
     wait_for_steps(output, 1)
@@ -114,7 +114,7 @@ def test_the_time_limit_saves_and_stops(inputs, tmp_path):
     assert ended["reason"] == "time limit" and newest(output).name == f"iter_{ended['iteration']:07d}"
 
 
-def test_a_run_stops_when_one_more_step_like_the_longest_would_go_past_the_time_limit(monkeypatch):
+def test_a_run_stops_if_another_step_like_the_longest_would_exceed_the_time_limit(monkeypatch):
     now, reasons = 0.0, []
     monkeypatch.setattr(signals.time, "monotonic", lambda: now)
     asked = signals.Stop(minutes=1)
@@ -125,7 +125,7 @@ def test_a_run_stops_when_one_more_step_like_the_longest_would_go_past_the_time_
     assert reasons == ["", "", "", "", "time limit"]  # after 45 seconds there was room for 15 more
 
 
-def test_an_alarm_is_written_down_and_stops_the_run_if_it_shall(inputs, tmp_path):
+def test_an_alarm_is_recorded_and_stops_the_run_if_configured(inputs, tmp_path):
     output = tmp_path / "run"
     forked.join(
         forked.start(_alarmed, 2, output / "train.log", config(inputs, output, alarm_stop=True)), output / "train.log"
@@ -140,14 +140,14 @@ def _alarmed(run) -> None:
     forked.train_as_rank(run)
 
 
-def test_a_loss_that_is_no_number_ends_the_run_before_it_is_learned(inputs, straight, tmp_path):
+def test_a_nan_loss_ends_the_run_before_the_update(inputs, straight, tmp_path):
     output = tmp_path / "run"
     with pytest.raises(RuntimeError, match="step 3: loss nan.*nothing was updated or saved"):
         run = config(inputs, output, save_interval=2)
         forked.join(forked.start(_broken, 1, output / "train.log", run), output / "train.log")
     assert newest(output).name == "iter_0000002" and len(read_metrics(output)) == 2
-    told = (output / "broken_step_0000003.json").read_text()
-    assert '"loss": "nan"' in told and '"samples": [' in told
+    report = (output / "broken_step_0000003.json").read_text()
+    assert '"loss": "nan"' in report and '"samples": [' in report
 
 
 def _broken(run) -> None:
@@ -161,7 +161,7 @@ def _broken(run) -> None:
     forked.train_as_rank(run)
 
 
-def test_a_save_that_takes_longer_than_a_hang_is_waited_for(inputs, tmp_path):
+def test_a_save_may_take_longer_than_the_hang_timeout(inputs, tmp_path):
     output = tmp_path / "run"
     run = config(inputs, output, train_iters=2, save_interval=1)
     forked.join(forked.start(_take_long_to_save, 1, output / "train.log", run), output / "train.log")
@@ -183,13 +183,13 @@ def _take_long_to_save(run) -> None:
 
 
 def _let_pass(seconds: float) -> None:
-    """Set the watch's clock forward, and let it look."""
+    """Set the watchdog's clock forward, and let it check."""
     clock = watchdog.clock
     watchdog.clock = lambda: clock() + seconds
     time.sleep(3 * watchdog.LOOK)
 
 
-def test_a_checkpoint_that_is_read_for_longer_than_a_start_may_take_is_waited_for(inputs, tmp_path):
+def test_loading_a_checkpoint_may_take_longer_than_the_start_timeout(inputs, tmp_path):
     output = tmp_path / "run"
     run = config(inputs, output, train_iters=1, save_timeout=1200)
     forked.join(forked.start(_take_long_to_read, 1, output / "train.log", run), output / "train.log")
@@ -304,7 +304,7 @@ def _fill_the_disk(run) -> None:
 
 
 def end_of_two_ranks_that(do: str, inputs: dict, output: Path, monkeypatch) -> str:
-    """What a user is told of a run in which tests/sleepy.py did something in place of its third micro-batch."""
+    """The error message of a run in which tests/sleepy.py replaces the third micro-batch."""
     monkeypatch.setenv("PYTHONPATH", str(TESTS), prepend=os.pathsep)
     monkeypatch.setenv("RANKS_SHALL", do)
     output.mkdir()
@@ -318,9 +318,9 @@ def end_of_two_ranks_that(do: str, inputs: dict, output: Path, monkeypatch) -> s
 
 
 @pytest.mark.parametrize("do", ["sleep", "hold the lock"])
-def test_a_rank_that_sleeps_ends_the_run_and_every_rank_shows_its_stack(inputs, tmp_path, monkeypatch, do):
+def test_a_hanging_rank_ends_the_run_and_every_rank_writes_its_stack(inputs, tmp_path, monkeypatch, do):
     message = end_of_two_ranks_that(do, inputs, tmp_path / "run", monkeypatch)
-    assert message.startswith("no progress; where the ranks stood:\nrank 0: "), message
+    assert message.startswith("no progress; stacks of the ranks:\nrank 0: "), message
     first, second = message.split("\n\nrank 1: ")
     whys = ["at this time rank 1 noticed: no progress for 45 s", "no progress for 45 s"]
     if do == "hold the lock":
@@ -329,11 +329,11 @@ def test_a_rank_that_sleeps_ends_the_run_and_every_rank_shows_its_stack(inputs, 
     for stack in (first, second):
         assert "rsft_lib/training/batches.py" in stack and "in run_batch\n" in stack, message
     assert "in fall_asleep" in second and "in fall_asleep" not in first, message
-    if do == "hold the lock":  # torchrun told it to end, which it could not hear
+    if do == "hold the lock":  # it could not handle torchrun's SIGTERM
         assert "in fall_asleep" in (tmp_path / "run" / "stacks" / "told1.txt").read_text()
 
 
-def test_of_a_rank_that_was_ended_before_its_watch_fired_the_stack_of_that_moment_is_shown(tmp_path):
+def test_a_rank_ended_before_its_watchdog_fired_has_its_stack_at_sigterm(tmp_path):
     (tmp_path / "stacks").mkdir()
     for name, text in {"rank0": "", "rank1": "", "told0": "told", "told1": "told as well"}.items():
         (tmp_path / "stacks" / f"{name}.txt").write_text(text)
@@ -342,7 +342,7 @@ def test_of_a_rank_that_was_ended_before_its_watch_fired_the_stack_of_that_momen
     assert watchdog.read_stacks(tmp_path) == {"rank 0": "told", "rank 1": "hung"}
 
 
-def test_a_rank_that_fails_is_quoted_though_the_others_did_not_notice_and_hung(inputs, tmp_path, monkeypatch):
+def test_a_failing_rank_is_reported_even_if_the_others_hang(inputs, tmp_path, monkeypatch):
     message = end_of_two_ranks_that("fail", inputs, tmp_path / "run", monkeypatch)
     assert message.startswith("rank 1: Traceback") and "KeyError: 'broken on rank 1'" in message, message
     assert "in fall_asleep" in watchdog.read_stacks(tmp_path / "run")["rank 0"]

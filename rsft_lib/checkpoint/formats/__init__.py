@@ -1,1 +1,1 @@
-"""Files that hold weights: Hugging Face's safetensors, megatron-core's `torch_dist`, Megatron-LM's older layout."""
+"""Weight file formats: Hugging Face's safetensors, megatron-core's `torch_dist`, Megatron-LM's older layout."""

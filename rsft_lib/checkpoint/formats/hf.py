@@ -1,4 +1,4 @@
-"""The weights of a Hugging Face folder: safetensors or `.bin`, one file or sharded, and as megatron-core names them."""
+"""Weights of a Hugging Face folder: safetensors or `.bin`, single or sharded, with conversion of names."""
 
 import json
 import re
@@ -21,23 +21,23 @@ from rsft_lib.model.weight_map import hf_shapes, row_map
 FORMATS = ("model.safetensors", "pytorch_model.bin")
 SOURCES = [file for single in FORMATS for file in (single, f"{single}.index.json")]  # the precedence of transformers
 CODES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}  # in a safetensors header
-BUFFERS = re.compile(r"\.rotary_emb\.inv_freq$")  # old exporters wrote these; config.json tells the same
+BUFFERS = re.compile(r"\.rotary_emb\.inv_freq$")  # written by old exporters; redundant with config.json
 
 
 def weight_sources(folder: Path) -> list[str]:
-    """Which of SOURCES the folder has. The first is read, as by transformers, also where another is newer.
+    """The SOURCES in a folder; the first is read, as by transformers, even if another one is newer.
 
     Raises:
-        FileNotFoundError: none is.
+        FileNotFoundError: there are none.
     """
-    found = [name for name in SOURCES if (Path(folder) / name).is_file()]
-    if not found:
-        raise FileNotFoundError(f"{folder} holds neither {' nor '.join(FORMATS)}, whole or with an index: download it")
-    return found
+    sources = [name for name in SOURCES if (Path(folder) / name).is_file()]
+    if not sources:
+        raise FileNotFoundError(f"{folder} has neither {' nor '.join(FORMATS)}, single or with an index: download it")
+    return sources
 
 
 def index_of(folder: Path) -> dict[str, str] | str:
-    """Tensor -> file of a sharded folder, or the name of the one file with all of them.
+    """Tensor -> file for sharded weights; otherwise the name of the single file.
 
     Raises:
         FileNotFoundError: there are no weights.
@@ -48,7 +48,7 @@ def index_of(folder: Path) -> dict[str, str] | str:
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Names of the files that hold a folder's weights."""
+    """Names of a folder's weight files."""
     index = index_of(folder)
     return [index] if isinstance(index, str) else sorted(set(index.values()))
 
@@ -57,23 +57,23 @@ def open_weights(folder: Path, config: PretrainedConfig) -> Weights:
     """The weights of a folder by their Hugging Face names, memory-mapped.
 
     Raises:
-        FileNotFoundError: no weights, or a missing shard.
-        ValueError: a file is damaged, or the tensors are not those of `config`; every difference is listed.
+        FileNotFoundError: weights or a shard are missing.
+        ValueError: a file is damaged, or the tensors do not match `config`; every difference is listed.
     """
     tensors, problems = _tensors(folder, None)
     tensors = {name: tensor for name, tensor in tensors.items() if not BUFFERS.search(name)}
     if config.tie_word_embeddings and "lm_head.weight" in tensors:
         problems += _untied(tensors)
-    refuse(problems + _differences(tensors, hf_shapes(config)), f"tensors of {folder} do not fit config.json")
+    refuse(problems + _differences(tensors, hf_shapes(config)), f"tensors of {folder} do not match config.json")
     return Weights.of(tensors)
 
 
 def open_tensors(folder: Path, names: Collection[str]) -> Weights:
-    """Those of `names` that a folder has, memory-mapped; `config.json` and other shards are not read.
+    """The tensors in `names` that a folder has, memory-mapped; `config.json` and other shards are not read.
 
     Raises:
-        FileNotFoundError: no weights, or a missing shard.
-        ValueError: a file is damaged, or lacks a tensor that the index places in it.
+        FileNotFoundError: weights or a shard are missing.
+        ValueError: a file is damaged, or lacks a tensor that the index assigns to it.
     """
     tensors, problems = _tensors(folder, names)
     refuse(problems, f"tensors of {folder} are missing from their shards")
@@ -81,14 +81,14 @@ def open_tensors(folder: Path, names: Collection[str]) -> Weights:
 
 
 def _tensors(folder: Path, names: Collection[str] | None) -> tuple[dict[str, Tensor], list[str]]:
-    """(the tensors of a folder, or those of `names` that it has, and where its index is wrong)."""
+    """(tensors of a folder, restricted to `names` unless None; errors of its index)."""
     index = index_of(folder)
     if isinstance(index, str):
-        found = _open(Path(folder) / index)
-        return {name: found[name] for name in found if names is None or name in names}, []
+        tensors = _open(Path(folder) / index)
+        return {name: tensors[name] for name in tensors if names is None or name in names}, []
     placed = {name: file for name, file in index.items() if names is None or name in names}
     opened = {file: _open(Path(folder) / file) for file in sorted(set(placed.values()))}
-    problems = [f"{n}: not in {file}, where the index has it" for n, file in placed.items() if n not in opened[file]]
+    problems = [f"{n}: not in {file}, despite the index" for n, file in placed.items() if n not in opened[file]]
     return {name: opened[file][name] for name, file in placed.items() if name in opened[file]}, problems
 
 
@@ -117,57 +117,58 @@ def _read_index(index: Path) -> dict[str, str]:
     try:
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         if any(Path(file).name != file for file in names.values()):
-            raise ValueError("it names a file in another folder")
+            raise ValueError("it refers to a file in another folder")
         return names
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is no index of tensors ({error}): download it again") from error
+        raise ValueError(f"{index} is not an index of tensors ({error}): download it again") from error
 
 
 def _open(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is named by the index but missing: download it again")
+        raise FileNotFoundError(f"{path} is missing but listed in the index: download it again")
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}
         tensors = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
         if not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-            raise TypeError("it holds something else")
+            raise TypeError("it contains other objects")
         return tensors
-    except Exception as error:  # of safetensors, pickle, zip: each means that the file is not whole or not safe
+    except Exception as error:  # of safetensors, pickle or zip: the file is incomplete or unsafe
         what = "safetensors file" if isinstance(error, SafetensorError) else "file of tensors only"
-        raise ValueError(f"{path} is no whole {what} ({refusal(error)}): download it again") from None
+        raise ValueError(f"{path} is not a complete {what} ({refusal(error)}): download it again") from None
 
 
 def _untied(tensors: dict[str, Tensor]) -> list[str]:
-    """Some exporters keep a tied head as a second copy; taken out, it must have been one."""
+    """Remove the copy of a tied head, which some exporters write; report it if it differs from the embedding."""
     head = tensors.pop("lm_head.weight")
     same = torch.equal(head, tensors.get("model.embed_tokens.weight", torch.empty(0)))
-    return [] if same else ["lm_head.weight: config.json ties it to the embedding, but it is another tensor"]
+    return [] if same else ["lm_head.weight: config.json ties it to the embedding, but it differs from it"]
 
 
 def _differences(tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...]]) -> list[str]:
-    found = [f"{name}: not described by config.json" for name in sorted(tensors.keys() - expected.keys())]
+    problems = [f"{name}: not described by config.json" for name in sorted(tensors.keys() - expected.keys())]
     for name, shape in expected.items():
-        if name not in tensors:
-            found.append(f"{name}: missing")
-        elif tuple(tensors[name].shape) != shape:
-            found.append(f"{name}: shape {tuple(tensors[name].shape)}, config.json says {shape}")
-        elif tensors[name].dtype not in CODES:
-            found.append(f"{name}: {tensors[name].dtype}, expected bf16, fp16 or fp32; quantized models cannot be read")
-    return found
+        tensor = tensors.get(name)
+        if tensor is None:
+            problems.append(f"{name}: missing")
+        elif tuple(tensor.shape) != shape:
+            problems.append(f"{name}: shape {tuple(tensor.shape)}, expected {shape} from config.json")
+        elif tensor.dtype not in CODES:
+            problems.append(f"{name}: {tensor.dtype}, expected bf16, fp16 or fp32; quantized models cannot be read")
+    return problems
 
 
 def write(
     folder: Path, weights: Weights, max_shard_size: str | int, progress: Callable[[int], None] = lambda nbytes: None
 ) -> dict[str, dict]:
-    """Write weights by Hugging Face names as safetensors, sharded with an index where one file would be too large.
+    """Write weights by Hugging Face names as safetensors, sharded with an index if one file would be too large.
 
-    The format is https://github.com/huggingface/safetensors#format: the length of the header, the header, the data.
-    Several files are written at a time, and a block of a weight of each is in memory.
+    Format: https://github.com/huggingface/safetensors#format (header length, header, data). Several files are written
+    concurrently, with one block of a weight of each in memory.
 
     Args:
-        progress: called with the bytes of every block that is written.
+        progress: called with the number of bytes of every written block.
 
     Returns:
         The entries of the written files for a manifest.
@@ -186,7 +187,7 @@ def write(
 
 
 def _write_file(path: Path, weights: Weights, names: list[str], progress: Callable[[int], None]) -> dict[str, dict]:
-    names = sorted(names, key=lambda name: -weights.empty(name).itemsize)  # so that every tensor is aligned
+    names = sorted(names, key=lambda name: -weights.empty(name).itemsize)  # aligns every tensor
     with HashedFile(path) as file:
         file.write(_header(weights, names))
         for name in names:

@@ -1,12 +1,12 @@
-"""Megatron-LM's older layout, one `torch.save`d file for each rank, which the original of this kit used.
+"""Megatron-LM's older checkpoint layout, one `torch.save`d file per rank, as used by the original of this kit.
 
     ..._Megatron_TP2PP1/latest_checkpointed_iteration.txt
     ..._Megatron_TP2PP1/iter_0000001/mp_rank_00/model_optim_rng.pt      (mp_rank_00_000 with pipeline stages)
 
-Each holds `{"model": {name: tensor}, "iteration": ..., "checkpoint_version": 3.0}`. Names are those of the
-Transformer Engine layers, counted from 0 on every pipeline stage; each rank has its share along `split_axis`. See
-megatron/training/checkpointing.py of https://github.com/NVIDIA/Megatron-LM. `args`, a class instance there, is left
-out: Megatron-LM then says that it takes its own arguments, and the file loads with `weights_only=True`.
+Each file holds `{"model": {name: tensor}, "iteration": ..., "checkpoint_version": 3.0}`. Names are those of the
+Transformer Engine layers, numbered from 0 on every pipeline stage; each rank has its shard along `split_axis`. See
+megatron/training/checkpointing.py of https://github.com/NVIDIA/Megatron-LM. `args`, a class instance there, is
+omitted, so that the file loads with `weights_only=True`; Megatron-LM then uses its own arguments.
 """
 
 import re
@@ -24,8 +24,8 @@ from rsft_lib.model.weight_map import EMBEDDING, HEAD, split_axis, weight_map
 
 TRACKER, FILE = "latest_checkpointed_iteration.txt", "model_optim_rng.pt"
 VOCAB_MULTIPLE = 128  # Megatron-LM's --make-vocab-size-divisible-by, times tensor parallel
-FUSED = "mlp.linear_fc1.weight"  # two matrices, of which each rank has a share of either
-EXTRA_STATE = "_extra_state"  # of Transformer Engine's modules; None says that there is no FP8 state
+FUSED = "mlp.linear_fc1.weight"  # gate and up projection; each rank has a shard of both
+EXTRA_STATE = "_extra_state"  # of Transformer Engine's modules; None without FP8 state
 MODULES_WITH_STATE = (
     "self_attention.core_attention", "self_attention.linear_proj", "self_attention.linear_qkv",
     "mlp.linear_fc1", "mlp.linear_fc2",
@@ -42,12 +42,12 @@ def rank_folder(tp_rank: int, pp_rank: int, pipeline_parallel: int) -> str:
 
 
 def rows_of_vocabulary(vocab_size: int, tensor_parallel: int) -> int:
-    """Rows of the embedding as Megatron-LM pads them."""
+    """Number of embedding rows after Megatron-LM's padding."""
     return padded_vocab_size(vocab_size, VOCAB_MULTIPLE * tensor_parallel)
 
 
 class RankFile(NamedTuple):
-    """What one rank's file holds: name there -> name in the whole, and the parts of it, one below the other."""
+    """Contents of one rank's file: local name -> global name, and local name -> boxes to concatenate by rows."""
 
     path: str
     names: dict[str, str]
@@ -55,10 +55,10 @@ class RankFile(NamedTuple):
 
 
 def plan(weights: Weights, config: PretrainedConfig, tensor_parallel: int, pipeline_parallel: int) -> list[RankFile]:
-    """The files of a checkpoint of `weights`, which are named as in megatron-core, with their vocabulary padded.
+    """Plan the files of a checkpoint of `weights`, which have megatron-core names and a padded vocabulary.
 
     Raises:
-        ValueError: the model does not divide over the ranks.
+        ValueError: the model cannot be partitioned across the ranks.
     """
     check_layout(config, tensor_parallel, pipeline_parallel)
     files = []
@@ -72,17 +72,17 @@ def plan(weights: Weights, config: PretrainedConfig, tensor_parallel: int, pipel
 
 
 def nbytes(weights: Weights, files: list[RankFile]) -> int:
-    """Bytes of all tensors in the files."""
+    """Total bytes of the tensors in the files."""
     return sum(_allocated(weights.empty(f.names[ours]), boxes).nbytes for f in files for ours, boxes in f.boxes.items())
 
 
 def write(
     folder: Path, weights: Weights, files: list[RankFile], progress: Callable[[int], None] = lambda nbytes: None
 ) -> None:
-    """Write the planned files into `folder`, no more than a block of one weight in memory at a time.
+    """Write the planned files into `folder`, with one block of one weight in memory at a time.
 
     Args:
-        progress: called with the bytes of every block that is written.
+        progress: called with the number of bytes of every written block.
     """
     for file in files:
         (folder / file.path).parent.mkdir(parents=True)
@@ -91,13 +91,13 @@ def write(
 
 
 def _stage(config: PretrainedConfig, pp_rank: int, pipeline_parallel: int) -> dict[str, str]:
-    """Name in the files of a pipeline stage -> name in the whole model."""
+    """Local name in the files of a pipeline stage -> global name."""
     first, last = pp_rank == 0, pp_rank == pipeline_parallel - 1
     per_stage = config.num_hidden_layers // pipeline_parallel
     names = {EMBEDDING: EMBEDDING} if first else {}
     for name in weight_map(config):
-        if (found := re.match(r"decoder\.layers\.(\d+)\.(.*)", name)) and int(found[1]) // per_stage == pp_rank:
-            names[f"decoder.layers.{int(found[1]) % per_stage}.{found[2]}"] = name
+        if (match := re.match(r"decoder\.layers\.(\d+)\.(.*)", name)) and int(match[1]) // per_stage == pp_rank:
+            names[f"decoder.layers.{int(match[1]) % per_stage}.{match[2]}"] = name
     if last:
         names["decoder.final_layernorm.weight"] = "decoder.final_layernorm.weight"
     if last and not (first and config.tie_word_embeddings):
@@ -106,13 +106,13 @@ def _stage(config: PretrainedConfig, pp_rank: int, pipeline_parallel: int) -> di
 
 
 def _boxes(weights: Weights, name: str, config: PretrainedConfig, tp_rank: int, tensor_parallel: int) -> list[Box]:
-    """The parts of a weight that one tensor-parallel rank has, one below the other."""
+    """The parts of a weight on one tensor-parallel rank, to concatenate by rows."""
     shape, axis = weights.empty(name).shape, split_axis(name, config)
     box = [slice(0, size) for size in shape]
     if axis is None:
         return [tuple(box)]
     halves = 2 if name.endswith(FUSED) else 1
-    assert shape[axis] % (halves * tensor_parallel) == 0, f"{name} {tuple(shape)}: check_layout lets nothing be cut off"
+    assert shape[axis] % (halves * tensor_parallel) == 0, f"{name} {tuple(shape)}: check_layout should have refused it"
     part, boxes = shape[axis] // halves // tensor_parallel, []
     for half in range(halves):
         start = half * shape[axis] // halves + tp_rank * part
@@ -122,7 +122,7 @@ def _boxes(weights: Weights, name: str, config: PretrainedConfig, tp_rank: int, 
 
 
 def _write_rank(path: Path, weights: Weights, names: dict, boxes: dict[str, list[Box]], progress: Callable) -> None:
-    """torch writes the file with gaps for the tensors, which are then filled block by block."""
+    """Have torch write the file with gaps for the tensors, then fill them block by block."""
     state = {ours: _allocated(weights.empty(names[ours]), boxes[ours]) for ours in names}
     layers = sorted({name.split(".")[2] for name in names if name.startswith("decoder.layers.")}, key=int)
     modules = [f"decoder.layers.{layer}.{module}" for layer in layers for module in MODULES_WITH_STATE]
@@ -140,16 +140,16 @@ def _write_rank(path: Path, weights: Weights, names: dict, boxes: dict[str, list
 
 
 def _allocated(empty: Tensor, boxes: list[Box]) -> Tensor:
-    """A tensor for all of the boxes, one below the other; its memory is never touched."""
+    """An uninitialized tensor for all boxes, concatenated by rows; its memory is never touched."""
     heights, *widths = zip(*([s.stop - s.start for s in box] for box in boxes), strict=True)
     return torch.empty(sum(heights), *(width[0] for width in widths), dtype=empty.dtype)
 
 
 def iteration_folder(folder: Path) -> Path | None:
-    """The folder with the files of the ranks, `folder` itself or the one its tracker names; None if there is none.
+    """The folder with the rank files: `folder` itself or the one that its tracker refers to; None if there is none.
 
     Raises:
-        ValueError: the tracker names a folder without such files.
+        ValueError: the tracker refers to a folder without such files.
     """
     folder, tracker = Path(folder), Path(folder) / TRACKER
     if not tracker.is_file():
@@ -157,48 +157,48 @@ def iteration_folder(folder: Path) -> Path | None:
     name = tracker.read_text(errors="replace").strip()
     named = folder / (f"iter_{int(name):07d}" if name.isdecimal() else "release")
     if not any(named.glob(f"mp_rank_*/{FILE}")):
-        raise ValueError(f"{tracker} says {name!r}, but {named} holds no mp_rank_*/{FILE}")
+        raise ValueError(f"{tracker} contains {name!r}, but {named} has no mp_rank_*/{FILE}")
     return named
 
 
 def open_weights(folder: Path, config: PretrainedConfig) -> Weights:
-    """The weights of a checkpoint of any TP x PP by megatron-core names, memory-mapped; no optimizer state is read.
+    """The weights of a checkpoint at any parallel size by megatron-core names, memory-mapped, without optimizer state.
 
     Raises:
         FileNotFoundError: the file of a rank is missing.
-        ValueError: a file is damaged or not to be trusted, or the files are of different steps.
+        ValueError: a file is damaged or unsafe, or the files are of different steps.
     """
-    found = iteration_folder(folder)
-    if found is None:
-        raise FileNotFoundError(f"{folder} holds no mp_rank_*/{FILE}")
-    ranks = {path: _rank(path.name) for path in found.glob("mp_rank_*")}
+    iteration = iteration_folder(folder)
+    if iteration is None:
+        raise FileNotFoundError(f"{folder} has no mp_rank_*/{FILE}")
+    ranks = {path: _rank(path.name) for path in iteration.glob("mp_rank_*")}
     tensor_parallel, pipeline_parallel = (max(rank) + 1 for rank in zip(*ranks.values(), strict=True))
     check_layout(config, tensor_parallel, pipeline_parallel)
-    pieces, iterations = {}, {}
+    pieces, steps = {}, {}
     for pp_rank in range(pipeline_parallel):
         for tp_rank in range(tensor_parallel):
-            path = found / rank_folder(tp_rank, pp_rank, pipeline_parallel) / FILE
+            path = iteration / rank_folder(tp_rank, pp_rank, pipeline_parallel) / FILE
             state = _load(path)
-            iterations[path] = state.get("iteration")
+            steps[path] = state.get("iteration")
             for name, tensor in _global_names(state["model"], path, config, pp_rank, pipeline_parallel):
                 _add(pieces, name, tensor, config, tp_rank, path)
-    if len(set(iterations.values())) > 1:
-        told = ", ".join(f"{path.parent.name}: {iteration}" for path, iteration in iterations.items())
-        raise ValueError(f"{found} mixes files of several steps: {told}")
+    if len(set(steps.values())) > 1:
+        listed = ", ".join(f"{path.parent.name}: {step}" for path, step in steps.items())
+        raise ValueError(f"{iteration} mixes files of several steps: {listed}")
     return Weights(pieces)
 
 
 def _rank(name: str) -> tuple[int, int]:
-    found = re.fullmatch(r"mp_rank_(\d{2})(?:_(\d{3}))?", name)
-    if not found:
-        raise ValueError(f"{name}: expected mp_rank_XX or mp_rank_XX_YYY; checkpoints of experts cannot be read")
-    return int(found[1]), int(found[2] or 0)
+    match = re.fullmatch(r"mp_rank_(\d{2})(?:_(\d{3}))?", name)
+    if not match:
+        raise ValueError(f"{name}: expected mp_rank_XX or mp_rank_XX_YYY; checkpoints with experts cannot be read")
+    return int(match[1]), int(match[2] or 0)
 
 
 def _load(path: Path) -> dict:
-    """The content of one file, tensors memory-mapped, everything of Megatron-LM's own classes left out."""
+    """Load one file with memory-mapped tensors and stubs for Megatron-LM's own classes."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: the checkpoint is not whole")
+        raise FileNotFoundError(f"{path} is missing: the checkpoint is incomplete")
     try:
         own = [
             name for name in torch.serialization.get_unsafe_globals_in_checkpoint(path) if name.startswith("megatron.")
@@ -207,13 +207,13 @@ def _load(path: Path) -> dict:
             state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         if not isinstance(state["model"], dict):
             raise TypeError(f"its model is a {type(state['model']).__name__}")
-    except Exception as error:  # of zip, pickle, or a dict of another shape
-        raise ValueError(f"{path} is no whole, safe checkpoint of one model part: {refusal(error)}") from None
+    except Exception as error:  # of zip or pickle, or a dict with other keys
+        raise ValueError(f"{path} is not a complete, safe checkpoint of one rank: {refusal(error)}") from None
     return state
 
 
 class _Inert:
-    """Stands for a class of Megatron-LM that a checkpoint names beside its tensors, and does nothing."""
+    """Stub for a class of Megatron-LM in a checkpoint."""
 
     def __init__(self, *_, **__):
         pass
@@ -230,7 +230,7 @@ def _global_names(
     state = {local.get(name, name): tensor for name, tensor in state.items() if not name.endswith(EXTRA_STATE)}
     problems = [f"{name}: not described by config.json" for name in sorted(state.keys() - expected.keys())]
     problems += [f"{name}: missing" for name in sorted(expected.keys() - state.keys())]
-    refuse(problems, f"tensors of {path} do not fit config.json")
+    refuse(problems, f"tensors of {path} do not match config.json")
     for name, tensor in state.items():
         if not (name == HEAD and config.tie_word_embeddings):  # the last stage's copy of the embedding
             yield expected[name], tensor
@@ -239,13 +239,13 @@ def _global_names(
 def _add(
     pieces: dict[str, list[Piece]], name: str, tensor: Tensor, config: PretrainedConfig, tp_rank: int, path: Path
 ) -> None:
-    """Put a rank's share of a weight where it belongs in the whole."""
+    """Add a rank's shard to the pieces of a weight."""
     axis, known = split_axis(name, config), pieces.setdefault(name, [])
     if axis is None:
         if not known:
             known.append(Piece((0,) * tensor.ndim, tensor))
         elif not torch.equal(known[0].tensor, tensor):
-            raise ValueError(f"{path}: {name} is another than in the files of other ranks; are they of one step?")
+            raise ValueError(f"{path}: {name} differs from the files of other ranks; are they of the same step?")
         return
     halves = tensor.chunk(2, dim=axis) if name.endswith(FUSED) else [tensor]
     for half, share in enumerate(halves):

@@ -1,10 +1,10 @@
-"""A megatron-core `torch_dist` checkpoint, written and read tensor by tensor, with no model and no ranks.
+"""Read and write megatron-core `torch_dist` checkpoints tensor by tensor, without a model or ranks.
 
-The format is torch's distributed checkpoint with megatron-core's `metadata.json` and `common.pt` beside it
-(megatron/core/dist_checkpointing/strategies): `*.distcp` files are `torch.save`d tensors one after the other, and
-`.metadata`, a pickle, tells which part of which weight begins where. torch itself loads that pickle, and every object
-that it says is no tensor, with no restriction. Nothing here or in sharded.py has torch or megatron-core do that: the
-pickle may name only the classes of this format and build only instances of them; all else is loaded as tensors only.
+The format is torch's distributed checkpoint plus megatron-core's `metadata.json` and `common.pt`
+(megatron/core/dist_checkpointing/strategies): `*.distcp` files are concatenated `torch.save`d tensors, and the pickle
+`.metadata` lists the file and byte offset of each part of a weight. torch loads that pickle, and every object that it
+lists as a non-tensor, without restriction. The code here and in sharded.py never does: the pickle may only name and
+instantiate classes of this format, and everything else is loaded with `weights_only=True`.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ from rsft_lib.common.artifact import WRITERS, read_manifest, verify, verify_file
 from rsft_lib.common.hashing_writer import HashedFile
 
 METADATA, COMMON, SUFFIX = ".metadata", "common.pt", ".distcp"
-FILE_SIZE = 2**29  # bytes after which the next file is begun
+FILE_SIZE = 2**29  # bytes after which a new file is started
 
 _OF_THE_FORMAT = {
     "pathlib": {"PosixPath", "PurePosixPath", "Path"},
@@ -56,15 +56,15 @@ class _Unpickler(pickle._Unpickler):
 
     def find_class(self, module: str, name: str):
         if name not in _OF_THE_FORMAT.get(module, ()):
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which is no part of a checkpoint")
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which is not part of this format")
         return super().find_class(module, name)
 
     def persistent_load(self, pid):
-        raise pickle.UnpicklingError("it refers to objects outside of itself")
+        raise pickle.UnpicklingError("it refers to external objects")
 
     def load_build(self):
         built = self.stack[-2]
-        if not dataclasses.is_dataclass(type(built)):  # a class, function or enum member is shared by the process
+        if not dataclasses.is_dataclass(type(built)):  # a class, function or enum member is global to the process
             raise pickle.UnpicklingError(
                 f"it sets attributes of {built!r}, which is not an instance of a class of this format"
             )
@@ -74,11 +74,11 @@ class _Unpickler(pickle._Unpickler):
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """What `.metadata` tells, with nothing in it run.
+    """Read `.metadata` without running any code in it.
 
     Raises:
-        ValueError: it names a class or function that is no part of the format, is no pickle of it at all, lists an
-            object that is no tensor, or points out of the folder.
+        ValueError: it is not a pickle of this format, names a class or function outside of it, lists an object that is
+            not a tensor, or refers to a file outside the folder.
     """
     path = Path(folder) / METADATA
     try:
@@ -94,33 +94,33 @@ def read_metadata(folder: Path) -> Metadata:
 
 def _refuse_all_but_tensors(metadata: Metadata) -> None:
     if not isinstance(metadata, Metadata):
-        raise pickle.UnpicklingError(f"it holds a {type(metadata).__name__}")
+        raise pickle.UnpicklingError(f"it contains a {type(metadata).__name__}, expected Metadata")
     for index, info in metadata.storage_data.items():
         name = info.relative_path
         if Path(name).name != name or not name.endswith(SUFFIX) or "\0" in name:
-            raise pickle.UnpicklingError(f"it points at {info.relative_path!r}, no {SUFFIX} file of the checkpoint")
-        if not isinstance(found := metadata.state_dict_metadata.get(index.fqn), TensorStorageMetadata):
-            raise pickle.UnpicklingError(f"{index.fqn} is a {type(found).__name__}, expected tensors only")
+            raise pickle.UnpicklingError(f"it refers to {info.relative_path!r}, expected a {SUFFIX} file in the folder")
+        if not isinstance(entry := metadata.state_dict_metadata.get(index.fqn), TensorStorageMetadata):
+            raise pickle.UnpicklingError(f"{index.fqn} is a {type(entry).__name__}, expected tensors only")
 
 
 def read_common(folder: Path) -> dict:
-    """What a checkpoint holds besides sharded tensors: numbers, texts and small tensors in dictionaries.
+    """The contents of a checkpoint besides sharded tensors: numbers, strings and small tensors in dictionaries.
 
     Raises:
-        ValueError: there is anything else in it.
+        ValueError: it contains anything else.
     """
-    found = _load(Path(folder) / COMMON)
-    if not isinstance(found, dict):
-        raise ValueError(f"{Path(folder) / COMMON} is refused: it holds a {type(found).__name__}, expected a dict")
-    return found
+    common = _load(Path(folder) / COMMON)
+    if not isinstance(common, dict):
+        raise ValueError(f"{Path(folder) / COMMON} is refused: it contains a {type(common).__name__}, expected a dict")
+    return common
 
 
 def check(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:
-    """Check a checkpoint before anything in it is used: every file that holds a `wanted` weight, and all pickles.
+    """Check a checkpoint before it is used: every file with a `wanted` weight, and all pickles.
 
     Raises:
-        FileNotFoundError: the checkpoint was not finished, or lacks a file.
-        ValueError: a file is damaged, not of this checkpoint, or not to be trusted.
+        FileNotFoundError: the checkpoint was not finished, or a file is missing.
+        ValueError: a file is damaged, belongs to another checkpoint, or is unsafe.
     """
     verify(folder, only=[name for name in read_manifest(folder)["files"] if not name.endswith(SUFFIX)])
     read_common(folder)
@@ -146,21 +146,21 @@ def _mapped(path: Path, info: _StorageInfo, mapped: torch.UntypedStorage) -> Ten
     """One `torch.save`d tensor of a file, as a view of the mapped file."""
     empty = _load(path, info, map_location="meta")
     if not isinstance(empty, Tensor):
-        raise ValueError(f"{path} at byte {info.offset} holds a {type(empty).__name__}, expected a tensor")
+        raise ValueError(f"{path} at byte {info.offset} contains a {type(empty).__name__}, expected a tensor")
     try:
         start = info.offset + empty.untyped_storage()._checkpoint_offset
         stored = mapped[start : start + empty.untyped_storage().nbytes()]
         flat = torch.tensor([], dtype=torch.uint8).set_(stored).view(empty.dtype)
         return flat.as_strided(empty.shape, empty.stride(), empty.storage_offset())
-    except Exception as error:  # of a sparse or quantized tensor, one of no memory, or a damaged file
+    except Exception as error:  # of a sparse or quantized tensor, one without memory, or a damaged file
         raise ValueError(
-            f"{path} at byte {info.offset} holds no plain tensor ({type(error).__name__}): it is damaged, or not of a "
-            "checkpoint of this kit"
+            f"{path} at byte {info.offset} does not contain a plain tensor ({type(error).__name__}): it is damaged, or "
+            "not from a checkpoint of this kit"
         ) from error
 
 
 def _load(path: Path, info: _StorageInfo | None = None, map_location: str = "cpu"):
-    """What was `torch.save`d at one place of a file, or as all of it, with nothing in it run."""
+    """Load a `torch.save`d object, a whole file or the part that `info` describes, without running code in it."""
     try:
         with path.open("rb") as file:
             view = _create_file_view(file, info.offset, info.length) if info else file
@@ -173,10 +173,10 @@ def _load(path: Path, info: _StorageInfo | None = None, map_location: str = "cpu
 
 
 def write(folder: Path, weights: Weights, progress: Callable[[int], None] = lambda nbytes: None) -> dict[str, dict]:
-    """Write a checkpoint into `folder`, several files at a time and a block of a weight of each in memory.
+    """Write a checkpoint into `folder`, several files concurrently with one block of a weight of each in memory.
 
     Args:
-        progress: called with the bytes of every block that is written.
+        progress: called with the number of bytes of every written block.
 
     Returns:
         The entries of the written files for a manifest.
@@ -198,26 +198,26 @@ def write(folder: Path, weights: Weights, progress: Callable[[int], None] = lamb
 
 
 def write_common(folder: Path, common: dict) -> None:
-    """Write what a checkpoint holds besides sharded tensors, and the file that names the format."""
+    """Write the contents besides sharded tensors (`common.pt`), and megatron-core's `metadata.json`."""
     torch.save(common, folder / COMMON)
     save_config(CheckpointingConfig("torch_dist"), str(folder))
 
 
 def write_files(contents: dict[Path, Iterable[Tensor | BytesIO]]) -> tuple[dict[Path, list[_StorageInfo]], dict]:
-    """Write `.distcp` files, several at a time.
+    """Write `.distcp` files concurrently.
 
     Args:
-        contents: what is written into each file, one after the other. A tensor is on the CPU and no view of a larger
-            one, all of which would be saved.
+        contents: file -> values to write in order. Tensors must be on the CPU and not views, since torch saves the
+            whole storage of a view.
 
     Returns:
-        Where in its file each of them lies, and the entries of the files for a manifest.
+        The location of each value in its file, and the entries of the files for a manifest.
     """
-    # The manifest's hash makes a checksum in each record needless. From 2.12 on torch keeps settings in the context.
+    # The manifest's hashes replace torch's checksums. From 2.12 on torch keeps this setting in a context variable.
     with serialization.patch("save.compute_crc32", False), ThreadPoolExecutor(WRITERS) as threads:
         tasks = [threads.submit(copy_context().run, _write_file, path, values) for path, values in contents.items()]
         written = [task.result() for task in tasks]
-    places = {path: found for path, (found, _) in zip(contents, written, strict=True)}
+    places = {path: infos for path, (infos, _) in zip(contents, written, strict=True)}
     return places, {name: entry for _, listing in written for name, entry in listing.items()}
 
 
@@ -235,7 +235,7 @@ def _write_file(path: Path, values: Iterable[Tensor | BytesIO]) -> tuple[list[_S
 
 
 def _tensors(weights: Weights, blocks: list[tuple[str, Box]], progress: Callable[[int], None]) -> Iterator[Tensor]:
-    """Blocks of weights, each as a tensor of its own on the same memory."""
+    """Blocks of weights, each as a separate tensor on the same memory."""
     for name, box in blocks:
         block = weights.read(name, box).contiguous()
         yield torch.frombuffer(data_of(block), dtype=block.dtype).view(block.shape)
@@ -243,7 +243,7 @@ def _tensors(weights: Weights, blocks: list[tuple[str, Box]], progress: Callable
 
 
 def _planned(weights: Weights) -> list[list[tuple[str, Box]]]:
-    """The blocks of all weights, dealt out to files."""
+    """The blocks of all weights, partitioned into files."""
     plan, size = [[]], 0
     for name in weights:
         row_bytes = weights.empty(name)[:1].nbytes
