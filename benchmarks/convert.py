@@ -20,7 +20,7 @@ import threading
 import time
 from pathlib import Path
 
-from rsft_lib.common.paths import ROOT
+from rsft_lib.notebook import project_root
 
 SHAPES = {
     "1.5b": {"hidden_size": 1536, "intermediate_size": 8960, "heads": 12, "groups": 2, "layers": 28},
@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="1.5b")
     parser.add_argument("--layers", type=int, default=0, help="layers; 0 for all")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", type=Path, default=ROOT / "outputs", help="folder for temporary files")
+    parser.add_argument("--folder", type=Path, default=project_root() / "outputs", help="folder for temporary files")
     parser.add_argument("--peers", action="store_true", help="also load and save with transformers")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)

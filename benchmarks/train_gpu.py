@@ -27,7 +27,6 @@ import yaml
 from megatron.core import dist_checkpointing
 
 from rsft_lib.common.artifact import newest
-from rsft_lib.common.paths import ROOT
 from rsft_lib.data.hybrid import build_hybrid
 from rsft_lib.data.packed import PackedDataset
 from rsft_lib.data.store import TokenStore
@@ -35,6 +34,7 @@ from rsft_lib.data.tokenize import tokenize
 from rsft_lib.launch.job import ENVIRONMENT
 from rsft_lib.model.config import read_config
 from rsft_lib.model.distributed import ranks
+from rsft_lib.notebook import project_root
 from rsft_lib.tokenizer.patch import patch_tokenizer
 from rsft_lib.training.batches import Loader
 from rsft_lib.training.build import build_state
@@ -153,7 +153,7 @@ def usual_step(data: PackedDataset) -> list[int]:
 
 def preset_of(name: str) -> dict:
     """The memory settings in notebooks/params/<name>.yaml."""
-    given = yaml.safe_load((ROOT / "notebooks" / "params" / f"{name}.yaml").read_text(encoding="utf-8"))
+    given = yaml.safe_load((project_root() / "notebooks" / "params" / f"{name}.yaml").read_text(encoding="utf-8"))
     return {setting: value for setting, value in given.items() if setting in ("recompute", "moments", "gradients")}
 
 

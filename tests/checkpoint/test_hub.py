@@ -123,7 +123,7 @@ def test_a_model_that_asks_for_a_token_gets_it(server):
 
 @pytest.mark.parametrize(("name", "revision"), [("some-org/Other", "main"), (NAME, "v9"), ("no such/na me", "main")])
 def test_an_unknown_name_is_reported(server, name, revision, tmp_path):
-    with pytest.raises(FileNotFoundError, match="is not a folder under .* could not be downloaded"):
+    with pytest.raises(FileNotFoundError, match="is not a folder in .* could not be downloaded"):
         hub.model_folder(name, revision)
     assert not (tmp_path / "checkpoints").exists()
 
