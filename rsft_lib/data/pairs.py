@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from rsft_lib.data.samples import MODE_NAMES
+from rsft_lib.tokenizer.chat import MODE_NAMES
 
 ROW = np.dtype(
     [
-        ("mode", "u1"),  # index into samples.MODE_NAMES
+        ("mode", "u1"),  # index into MODE_NAMES
         ("source", "u1"),  # index of the input
         ("cut", "?"),  # a short answer that was cut from a long one
         ("line", "u4"),  # record number in its input, counted from 1

@@ -105,7 +105,7 @@ class Pool(Executor):
                 thread.start()
             except (OSError, RuntimeError) as error:
                 raise RuntimeError(
-                    f"cannot start another tokenizing process beside the {running} running ({error}); reduce workers"
+                    f"cannot start more than {running} tokenizing processes ({error}); reduce workers"
                 ) from None
             self.threads.append(thread)
 

@@ -8,9 +8,8 @@ from rsft_lib.data.answers import final_answer, normalized
 from rsft_lib.data.control_tokens import TAGS_PATTERN
 from rsft_lib.data.conversation import conversation, is_empty
 from rsft_lib.data.records import Row, parse
-from rsft_lib.tokenizer.chat import END_THINK, MODES, REASONING, SHORT, THINK
+from rsft_lib.tokenizer.chat import END_THINK, MODE_NAMES, REASONING, SHORT, THINK
 
-MODE_NAMES = (*MODES, "other")  # 'other': the answer begins with no control token
 COPIED = ("id", "answer")  # fields copied from the record to the sample, unless they are its question or answer
 
 

@@ -10,9 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from rsft_lib.data.store import TokenStore
-from rsft_lib.tokenizer.chat import END_THINK, MODES, THINK
+from rsft_lib.tokenizer.chat import END_THINK, MODE_NAMES, MODES, THINK
 
-MODE_NAMES = (*MODES, "other")
 SPAN_NAMES = ("control", "think", "answer", "eos")
 KINDS = len(MODE_NAMES) * len(SPAN_NAMES)  # a kind is mode * len(SPAN_NAMES) + span
 

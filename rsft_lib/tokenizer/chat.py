@@ -13,6 +13,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 THINK, END_THINK, SHORT = "<think>", "</think>", "<short>"
 MODES = {"think": THINK, "short": SHORT}
+MODE_NAMES = (*MODES, "other")  # 'other': the answer begins with no control token
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 REASONING = (

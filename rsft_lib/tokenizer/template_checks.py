@@ -7,7 +7,6 @@ separate process.
 """
 
 import json
-import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -19,7 +18,7 @@ from rsft_lib.common.check_table import Check, Checks, Skip
 from rsft_lib.common.parent_death import die_with_parent
 from rsft_lib.common.sandbox import SECONDS, end_after, limited
 from rsft_lib.common.visible import visible
-from rsft_lib.tokenizer.chat import END_THINK, MODES, SHORT, THINK, encode, misplaced, prompt_ids
+from rsft_lib.tokenizer.chat import END_THINK, MODES, SHORT, THINK, ChatTemplate, encode, misplaced, prompt_ids
 from rsft_lib.tokenizer.patch import load_tokenizer
 from rsft_lib.tokenizer.template_clock import difference
 from rsft_lib.tokenizer.templates import is_ours
@@ -248,7 +247,7 @@ def _knows_tools(tokenizer) -> bool:
 
 
 def _is_marked(tokenizer) -> bool:
-    return bool(re.search(r"{%-?\s*generation\s*-?%}", tokenizer.chat_template))
+    return ChatTemplate.of(tokenizer).marks_answers
 
 
 def _marked(tokenizer, chat: list[dict]) -> tuple[list[int], list[int]]:
