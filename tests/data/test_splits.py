@@ -68,7 +68,7 @@ def test_a_folder_without_training_data_names_the_notebook_that_makes_it(tmp_pat
         with pytest.raises(FileNotFoundError, match="has no train.jsonl: run notebook 03_build_dataset"):
             splits_of(folder)
     for missing in (tmp_path / "none", "assets/data/no-such-dataset", tmp_path / "none.jsonl"):
-        with pytest.raises(FileNotFoundError, match="does not exist .*run notebook 03_build_dataset"):
+        with pytest.raises(FileNotFoundError, match="does not exist: run notebook 03_build_dataset"):
             splits_of(missing)
     with pytest.raises(ValueError, match="contains train.jsonl and train.parquet for train; keep one"):
         splits_of(write(tmp_path / "d", "train.jsonl", "train.parquet"))

@@ -78,7 +78,7 @@ def test_the_error_names_the_notebook_to_run(inputs, what):
 
 
 WITHOUT = [
-    ("08_loss_lab", {"before": "none"}, "checkpoint: .*none does not exist .*: run notebook 02_convert_checkpoint")
+    ("08_loss_lab", {"before": "none"}, "checkpoint: .*none does not exist: run notebook 02_convert_checkpoint")
 ]
 if LONG:
     WITHOUT += [("07_export_and_generate", {"run": "empty"}, "empty has no intact checkpoint: run notebook 05_train")]
@@ -95,5 +95,5 @@ def test_a_notebook_without_its_input_names_the_one_to_run(tmp_path, notebook, g
 def test_the_error_for_a_model_without_a_tokenizer_does_not_name_a_notebook(tmp_path):
     with new_folder(tmp_path / "model", {"made_by": "step"}):
         pass
-    with pytest.raises(FileNotFoundError, match="tokenizer of the model: .* does not exist .*: check the path"):
+    with pytest.raises(FileNotFoundError, match="tokenizer of the model: .* does not exist: check the path"):
         patch_tokenizer(tmp_path / "model", tmp_path / "out", {"a": "b"})

@@ -178,7 +178,7 @@ def test_the_fast_encoder_is_taken_only_when_it_agrees(tokenizer, monkeypatch):
 
     monkeypatch.setattr(FastEncoder, "encode", backwards)
     chosen, facts = best_encoder(tokenizer_json, ["two eggs"])
-    assert isinstance(chosen, ReferenceEncoder) and "encodes" in facts["why_slow"]
+    assert isinstance(chosen, ReferenceEncoder) and "encode" in facts["why_slow"]
     monkeypatch.setattr("rsft_lib.data.encoder.gigatoken", None)
     chosen, facts = best_encoder(tokenizer_json, ["two eggs"])
     assert isinstance(chosen, ReferenceEncoder) and "not installed" in facts["why_slow"]
