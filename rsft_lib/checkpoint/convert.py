@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 from rsft_lib.checkpoint import any_format
 from rsft_lib.checkpoint.formats import hf, legacy, torch_dist
 from rsft_lib.checkpoint.lazy_weights import Weights, resized, with_row_means
-from rsft_lib.common.artifact import MANIFEST, file_hash, new_folder, read_manifest
+from rsft_lib.common.artifact import MANIFEST, file_hash, new_folder, read_manifest, reusable
 from rsft_lib.common.paths import existing, resolve
 from rsft_lib.common.progress import progress
 from rsft_lib.model.config import check_layout, read_config
@@ -86,9 +86,13 @@ def convert(
         "config_sha256": file_hash(describing / "config.json"),
         **_counts(weights),
     }
-    if _already_there(destination, facts, weights, config, config_bytes(describing, dtype)):
-        print(f"{destination} already exists, complete and identical")
-    else:
+
+    def unchanged() -> bool:  # bit for bit what would be written
+        if (destination / "config.json").read_bytes() != config_bytes(describing, dtype):
+            return False
+        return not differing(weights, any_format.open_weights(destination, config))
+
+    if not reusable(destination, facts, nested=True, unchanged=unchanged):
         facts_and_source = {**facts, "source": str(source), **origin(source)}
         _write(destination, facts_and_source, weights, config, describing, dtype, overwrite)
     return {**facts, "source": str(source), "folder": str(destination)}
@@ -126,22 +130,6 @@ def _counts(weights: Weights) -> dict:
     empty = [weights.empty(name) for name in weights]
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in empty})
     return {"weights": len(empty), "parameters": sum(t.numel() for t in empty), "dtype": " and ".join(dtypes)}
-
-
-def _already_there(destination: Path, facts: dict, weights: Weights, config: PretrainedConfig, file: bytes) -> bool:
-    """Whether `destination` is complete and bitwise identical to what would be written; `file` is its config.json."""
-    try:
-        manifest = read_manifest(destination)
-        if any(manifest.get(name) != fact for name, fact in facts.items()):
-            return False
-        if (destination / "config.json").read_bytes() != file:
-            return False
-        any_format.check(destination)
-    except (OSError, ValueError) as error:
-        if destination.exists():
-            print(f"converting again: {error}")
-        return False
-    return not differing(weights, any_format.open_weights(destination, config))
 
 
 def differing(weights: Weights, others: Weights) -> list[str]:

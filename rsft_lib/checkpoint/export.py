@@ -11,7 +11,7 @@ from rsft_lib.checkpoint.convert import DTYPES, GENERATION, config_bytes, origin
 from rsft_lib.checkpoint.formats import hf
 from rsft_lib.checkpoint.lazy_weights import Weights, resized
 from rsft_lib.checkpoint.model_card import model_card
-from rsft_lib.common.artifact import MANIFEST, file_hash, new_folder, read_manifest, verify
+from rsft_lib.common.artifact import MANIFEST, file_hash, new_folder, read_manifest, reusable
 from rsft_lib.common.paths import existing, resolve
 from rsft_lib.common.progress import progress
 from rsft_lib.model.config import read_config
@@ -75,8 +75,8 @@ def export(
     weights = _weights(checkpoint, config, dtype, describing if original else None)
     dtypes = sorted({str(weights.empty(name).dtype).removeprefix("torch.") for name in weights})
     facts |= {"tensors": len(weights.pieces), "dtype": " and ".join(dtypes)}
-    if _already_there(destination, facts, config_bytes(describing, dtype)):
-        print(f"{destination} already exists, complete and from the same checkpoint")
+    same_config = lambda: (destination / "config.json").read_bytes() == config_bytes(describing, dtype)  # noqa: E731
+    if facts["checkpoint_sha256"] and reusable(destination, facts, unchanged=same_config):
         return facts
     size = sum(weights.empty(name).nbytes for name in weights)
     listing = facts | origin(checkpoint)
@@ -126,18 +126,6 @@ def _weights(checkpoint: Path, config: PretrainedConfig, dtype: str, original: P
 def _identity(checkpoint: Path) -> str:
     """The hash of a checkpoint's manifest; '' if this kit did not write the checkpoint."""
     return file_hash(checkpoint / MANIFEST) if (checkpoint / MANIFEST).is_file() else ""
-
-
-def _already_there(destination: Path, facts: dict, config: bytes) -> bool:
-    if not facts["checkpoint_sha256"] or not (destination / MANIFEST).is_file():
-        return False
-    try:
-        manifest = verify(destination)
-    except (OSError, ValueError) as error:
-        print(f"exporting again: {error}")
-        return False
-    same = all(manifest.get(name) == fact for name, fact in facts.items())
-    return same and (destination / "config.json").read_bytes() == config
 
 
 def _of(tokenizer: Path) -> list[str]:

@@ -241,6 +241,31 @@ def verify_files(folder: Path, names: Collection[str]) -> None:
             )
 
 
+def reusable(
+    folder: Path, facts: dict, *, nested: bool = False, unchanged: Callable[[], bool] = lambda: True
+) -> dict | None:
+    """The manifest of an intact folder that was made with the same `facts`; None if it has to be made.
+
+    Args:
+        facts: names and values that its manifest must have.
+        nested: whether other steps may have written into the folder, so that only the files listed are checked.
+        unchanged: a further comparison, made last.
+    """
+    try:
+        manifest = read_manifest(folder)
+        if any(manifest.get(name) != value for name, value in facts.items()):
+            return None
+        verify_files(folder, manifest["files"]) if nested else verify(folder)
+        if not unchanged():
+            return None
+    except (OSError, ValueError) as error:
+        if (folder / MANIFEST).is_file():
+            print(f"{folder} is made again: {error}")
+        return None
+    print(f"{folder} already exists, made from the same inputs")
+    return manifest
+
+
 def checkpoint_folder(run: Path, iteration: int) -> Path:
     """The path of the checkpoint of `run` after `iteration` steps."""
     return Path(run) / f"iter_{iteration:07d}"

@@ -14,7 +14,7 @@ from tempfile import TemporaryFile
 
 import numpy as np
 
-from rsft_lib.common.artifact import file_hash, new_folder, read_manifest, verify_files
+from rsft_lib.common.artifact import file_hash, new_folder, reusable
 from rsft_lib.common.paths import existing, resolve
 from rsft_lib.data.conversation import RULES
 from rsft_lib.data.encoder import best_encoder
@@ -96,8 +96,9 @@ def build_hybrid(
         "tokenizer_sha256": file_hash(existing(Path(tokenizer) / "tokenizer.json", "tokenizer")) if tokenizer else "",
     }  # fmt: skip
     destination = resolve(folder)
-    if reusable := _reusable(destination, facts):
-        return reusable
+    known = None not in facts["sources"].values()
+    if known and (done := reusable(destination, facts, nested=True)):  # its folder may also hold tokens
+        return done
     estimate = partial(_estimate, sources)
     with (
         new_folder(destination, facts, source=["sources"], overwrite=overwrite, estimate=estimate) as temporary,
@@ -127,19 +128,6 @@ def _estimate(sources: list[Source], written: int) -> int:
     files = [Path(source.name) for source in sources]
     plain = all(path.is_file() and path.suffix in (".jsonl", ".json") for path in files)
     return 2 * sum(path.stat().st_size for path in files) if plain else 0
-
-
-def _reusable(destination: Path, facts: dict) -> dict | None:
-    """The manifest of an intact dataset made from the same inputs, if it exists. Its folder may also hold tokens."""
-    try:
-        manifest = read_manifest(destination)
-        if None in facts["sources"].values() or any(manifest.get(name) != value for name, value in facts.items()):
-            return None
-        verify_files(destination, manifest["files"])
-    except (OSError, ValueError):
-        return None
-    print(f"{destination} already exists, made from the same answers")
-    return manifest
 
 
 def _measure(tokenizer: str | Path) -> Callable[[list[str]], list[int]]:

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from itertools import chain, islice
 from pathlib import Path
 
-from rsft_lib.common.artifact import new_folder, verify
+from rsft_lib.common.artifact import new_folder, reusable
 from rsft_lib.common.cores import usable_cores
 from rsft_lib.common.paths import resolve
 from rsft_lib.common.progress import progress
@@ -70,8 +70,8 @@ def tokenize(
     settings = Options(max_length=max_length, **options)
     source = source_of(data)
     facts = _facts(source, tokenizer, loaded, settings)
-    if reusable := _reusable(destination, facts):
-        return reusable
+    if facts["data_sha256"] is not None and (done := reusable(destination, facts)):
+        return done
     unread = blocks(source.rows())
     first = list(islice(unread, _max_workers(workers)))  # one block per process, so that none starts idle
     with pool_for(_job(str(source), loaded, settings), min(len(first), USEFUL_WORKERS)) as pool:
@@ -159,20 +159,6 @@ def _facts(source: Source, tokenizer, loaded, options: Options) -> dict:
         "eos_id": loaded.eos_token_id,
         "options": asdict(options),
     }
-
-
-def _reusable(destination: Path, facts: dict) -> dict | None:
-    """The manifest of an intact store made from the same inputs, if it exists."""
-    if facts["data_sha256"] is None or not destination.is_dir():
-        return None
-    try:
-        manifest = verify(destination)
-    except (OSError, ValueError):
-        return None
-    if any(manifest.get(name) != value for name, value in facts.items()):
-        return None
-    print(f"{destination} already exists, made from the same data and tokenizer")
-    return manifest
 
 
 def _encoded(pool: Executor, unread: Iterator[list[Row]], encoder_name: str, ahead: int) -> Iterator[Block]:
