@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rsft_lib.data.store import TokenStore
-from rsft_lib.tokenizer.chat import END_THINK, MODE_NAMES, MODES, THINK
+from rsft_lib.tokenizer.chat import END_THINK, MODE_NAMES, MODES, modes_of
 
 SPAN_NAMES = ("control", "think", "answer", "eos")
 KINDS = len(MODE_NAMES) * len(SPAN_NAMES)  # a kind is mode * len(SPAN_NAMES) + span
@@ -50,7 +50,7 @@ def kinds(labels: np.ndarray, trained: np.ndarray, control: Control) -> np.ndarr
 
 
 def _answer_kinds(labels: np.ndarray, control: Control) -> np.ndarray:
-    mode = control.modes.index(labels[0]) if labels[0] in control.modes else len(control.modes)
+    mode = int(modes_of(labels[:1], control.modes)[0])
     spans = np.full(len(labels), SPAN_NAMES.index("answer"))
     if mode < len(control.modes):
         if MODE_NAMES[mode] == "think":
@@ -59,6 +59,3 @@ def _answer_kinds(labels: np.ndarray, control: Control) -> np.ndarray:
         spans[0] = SPAN_NAMES.index("control")
     spans[labels == control.eos] = SPAN_NAMES.index("eos")
     return mode * len(SPAN_NAMES) + spans
-
-
-assert MODES["think"] == THINK

@@ -22,7 +22,7 @@ from rsft_lib.data.conversation import conversation, is_empty, strings
 from rsft_lib.data.encoder import Tokens, best_encoder, encoder
 from rsft_lib.data.records import Row, parse, size_of
 from rsft_lib.data.rejects import Reject, reject
-from rsft_lib.tokenizer.chat import MODES, REASONING, ChatTemplate, Span, trained_texts
+from rsft_lib.tokenizer.chat import MODE_NAMES, MODES, REASONING, ChatTemplate, Span, modes_of, trained_texts
 
 # A chat template is untrusted code: if it loops endlessly or allocates gigabytes, only its row is rejected.
 ROW_SECONDS, EXTRA_MEMORY = 10, 3 << 30
@@ -105,7 +105,7 @@ class Worker:
     def __init__(self, job: Job, row_seconds: float = 0):
         """`row_seconds`: time limit per row, which requires a dedicated process; 0 for no limit."""
         self.job, self.row_seconds, self.encoder = job, row_seconds, None
-        self.modes = {job.added_tokens.get(token): mode for mode, token in MODES.items()}
+        self.control_ids = [job.added_tokens.get(token) for token in MODES.values()]
         self.control_tokens = ControlTokens(job.added_tokens)
         self.shows_tools = re.search(r"\btools\b", job.template.source) is not None
 
@@ -135,7 +135,8 @@ class Worker:
                 outcomes.rejects.append(reject(self.job.source, row, sample))
                 continue
             before.append(len(sample.ids))
-            mode = outcomes.modes[self.modes.get(int(sample.ids[(sample.loss_mask > 0).argmax()]), "other")]
+            first = sample.ids[[(sample.loss_mask > 0).argmax()]]
+            mode = outcomes.modes[MODE_NAMES[modes_of(first, self.control_ids)[0]]]
             if sample := self.fitted(sample, row, outcomes.counts, mode):
                 samples.append(sample)
                 numbers.append(row.number)

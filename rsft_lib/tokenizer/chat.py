@@ -5,6 +5,7 @@ may have `train: false`, which makes it context only, or `weight`, a factor on t
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,15 +17,29 @@ MODES = {"think": THINK, "short": SHORT}
 MODE_NAMES = (*MODES, "other")  # 'other': the answer begins with no control token
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-REASONING = (
-    "reasoning_content",
-    "reasoning",
-    "thinking",
-)  # message fields in which other tools keep the chain of thought
+# Message fields in which other tools keep the chain of thought.
+REASONING = ("reasoning_content", "reasoning", "thinking")
 
 # Loss weight of each byte of a loss mask: 0 is not trained, 1 is trained, 2 to 255 are weights 0.01 to 2.54.
 LOSS_WEIGHTS = np.concatenate([[0, 1], np.arange(1, 255) / 100]).astype(np.float32)
 MOST_WEIGHT = 2.54
+
+
+def modes_of(first: np.ndarray, control_ids: Sequence[int | None]) -> np.ndarray:
+    """The mode of each answer, decided by its first trained token.
+
+    Args:
+        first: int [answers], the token ids.
+        control_ids: the id of each mode's control token, in the order of `MODES`; None if the tokenizer lacks it.
+
+    Returns:
+        uint8 [answers], indices into `MODE_NAMES`.
+    """
+    modes = np.full(len(first), MODE_NAMES.index("other"), dtype=np.uint8)
+    for mode, token in enumerate(control_ids):
+        if token is not None:
+            modes[first == token] = mode
+    return modes
 
 
 class Span(NamedTuple):

@@ -21,9 +21,9 @@ from rsft_lib.display.html import FAINT, INK, Table, inert
 from rsft_lib.display.mask.browse import browse
 from rsft_lib.display.mask.pack import show_pack
 from rsft_lib.display.mask.sample import STYLE, show_mask, show_sample
-from rsft_lib.display.mask.segments import Marks, mode, segments
+from rsft_lib.display.mask.segments import Marks, segments
 from rsft_lib.display.mask.token_text import FOLD, TokenText
-from rsft_lib.tokenizer.chat import encode
+from rsft_lib.tokenizer.chat import MODE_NAMES, encode, modes_of
 from rsft_lib.tokenizer.patch import load_tokenizer, patch_tokenizer
 
 CHATS = "chat_glaive_toolcall.jsonl"
@@ -248,7 +248,8 @@ def test_segments_match_a_token_by_token_loop(tokenizer):
         assert [s.weight for s in parts for _ in range(len(s))] == weights.tolist()
         if weights.any():
             first = kinds[int(np.flatnonzero(weights)[0])]
-            assert mode(parts) == (first if first in ("think", "short") else "other")
+            mode = MODE_NAMES[modes_of(ids[np.flatnonzero(weights)[:1]], (marks.think, marks.short))[0]]
+            assert mode == (first if first in ("think", "short") else "other")
 
 
 def luminance(colour: str) -> float:

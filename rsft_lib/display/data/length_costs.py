@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from rsft_lib.data.packing import pack
-from rsft_lib.display.data.sample_stats import MODES, Samples
+from rsft_lib.display.data.sample_stats import Samples
 from rsft_lib.display.html import Table
+from rsft_lib.tokenizer.chat import MODE_NAMES
 
 BATCH = 8  # samples padded to the longest among them
 MIN_POWER = 5  # of two: the smallest limit shown
@@ -55,7 +56,9 @@ def _overlong_column(samples: Samples, modes: list[str], limit: int) -> tuple:
     every = np.concatenate([samples.lengths, samples.dropped])
     excess, over = (every - limit).clip(min=0), samples.lengths > limit
     count = int((excess > 0).sum())
-    by_mode = [int((over & samples.of(mode)).sum()) if mode in MODES else count - int(over.sum()) for mode in modes]
+    by_mode = [
+        int((over & samples.of(mode)).sum()) if mode in MODE_NAMES else count - int(over.sum()) for mode in modes
+    ]
     return (
         count,
         count / len(every),

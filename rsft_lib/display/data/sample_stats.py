@@ -8,8 +8,8 @@ from transformers import PreTrainedTokenizerBase
 
 from rsft_lib.data.store import MASK, NAME, TokenStore
 from rsft_lib.display.mask.segments import DEFAULT_WEIGHTS, Marks
+from rsft_lib.tokenizer.chat import MODE_NAMES, modes_of
 
-MODES = ("think", "short", "other")
 CHUNK = 1 << 24  # tokens per chunk; takes some 150 MB
 LENGTHS = "lengths.npy"
 
@@ -23,7 +23,7 @@ class Samples:
     first: np.ndarray  # position of the first trained token
     closed: np.ndarray  # tokens up to and including the last trained </think>, 0 if there is none
     ended: np.ndarray  # bool: the last token is EOS
-    modes: np.ndarray  # uint8, entries of MODES, by the first trained token
+    modes: np.ndarray  # uint8, indices into MODE_NAMES, by the first trained token
     dropped: np.ndarray  # int32 [records]: lengths of records that were too long to be stored
 
     def __len__(self) -> int:
@@ -32,11 +32,11 @@ class Samples:
     @property
     def present(self) -> list[str]:
         """The modes that occur."""
-        return [mode for mode in MODES if self.of(mode).any()]
+        return [mode for mode in MODE_NAMES if self.of(mode).any()]
 
     def of(self, mode: str) -> np.ndarray:
         """Which samples are in `mode`, bool [samples]."""
-        return self.modes == MODES.index(mode)
+        return self.modes == MODE_NAMES.index(mode)
 
 
 def measure(store: TokenStore, tokenizer: PreTrainedTokenizerBase) -> Samples:
@@ -80,9 +80,7 @@ def _measure(tokens: np.ndarray, trained: np.ndarray, begins: np.ndarray, marks:
     counts = np.add.reduceat(trained, begins, dtype=np.int32)
     starts = np.append(np.flatnonzero(trained[1:] & ~trained[:-1]) + 1, len(tokens) - 1)
     first = starts[np.searchsorted(starts, begins)]
-    modes = np.full(len(begins), MODES.index("other"), dtype=np.uint8)
-    for mode, mark in (("think", marks.think), ("short", marks.short)):
-        modes[tokens[first] == mark] = MODES.index(mode)
+    modes = modes_of(tokens[first], (marks.think, marks.short))
     closings = np.append(-1, np.flatnonzero((tokens == marks.end_think) & trained))
     last = closings[np.searchsorted(closings, ends) - 1]
     closed = np.where(last >= begins, last - begins + 1, 0)

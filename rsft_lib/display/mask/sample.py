@@ -24,12 +24,12 @@ from rsft_lib.display.mask.segments import (
     THOUGHT,
     Marks,
     Segment,
-    mode,
     remarks,
     segments,
 )
 from rsft_lib.display.mask.token_text import Piece, TokenText
 from rsft_lib.display.plot_style import BLUE, GREEN, ORANGE, PINK
+from rsft_lib.tokenizer.chat import MODE_NAMES, modes_of
 
 BOUNDARIES = 8  # mask boundaries shown in the label-shift table
 SHIFT = ("reads id", "reads", "predicts id", "predicts", "in the loss")
@@ -55,6 +55,7 @@ class MaskView:
     remarks: list[str]
     text: TokenText
     title: str
+    mode: str
 
     @cached_property
     def counts(self) -> dict[str, int]:
@@ -62,10 +63,6 @@ class MaskView:
         trained = self.weights != 0
         begins = np.diff(trained.astype(np.int8), prepend=0) == 1
         return {"tokens": len(self.ids), "trained": int(trained.sum()), "spans": int(begins.sum())}
-
-    @property
-    def mode(self) -> str:
-        return mode(self.segments)
 
     @property
     def header(self) -> str:
@@ -164,7 +161,9 @@ def show_mask(
     warnings = ["the first token is marked as trained, but no position predicts it"] * bool(targets[0])
     targets[0] = 0
     parts = segments(ids, targets, marks)
-    return MaskView(ids, targets, parts, warnings + remarks(ids, parts, marks), TokenText(ids, tokenizer), title)
+    mode = MODE_NAMES[modes_of(ids[np.flatnonzero(targets)[:1]], (marks.think, marks.short))[0]]
+    warnings += remarks(ids, parts, marks)
+    return MaskView(ids, targets, parts, warnings, TokenText(ids, tokenizer), title, mode)
 
 
 def chip(kind: str) -> str:

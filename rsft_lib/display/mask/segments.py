@@ -77,12 +77,6 @@ def segments(ids: np.ndarray, weights: np.ndarray, marks: Marks) -> list[Segment
     return parts
 
 
-def mode(parts: list[Segment]) -> str:
-    """`think`, `short` or `other`, by the first trained segment."""
-    first = next(segment.kind for segment in parts if segment.trained)
-    return first if first in (THOUGHT, SHORT_ANSWER) else "other"
-
-
 def remarks(ids: np.ndarray, parts: list[Segment], marks: Marks) -> list[str]:
     """Warnings about malformed answers and missing EOS; empty for a well-formed sample."""
     warnings = []
