@@ -69,7 +69,7 @@ def test_evaluations_have_metrics_by_mode(folder):
 
 def test_every_panel_of_a_run_has_its_lines(folder, capsys):
     axes = {axis.get_title(loc="left").split(",")[0]: axis for axis in plot_curves(folder / "run").axes}
-    by_kind = axes["loss by mode (solid) and span (dotted)"]
+    by_kind = axes["loss by mode (lines) and span (dots)"]
     assert {text.get_text() for text in by_kind.get_legend().get_texts()} >= {"<think>", "<short>", "answer", "EOS"}
     assert len(axes["probability of <think> vs. <short>"].lines) == 3
     assert all(axis.lines for axis in axes.values()) and len(axes) == 6
@@ -105,7 +105,7 @@ def test_data_without_modes_is_plotted_and_alarms_are_marked(tmp_path, capsys):
     last = json.dumps({**json.loads(last), "alarms": ["loss spike"]}) + "\n"
     (tmp_path / "run" / "metrics.jsonl").write_text("".join([*before, last]))
     axes = {axis.get_title(loc="left").split(",")[0]: axis for axis in plot_curves(tmp_path / "run").axes}
-    assert axes["loss by mode (solid) and span (dotted)"].texts[0].get_text() == "the data has no modes"
+    assert axes["loss by mode (lines) and span (dots)"].texts[0].get_text() == "the data has no modes"
     assert [line.get_xdata()[0] for line in axes["loss per trained token"].lines[2:]] == [2]
     live = LiveRun(tmp_path / "run", 2)
     live.poll()

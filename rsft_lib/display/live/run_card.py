@@ -10,22 +10,14 @@ from matplotlib.figure import Figure
 
 from rsft_lib.display.html import BLOCK, FAINT, PANEL, escaped, inert, one_line, warning
 from rsft_lib.display.live.metrics_tail import Follower
-from rsft_lib.display.plot_style import BLACK, BLUE, ORANGE, plain_numbers, smoothed, thinned, tidy
+from rsft_lib.display.metrics import CHOICES, METRICS
+from rsft_lib.display.plot_style import BLACK, plain_numbers, smoothed, thinned, tidy
 
 LOG_LINES, LOG_WIDTH = 6, 160  # shown of the end of the log
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 SMOOTHING = 0.9
 
-LOSSES = {
-    "loss_mode_think": ("<think>", {"color": BLUE, "linestyle": "-"}),
-    "loss_mode_short": ("<short>", {"color": ORANGE, "linestyle": "--"}),
-    "loss": ("all", {"color": BLACK, "linestyle": ":"}),
-}
-CHOICES = {
-    "p_think_when_think": ("for <think> samples", {"color": BLUE, "linestyle": "-"}),
-    "p_think_when_short": ("for <short> samples", {"color": ORANGE, "linestyle": "--"}),
-    "think_share": ("share of <think> samples", {"color": BLACK, "linestyle": ":"}),
-}
+LOSSES = ["loss_mode_think", "loss_mode_short", "loss"]
 
 
 @dataclass(frozen=True)
@@ -144,11 +136,12 @@ def plot_live(run: Follower, train_iters: int) -> Figure:
     return figure
 
 
-def _draw(axes: Axes, run: Follower, lines: dict[str, tuple[str, dict]], faint: bool = False) -> None:
-    for name, (label, style) in lines.items():
-        steps, values = run.lines[name]
+def _draw(axes: Axes, run: Follower, metrics: list[str], faint: bool = False) -> None:
+    for metric in metrics:
+        steps, values = run.lines[metric]
         if not steps:
             continue
+        _, label, color, style = METRICS[metric]
         if faint:
-            axes.plot(*thinned(steps, values), color=style["color"], alpha=0.2, linewidth=0.8)
-        axes.plot(*thinned(steps, smoothed(values, SMOOTHING)), label=label, **style)
+            axes.plot(*thinned(steps, values), color=color, alpha=0.2, linewidth=0.8)
+        axes.plot(*thinned(steps, smoothed(values, SMOOTHING)), style, color=color, label=label)

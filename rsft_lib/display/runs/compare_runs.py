@@ -12,20 +12,13 @@ from matplotlib.lines import Line2D
 from rsft_lib.common.paths import resolve
 from rsft_lib.common.temporary import new_file
 from rsft_lib.display.html import Table, caption
+from rsft_lib.display.metrics import HEALTH, METRICS, ONE_MODE
 from rsft_lib.display.plot_style import BLACK, line_style, plain_numbers, smoothed, thinned, tidy
 from rsft_lib.display.runs.csv_curve import LINES, Published
 from rsft_lib.display.runs.runs import BY, Run
 
-MODES = {
-    "loss_mode_think": "loss of <think> answers", "loss_mode_short": "loss of <short> answers",
-    "loss_span_control": "loss of the control token",
-}  # fmt: skip
-CHOICES = {"p_think_when_think": 1.0, "p_think_when_short": 0.45}  # metric -> opacity of its line
-ONE_MODE = {"loss_span_answer": "loss of answer tokens", "loss_span_eos": "loss of EOS"}
-HEALTH = {
-    "grad_norm": "gradient norm, before clipping", "lr": "learning rate", "tokens_per_second": "tokens per second",
-    "memory_gib": "peak memory, GiB",
-}  # fmt: skip
+MODES = ["loss_mode_think", "loss_mode_short", "loss_span_control"]
+STRENGTH = {"p_think_when_think": 1.0, "p_think_when_short": 0.45}  # metric -> opacity of its line
 THEIRS = {"loss": {"color": BLACK, "linewidth": 1.2}, "held_out": {"color": BLACK, "linewidth": 1.2, "dashes": (1, 1)}}
 
 
@@ -72,16 +65,16 @@ def plot_modes(runs: list[Run], by: str = "step", smoothing: float = 0.9) -> Fig
         place.set_yscale("log")
         plain_numbers(place)
     for number, run in enumerate(runs):
-        for metric, strength in CHOICES.items():
+        for metric, strength in STRENGTH.items():
             x, values = run.line(metric, by)
             choice.plot(*thinned(x, smoothed(values, smoothing)), alpha=strength, **line_style(number))
     choice.set_ylim(-0.03, 1.03)
     title = "P(<think>) for <think> samples (strong) and <short> samples (faint)"
-    _finish(figure, dict(zip(axes.flat, [*MODES.values(), title], strict=True)), runs, by)
+    _finish(figure, dict(zip(axes.flat, [*map(_title, MODES), title], strict=True)), runs, by)
     return figure
 
 
-def _plot_each(runs: list[Run], metrics: dict[str, str], by: str, smoothing: float) -> Figure:
+def _plot_each(runs: list[Run], metrics: list[str], by: str, smoothing: float) -> Figure:
     """One panel per metric, side by side."""
     figure, axes = plt.subplots(1, len(metrics), figsize=(11, 3.9), layout="constrained")
     for place, metric in zip(axes, metrics, strict=True):
@@ -89,7 +82,7 @@ def _plot_each(runs: list[Run], metrics: dict[str, str], by: str, smoothing: flo
             _draw(place, run, metric, by, smoothing, number)
         place.set_yscale("log")
         plain_numbers(place)
-    _finish(figure, dict(zip(axes, metrics.values(), strict=True)), runs, by)
+    _finish(figure, dict(zip(axes, map(_title, metrics), strict=True)), runs, by)
     return figure
 
 
@@ -106,7 +99,7 @@ def plot_health(runs: list[Run], by: str = "step", smoothing: float = 0.9) -> Fi
             _draw(place, run, metric, by, 0 if metric in ("lr", "memory_gib") else smoothing, number)
         if metric != "grad_norm":
             place.set_ylim(bottom=0)
-    _finish(figure, dict(zip(axes.flat, HEALTH.values(), strict=True)), runs, by)
+    _finish(figure, dict(zip(axes.flat, map(_title, HEALTH), strict=True)), runs, by)
     return figure
 
 
@@ -122,6 +115,10 @@ def save_figures(figures: dict[str, Figure], folder: str | Path) -> Table:
                 figure.savefig(file, format=kind, **options)
             rows.append((str(path), f"{path.stat().st_size / 1000:,.0f} kB"))
     return Table("pictures", ("file", "size"), rows)
+
+
+def _title(metric: str) -> str:
+    return METRICS[metric].title
 
 
 def _check(by: str, smoothing: float) -> None:

@@ -7,23 +7,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rsft_lib.common.paths import existing
-from rsft_lib.display.plot_style import BLACK, BLUE, GREEN, ORANGE, PINK, SKY, plain_numbers, smoothed, thinned, tidy
+from rsft_lib.display.metrics import BY_MODE, BY_SPAN, CHOICES, METRICS, ONE_MODE
+from rsft_lib.display.plot_style import BLUE, ORANGE, PINK, plain_numbers, smoothed, thinned, tidy
 from rsft_lib.display.runs.runs import Run, open_run
 from rsft_lib.training.metrics import read_metrics
 
 LEAST = 1e-3  # nats: lower limit of the loss axes
-KINDS = {
-    "loss_mode_think": ("<think>", BLUE, "-"), "loss_mode_short": ("<short>", ORANGE, "-"),
-    "loss_mode_other": ("other", BLACK, "-"), "loss_span_control": ("control token", PINK, ":"),
-    "loss_span_think": ("chain of thought", SKY, ":"), "loss_span_answer": ("answer", GREEN, ":"),
-    "loss_span_eos": ("EOS", BLACK, ":"),
-}  # fmt: skip
-SPANS = {name: KINDS[name] for name in ("loss_span_answer", "loss_span_eos")}
-CHOICES = {
-    "p_think_when_think": ("for <think> samples", BLUE, "-"),
-    "p_think_when_short": ("for <short> samples", ORANGE, "--"),
-    "think_share": ("share of <think> samples", BLACK, ":"),
-}
 
 
 def plot_curves(run: str | Path, smoothing: float = 0.9) -> Figure:
@@ -44,13 +33,13 @@ def plot_curves(run: str | Path, smoothing: float = 0.9) -> Figure:
     places = iter(axes.flat)
     _draw_loss(next(places), opened, smoothing)
     if opened.of_one_mode:
-        _draw_lines(next(places), opened, SPANS, "loss by span", smoothing)
+        _draw_lines(next(places), opened, ONE_MODE, "loss by span", smoothing)
     else:
-        _draw_lines(next(places), opened, KINDS, "loss by mode (solid) and span (dotted)", smoothing)
+        _draw_lines(next(places), opened, BY_MODE + BY_SPAN, "loss by mode (lines) and span (dots)", smoothing)
         _draw_lines(next(places), opened, CHOICES, "probability of <think> vs. <short>", smoothing)
-    _draw(next(places), opened, "grad_norm", "gradient norm", smoothing)
-    _draw(next(places), opened, "lr", "learning rate", 0)
-    _draw(next(places), opened, "tokens_per_second", f"tokens per second{_mfu(opened)}", smoothing)
+    _draw(next(places), opened, "grad_norm", smoothing)
+    _draw(next(places), opened, "lr", 0)
+    _draw(next(places), opened, "tokens_per_second", smoothing, note=_mfu(opened))
     for empty in places:
         empty.remove()
     for place in axes[0]:
@@ -94,7 +83,7 @@ def _choice(record: dict) -> list[str]:
 
 def _draw_loss(axes: Axes, run: Run, smoothing: float) -> None:
     """Training loss, held-out loss as dots, and a vertical line for each of the last alarms."""
-    _draw(axes, run, "loss", "loss per trained token", smoothing)
+    _draw(axes, run, "loss", smoothing)
     steps, values = run.line("eval_loss", "step")
     if len(steps):
         axes.plot(*thinned(steps, values), "o--", color=ORANGE, label="held-out", markersize=4)
@@ -103,19 +92,20 @@ def _draw_loss(axes: Axes, run: Run, smoothing: float) -> None:
     axes.legend(fontsize="small", framealpha=0.85, edgecolor="none")
 
 
-def _draw(axes: Axes, run: Run, metric: str, title: str, smoothing: float) -> None:
+def _draw(axes: Axes, run: Run, metric: str, smoothing: float, note: str = "") -> None:
     steps, values = run.line(metric, "step")
     axes.plot(*thinned(steps, values), color=BLUE, alpha=0.3 if smoothing else 1, linewidth=1)
     if smoothing:
         axes.plot(*thinned(steps, smoothed(values, smoothing)), color=BLUE, label="train, smoothed")
-    axes.set_title(title, loc="left")
+    axes.set_title(METRICS[metric].title + note, loc="left")
 
 
-def _draw_lines(axes: Axes, run: Run, lines: dict[str, tuple[str, str, str]], title: str, smoothing: float) -> None:
+def _draw_lines(axes: Axes, run: Run, metrics: list[str], title: str, smoothing: float) -> None:
     """Several metrics in one panel; a step without tokens of a kind has no value for it."""
-    for metric, (label, color, style) in lines.items():
+    for metric in metrics:
         steps, values = run.line(metric, "step")
         if len(steps):
+            _, label, color, style = METRICS[metric]
             axes.plot(*thinned(steps, smoothed(values, smoothing)), style, color=color, label=label)
     axes.set_title(title, loc="left")
     if axes.lines:

@@ -1,0 +1,38 @@
+"""How each metric of `metrics.jsonl` is named and drawn; a metric is added to the figures here."""
+
+from typing import NamedTuple
+
+from rsft_lib.display.plot_style import BLACK, BLUE, GREEN, ORANGE, PINK, SKY
+
+
+class Metric(NamedTuple):
+    """The title of a panel of its own, the name in a legend, colour and line style."""
+
+    title: str
+    name: str
+    color: str = BLUE
+    style: str = "-"
+
+
+METRICS = {
+    "loss": Metric("loss per trained token", "all", BLACK, ":"),
+    "loss_mode_think": Metric("loss of <think> answers", "<think>", BLUE, "-"),
+    "loss_mode_short": Metric("loss of <short> answers", "<short>", ORANGE, "--"),
+    "loss_mode_other": Metric("loss of answers without a mode", "other", BLACK, "-"),
+    "loss_span_control": Metric("loss of the control token", "control token", PINK, ":"),
+    "loss_span_think": Metric("loss of the chain of thought", "chain of thought", SKY, ":"),
+    "loss_span_answer": Metric("loss of answer tokens", "answer", GREEN, ":"),
+    "loss_span_eos": Metric("loss of EOS", "EOS", BLACK, ":"),
+    "p_think_when_think": Metric("P(<think>) for <think> samples", "for <think> samples", BLUE, "-"),
+    "p_think_when_short": Metric("P(<think>) for <short> samples", "for <short> samples", ORANGE, "--"),
+    "think_share": Metric("share of <think> samples", "share of <think> samples", BLACK, ":"),
+    "grad_norm": Metric("gradient norm, before clipping", "gradient norm"),
+    "lr": Metric("learning rate", "learning rate"),
+    "tokens_per_second": Metric("tokens per second", "tokens per second"),
+    "memory_gib": Metric("peak memory, GiB", "memory"),
+}
+BY_MODE = [name for name in METRICS if name.startswith("loss_mode_")]
+BY_SPAN = [name for name in METRICS if name.startswith("loss_span_")]
+ONE_MODE = ["loss_span_answer", "loss_span_eos"]  # of data without modes
+CHOICES = ["p_think_when_think", "p_think_when_short", "think_share"]
+HEALTH = ["grad_norm", "lr", "tokens_per_second", "memory_gib"]
