@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -50,10 +51,12 @@ def test_the_examples_train_and_read_logits_with_paths_relative_to_the_working_d
 
 
 def test_a_wheel_has_every_module_and_the_template(tmp_path):
-    build = ["-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, EXAMPLES.parent]
-    python(tmp_path, *build)
+    root, library = EXAMPLES.parent, EXAMPLES.parent / "rsft_lib"
+    shutil.copytree(library, tmp_path / "copy" / "rsft_lib", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):  # a build leaves files where it builds
+        shutil.copy(root / name, tmp_path / "copy")
+    python(tmp_path, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, tmp_path / "copy")
     (wheel,) = tmp_path.glob("rsft_lib-*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    library = EXAMPLES.parent / "rsft_lib"
     files = {path for pattern in ("*.py", "*.jinja") for path in library.rglob(pattern)}
     assert {path.relative_to(library.parent).as_posix() for path in files} <= names

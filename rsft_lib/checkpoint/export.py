@@ -11,7 +11,15 @@ from rsft_lib.checkpoint.convert import DTYPES, GENERATION, config_bytes, origin
 from rsft_lib.checkpoint.formats import hf
 from rsft_lib.checkpoint.lazy_weights import Weights, resized
 from rsft_lib.checkpoint.model_card import model_card
-from rsft_lib.common.artifact import MANIFEST, file_hash, new_folder, read_manifest, reusable
+from rsft_lib.common.artifact import (
+    MANIFEST,
+    checkpoints,
+    file_hash,
+    last_checkpoint,
+    new_folder,
+    read_manifest,
+    reusable,
+)
 from rsft_lib.common.paths import existing, resolve
 from rsft_lib.common.progress import progress
 from rsft_lib.model.config import read_config
@@ -39,7 +47,7 @@ def export(
     optimizer state is not read.
 
     Args:
-        checkpoint: a folder of any format; for a run, one of its `iter_0000000` folders.
+        checkpoint: a folder of any format, or a run folder, whose newest intact checkpoint is taken.
         tokenizer: the folder with tokenizer, chat template and, optionally, `generation_config.json`.
         dtype: 'bfloat16', 'float16' or 'float32'; empty for the dtype in `config.json` for a training checkpoint, and
             for the dtype of each weight otherwise.
@@ -60,6 +68,7 @@ def export(
             tokenizer has more tokens than the model or differs from the one of the training data.
     """
     checkpoint, tokenizer = existing(checkpoint, "checkpoint"), existing(tokenizer, "tokenizer folder")
+    checkpoint = last_checkpoint(checkpoint) if checkpoints(checkpoint) else checkpoint
     describing, destination = existing(original, "original") if original else checkpoint, resolve(destination)
     config = read_config(describing)
     _check_settings(dtype, tokenizer, config)
