@@ -50,7 +50,7 @@ def test_the_examples_train_and_read_logits_with_paths_relative_to_the_working_d
     assert values == sorted(values, reverse=True)
 
 
-def test_a_wheel_has_every_module_and_the_template(tmp_path):
+def test_a_wheel_has_every_module_and_says_in_one_line_that_notebooks_need_a_checkout(tmp_path):
     root, library = EXAMPLES.parent, EXAMPLES.parent / "rsft_lib"
     shutil.copytree(library, tmp_path / "copy" / "rsft_lib", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):  # a build leaves files where it builds
@@ -60,3 +60,11 @@ def test_a_wheel_has_every_module_and_the_template(tmp_path):
     names = set(zipfile.ZipFile(wheel).namelist())
     files = {path for pattern in ("*.py", "*.jinja") for path in library.rglob(pattern)}
     assert {path.relative_to(library.parent).as_posix() for path in files} <= names
+
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    command = [sys.executable, "-m", "rsft_lib.notebook", str(root / "notebooks" / "00_quickstart.ipynb"), "out"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and re.fullmatch(
+        r"error: the notebooks need a checkout of the project.*\n", done.stderr
+    )
