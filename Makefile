@@ -34,9 +34,10 @@ test: lint  ## lint and all tests
 test-engine: $(VENV)/.installed  ## the tests of training, conversion and the demo only
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder $(ENGINE)
 
-lint: $(VENV)/.installed  ## style of code and notebooks, and form of notebooks: parameters, no outputs, short cells
+lint: $(VENV)/.installed  ## style of code and notebooks, types, and form of notebooks: parameters, no outputs, short cells
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
 	@$(BIN)/python -m pytest -q tests/test_project.py
 
 lab: $(VENV)/.installed  ## JupyterLab on the notebooks

@@ -84,5 +84,5 @@ for _module in (  # of what later versions may lack, and of an MLP that is not m
 HAS_GPU = any(map(os.path.exists, ("/proc/driver/nvidia", "/dev/nvidiactl", "/dev/dxg")))  # the last is under WSL
 if not HAS_GPU and "megatron.core.jit" not in sys.modules:
     _jit = sys.modules["megatron.core.jit"] = ModuleType("megatron.core.jit")
-    _jit.jit_fuser = _jit.noop_decorator = lambda function: function
-    _jit.enable_jit_fuser = _jit.disable_jit_fuser = lambda: None
+    vars(_jit).update(jit_fuser=lambda function: function, noop_decorator=lambda function: function)
+    vars(_jit).update(enable_jit_fuser=lambda: None, disable_jit_fuser=lambda: None)

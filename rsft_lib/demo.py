@@ -103,7 +103,7 @@ def problems(count: int, seed: int) -> Iterator[dict]:
 
 def _walks(changes: int) -> list[tuple[int, ...]]:
     """All sequences of totals within `NUMBERS` with the given number of changes, each by one to nine."""
-    walks = [(start,) for start in range(1, len(NUMBERS))]
+    walks: list[tuple[int, ...]] = [(start,) for start in range(1, len(NUMBERS))]
     for _ in range(changes):
         walks = [(*w, total) for w in walks for total in range(len(NUMBERS)) if 0 < abs(total - w[-1]) < 10]
     return walks

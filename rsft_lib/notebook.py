@@ -164,13 +164,21 @@ def run(notebook: str | Path, folder: str | Path, parameters: dict) -> tuple[Pat
 
 
 def declared_parameters(notebook: Path) -> dict[str, Parameter]:
-    """The parameters declared in a notebook's tagged cell, one `name: type = default  # help` per line."""
+    """The parameters declared in a notebook's tagged cell, one `name: type = default  # help` per line.
+
+    Raises:
+        ValueError: a line is something else.
+    """
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     tagged = ["".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
-    return {
-        line.target.id: Parameter(ast.unparse(line.annotation), ast.literal_eval(line.value))
-        for line in ast.parse("\n".join(tagged)).body
-    }
+    return dict(map(_declared, ast.parse("\n".join(tagged)).body))
+
+
+def _declared(line: ast.stmt) -> tuple[str, Parameter]:
+    match line:
+        case ast.AnnAssign(target=ast.Name(id=name), annotation=kind, value=ast.expr() as default):
+            return name, Parameter(ast.unparse(kind), ast.literal_eval(default))
+    raise ValueError(f"found {ast.unparse(line)!r} among the parameters, expected `name: type = default`")
 
 
 def checked(given: dict, declared: dict[str, Parameter]) -> dict:
@@ -229,7 +237,8 @@ def _injected(executed_cells: list[str]) -> list[str]:
     names = []
     for source in executed_cells:
         if source.startswith("# Parameters\n"):
-            names += [target.id for line in ast.parse(source).body for target in line.targets]
+            nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)]
+            names += [node.id for node in nodes if isinstance(node.ctx, ast.Store)]
     return names
 
 

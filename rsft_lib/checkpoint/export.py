@@ -73,7 +73,7 @@ def export(
     config = read_config(describing)
     _check_settings(dtype, tokenizer, config)
     _refuse_another_tokenizer(checkpoint, tokenizer)
-    facts = {
+    facts: dict = {
         "made_by": "export",
         "checkpoint": str(checkpoint),
         "checkpoint_sha256": _identity(checkpoint),

@@ -63,7 +63,7 @@ def prove(
 
 def report(proof: dict) -> str:
     """Format a result of `prove`: a line for each kind of tensor, over all layers, then the outputs."""
-    kinds = {}
+    kinds: dict[tuple[str, str, str], list[dict]] = {}
     for row in proof["tensors"]:
         kind = (re.sub(r"\.\d+\.", ".*.", row["name"]), "x".join(map(str, row["shape"])), row["dtype"])
         kinds.setdefault(kind, []).append(row)
@@ -134,7 +134,7 @@ def lost_in_round_trip(model: Path, scratch: Path) -> list[str]:
     config = read_config(model)
     perturbed = _Perturbed(hf.open_weights(model, config).pieces)
     with tempfile.TemporaryDirectory(dir=scratch, prefix=".round-trip-") as place:
-        facts = {"made_by": "convert"}
+        facts: dict = {"made_by": "convert"}
         with new_folder(Path(place) / "checkpoint", facts) as folder:
             facts["files"] = torch_dist.write(folder, _Perturbed(hf.as_megatron(perturbed, config).pieces))
             copy_along(model, folder)

@@ -370,7 +370,7 @@ def _swapped(one: Path, other: Path) -> bool:
     rename = getattr(ctypes.CDLL(None), "renameat2", None)
     current_directory, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     return (
-        bool(rename)
+        rename is not None
         and rename(current_directory, os.fsencode(one), current_directory, os.fsencode(other), exchange) == 0
     )
 

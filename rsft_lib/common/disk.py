@@ -13,7 +13,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 PROBE = 1 << 20  # bytes; a disk that cannot take this many counts as full
 
 
-def require_space(final: Path, size: int) -> None:
+def require_space(final: Path, size: float) -> None:
     """Check that the disk of `final` has `size` bytes free.
 
     Raises:
@@ -56,7 +56,7 @@ def explain_full_disk(final: Path, temporary: Path, needed: Callable[[int], int]
         ) from error
 
 
-def format_size(size: int) -> str:
+def format_size(size: float) -> str:
     """A number of bytes in MB or GB.
 
     >>> format_size(25_300_000_000)

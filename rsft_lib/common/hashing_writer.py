@@ -5,7 +5,7 @@ import fcntl
 import hashlib
 import mmap
 import os
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 BUFFER = 16 * 2**20  # bytes per write
@@ -24,7 +24,8 @@ class HashedFile:
         self._descriptor = _open_around_cache(path)
         # Anonymous maps are page-aligned, as O_DIRECT requires.
         self._buffers, self._filled = [memoryview(mmap.mmap(-1, BUFFER)) for _ in range(2)], 0
-        self._digest, self._threads, self._pending = hashlib.sha256(), ThreadPoolExecutor(2), []
+        self._digest, self._threads = hashlib.sha256(), ThreadPoolExecutor(2)
+        self._pending: list[Future] = []
 
     def write(self, data) -> int:
         """Append any object that supports the buffer protocol; return its size in bytes."""

@@ -13,7 +13,7 @@ from rsft_lib.tokenizer.chat import END_THINK, REASONING, SHORT, THINK
 
 TAGS = (THINK, END_THINK, SHORT)
 TAGS_PATTERN = re.compile("|".join(TAGS))
-FORMS = ([], [THINK, END_THINK], [SHORT])  # the tags of an answer; the first one begins it
+FORMS: tuple[list[str], ...] = ([], [THINK, END_THINK], [SHORT])  # the tags of an answer; the first one begins it
 
 
 def well_formed(answer: str) -> bool:

@@ -43,9 +43,11 @@ def conversation(record: dict, columns: dict[str, str] | None = None) -> Convers
     columns = columns or {}
     known = _renamed(record, columns)
     layout = _layout(known, columns)
-    used, unused = {*layout}, []
+    used = {*layout}
+    unused: list[str] = []
     if layout in PAIRS:
-        messages = _turns(known, *layout, used)
+        prompt, response = layout
+        messages = _turns(known, prompt, response, used)
     else:
         (name,) = layout
         messages = [_message(message, f"{name}[{i}]", unused) for i, message in enumerate(_list(known[name], name))]
@@ -169,7 +171,7 @@ def _message(message, place: str, unused: list[str]) -> dict:
 
 def _with_openai_keys(message: dict, place: str) -> dict:
     """A message without nulls and with ShareGPT's keys renamed; of two spellings of a key, an empty one is dropped."""
-    renamed = {}
+    renamed: dict = {}
     for key, value in message.items():
         name = SHAREGPT_KEYS.get(key, key)
         if value is None or (name in renamed and is_empty(value)):

@@ -80,7 +80,8 @@ class FastEncoder:
         stops = np.cumsum([len(row) for row in rows])
         ids = np.concatenate(rows).astype(np.int32)  # [tokens of all texts]
         ends = np.concatenate([[0], self.bytes_of[ids].cumsum()])  # [tokens + 1] byte at which each token ends
-        mask, result = np.zeros(len(ids), dtype=np.uint8), []
+        mask = np.zeros(len(ids), dtype=np.uint8)
+        result: list[Tokens | ValueError] = []
         for text, own, start, stop in zip(texts, spans, stops - [len(row) for row in rows], stops, strict=True):
             if self._mark(mask, ends[start : stop + 1], start, text, own):
                 result.append(Tokens(ids[start:stop], mask[start:stop]))
@@ -104,7 +105,10 @@ class FastEncoder:
         return True
 
 
-def best_encoder(tokenizer_json: str, texts: list[str]) -> tuple[FastEncoder | ReferenceEncoder, dict]:
+Encoder = FastEncoder | ReferenceEncoder
+
+
+def best_encoder(tokenizer_json: str, texts: list[str]) -> tuple[Encoder, dict]:
     """The fastest encoder that gives Hugging Face's ids, and the result of the comparison.
 
     Args:
@@ -149,6 +153,6 @@ def hard_texts(control_tokens: list[str], seed: int = 0) -> list[str]:
     return ["", *pieces, *mixed, "a" * 2000, " " * 500, "\n" * 100, "é" * 300, "解" * 300, "1" * 300]
 
 
-def encoder(name: str, tokenizer_json: str) -> FastEncoder | ReferenceEncoder:
+def encoder(name: str, tokenizer_json: str) -> Encoder:
     """The encoder that `best_encoder` chose, by the name in its facts."""
     return (FastEncoder if name == FastEncoder.name else ReferenceEncoder)(tokenizer_json)

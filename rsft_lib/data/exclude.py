@@ -50,7 +50,7 @@ def exclude(store: TokenStore, samples: Collection[int], folder: str | Path, ove
     else:
         files = split_files(Path(source.name).parent)
         others = [path for name, paths in files.items() if name != split for path in paths]
-    facts = {"made_by": "exclude", **source.facts(), "counts": {"kept": 0, "left_out": len(excluded)}}
+    facts: dict = {"made_by": "exclude", **source.facts(), "counts": {"kept": 0, "left_out": len(excluded)}}
     with new_folder(resolve(folder), facts, source=["data"], overwrite=overwrite) as temporary:
         with (temporary / f"{split}.jsonl").open("wb") as file:
             for row in source.rows():

@@ -17,7 +17,7 @@ import numpy as np
 from rsft_lib.common.artifact import file_hash, new_folder, reusable
 from rsft_lib.common.paths import existing, resolve
 from rsft_lib.data.conversation import RULES
-from rsft_lib.data.encoder import best_encoder
+from rsft_lib.data.encoder import Encoder, Tokens, best_encoder
 from rsft_lib.data.pairs import OTHER, balance, coverage, disagreeing, held_back, not_shorter
 from rsft_lib.data.records import Source, source_of
 from rsft_lib.data.rejects import Reject, Rejects, reject
@@ -84,13 +84,13 @@ def build_hybrid(
         raise ValueError(f"{held_out=} must be at least 0 and below 1, and {on_disagreement=} 'drop' or 'error'")
     if hybrid and cut_short:
         raise ValueError("cut_short is for `long`: from a hybrid dataset no short answers are cut")
-    inputs = [(long, long_sample), *([(short, short_sample)] if short else [])]
-    inputs = [(hybrid, declared_sample)] if hybrid else inputs
-    inputs = [(source_of(data, INPUT_NAMES[make]), make) for data, make in inputs]
+    given = [(long, long_sample), *([(short, short_sample)] if short else [])]
+    given = [(hybrid, declared_sample)] if hybrid else given
+    inputs = [(source_of(data, INPUT_NAMES[make]), make) for data, make in given]
     sources = [source for source, _ in inputs]
-    facts = {"made_by": "build_hybrid", "rules": RULES}
-    facts["sources"] = {str(source): source.facts()["data_sha256"] for source in sources}
-    facts |= {
+    facts: dict = {
+        "made_by": "build_hybrid", "rules": RULES,
+        "sources": {str(source): source.facts()["data_sha256"] for source in sources},
         "held_out": held_out, "seed": seed, "cut_short": cut_short, "columns": columns or {},
         "empty_think": empty_think, "on_disagreement": on_disagreement, "unit": "tokens" if tokenizer else "characters",
         "tokenizer_sha256": file_hash(existing(Path(tokenizer) / "tokenizer.json", "tokenizer")) if tokenizer else "",
@@ -138,14 +138,22 @@ def _measure(tokenizer: str | Path) -> Callable[[list[str]], list[int]]:
     split = [tag for tag in (THINK, END_THINK, SHORT) if len(loaded.encode(tag, add_special_tokens=False)) != 1]
     if split:
         raise ValueError(f"{tokenizer}: {', '.join(split)} is not one token; patch it (notebook 01_patch_tokenizer)")
-    tokenizer_json, chosen = loaded.backend_tokenizer.to_str(), []
+    tokenizer_json = loaded.backend_tokenizer.to_str()
+    chosen: list[Encoder] = []
 
     def lengths(texts: list[str]) -> list[int]:
         if not chosen:
             chosen.append(best_encoder(tokenizer_json, texts)[0])
-        return [len(tokens.ids) for tokens in chosen[0].encode(texts, [[]] * len(texts))]
+        return [_length(tokens) for tokens in chosen[0].encode(texts, [[]] * len(texts))]
 
     return lengths
+
+
+def _length(tokens: Tokens | ValueError) -> int:
+    """The number of tokens of a text that was encoded without spans."""
+    if isinstance(tokens, ValueError):  # a token crosses the boundary of a span, and there are none
+        raise tokens
+    return len(tokens.ids)
 
 
 class Reader:
@@ -156,7 +164,9 @@ class Reader:
     ):
         self.inputs = inputs
         self.columns, self.empty_think, self.rejects = columns, empty_think, rejects
-        self.read, self.used, self.unused = Counter(), Counter(), Counter()
+        self.read: Counter[int] = Counter()
+        self.used: Counter[int] = Counter()
+        self.unused: Counter[str] = Counter()
 
     def samples(self, cut: bool) -> Iterator[Sample]:
         """All samples, short ones first; with `cut`, also a short one from each long one whose problem has none."""

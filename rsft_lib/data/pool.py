@@ -13,9 +13,10 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import Executor, Future
+from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 from threading import Thread
+from typing import IO
 
 from rsft_lib.data.worker import Job, Worker
 
@@ -30,6 +31,9 @@ EXIT_TIMEOUT = 60  # seconds to wait for a process whose pipes are closed
 
 class Process(subprocess.Popen):
     """A process that serves calls. Its stderr is kept in memory, for the error message if it dies."""
+
+    stdin: IO[bytes]
+    stdout: IO[bytes]
 
     def __init__(self):
         self.log = os.memfd_create("stderr")
@@ -85,12 +89,14 @@ class Process(subprocess.Popen):
         return text
 
 
-class Pool(Executor):
+class Pool:
     """Calls methods of a `Worker` by name, in any free process."""
 
     def __init__(self, job: Job):
-        self.job, self.calls = pickle.dumps(job, pickle.HIGHEST_PROTOCOL), SimpleQueue()
-        self.processes, self.threads = [], []
+        self.job = pickle.dumps(job, pickle.HIGHEST_PROTOCOL)
+        self.calls: SimpleQueue[tuple[Future, tuple[str, tuple]] | None] = SimpleQueue()  # None ends a thread
+        self.processes: list[Process] = []
+        self.threads: list[Thread] = []
 
     def grow(self, count: int) -> None:
         """Start processes until there are `count`; they import modules and receive the job in the background.
@@ -110,7 +116,9 @@ class Pool(Executor):
             self.threads.append(thread)
 
     def submit(self, method: str, *arguments) -> Future:
-        self.calls.put((future := Future(), (method, arguments)))
+        """Call a method with `arguments`; the future has its result or its exception."""
+        future: Future = Future()
+        self.calls.put((future, (method, arguments)))
         return future
 
     def _serve(self, process: Process) -> None:
@@ -125,7 +133,7 @@ class Pool(Executor):
                 result = error
             (future.set_exception if isinstance(result, Exception) else future.set_result)(result)
 
-    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+    def shutdown(self) -> None:
         """Kill all processes and print their stderr, mostly warnings; identical texts are printed once."""
         with contextlib.suppress(Empty):
             while True:
@@ -138,7 +146,7 @@ class Pool(Executor):
         print(*dict.fromkeys(process.close() for process in self.processes), sep="", end="", file=sys.stderr)
 
 
-class InProcess(Executor):
+class InProcess:
     """Runs the calls of a pool immediately, in this process."""
 
     def __init__(self, job: Job):
@@ -148,9 +156,13 @@ class InProcess(Executor):
         """Do nothing: there is only this process."""
 
     def submit(self, method: str, *arguments) -> Future:
-        future = Future()
+        """Call a method with `arguments` now; an exception is raised."""
+        future: Future = Future()
         future.set_result(getattr(self.worker, method)(*arguments))
         return future
+
+    def shutdown(self) -> None:
+        """Do nothing: there are no processes to end."""
 
 
 @contextlib.contextmanager

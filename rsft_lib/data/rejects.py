@@ -38,7 +38,8 @@ class Rejects:
         if not 0 <= limit <= 1:
             raise ValueError(f"reject_limit is {limit}; it must be a fraction of the rows, from 0 to 1")
         self.path = final.with_name(f"{final.name}.rejected.jsonl")
-        self.limit, self.count, self.first = limit, 0, None
+        self.limit, self.count = limit, 0
+        self.first: Reject | None = None
 
     def __enter__(self) -> "Rejects":
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,7 +69,7 @@ class Rejects:
             ValueError: more than `limit` of the rows are rejected; the message has the first reason.
         """
         self.file.close()
-        if not self.count:
+        if self.first is None:
             self.path.unlink(missing_ok=True)
             return
         self.temporary.replace(self.path)

@@ -102,7 +102,7 @@ def _read(row: Row, columns: dict[str, str], mode_of) -> Sample:
     system, turns = _in_turns(messages)
     *history, (question, answer) = turns
     kept = {name: record[name] for name in COPIED if name in unused and not isinstance(record[name], Exception)}
-    unused = [name for name in (*unused, *_left_out(messages)) if name not in kept]
+    left_out = [name for name in (*unused, *_left_out(messages)) if name not in kept]
     mode, answer = mode_of(answer)
     sample = {"instruction": question, "output": answer, "mode": mode}
     sample |= {"system": system} if system else {}
@@ -111,7 +111,7 @@ def _read(row: Row, columns: dict[str, str], mode_of) -> Sample:
     sample |= kept
     stated, final = _stated(kept), final_answer(answer)
     if final and stated is None:
-        unused += ["answer"] * ("answer" in sample)
+        left_out += ["answer"] * ("answer" in sample)
         sample["answer"] = final
     context = "\n\n".join([*([system] if system else []), *(text for turn in history for text in turn), question])
     prompt = [" ".join(text.split()) for text in (system, *(text for turn in history for text in turn), question)]
@@ -124,9 +124,9 @@ def _read(row: Row, columns: dict[str, str], mode_of) -> Sample:
         "question": _hash(" ".join(turns[0][0].split())),
         "problem": _hash(problem),
         "claim": _hash(problem, claim) if claim else 0,
-        "wrong": bool(final and stated) and normalized(final) != normalized(stated),
+        "wrong": bool(final and stated and normalized(final) != normalized(stated)),
     }
-    return Sample(sample, _line(sample), context, facts, tuple(unused))
+    return Sample(sample, _line(sample), context, facts, tuple(left_out))
 
 
 def _left_out(messages: list[dict]) -> list[str]:

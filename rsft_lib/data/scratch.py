@@ -49,7 +49,7 @@ class Scratch:
 
     def finding(self, what: str, *numbers: int) -> dict:
         """An entry of the list of findings, about samples of one problem."""
-        finding = {"finding": what, "problem": "", "answers": []}
+        finding: dict = {"finding": what, "problem": "", "answers": []}
         for number in numbers:
             row, record = self.rows[number], json.loads(self.line(number))
             place = f"{self.sources[row['source']]}:{row['line']}"

@@ -6,7 +6,6 @@ depend on the number of workers.
 
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
-from concurrent.futures import Executor
 from dataclasses import asdict
 from itertools import chain, islice
 from pathlib import Path
@@ -16,7 +15,7 @@ from rsft_lib.common.cores import usable_cores
 from rsft_lib.common.paths import resolve
 from rsft_lib.common.progress import progress
 from rsft_lib.data.conversation import RULES
-from rsft_lib.data.pool import pool_for
+from rsft_lib.data.pool import InProcess, Pool, pool_for
 from rsft_lib.data.records import Row, Source, blocks, source_of
 from rsft_lib.data.rejects import Rejects
 from rsft_lib.data.store import StoreWriter
@@ -82,9 +81,9 @@ def tokenize(
         pool.grow(count)
         encoded = _encoded(pool, chain(first, unread), facts["encoder"]["encoder"], ahead=2 * count + 1)
         input_progress = InputProgress(source)
-        made_from = {"source": ["data", "tokenizer"], "overwrite": overwrite, "estimate": input_progress.estimate}
+        made_from, estimate = ["data", "tokenizer"], input_progress.estimate
         with (
-            new_folder(destination, facts, **made_from) as temporary,
+            new_folder(destination, facts, source=made_from, overwrite=overwrite, estimate=estimate) as temporary,
             Rejects(destination, reject_limit) as rejects,
         ):
             _write(input_progress.show(encoded), StoreWriter(temporary), rejects, facts)
@@ -100,7 +99,9 @@ def _max_workers(workers: int | None) -> int:
 
 def _write(encoded: Iterator[Block], writer: StoreWriter, rejects: Rejects, facts: dict) -> None:
     """Write the blocks in order, and add the counts of rows and fields to `facts`."""
-    counts, modes, unused = Counter(), defaultdict(Counter), Counter()
+    counts: Counter[str] = Counter()
+    modes: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    unused: Counter[str] = Counter()
     facts |= {"counts": counts, "modes": modes, "unused_fields": unused}
     for block in encoded:
         writer.add_block(block.tokens, block.loss_mask, block.lengths, block.before, block.rows)
@@ -137,7 +138,7 @@ def _job(source: str, loaded, options: Options) -> Job:
     )
 
 
-def _chosen_encoder(pool: Executor, rows: Iterator[Row]) -> dict:
+def _chosen_encoder(pool: Pool | InProcess, rows: Iterator[Row]) -> dict:
     """The facts of `best_encoder` for the first rows; a message is printed if the slow encoder is used."""
     facts = pool.submit("choose_encoder", list(islice(rows, COMPARED_ROWS))).result()
     if "why_slow" in facts:
@@ -161,7 +162,7 @@ def _facts(source: Source, tokenizer, loaded, options: Options) -> dict:
     }
 
 
-def _encoded(pool: Executor, unread: Iterator[list[Row]], encoder_name: str, ahead: int) -> Iterator[Block]:
+def _encoded(pool: Pool | InProcess, unread: Iterator[list[Row]], encoder_name: str, ahead: int) -> Iterator[Block]:
     """The encoded blocks, in order; at most `ahead` are in memory at a time."""
     pending = deque(pool.submit("block", rows, encoder_name) for rows in islice(unread, ahead))
     while pending:

@@ -8,7 +8,7 @@ import signal
 import sys
 import traceback
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, groupby
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from rsft_lib.common.sandbox import limit_memory, time_limit
 from rsft_lib.data.control_tokens import ControlTokens, well_formed
 from rsft_lib.data.conversation import conversation, is_empty, strings
-from rsft_lib.data.encoder import Tokens, best_encoder, encoder
+from rsft_lib.data.encoder import Encoder, Tokens, best_encoder, encoder
 from rsft_lib.data.records import Row, parse, size_of
 from rsft_lib.data.rejects import Reject, reject
 from rsft_lib.tokenizer.chat import MODE_NAMES, MODES, REASONING, ChatTemplate, Span, modes_of, trained_texts
@@ -104,7 +104,8 @@ class Worker:
 
     def __init__(self, job: Job, row_seconds: float = 0):
         """`row_seconds`: time limit per row, which requires a dedicated process; 0 for no limit."""
-        self.job, self.row_seconds, self.encoder = job, row_seconds, None
+        self.job, self.row_seconds = job, row_seconds
+        self.encoder: Encoder | None = None
         self.control_ids = [job.added_tokens.get(token) for token in MODES.values()]
         self.control_tokens = ControlTokens(job.added_tokens)
         self.shows_tools = re.search(r"\btools\b", job.template.source) is not None
@@ -126,21 +127,20 @@ class Worker:
         Raises:
             ValueError: a sample is too long and `overlong` is 'error'.
         """
-        if self.encoder is None:
-            self.encoder = encoder(encoder_name, self.job.tokenizer_json)
+        self.encoder = chosen = self.encoder or encoder(encoder_name, self.job.tokenizer_json)
         outcomes, samples, numbers, before = Outcomes(Counter(records=len(rows))), [], [], []
         texts = self.texts(rows, outcomes)
-        for (row, _, _), sample in zip(texts, self.encoded(texts), strict=True):
+        for (row, _, _), sample in zip(texts, _encoded(chosen, texts), strict=True):
             if isinstance(sample, Exception):
                 outcomes.rejects.append(reject(self.job.source, row, sample))
                 continue
             before.append(len(sample.ids))
             first = sample.ids[[(sample.loss_mask > 0).argmax()]]
             mode = outcomes.modes[MODE_NAMES[modes_of(first, self.control_ids)[0]]]
-            if sample := self.fitted(sample, row, outcomes.counts, mode):
-                samples.append(sample)
+            if fitted := self.fitted(sample, row, outcomes.counts, mode):
+                samples.append(fitted)
                 numbers.append(row.number)
-                _count(sample, outcomes.counts, mode)
+                _count(fitted, outcomes.counts, mode)
         outcomes.counts["rejected"] = len(outcomes.rejects)
         outcomes.rejects.sort(key=lambda reject: reject.line)
         return _block(samples, before, numbers, outcomes, rows)
@@ -153,8 +153,8 @@ class Worker:
                 chats.append((row, *self.chat(row.content, outcomes)))
             except Exception as error:
                 outcomes.rejects.append(reject(self.job.source, row, error))
-        for tools, group in groupby(chats, key=lambda chat: chat[2]):
-            group = list(group)
+        for tools, grouped in groupby(chats, key=lambda chat: chat[2]):
+            group = list(grouped)
             results = self.rendered([messages for _, messages, _ in group], tools)
             for (row, messages, _), result in zip(group, results, strict=True):
                 if isinstance(result, Exception):
@@ -164,7 +164,7 @@ class Worker:
                     texts.append(Text(row, *result))
         return texts
 
-    def chat(self, content: bytes | dict, outcomes: Outcomes) -> tuple[list[dict], list[dict] | None]:
+    def chat(self, content: bytes | dict | Exception, outcomes: Outcomes) -> tuple[list[dict], list[dict] | None]:
         """The messages and the tools of a row.
 
         Raises:
@@ -180,21 +180,15 @@ class Worker:
         outcomes.unused.update(unused)
         return messages, tools
 
-    def rendered(self, chats: list[list[dict]], tools: list[dict] | None) -> list[tuple[str, list[Span]] | Exception]:
+    def rendered(
+        self, chats: list[list[dict]], tools: list[dict] | None
+    ) -> Sequence[tuple[str, list[Span]] | Exception]:
         """`trained_texts` with a time limit: all at once, which halves the time, or one by one if that fails."""
         try:
             with time_limit("the record", self.row_seconds) if self.row_seconds else contextlib.nullcontext():
                 return trained_texts(self.job.template, chats, tools, self.job.options.turns)
         except Exception as error:
             return [error] if len(chats) == 1 else [self.rendered([messages], tools)[0] for messages in chats]
-
-    def encoded(self, texts: list[Text]) -> list[Tokens | Exception]:
-        """The tokens of each text, or why it cannot be used; all at once, or one by one if that fails."""
-        try:
-            samples = self.encoder.encode([text.text for text in texts], [text.spans for text in texts])
-        except Exception as error:
-            return [error] if len(texts) == 1 else [self.encoded([text])[0] for text in texts]
-        return [_usable(sample) for sample in samples]
 
     def fitted(self, sample: Tokens, row: Row, counts: Counter, mode: Counter) -> Tokens | None:
         """The sample, truncated to `max_length` if necessary, or None if it is dropped.
@@ -262,6 +256,15 @@ def _not_rendered(messages: list[dict], text: str) -> Iterator[str]:
 
 def _occurs_in(value, text: str) -> bool:
     return all(part in text for part in ([*strings(value)] or [str(value)]))
+
+
+def _encoded(encoder: Encoder, texts: list[Text]) -> list[Tokens | Exception]:
+    """The tokens of each text, or why it cannot be used; all at once, or one by one if that fails."""
+    try:
+        samples = encoder.encode([text.text for text in texts], [text.spans for text in texts])
+    except Exception as error:
+        return [error] if len(texts) == 1 else [_encoded(encoder, [text])[0] for text in texts]
+    return [_usable(sample) for sample in samples]
 
 
 def _usable(sample: Tokens | ValueError) -> Tokens | ValueError:

@@ -1,8 +1,11 @@
 """Colours of all plots, and helpers for line plots: line styles, smoothing, downsampling, axis format."""
 
+from collections.abc import Iterable
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
+from numpy.typing import ArrayLike
 
 # The Okabe-Ito palette, which is safe for colour-blind readers. The only place where these colours are defined.
 BLUE, ORANGE, GREEN, PINK, SKY, BLACK = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#000000"
@@ -16,7 +19,7 @@ def line_style(number: int) -> dict:
     return {"color": COLORS[number % len(COLORS)], "linestyle": DASHES[number % len(DASHES)]}
 
 
-def smoothed(values: list[float], weight: float) -> list[float]:
+def smoothed(values: Iterable[float], weight: float) -> list[float]:
     """Exponential moving average with Adam's bias correction."""
     mean, result = 0.0, []
     for step, value in enumerate(values, start=1):
@@ -25,7 +28,7 @@ def smoothed(values: list[float], weight: float) -> list[float]:
     return result
 
 
-def thinned(x: list[float], y: list[float]) -> tuple[np.ndarray, np.ndarray]:
+def thinned(x: ArrayLike, y: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """Downsample a line to MAX_POINTS: the minimum and maximum of each segment, so that no spike is lost."""
     x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
     if len(x) <= MAX_POINTS:

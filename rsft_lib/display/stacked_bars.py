@@ -1,5 +1,7 @@
 """Stacked horizontal bars of shares, distinguished by colour, hatch and label."""
 
+from collections.abc import Mapping
+
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
@@ -18,7 +20,7 @@ EDGE = {"edgecolor": "#404040", "linewidth": 0.6}
 WIDE, NARROW = 0.13, 0.06  # smallest shares with room for name and percentage, and for the percentage alone
 
 
-def draw_bars(axes: Axes, rows: dict[str, dict[str, float]]) -> None:
+def draw_bars(axes: Axes, rows: Mapping[str, Mapping[str, float]]) -> None:
     """One bar from 0 to 100 % per row, the first on top; `rows` is row label -> {key of LOOK: size}."""
     for y, parts in enumerate(rows.values()):
         left, total = 0.0, sum(parts.values()) or 1

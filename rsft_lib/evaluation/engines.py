@@ -81,7 +81,7 @@ def _batch(model, tokenizer, prompts: list[list[int]], sampling: Sampling) -> li
     pad = tokenizer.eos_token_id
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts])  # [b, width]
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    options = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    options: dict[str, float | None] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if sampling.temperature:
         options = {"do_sample": True, "temperature": sampling.temperature, "top_p": 1.0, "top_k": 0}
     output = model.generate(

@@ -27,6 +27,7 @@ class Comparison:
 
     before: TokenLosses
     after: TokenLosses
+    by_kind: np.ndarray  # float64 [3, KINDS]: token counts, summed losses before, summed losses after
     trained: np.ndarray  # trained tokens
     loss_before: np.ndarray
     loss_after: np.ndarray
@@ -34,7 +35,6 @@ class Comparison:
     worst_at: np.ndarray  # its position
     modes: np.ndarray  # indices into MODE_NAMES
     same_as: np.ndarray  # first sample with the same tokens: its own index unless it is a duplicate
-    by_kind: np.ndarray  # float64 [3, KINDS]: token counts, summed losses before, summed losses after
 
     @property
     def store(self) -> TokenStore:
@@ -68,14 +68,16 @@ def compare(before: TokenLosses, after: TokenLosses) -> Comparison:
     """
     if before.manifest["data_sha256"] != after.manifest["data_sha256"]:
         raise ValueError(f"{before.store.folder} and {after.store.folder} are different data: score both on the same")
-    by_kind, parts, seen = np.zeros((3, KINDS)), [], {}
+    by_kind, parts = np.zeros((3, KINDS)), []
+    seen: dict[bytes, int] = {}
     for first, last in _chunks(after.store):
         columns, sums = _part(before, after, first, last)
         by_kind += sums
         parts.append((*columns, _same_as(after.store, first, last, seen)))
     if not by_kind[0].sum():
         raise ValueError(f"{after.store.folder} has no trained token")
-    return Comparison(before, after, *(np.concatenate(column) for column in zip(*parts, strict=True)), by_kind)
+    by_sample = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return Comparison(before, after, by_kind, *by_sample)
 
 
 def suspects(comparison: Comparison) -> list[Suspect]:

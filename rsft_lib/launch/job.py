@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypedDict
 
 from rsft_lib.common.artifact import checkpoints, write_json
 from rsft_lib.launch.failure import failure
@@ -11,8 +12,11 @@ from rsft_lib.training.metrics import scan_metrics
 from rsft_lib.training.run_folder import JOB, LOG, STOPPING, how_it_ended, read_ended, read_record
 
 TRAIN = "rsft_lib.training.train"
-COMMON = {"launcher": str, "train_iters": int, "on_interrupt": str, "patience": (int, float)}  # fields of every job
-FACTS = {"local": {"pid": int, "birth": str, "host": str}, "slurm": {"id": str}}  # additional fields by launcher
+Types = type | tuple[type, ...]
+COMMON: dict[str, Types] = {"launcher": str, "train_iters": int, "on_interrupt": str, "patience": (int, float)}
+"""Fields of every job."""
+FACTS: dict[str, dict[str, Types]] = {"local": {"pid": int, "birth": str, "host": str}, "slurm": {"id": str}}
+"""Additional fields by launcher."""
 ENVIRONMENT = {  # defaults for the ranks' environment
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",  # less fragmentation
     "THP_MEM_ALLOC_ENABLE": "1",  # huge pages for CPU memory: fewer page faults when saving and loading
@@ -21,18 +25,40 @@ ENVIRONMENT = {  # defaults for the ranks' environment
 }  # fmt: skip
 
 
-class Job:
-    """A training in its run folder.
+class Common(TypedDict):
+    """What every job is started with."""
 
-    `local.LocalJob` and `slurm.SlurmJob` add `running`; `state`, a description for people; `stop()`, which asks it to
-    save and end; `kill()`.
-    """
+    train_iters: int
+    on_interrupt: str
+    patience: float
+
+
+class Job:
+    """A training in its run folder. `local.LocalJob` and `slurm.SlurmJob` find and end its processes."""
 
     launcher = ""
 
     def __init__(self, folder: Path, train_iters: int, on_interrupt: str, patience: float):
         self.folder, self.log = Path(folder), Path(folder) / LOG
         self.train_iters, self.on_interrupt, self.patience = train_iters, on_interrupt, patience
+
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended."""
+        raise NotImplementedError
+
+    @property
+    def state(self) -> str:
+        """A description for people."""
+        raise NotImplementedError
+
+    def stop(self) -> None:
+        """Ask it to save and end."""
+        raise NotImplementedError
+
+    def kill(self) -> None:
+        """End it without saving."""
+        raise NotImplementedError
 
     @property
     def ended(self) -> dict:

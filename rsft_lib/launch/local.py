@@ -14,12 +14,13 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Unpack
 
 import psutil
 
 from rsft_lib.common.cores import usable_cores
 from rsft_lib.launch.failure import failure, torchrun_reports
-from rsft_lib.launch.job import ENVIRONMENT, TRAIN, Job
+from rsft_lib.launch.job import ENVIRONMENT, TRAIN, Common, Job
 from rsft_lib.launch.log import mark
 from rsft_lib.training.run_folder import CONFIG, LOG, STOPPING
 
@@ -109,7 +110,7 @@ def ask_to_stop(torchrun: int) -> bool:
     return bool(ranks)
 
 
-def start(folder: Path, nproc: int, **common) -> "LocalJob":
+def start(folder: Path, nproc: int, **common: Unpack[Common]) -> "LocalJob":
     """Train with the settings in `folder/config.json`."""
     arguments = ["--config", str(folder / CONFIG)]
     process = start_torchrun(
@@ -133,7 +134,9 @@ class LocalJob(Job):
 
     launcher = "local"
 
-    def __init__(self, folder: Path, pid: int, birth: str, process: subprocess.Popen | None = None, **common):
+    def __init__(
+        self, folder: Path, pid: int, birth: str, process: subprocess.Popen | None = None, **common: Unpack[Common]
+    ):
         super().__init__(folder, **common)
         self.pid, self.birth, self.process = pid, birth, process
 

@@ -54,5 +54,8 @@ HERE = LaunchOptions()
 def split_parameters(parameters: SimpleNamespace) -> tuple[TrainConfig, LaunchOptions]:
     """Split the parameters of a notebook into the settings of the training and its launch options."""
     given = vars(parameters)
-    kinds = TrainConfig, LaunchOptions
-    return tuple(kind(**{f.name: given[f.name] for f in dataclasses.fields(kind) if f.name in given}) for kind in kinds)
+    return TrainConfig(**_fields(TrainConfig, given)), LaunchOptions(**_fields(LaunchOptions, given))
+
+
+def _fields(kind: type[TrainConfig | LaunchOptions], given: dict) -> dict:
+    return {field.name: given[field.name] for field in dataclasses.fields(kind) if field.name in given}

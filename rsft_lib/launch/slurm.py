@@ -13,9 +13,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Unpack
 
 from rsft_lib.launch.failure import ERRORS
-from rsft_lib.launch.job import ENVIRONMENT, TRAIN, Job
+from rsft_lib.launch.job import ENVIRONMENT, TRAIN, Common, Job
 from rsft_lib.launch.log import MARK, mark
 from rsft_lib.launch.options import LaunchOptions
 from rsft_lib.training.run_folder import CONFIG, ENDED, JOB, LOG, STOPPING
@@ -74,7 +75,7 @@ read -r _ || [ -e "$0" ] || { touch "$0"; scancel --quiet --state=PENDING "$1"; 
 _guards: dict[str, subprocess.Popen] = {}  # by job id
 
 
-def submit(folder: Path, nproc: int, options: LaunchOptions, **common) -> "SlurmJob":
+def submit(folder: Path, nproc: int, options: LaunchOptions, **common: Unpack[Common]) -> "SlurmJob":
     """Write the batch script for the settings in `folder/config.json`, and submit it.
 
     Raises:
@@ -152,9 +153,10 @@ class SlurmJob(Job):
 
     launcher = "slurm"
 
-    def __init__(self, folder: Path, id: str, **common):
+    def __init__(self, folder: Path, id: str, **common: Unpack[Common]):
         super().__init__(folder, **common)
-        self.id, self.facts, self.queried, self.printed = id, {}, 0.0, ""
+        self.id, self.queried, self.printed = id, 0.0, ""
+        self.facts: dict[str, str] = {}
 
     @property
     def running(self) -> bool:
@@ -231,8 +233,13 @@ class SlurmJob(Job):
 
 def _start_guard(job: SlurmJob) -> None:
     arguments = ["sh", "-c", _GUARD, str(job.folder / STOPPING), job.id]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    _guards[job.id] = subprocess.Popen(arguments, stdin=subprocess.PIPE, start_new_session=True, **quiet)
+    _guards[job.id] = subprocess.Popen(
+        arguments,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
 
 
 def _remove_guard(job: str) -> None:

@@ -11,7 +11,7 @@ from rsft_lib.common.locks import locked
 from rsft_lib.common.paths import existing, resolve
 from rsft_lib.launch import local, slurm
 from rsft_lib.launch.failure import ERRORS
-from rsft_lib.launch.job import Job, read_job
+from rsft_lib.launch.job import Common, Job, read_job
 from rsft_lib.launch.local import LocalJob, launch
 from rsft_lib.launch.options import HERE, LaunchOptions
 from rsft_lib.training.config import TrainConfig
@@ -42,7 +42,7 @@ def start_training(config: TrainConfig, nproc: int, options: LaunchOptions = HER
             _refuse_others(job, config)
             print(f"already running, nothing was started: {job.state}", flush=True)
             return job
-        common = {
+        common: Common = {
             "train_iters": config.train_iters, "on_interrupt": options.on_interrupt, "patience": config.save_timeout,
         }  # fmt: skip
         if _finished(config, output):

@@ -6,6 +6,7 @@ all-gathers them and attends with its own queries; samples need no padding.
 """
 
 import inspect
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -66,9 +67,10 @@ def _chunk(cu_seqlens: list[int], low: int, high: int, first: int) -> Chunk:
         start = begin if start is None else start
         queries.append(min(end, high) - low)
         keys.append(min(end, high) - start)
-    widths = [max(b - a for a, b in zip(ends[:-1], ends[1:], strict=True)) for ends in (queries, keys)]
-    ends = (torch.tensor(ends, dtype=torch.int32) for ends in (queries, keys))
-    return Chunk(slice(first, first + high - low), slice(start, high), *ends, tuple(widths))
+    longest_queries, longest_keys = (max(b - a for a, b in pairwise(ends)) for ends in (queries, keys))
+    query_ends, key_ends = (torch.tensor(ends, dtype=torch.int32) for ends in (queries, keys))
+    longest = (longest_queries, longest_keys)
+    return Chunk(slice(first, first + high - low), slice(start, high), query_ends, key_ends, longest)
 
 
 class _PackedAttention(torch.nn.Module):

@@ -92,29 +92,25 @@ def cuda_on_cpu() -> Iterator[None]:
         if hasattr(method, "__wrapped__"):
             method.__wrapped__.__dynamo_disable = method.__wrapped__
     nothing = lambda *_, **__: None  # noqa: E731
-    stand_ins = {
+    stand_ins = mock.patch.multiple(
+        torch.cuda,
         # Not 0: the mode, which maps 0 to the CPU, is not active in the backward pass.
-        "current_device": lambda: torch.device("cpu"),
-        "set_device": nothing,
-        "synchronize": nothing,
-        "empty_cache": nothing,
-        "current_stream": lambda *_: _Stream(),
-        "default_stream": lambda *_: _Stream(),
-        "Stream": _Stream,
-        "stream": lambda *_: nullcontext(),
-        "manual_seed": nothing,
-        "get_rng_state": lambda *_: torch.empty(0, dtype=torch.uint8),
-        "set_rng_state": nothing,
-        "is_current_stream_capturing": lambda: False,
-    }
-    ranges = {"range_push": nothing, "range_pop": nothing}
-    generators = {"_get_cuda_rng_state": lambda *_, **__: None, "_set_cuda_rng_state": nothing}
-    with (
-        mock.patch.multiple(torch.cuda, **stand_ins),
-        mock.patch.multiple(torch.cuda.nvtx, **ranges),
-        mock.patch.multiple(megatron_random, **generators),
-        _CudaMeansCpu(),
-    ):
+        current_device=lambda: torch.device("cpu"),
+        set_device=nothing,
+        synchronize=nothing,
+        empty_cache=nothing,
+        current_stream=lambda *_: _Stream(),
+        default_stream=lambda *_: _Stream(),
+        Stream=_Stream,
+        stream=lambda *_: nullcontext(),
+        manual_seed=nothing,
+        get_rng_state=lambda *_: torch.empty(0, dtype=torch.uint8),
+        set_rng_state=nothing,
+        is_current_stream_capturing=lambda: False,
+    )
+    ranges = mock.patch.multiple(torch.cuda.nvtx, range_push=nothing, range_pop=nothing)
+    generators = mock.patch.multiple(megatron_random, _get_cuda_rng_state=nothing, _set_cuda_rng_state=nothing)
+    with stand_ins, ranges, generators, _CudaMeansCpu():
         yield
 
 

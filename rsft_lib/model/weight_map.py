@@ -49,7 +49,7 @@ class Rows(NamedTuple):
 
     name: str
     start: int
-    count: int
+    height: int
     at: int
 
 

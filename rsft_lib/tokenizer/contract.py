@@ -52,7 +52,8 @@ def require_contract(folder: str | Path, tokenizer=None) -> None:
     """
     folder = existing(folder, "tokenizer folder")
     tokenizer = tokenizer or load_tokenizer(folder)
-    Checks([*_own_checks(folder, tokenizer, _manifest(folder)), *check_template(folder, tokenizer)]).require(folder)
+    checks = Checks([*_own_checks(folder, tokenizer, _manifest(folder)), *check_template(folder, tokenizer)])
+    checks.require(str(folder))
 
 
 def _own_checks(folder: Path, tokenizer, manifest: dict) -> Checks:

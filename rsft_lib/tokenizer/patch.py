@@ -151,7 +151,7 @@ def _expected_ids(source: Path, replacements: dict[str, str], raw: Tokenizer, sp
             raise ValueError(f"{source}: no added token {old!r} to replace; the added tokens are {known}")
         if new in ids:
             print(f"{source}: {new!r} already exists (id {ids[new]}) and {old!r} does not; nothing to rename")
-    return {new: ids.get(old, ids.get(new)) for old, new in replacements.items()}
+    return {new: ids[old] if old in ids else ids[new] for old, new in replacements.items()}
 
 
 def _template(tokenizer, source: Path, own: str) -> str:

@@ -41,7 +41,7 @@ def calling(arguments) -> list[dict]:
 TOOLS = calling('{"numbers": [2, 2]}') * 2
 REASONED = {"role": "assistant", "content": "Four.", "reasoning_content": "Two and two."}
 LONG = [USER, REASONED, *TOOLS, USER, AT_ONCE, USER, THOUGHT, USER, REASONED]  # every kind of message
-TOOL = {"type": "function", "function": {"name": "add", "description": "Add numbers.", "parameters": {}}}
+TOOL: dict = {"type": "function", "function": {"name": "add", "description": "Add numbers.", "parameters": {}}}
 
 
 def check_template(folder: Path, tokenizer) -> Checks:

@@ -81,8 +81,8 @@ def is_ours(template) -> bool:
 
 def template_diff(before: str, after: str) -> str:
     """A unified diff of two templates, one Jinja statement per line."""
-    lines = [_statements(text) for text in (before, after)]
-    return "\n".join(difflib.unified_diff(*lines, "before", "after", lineterm="", n=1))
+    old, new = _statements(before), _statements(after)
+    return "\n".join(difflib.unified_diff(old, new, "before", "after", lineterm="", n=1))
 
 
 def _apply(edit: Edit, template: str, family: Family) -> str:

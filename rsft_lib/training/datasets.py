@@ -50,10 +50,11 @@ def open_datasets(config: TrainConfig) -> Datasets:
                     f"{held_out.folder} and {store.folder} differ in {name}: tokenize both with the same tokenizer"
                 )
         return Datasets(_packed(config, store), _packed(config, held_out), None)
-    parts = split(len(store), config.split)
-    if not parts[0]:
+    train, held, test = split(len(store), config.split)
+    if not train:
         raise ValueError(f"split {config.split!r} of {len(store)} samples in {store.folder} leaves no training samples")
-    return Datasets(*(_packed(config, store, part) if part else None for part in parts))
+    rest = (_packed(config, store, part) if part else None for part in (held, test))
+    return Datasets(_packed(config, store, train), *rest)
 
 
 def refuse_another_tokenizer(store: TokenStore) -> None:

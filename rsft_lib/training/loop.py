@@ -68,7 +68,8 @@ def train(config: TrainConfig) -> TrainState:
 
 def begin(state: TrainState, output: Path, checkpoint: Path, facts: dict) -> None:
     """Resume `state` from the newest checkpoint in `output`, else load the base weights; only rank 0 needs `facts`."""
-    resume, changed = [None], []
+    resume: list[Path | None] = [None]
+    changed: list[str] = []
     if torch.distributed.get_rank() == 0:
         resume = [newest(output)]
         changed = refuse_another_run(resume[0], facts) if resume[0] else []

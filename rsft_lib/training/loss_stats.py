@@ -61,7 +61,7 @@ def metrics(counts: list[float], prefix: str = "", kinds: bool = True) -> dict[s
         no tokens are omitted.
     """
     losses, numbers, chosen = counts[3 : 3 + KINDS], counts[3 + KINDS : 3 + 2 * KINDS], counts[3 + 2 * KINDS :]
-    values = {"loss": counts[0] / weight_sum(counts)}
+    values: dict[str, float | None] = {"loss": counts[0] / weight_sum(counts)}
     if kinds:
         width = len(SPAN_NAMES)
         groups = {f"loss_mode_{name}": range(i * width, (i + 1) * width) for i, name in enumerate(MODE_NAMES)}

@@ -8,7 +8,7 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from rsft_lib.common.temporary import new_file
 from rsft_lib.training.config import TrainConfig
@@ -16,6 +16,14 @@ from rsft_lib.training.config import TrainConfig
 FILE = "metrics.jsonl"
 DAMAGED = "metrics.damaged.jsonl"  # copy of a damaged file, from before the damaged lines were removed
 TENSORBOARD = "tensorboard"
+
+
+class Writer(Protocol):
+    """Takes the record of each step."""
+
+    def write(self, *, iteration: int, **record) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class MetricsWriter:
@@ -82,9 +90,9 @@ class Wandb:
         self.run.finish()
 
 
-def open_writers(folder: Path, iteration: int, config: TrainConfig) -> list:
+def open_writers(folder: Path, iteration: int, config: TrainConfig) -> list[Writer]:
     """The writers of the settings, opened to continue after `iteration`."""
-    writers = [MetricsWriter(folder, iteration)]
+    writers: list[Writer] = [MetricsWriter(folder, iteration)]
     if config.tensorboard:
         writers.append(TensorBoard(folder, iteration))
     if config.wandb_project:

@@ -56,8 +56,8 @@ def refuse_another_run(checkpoint: Path, facts: dict) -> list[str]:
 
 def _refuse_damaged(checkpoint: Path, manifest: dict) -> None:
     config, data = manifest.get("config"), manifest.get("data")
-    valid = isinstance(config, dict) and isinstance(data, dict) and isinstance(manifest.get("base_sha256", ""), str)
-    if not valid or type(config.get("train_iters")) is not int:
+    valid = isinstance(config, dict) and type(config.get("train_iters")) is int and isinstance(data, dict)
+    if not valid or not isinstance(manifest.get("base_sha256", ""), str):
         raise ValueError(
             f"{checkpoint / MANIFEST} is damaged: the settings or data of the run are missing. Move this checkpoint "
             "away to resume from the previous one, or choose another output folder for a new run."

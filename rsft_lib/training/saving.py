@@ -136,7 +136,9 @@ class _Writing:
 
     def __init__(self, request: AsyncRequest, temporary: Path, final: Path, iteration: int):
         self.request, self.temporary, self.final, self.iteration = request, temporary, final, iteration
-        self.began, self.done, self.files, self.result = time.monotonic(), threading.Event(), {}, None
+        self.began, self.done = time.monotonic(), threading.Event()
+        self.files: dict[str, dict] = {}
+        self.result: dict[int, list[WriteResult]] | None = None
         self.failed: tuple[int, str] = (0, "")
         self.buckets = request.preload_fn() if request.preload_fn else []
         if not torch.cuda.is_available():  # on a CPU, the tensors are still those that training updates
@@ -180,7 +182,7 @@ class _Writing:
             filesystem_async._results_queue.put(self.result)
         for finalize in self.request.finalize_fns:
             finalize()
-        files = [{}] * torch.distributed.get_world_size() if _rank_0() else None
+        files: list[dict] | None = [{}] * torch.distributed.get_world_size() if _rank_0() else None
         torch.distributed.gather_object(self.files, files)
         return {name: entry for written in files or [] for name, entry in written.items()}
 

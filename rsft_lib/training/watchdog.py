@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 START = 600  # seconds until the first beat, for kernel compilation and rendezvous
 PATIENCE = 8  # timeout as a multiple of the longest interval between beats in this and the previous step
@@ -32,7 +33,9 @@ clock = time.monotonic
 class _Watch:
     """The watchdog of this process; there is only one, since faulthandler has only one timer."""
 
-    def __init__(self, folder: Path | None = None, rank: int = 0, ranks: int = 1, least: float = 0):
+    file: TextIO  # for the stacks; open within `watched`
+
+    def __init__(self, folder: Path, rank: int, ranks: int, least: float):
         self.folder, self.rank, self.ranks, self.least = folder, rank, ranks, least
         self.last, self.slowest, self.before = 0.0, 0.0, 0.0
         self.in_deadline, self.begun = False, False
@@ -84,7 +87,7 @@ class _Watch:
         return not path.exists() or bool(path.read_bytes())  # read it, since NFS caches the size
 
 
-_watch = _Watch()
+_watch = _Watch(Path(), rank=0, ranks=1, least=0)  # until a run begins; never armed
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from rsft_lib.checkpoint.lazy_weights import Weights, data_of, refusal, refuse, return_freed_memory, rows
+from rsft_lib.checkpoint.lazy_weights import Piece, Weights, data_of, refusal, refuse, return_freed_memory, rows
 from rsft_lib.common.artifact import WRITERS, write_json
 from rsft_lib.common.hashing_writer import HashedFile
 from rsft_lib.model.weight_map import hf_shapes, row_map
@@ -103,7 +103,7 @@ def as_hf(weights: Weights, config: PretrainedConfig) -> Weights:
 
 
 def _renamed(weights: Weights, config: PretrainedConfig, to_hf: bool) -> Weights:
-    pieces = {}
+    pieces: dict[str, list[Piece]] = {}
     for ours, origins in row_map(config).items():
         for theirs, start, count, at in origins:
             if to_hf:
@@ -197,7 +197,8 @@ def _write_file(path: Path, weights: Weights, names: list[str], progress: Callab
 
 
 def _header(weights: Weights, names: list[str]) -> bytes:
-    entries, end = {"__metadata__": {"format": "pt"}}, 0
+    entries: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    end = 0
     for name in names:
         empty, start = weights.empty(name), end
         end += empty.nbytes

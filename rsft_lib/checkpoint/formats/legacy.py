@@ -174,7 +174,8 @@ def open_weights(folder: Path, config: PretrainedConfig) -> Weights:
     ranks = {path: _rank(path.name) for path in iteration.glob("mp_rank_*")}
     tensor_parallel, pipeline_parallel = (max(rank) + 1 for rank in zip(*ranks.values(), strict=True))
     check_layout(config, tensor_parallel, pipeline_parallel)
-    pieces, steps = {}, {}
+    pieces: dict[str, list[Piece]] = {}
+    steps = {}
     for pp_rank in range(pipeline_parallel):
         for tp_rank in range(tensor_parallel):
             path = iteration / rank_folder(tp_rank, pp_rank, pipeline_parallel) / FILE

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from io import BytesIO
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
@@ -52,7 +53,7 @@ _OF_THE_FORMAT = {
 class _Unpickler(pickle._Unpickler):
     """The pure-Python unpickler, since its BUILD opcode, which sets attributes of any object, can be overridden."""
 
-    dispatch = pickle._Unpickler.dispatch.copy()
+    dispatch: ClassVar[dict[int, Callable]] = pickle._Unpickler.dispatch.copy()
 
     def find_class(self, module: str, name: str):
         if name not in _OF_THE_FORMAT.get(module, ()):
@@ -131,7 +132,8 @@ def check(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> No
 
 def open_weights(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> Weights:
     """The `wanted` tensors of a checkpoint, memory-mapped; check it first."""
-    metadata, files, pieces = read_metadata(folder), {}, {}
+    metadata, files = read_metadata(folder), {}
+    pieces: dict[str, list[Piece]] = {}
     for index, info in metadata.storage_data.items():
         if not wanted(index.fqn):
             continue
@@ -184,7 +186,8 @@ def write(folder: Path, weights: Weights, progress: Callable[[int], None] = lamb
     return_freed_memory()
     plan = {folder / f"__0_{number}{SUFFIX}": blocks for number, blocks in enumerate(_planned(weights))}
     places, entries = write_files({path: _tensors(weights, blocks, progress) for path, blocks in plan.items()})
-    layout, storage = {}, {}
+    layout: dict[str, TensorStorageMetadata] = {}
+    storage: dict[MetadataIndex, _StorageInfo] = {}
     for name in weights:
         empty, chunks = weights.empty(name), [_chunk(box) for box in weights.cuts(name)]
         layout[name] = TensorStorageMetadata(TensorProperties(dtype=empty.dtype), empty.shape, chunks)
@@ -244,7 +247,8 @@ def _tensors(weights: Weights, blocks: list[tuple[str, Box]], progress: Callable
 
 def _planned(weights: Weights) -> list[list[tuple[str, Box]]]:
     """The blocks of all weights, partitioned into files."""
-    plan, size = [[]], 0
+    plan: list[list[tuple[str, Box]]] = [[]]
+    size = 0
     for name in weights:
         row_bytes = weights.empty(name)[:1].nbytes
         for box in weights.cuts(name):

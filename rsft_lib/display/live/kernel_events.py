@@ -17,7 +17,7 @@ def process_widget_events() -> None:
     https://github.com/jupyter/enhancement-proposals/pull/91); ipykernel >= 7.4 routes them to the main thread.
     """
     kernel = getattr(get_ipython(), "kernel", None)
-    if not getattr(kernel, "shell_channel_thread", None):  # not in a notebook, or ipykernel < 7
+    if kernel is None or not getattr(kernel, "shell_channel_thread", None):  # not in a notebook, or ipykernel < 7
         return
     socket = kernel.shell_channel_thread.manager.get_shell_channel_to_subshell_pair(None).to_socket
     while True:

@@ -41,7 +41,8 @@ class LiveRun:
 
     def __init__(self, run: str | Path, train_iters: int, job=None, widgets: bool | None = None):
         self.folder, self.train_iters, self.job = Path(run), train_iters, job
-        self.run, self.state, self.pace = Follower(run), STARTS, deque()
+        self.run, self.state = Follower(run), STARTS
+        self.pace: deque[tuple[float, int]] = deque()  # times and steps
         self.earlier: int | None = None  # last step of the run that this one resumes
         self.printed, self.every, self.broken = -1, max(1, -(-train_iters // LINES)), False
         self.alarms = self.printed_alarms = 0  # alarms seen, alarms printed

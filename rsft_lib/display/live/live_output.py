@@ -6,7 +6,7 @@ from collections.abc import Callable
 from io import BytesIO
 
 from IPython import get_ipython
-from IPython.display import display
+from IPython.display import DisplayHandle, display
 from matplotlib.figure import Figure
 
 EFFORT = 0.1  # largest share of the time spent on updates
@@ -20,7 +20,8 @@ class LiveOutput:
 
     def __init__(self, make: Callable[[], dict], seconds: float):
         self.make, self.seconds, self.due = make, seconds, 0.0
-        self.handle, self.content = None, None
+        self.handle: DisplayHandle | None = None
+        self.content: dict | None = None
 
     def refresh(self, now: bool = False) -> None:
         """Update the output if that is due, or if `now`."""

@@ -184,8 +184,8 @@ def _extent(segment: Segment) -> str:
 def _segment_html(segment: Segment, pieces: Iterable[Piece]) -> str:
     background, ink, edge = STYLE[segment.kind]
     blocks = []
-    for folded, group in groupby(pieces, lambda piece: piece.folded):
-        group = list(group)
+    for folded, grouped in groupby(pieces, lambda piece: piece.folded):
+        group = list(grouped)
         block = f"<pre style='{BLOCK};background:{background};color:{ink}'>{''.join(map(_piece_html, group))}</pre>"
         if folded:
             more = f"{group[-1].end - group[0].start:,} more tokens, {group[0].start:,} to {group[-1].end - 1:,}"
@@ -208,8 +208,8 @@ def _piece_html(piece: Piece) -> str:
 
 def _unfolded(pieces: Iterable[Piece]) -> str:
     text = []
-    for folded, group in groupby(pieces, lambda piece: piece.folded):
-        group = list(group)
+    for folded, grouped in groupby(pieces, lambda piece: piece.folded):
+        group = list(grouped)
         more = f"\n... {group[-1].end - group[0].start:,} more tokens ...\n"
         text.append(more if folded else visible("".join(piece.text for piece in group)))
     return "".join(text)

@@ -23,8 +23,8 @@ class Marks(NamedTuple):
     @classmethod
     def of(cls, tokenizer) -> "Marks":
         vocabulary = tokenizer.get_added_vocab()
-        ids = (vocabulary.get(token, -1) for token in (THINK, END_THINK, SHORT))
-        return cls(*ids, -1 if tokenizer.eos_token_id is None else tokenizer.eos_token_id)
+        think, end_think, short = (vocabulary.get(token, -1) for token in (THINK, END_THINK, SHORT))
+        return cls(think, end_think, short, -1 if tokenizer.eos_token_id is None else tokenizer.eos_token_id)
 
 
 @dataclass(frozen=True)

@@ -45,8 +45,9 @@ class SideBySide:
     def _column(self, mode: str | None) -> str:
         answer = self.answers[mode]
         edge = STYLE.get(chosen_mode(answer), STYLE["answer"])[2]
-        titles = {None: f"<b>free choice</b>: {chip(chosen_mode(answer))}", "other": "<b>answer</b>"}
-        title = titles.get(mode) or chip(mode)
+        title = "<b>answer</b>" if mode == "other" else chip(mode or chosen_mode(answer))
+        if mode is None:
+            title = f"<b>free choice</b>: {title}"
         style = f"flex:1 1 20em;min-width:0;margin:2px 10px 2px 0;border-left:4px solid {edge};padding-left:8px"
         return f"<div style='{style}'>{title} &nbsp; {inert(self._remark(mode))}{_text_html(answer.text)}</div>"
 
@@ -165,7 +166,9 @@ def _correct(answers: list[Answer], expected: Sequence[str | None]) -> tuple[int
 
 
 def _name(mode: str | None) -> str:
-    return {None: "free choice", "other": "answers"}.get(mode, mode)
+    if mode is None:
+        return "free choice"
+    return "answers" if mode == "other" else mode
 
 
 def _text_html(text: str) -> str:

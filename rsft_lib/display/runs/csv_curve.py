@@ -63,7 +63,7 @@ def read_published(path: str | Path, columns: dict[str, str]) -> Published:
 
 
 def _number(text: str | None, path: Path, line: int) -> float:
-    if not (text or "").strip():
+    if text is None or not text.strip():
         return np.nan  # not measured at this step
     try:
         return float(text)
