@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-from rsft_lib.common.paths import existing
+from rsft_lib.common.paths import require_path
 from rsft_lib.data.store import TokenStore
 from rsft_lib.display.mask.sample import show_sample
 from rsft_lib.display.runs.compare_runs import plot_modes
@@ -49,7 +49,7 @@ def curves(demo: Path) -> bytes:
 
 
 if __name__ == "__main__":
-    made = existing("outputs/quickstart", "output of `make demo`")
+    made = require_path("outputs/quickstart", "output of `make demo`")
     IMAGES.mkdir(exist_ok=True)
     small(mask(made), IMAGES / "mask.png")
     small(curves(made), IMAGES / "curves.png")

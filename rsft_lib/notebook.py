@@ -26,7 +26,7 @@ from IPython.display import display
 from tqdm import tqdm
 
 from rsft_lib.common.artifact import write_json
-from rsft_lib.common.paths import existing, resolve
+from rsft_lib.common.paths import require_path, resolve
 from rsft_lib.display.live.kernel_events import somebody_looks
 
 STATUS = "application/vnd.rsft.status+json"
@@ -137,7 +137,7 @@ def run(notebook: str | Path, folder: str | Path, parameters: dict) -> tuple[Pat
 
     from rsft_lib.launch.failure import RunStopped
 
-    notebook = existing(notebook, "notebook")
+    notebook = require_path(notebook, "notebook")
     parameters = checked(parameters, declared_parameters(notebook))
     executed = resolve(folder) / notebook.name
     executed.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from rsft_lib.checkpoint import any_format
 from rsft_lib.checkpoint.formats import hf, legacy, torch_dist
 from rsft_lib.checkpoint.lazy_weights import Weights, resized, with_row_means
 from rsft_lib.common.artifact import MANIFEST, file_hash, new_folder, read_manifest, reusable
-from rsft_lib.common.paths import existing, resolve
+from rsft_lib.common.paths import require_path, resolve
 from rsft_lib.common.progress import progress
 from rsft_lib.model.config import check_layout, read_config
 
@@ -61,8 +61,8 @@ def convert(
         ValueError: the weights do not match `config.json`, a setting does not fit the model, or a value overflows
             `dtype`.
     """
-    source, destination = existing(source, "model folder"), resolve(destination)
-    describing = existing(original, "original model") if original else source
+    source, destination = require_path(source, "model folder"), resolve(destination)
+    describing = require_path(original, "original model") if original else source
     config, row_means = read_config(describing), row_means or {}
     _check_settings(config, format, tensor_parallel, pipeline_parallel, vocab_size, dtype, row_means)
     any_format.check(source)

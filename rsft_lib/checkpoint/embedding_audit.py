@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rsft_lib.checkpoint.formats import hf
 from rsft_lib.checkpoint.lazy_weights import Weights
-from rsft_lib.common.paths import existing
+from rsft_lib.common.paths import require_path
 from rsft_lib.common.visible import visible
 
 INPUT, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
@@ -62,7 +62,7 @@ def audit(model: str | Path, tokenizer, tokens: list[str], nearest: int = 6) -> 
         FileNotFoundError: the model or one of its shards is missing.
         ValueError: a file is damaged, a token is not a single id, or the embedding has no row for it.
     """
-    folder = existing(model, "model folder")
+    folder = require_path(model, "model folder")
     weights, ids = hf.open_tensors(folder, (INPUT, OUTPUT)), [_id(tokenizer, token) for token in tokens]
     if INPUT not in weights.pieces:
         raise ValueError(f"{folder} has no tensor {INPUT!r}")

@@ -20,7 +20,7 @@ from rsft_lib.common.artifact import (
     read_manifest,
     reusable,
 )
-from rsft_lib.common.paths import existing, resolve
+from rsft_lib.common.paths import require_path, resolve
 from rsft_lib.common.progress import progress
 from rsft_lib.model.config import read_config
 from rsft_lib.tokenizer.patch import fingerprint, load_tokenizer
@@ -67,9 +67,9 @@ def export(
         ValueError: the checkpoint is damaged, its tensors do not match its config, a value overflows `dtype`, or the
             tokenizer has more tokens than the model or differs from the one of the training data.
     """
-    checkpoint, tokenizer = existing(checkpoint, "checkpoint"), existing(tokenizer, "tokenizer folder")
+    checkpoint, tokenizer = require_path(checkpoint, "checkpoint"), require_path(tokenizer, "tokenizer folder")
     checkpoint = last_checkpoint(checkpoint) if checkpoints(checkpoint) else checkpoint
-    describing, destination = existing(original, "original") if original else checkpoint, resolve(destination)
+    describing, destination = require_path(original, "original") if original else checkpoint, resolve(destination)
     config = read_config(describing)
     _check_settings(dtype, tokenizer, config)
     _refuse_another_tokenizer(checkpoint, tokenizer)

@@ -12,7 +12,7 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.hf_api import ModelInfo
 
 from rsft_lib.common.artifact import MANIFEST, file_hash, publish, read_manifest, require_space
-from rsft_lib.common.paths import existing, folder_name, resolve
+from rsft_lib.common.paths import folder_name, require_path, resolve
 from rsft_lib.common.temporary import alone
 
 CHECKPOINTS = Path("assets") / "checkpoints"
@@ -47,7 +47,7 @@ def model_folder(name: str, revision: str = "main", token: str | None = None) ->
     if resolve(name).is_dir():
         return resolve(name)
     if name.count("/") > 1 or Path(name).is_absolute():  # not a name on the Hub
-        existing(name, "model folder")
+        require_path(name, "model folder")
     folder = resolve(CHECKPOINTS / folder_name(name))
     if not _downloaded(folder, name, revision):
         with alone(_unfinished(folder)):

@@ -4,7 +4,6 @@ On the command line: `python -m rsft_lib.checkpoint.verify --model HF_FOLDER --c
 """
 
 import argparse
-import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,7 @@ from rsft_lib.checkpoint.export import export
 from rsft_lib.checkpoint.formats import hf, torch_dist
 from rsft_lib.checkpoint.lazy_weights import Box, Weights, resized, with_row_means
 from rsft_lib.checkpoint.sharded import load_weights
-from rsft_lib.common.artifact import MANIFEST, PROOF, new_folder, read_manifest, write_json
+from rsft_lib.common.artifact import MANIFEST, VERIFICATION, new_folder, read_manifest, write_json
 from rsft_lib.model.config import read_config, transformer_config
 from rsft_lib.model.cpu_shim import device
 from rsft_lib.model.distributed import ranks
@@ -34,7 +33,7 @@ EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 Logits = Callable[[Tensor], Tensor]  # ids [1, s] -> logits [1, s, vocabulary]
 
 
-def prove(
+def verify_conversion(
     model: Path, checkpoint: Path, sentence: str = SENTENCE, new_tokens: int = 16, round_trip: bool = True
 ) -> dict:
     """Compare a Hugging Face folder with a checkpoint; either may be made from the other. Needs no GPU.
@@ -59,26 +58,6 @@ def prove(
         **compare_outputs(model, checkpoint, sentence, new_tokens),
         "tensors": table,
     }
-
-
-def report(proof: dict) -> str:
-    """Format a result of `prove`: a line for each kind of tensor, over all layers, then the outputs."""
-    kinds: dict[tuple[str, str, str], list[dict]] = {}
-    for row in proof["tensors"]:
-        kind = (re.sub(r"\.\d+\.", ".*.", row["name"]), "x".join(map(str, row["shape"])), row["dtype"])
-        kinds.setdefault(kind, []).append(row)
-    lines = [f"{'tensor':<48} {'shape':>13} {'dtype':>9} {'count':>5} {'norms':>21}  bitwise equal"]
-    for (name, shape, dtype), rows in kinds.items():
-        norms, same = [row["norm"] for row in rows], sum(row["same"] for row in rows)
-        span = f"{min(norms):.4g} to {max(norms):.4g}" if len(rows) > 1 else f"{norms[0]:.4g}"
-        lines.append(f"{name:<48} {shape:>13} {dtype:>9} {len(rows):>5} {span:>21}  {same} of {len(rows)}")
-    lines += ["", f"next tokens after {proof['sentence']!r}, with fp32 logits of transformers and of megatron-core:"]
-    lines += [
-        f"{row['token']!r:>20} {row['transformers']:>12.5f} {row['megatron']:>12.5f}" for row in proof["next_tokens"]
-    ]
-    lines += [f"maximum absolute logit difference: {proof['logit_difference']:.1e}"]
-    lines += [f"{library:>12} generates {text!r}" for library, text in proof["text"].items()]
-    return "\n".join(lines)
 
 
 def tensor_table(weights: Weights, others: Weights) -> list[dict]:
@@ -209,13 +188,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder with its tokenizer")
     parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint to compare it with")
-    parser.add_argument("--output", type=Path, help=f"JSON file for the result; default: {PROOF} in the checkpoint")
+    parser.add_argument("--output", type=Path, help=f"JSON file; default: {VERIFICATION} in the checkpoint")
     parser.add_argument("--sentence", default=SENTENCE, help="prompt that both continue")
     parser.add_argument("--no-round-trip", action="store_true", help="skip the round trip with changed bits")
     arguments = parser.parse_args()
     round_trip = not arguments.no_round_trip
-    result = prove(arguments.model, arguments.checkpoint, arguments.sentence, round_trip=round_trip)
-    write_json(arguments.output or arguments.checkpoint / PROOF, result)
+    result = verify_conversion(arguments.model, arguments.checkpoint, arguments.sentence, round_trip=round_trip)
+    write_json(arguments.output or arguments.checkpoint / VERIFICATION, result)
 
 
 if __name__ == "__main__":

@@ -16,12 +16,12 @@ from pathlib import Path
 
 from rsft_lib.common.cores import usable_cores
 from rsft_lib.common.disk import explain_full_disk, require_space
-from rsft_lib.common.paths import existing
+from rsft_lib.common.paths import require_path
 from rsft_lib.common.temporary import beside, new_file
 
 MANIFEST = "manifest.json"
 WRITERS = min(4, usable_cores())  # files hashed or written concurrently
-PROOF = "verify.json"  # may be added to a finished folder; no step reads it
+VERIFICATION = "verify.json"  # may be added to a finished folder; no step reads it
 # Files that steps leave beside their output folder; they lie inside another output where outputs are nested.
 SIDE_FILES = re.compile(r".*\.rejected\.jsonl|\..*\.(tmp|old)-[0-9a-f]{8}(\.lock)?")
 TOOL_FILES = re.compile(r"\.ipynb_checkpoints|__pycache__|\.DS_Store|\.nfs[0-9a-f]+")  # .nfs: deleted but still open
@@ -150,7 +150,7 @@ def _listed(folder: Path) -> set[str]:
     """Names of the files expected in a folder that a step of this kit wrote; empty for any other folder."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return {*manifest["files"], MANIFEST, PROOF} if "made_by" in manifest else set()
+        return {*manifest["files"], MANIFEST, VERIFICATION} if "made_by" in manifest else set()
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return set()
 
@@ -218,7 +218,7 @@ def verify(folder: Path, only: Collection[str] | None = None) -> dict:
             raise ValueError(
                 f"{folder / name} has {size} bytes, expected {expected['bytes']} ({MANIFEST}): it is damaged"
             )
-    foreign = set(present) - manifest["files"].keys() - {PROOF}
+    foreign = set(present) - manifest["files"].keys() - {VERIFICATION}
     if foreign:
         raise ValueError(f"{folder / min(foreign)} is not listed in {MANIFEST}: it was added later; remove it")
     verify_files(folder, manifest["files"] if only is None else only)
@@ -298,7 +298,7 @@ def last_checkpoint(run: str | Path) -> Path:
     Raises:
         FileNotFoundError: the folder does not exist or has no intact checkpoint.
     """
-    folder = existing(run, "run folder")
+    folder = require_path(run, "run folder")
     if checkpoint := newest(folder):
         return checkpoint
     raise FileNotFoundError(f"{folder} has no intact checkpoint: run notebook 05_train until it has saved one")

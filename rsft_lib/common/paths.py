@@ -21,7 +21,7 @@ def resolve(path: str | Path) -> Path:
     return Path(path).expanduser().absolute()
 
 
-def existing(path: str | Path, what: str) -> Path:
+def require_path(path: str | Path, what: str) -> Path:
     """The resolved `path`, which must exist; `what` describes it in the error and selects the hint (`MAKERS`).
 
     Raises:

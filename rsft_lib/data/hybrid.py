@@ -15,7 +15,7 @@ from tempfile import TemporaryFile
 import numpy as np
 
 from rsft_lib.common.artifact import file_hash, new_folder, reusable
-from rsft_lib.common.paths import existing, resolve
+from rsft_lib.common.paths import require_path, resolve
 from rsft_lib.data.conversation import RULES
 from rsft_lib.data.encoder import Encoder, Tokens, best_encoder
 from rsft_lib.data.pairs import OTHER, balance, coverage, disagreeing, held_back, not_shorter
@@ -93,7 +93,7 @@ def build_hybrid(
         "sources": {str(source): source.facts()["data_sha256"] for source in sources},
         "held_out": held_out, "seed": seed, "cut_short": cut_short, "columns": columns or {},
         "empty_think": empty_think, "on_disagreement": on_disagreement, "unit": "tokens" if tokenizer else "characters",
-        "tokenizer_sha256": file_hash(existing(Path(tokenizer) / "tokenizer.json", "tokenizer")) if tokenizer else "",
+        "tokenizer_sha256": _tokenizer_hash(tokenizer),
     }  # fmt: skip
     destination = resolve(folder)
     known = None not in facts["sources"].values()
@@ -121,6 +121,10 @@ def build_hybrid(
         lines = (json.dumps(finding, ensure_ascii=False) + "\n" for finding in findings)
         (temporary / FINDINGS).write_text("".join(lines), encoding="utf-8")
     return facts
+
+
+def _tokenizer_hash(tokenizer: str | Path) -> str:
+    return file_hash(require_path(Path(tokenizer) / "tokenizer.json", "tokenizer")) if tokenizer else ""
 
 
 def _estimate(sources: list[Source], written: int) -> int:

@@ -17,7 +17,7 @@ import pyarrow
 import pyarrow.parquet
 
 from rsft_lib.common.artifact import file_hash
-from rsft_lib.common.paths import existing, resolve
+from rsft_lib.common.paths import require_path, resolve
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -70,14 +70,14 @@ def source_of(data: str | Path, what: str = "data file") -> Source:
     """
     is_folder = resolve(data).is_dir()
     if not is_folder and (_kind(Path(data)) or resolve(data).is_file()):
-        return Source(str(existing(data, what)))
+        return Source(str(require_path(data, what)))
     text = str(data)
     cuts = [match.start() for match in re.finditer(r"[:@]|\Z", text)]
     cut = next((cut for cut in reversed(cuts) if resolve(text[:cut]).is_dir()), cuts[0])
     name, (split, _, revision) = text[:cut], text[cut:].removeprefix(":").partition("@")
     folder = resolve(name)
     if folder.is_dir() or not HUB_NAME.fullmatch(name):
-        name = str(existing(folder, what))
+        name = str(require_path(folder, what))
     return Source(name, split or "train", revision or "main")
 
 

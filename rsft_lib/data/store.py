@@ -15,7 +15,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 from numpy.typing import NDArray
 
 from rsft_lib.common.artifact import read_manifest
-from rsft_lib.common.paths import existing
+from rsft_lib.common.paths import require_path
 from rsft_lib.tokenizer.chat import LOSS_WEIGHTS
 
 NAME = "text_document"
@@ -80,7 +80,7 @@ class TokenStore:
             ValueError: the mask does not match the tokens.
         """
         self.folder = Path(folder)
-        existing(self.folder / f"{NAME}.idx", "tokens")
+        require_path(self.folder / f"{NAME}.idx", "tokens")
         self.manifest = read_manifest(self.folder)
         self.tokens = IndexedDataset(str(self.folder / NAME))
         # Copied, here and below: megatron-core unmaps its files with the dataset, even if views of them remain.

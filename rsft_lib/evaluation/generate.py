@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rsft_lib.common.paths import existing
+from rsft_lib.common.paths import require_path
 from rsft_lib.data.answers import final_answer, normalized
 from rsft_lib.evaluation.engines import BATCH, Sampling, open_engine
 from rsft_lib.evaluation.questions import Question
@@ -53,7 +53,7 @@ def generate_modes(
         modes: 'think', 'short', None to let the model choose, or 'other' for a model without modes.
         engine: see `engines.open_engine`.
     """
-    folder = existing(model, "exported model")
+    folder = require_path(model, "exported model")
     tokenizer, write = load_tokenizer(folder), open_engine(folder, engine, batch_size)
     answers = {}
     for mode in modes:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from rsft_lib.common.paths import existing
+from rsft_lib.common.paths import require_path
 from rsft_lib.data.conversation import conversation, is_empty
 from rsft_lib.data.records import read_records
 from rsft_lib.tokenizer.chat import MODES
@@ -33,7 +33,7 @@ def held_out_questions(path: str | Path, count: int) -> list[Question]:
     if count < 1:
         raise ValueError(f"questions is {count}; expected at least 1")
     questions: dict[str, Question] = {}
-    for place, record in read_records(existing(path, "held-out records")):
+    for place, record in read_records(require_path(path, "held-out records")):
         try:
             messages, tools, _ = conversation(record)
         except ValueError as error:
@@ -56,5 +56,5 @@ def modes_asked(path: str | Path) -> list[str | None]:
 
     Each mode, and None for the model's choice; only 'other' if no record has a control token.
     """
-    modes = {str(record.get("mode")) for _, record in read_records(existing(path, "held-out records"))}
+    modes = {str(record.get("mode")) for _, record in read_records(require_path(path, "held-out records"))}
     return ["other"] if modes == {"other"} else [*MODES, None]

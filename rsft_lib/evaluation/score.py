@@ -22,7 +22,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from rsft_lib.checkpoint.sharded import load_weights
 from rsft_lib.common.artifact import MANIFEST, file_hash, new_folder, read_manifest
-from rsft_lib.common.paths import existing, resolve
+from rsft_lib.common.paths import require_path, resolve
 from rsft_lib.data.packed import PackedDataset
 from rsft_lib.data.store import TokenStore
 from rsft_lib.model.attention import packed
@@ -45,9 +45,9 @@ class TokenLosses:
             FileNotFoundError: the folder or its data is missing or unfinished.
             ValueError: the data has changed since.
         """
-        folder = existing(folder, "folder of token losses")
+        folder = require_path(folder, "folder of token losses")
         self.manifest = read_manifest(folder)
-        self.store = TokenStore(existing(self.manifest["data"], "data"))
+        self.store = TokenStore(require_path(self.manifest["data"], "data"))
         if file_hash(self.store.folder / MANIFEST) != self.manifest["data_sha256"]:
             raise ValueError(f"{self.store.folder} has changed since {folder} was written: score again")
         self.values = np.memmap(folder / FILE, dtype=np.float32, mode="r")
@@ -70,7 +70,7 @@ def score(checkpoint: str | Path, data: str | Path, output: str | Path, backend:
         FileNotFoundError: the checkpoint or the data is missing or unfinished.
         FileExistsError: `output` was not made by scoring, or has losses of other data or another checkpoint.
     """
-    checkpoint, store = existing(checkpoint, "checkpoint"), TokenStore(existing(data, "data"))
+    checkpoint, store = require_path(checkpoint, "checkpoint"), TokenStore(require_path(data, "data"))
     longest = int(store.lengths.max()) - 1
     model = _model(checkpoint, longest, backend)
     dataset = PackedDataset(store, longest, seed=0)

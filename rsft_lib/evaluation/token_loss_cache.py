@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 
 from rsft_lib.common.artifact import MANIFEST, verify
-from rsft_lib.common.paths import existing, resolve
+from rsft_lib.common.paths import require_path, resolve
 from rsft_lib.evaluation.score import TokenLosses
 from rsft_lib.launch import launch_scoring
 
@@ -16,7 +16,7 @@ def scored(checkpoint: str | Path, data: str | Path, folder: str | Path, nproc: 
         FileNotFoundError: the checkpoint or the data is missing.
         RuntimeError: scoring failed; the message contains the traceback.
     """
-    checkpoint, data = existing(checkpoint, "checkpoint"), existing(data, "data")
+    checkpoint, data = require_path(checkpoint, "checkpoint"), require_path(data, "data")
     folder = resolve(f"{folder}-{_cache_key(checkpoint, data)}")
     try:
         verify(folder)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rsft_lib.common.artifact import checkpoint_folder, checkpoints, read_manifest, write_json
 from rsft_lib.common.locks import locked
-from rsft_lib.common.paths import existing, resolve
+from rsft_lib.common.paths import require_path, resolve
 from rsft_lib.launch import local, slurm
 from rsft_lib.launch.failure import ERRORS
 from rsft_lib.launch.job import Common, Job, read_job
@@ -134,7 +134,7 @@ def _finished(config: TrainConfig, output: Path) -> bool:
 
     done, data, recorded = ended["iteration"] >= config.train_iters, open_datasets(config), read_manifest(checkpoint)
     try:
-        facts = facts_of(config, data, existing(config.checkpoint, "checkpoint"))
+        facts = facts_of(config, data, require_path(config.checkpoint, "checkpoint"))
     except FileNotFoundError:
         if not done or resolve(config.checkpoint) != resolve(recorded.get("config", {}).get("checkpoint", "")):
             raise

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from rsft_lib.common.paths import existing
+from rsft_lib.common.paths import require_path
 
 FAMILIES = ("qwen2", "qwen3", "llama", "mistral")
 ROPE_TYPES = ("default", "linear", "llama3")  # the types that only change frequencies
@@ -22,7 +22,7 @@ def read_config(folder: str | Path) -> PretrainedConfig:
         FileNotFoundError: the folder has no config.
         ValueError: it is damaged, or describes a model that this kit cannot train; the message names the setting.
     """
-    path = existing(Path(folder) / "config.json", "model config")
+    path = require_path(Path(folder) / "config.json", "model config")
     try:
         family = json.loads(path.read_text(encoding="utf-8"))["model_type"]
         # For other families, transformers would ask whether to run the folder's code.

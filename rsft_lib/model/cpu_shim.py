@@ -114,7 +114,7 @@ def cuda_on_cpu() -> Iterator[None]:
         yield
 
 
-def inside(function):
+def with_cpu_shim(function):
     """Run `function` within `cuda_on_cpu()`."""
 
     @functools.wraps(function)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rsft_lib.common.artifact import file_hash, read_manifest
 from rsft_lib.common.check_table import Checks, Skip
-from rsft_lib.common.paths import existing
+from rsft_lib.common.paths import require_path
 from rsft_lib.tokenizer.chat import END_THINK, MODES
 from rsft_lib.tokenizer.patch import FILES, disagreements, load_tokenizer
 from rsft_lib.tokenizer.template_checks import CHAT, check_template
@@ -31,8 +31,8 @@ def check_contract(folder: str | Path, corpus: str | Path = "") -> Checks:
     Raises:
         FileNotFoundError: the folder, its tokenizer or the corpus does not exist.
     """
-    folder = existing(folder, "tokenizer folder")
-    lines = existing(corpus, "corpus") if str(corpus) else None
+    folder = require_path(folder, "tokenizer folder")
+    lines = require_path(corpus, "corpus") if str(corpus) else None
     tokenizer, manifest = load_tokenizer(folder), _manifest(folder)
     checks = _own_checks(folder, tokenizer, manifest)
     checks.run("other text as before", _other_text, tokenizer, manifest, lines)
@@ -50,7 +50,7 @@ def require_contract(folder: str | Path, tokenizer=None) -> None:
         FileNotFoundError: the folder or its tokenizer does not exist.
         ValueError: checks fail; the message lists each with its detail.
     """
-    folder = existing(folder, "tokenizer folder")
+    folder = require_path(folder, "tokenizer folder")
     tokenizer = tokenizer or load_tokenizer(folder)
     checks = Checks([*_own_checks(folder, tokenizer, _manifest(folder)), *check_template(folder, tokenizer)])
     checks.require(str(folder))

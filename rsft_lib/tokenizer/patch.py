@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from rsft_lib.common.artifact import file_hash, new_folder
-from rsft_lib.common.paths import existing, resolve
+from rsft_lib.common.paths import require_path, resolve
 from rsft_lib.common.visible import visible
 from rsft_lib.tokenizer.chat import END_THINK, MODES
 from rsft_lib.tokenizer.templates import patch_template, template_diff
@@ -34,7 +34,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     Raises:
         FileNotFoundError: the folder has no `tokenizer.json`.
     """
-    folder = existing(Path(folder) / TOKENIZER, "tokenizer").parent
+    folder = require_path(Path(folder) / TOKENIZER, "tokenizer").parent
     return PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
 
 
@@ -69,11 +69,11 @@ def patch_tokenizer(
     """
     if not replacements:
         raise ValueError("replacements is empty; expected at least one, such as {'<|quad_start|>': '<short>'}")
-    source = existing(Path(source) / TOKENIZER, "tokenizer of the model").parent
+    source = require_path(Path(source) / TOKENIZER, "tokenizer of the model").parent
     before = load_tokenizer(source)
     raw = Tokenizer.from_file(str(source / TOKENIZER))
     expected = _expected_ids(source, replacements, raw, before.special_tokens_map)
-    own = existing(template, "template").read_text(encoding="utf-8") if str(template) else ""
+    own = require_path(template, "template").read_text(encoding="utf-8") if str(template) else ""
     stock = _template(before, source, own)
     patched, edits = (own, []) if own else patch_template(stock, trailing_newline)
     for old, new in replacements.items():

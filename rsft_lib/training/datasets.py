@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from rsft_lib.common.artifact import MANIFEST, file_hash
-from rsft_lib.common.paths import existing, resolve
+from rsft_lib.common.paths import require_path, resolve
 from rsft_lib.data.packed import PackedDataset
 from rsft_lib.data.span_kinds import control_tokens
 from rsft_lib.data.store import TokenStore
@@ -40,10 +40,10 @@ def open_datasets(config: TrainConfig) -> Datasets:
         ValueError: a sample is too long, the split leaves no training data, or the tokenizer has changed since the data
             was tokenized.
     """
-    store = TokenStore(existing(config.data, "data"))
+    store = TokenStore(require_path(config.data, "data"))
     refuse_another_tokenizer(store)
     if config.eval_data:
-        held_out = TokenStore(existing(config.eval_data, "eval_data"))
+        held_out = TokenStore(require_path(config.eval_data, "eval_data"))
         for name in ("tokenizer_sha256", "template_sha256"):
             if held_out.manifest.get(name) != store.manifest.get(name):
                 raise ValueError(

@@ -12,7 +12,7 @@ import torch
 from transformers import PretrainedConfig
 
 from rsft_lib.common.artifact import newest, write_json
-from rsft_lib.common.paths import existing, resolve
+from rsft_lib.common.paths import require_path, resolve
 from rsft_lib.data.packed import PackedDataset
 from rsft_lib.model.config import read_config
 from rsft_lib.model.cpu_shim import device
@@ -37,7 +37,7 @@ def train(config: TrainConfig) -> TrainState:
 
     At the end, `ended.json` in the run folder contains the reason and the last step.
     """
-    output, checkpoint = resolve(config.output), existing(config.checkpoint, "checkpoint")
+    output, checkpoint = resolve(config.output), require_path(config.checkpoint, "checkpoint")
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     # The order matters: on SIGTERM the watchdog writes the stack, then calls the handler of `stopping`.
     with stopping(config.time_limit) as stop, watchdog.watched(output, rank, ranks, config.hang_timeout):

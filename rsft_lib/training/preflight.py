@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 from transformers import PretrainedConfig
 
-from rsft_lib.common.paths import existing, resolve
+from rsft_lib.common.paths import require_path, resolve
 from rsft_lib.model.config import check_layout, head_dim, read_config
 from rsft_lib.model.cpu_shim import gpu
 from rsft_lib.model.loss_head import CHUNK
@@ -42,7 +42,7 @@ def preflight(config: TrainConfig, nproc: int) -> str:
         ValueError: the settings are inconsistent, or do not fit the model or the data.
     """
     config.data_parallel(nproc)
-    return describe(config, read_config(existing(config.checkpoint, "checkpoint")), open_datasets(config), nproc)
+    return describe(config, read_config(require_path(config.checkpoint, "checkpoint")), open_datasets(config), nproc)
 
 
 def describe(config: TrainConfig, hf: PretrainedConfig, data: Datasets, ranks: int) -> str:

@@ -9,7 +9,7 @@ import pytest
 from support import random_store, settings
 
 from rsft_lib import demo
-from rsft_lib.checkpoint import verify as proof
+from rsft_lib.checkpoint import verify
 from rsft_lib.checkpoint.convert import convert
 from rsft_lib.checkpoint.export import export
 from rsft_lib.evaluation.generate import generate
@@ -45,7 +45,7 @@ def of_another_family(folder: Path) -> None:
 
 def test_code_of_a_model_folder_is_never_run_where_the_model_is_known(with_code, tmp_path):
     convert(with_code, tmp_path / "megatron")
-    found = proof.prove(with_code, tmp_path / "megatron", new_tokens=1)
+    found = verify.verify_conversion(with_code, tmp_path / "megatron", new_tokens=1)
     assert found["differing_tensors"] == found["lost_in_round_trip"] == []
     patch_tokenizer(with_code, tmp_path / "tokenizer", {"<|quad_start|>": "<short>"})
     assert list(check_contract(tmp_path / "tokenizer"))
@@ -65,8 +65,8 @@ def test_code_of_a_model_folder_is_never_run_nor_asked_about_where_the_model_is_
     for use, error, reason in (
         (lambda: read_config(with_code), ValueError, f"^{not_ours}"),
         (lambda: convert(with_code, tmp_path / "again"), ValueError, f"^{not_ours}"),
-        (lambda: proof.prove(with_code, megatron), ValueError, f"^{not_ours}"),
-        (lambda: proof.with_transformers(with_code, lambda logits: logits), ValueError, not_asked),
+        (lambda: verify.verify_conversion(with_code, megatron), ValueError, f"^{not_ours}"),
+        (lambda: verify.with_transformers(with_code, lambda logits: logits), ValueError, not_asked),
         (lambda: export(megatron, with_code, tmp_path / "out", original=with_code), ValueError, f"^{not_ours}"),
         (lambda: generate(with_code, ["two"], "think"), ValueError, not_asked),
         (lambda: forked.train(run), RuntimeError, not_ours),

@@ -18,11 +18,11 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.serialization import _get_layout
 
 from rsft_lib.checkpoint import any_format
-from rsft_lib.checkpoint import verify as proof
 from rsft_lib.checkpoint.convert import convert
 from rsft_lib.checkpoint.export import export
 from rsft_lib.checkpoint.formats import torch_dist
 from rsft_lib.checkpoint.lazy_weights import Weights
+from rsft_lib.checkpoint.verify import verify_conversion
 from rsft_lib.common.artifact import MANIFEST, newest, read_manifest, verify, write_manifest
 from rsft_lib.launch import launch, launch_scoring, launch_training
 
@@ -54,7 +54,7 @@ def uses(folder: Path, tmp_path: Path) -> dict:
     return {
         "convert": lambda: convert(folder, tmp_path / "again"),
         "export": lambda: export(folder, tmp_path / "tokenizer", tmp_path / "out"),
-        "prove": lambda: proof.prove(tmp_path / "hf", folder, round_trip=False),
+        "prove": lambda: verify_conversion(tmp_path / "hf", folder, round_trip=False),
         "prove the outputs": lambda: logit_difference(tmp_path / "hf", folder),
         "score": lambda: forked.join(forked.start(score_as_rank, 1, log, *scores), log),
         "begin a training": lambda: forked.train(begun),

@@ -15,7 +15,8 @@ from rsft_lib.checkpoint.convert import convert
 from rsft_lib.checkpoint.export import export
 from rsft_lib.checkpoint.formats import hf
 from rsft_lib.checkpoint.lazy_weights import Piece, Weights
-from rsft_lib.checkpoint.verify import lost_in_round_trip, prove, report
+from rsft_lib.checkpoint.verify import lost_in_round_trip, verify_conversion
+from rsft_lib.display.model.checkpoint_tables import tensors_table
 
 SENTENCE = "one two three two one"
 
@@ -29,17 +30,17 @@ def model(tmp_path):
 
 def test_verifying_a_correct_conversion_compares_every_tensor_and_the_outputs(model, tmp_path):
     convert(model, tmp_path / "megatron")
-    proof = prove(model, tmp_path / "megatron", SENTENCE, new_tokens=8)
-    assert proof["differing_tensors"] == proof["lost_in_round_trip"] == []
-    assert proof["logit_difference"] < 1e-4
-    assert len(proof["next_tokens"]) == 5
-    for row in proof["next_tokens"]:
+    report = verify_conversion(model, tmp_path / "megatron", SENTENCE, new_tokens=8)
+    assert report["differing_tensors"] == report["lost_in_round_trip"] == []
+    assert report["logit_difference"] < 1e-4
+    assert len(report["next_tokens"]) == 5
+    for row in report["next_tokens"]:
         assert row["transformers"] == pytest.approx(row["megatron"], abs=1e-4)
-    assert proof["tokens"]["transformers"] == proof["tokens"]["megatron"] and len(proof["tokens"]["megatron"]) == 8
-    assert "model.layers.*.self_attn.k_proj.bias" in (text := report(proof)) and "4 of 4" in text
+    assert report["tokens"]["transformers"] == report["tokens"]["megatron"] and len(report["tokens"]["megatron"]) == 8
+    assert "model.layers.*.self_attn.k_proj.bias" in (text := repr(tensors_table(report))) and "4 of 4" in text
     tensors = load_file(model / "model.safetensors")
-    assert {row["name"] for row in proof["tensors"]} == tensors.keys()
-    for row in proof["tensors"]:
+    assert {row["name"] for row in report["tensors"]} == tensors.keys()
+    for row in report["tensors"]:
         tensor = tensors[row["name"]]
         assert (row["shape"], row["dtype"], row["same"]) == (list(tensor.shape), "float32", True)
         assert row["norm"] == pytest.approx(tensor.norm().item(), rel=1e-5)
@@ -48,8 +49,8 @@ def test_verifying_a_correct_conversion_compares_every_tensor_and_the_outputs(mo
 
 def test_rows_initialised_with_means_are_compared_with_the_means(model, tmp_path):
     convert(model, tmp_path / "megatron", row_means={5: [1, 2], 1: [5, 3]})
-    proof = prove(model, tmp_path / "megatron", SENTENCE, new_tokens=4)
-    assert proof["differing_tensors"] == proof["lost_in_round_trip"] == [] and proof["logit_difference"] < 1e-4
+    report = verify_conversion(model, tmp_path / "megatron", SENTENCE, new_tokens=4)
+    assert report["differing_tensors"] == report["lost_in_round_trip"] == [] and report["logit_difference"] < 1e-4
 
 
 def test_a_tensor_that_changed_is_named(model, tmp_path):
@@ -57,8 +58,8 @@ def test_a_tensor_that_changed_is_named(model, tmp_path):
     tensors = load_file(model / "model.safetensors")
     tensors["model.layers.2.self_attn.k_proj.bias"][3] += 1e-7
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    proof = prove(model, tmp_path / "megatron", SENTENCE, new_tokens=1)
-    assert proof["differing_tensors"] == ["model.layers.2.self_attn.k_proj.bias"]
+    report = verify_conversion(model, tmp_path / "megatron", SENTENCE, new_tokens=1)
+    assert report["differing_tensors"] == ["model.layers.2.self_attn.k_proj.bias"]
 
 
 def test_an_export_with_biases_of_the_original_is_detected(model, tmp_path, monkeypatch):
@@ -72,9 +73,9 @@ def test_an_export_with_biases_of_the_original_is_detected(model, tmp_path, monk
 
     monkeypatch.setattr(hf, "as_hf", forgetful)
     convert(model, tmp_path / "megatron")
-    proof = prove(model, tmp_path / "megatron", SENTENCE, new_tokens=1)
-    assert proof["differing_tensors"] == [] and proof["logit_difference"] < 1e-4
-    assert proof["lost_in_round_trip"] == [f"model.layers.{layer}.self_attn.k_proj.bias" for layer in range(4)]
+    report = verify_conversion(model, tmp_path / "megatron", SENTENCE, new_tokens=1)
+    assert report["differing_tensors"] == [] and report["logit_difference"] < 1e-4
+    assert report["lost_in_round_trip"] == [f"model.layers.{layer}.self_attn.k_proj.bias" for layer in range(4)]
 
 
 def test_tensors_swapped_in_both_directions_are_detected_by_the_logits(model, tmp_path, monkeypatch):
@@ -91,17 +92,17 @@ def test_tensors_swapped_in_both_directions_are_detected_by_the_logits(model, tm
 
     monkeypatch.setattr(hf, "row_map", mixed_up)
     convert(model, tmp_path / "megatron")
-    proof = prove(model, tmp_path / "megatron", SENTENCE, new_tokens=1)
-    assert proof["differing_tensors"] == proof["lost_in_round_trip"] == []
-    assert proof["logit_difference"] > 0.01
+    report = verify_conversion(model, tmp_path / "megatron", SENTENCE, new_tokens=1)
+    assert report["differing_tensors"] == report["lost_in_round_trip"] == []
+    assert report["logit_difference"] > 0.01
 
 
 def test_an_export_is_verified_against_its_checkpoint_in_its_own_dtype(model, tmp_path):
     convert(model, tmp_path / "megatron")
     export(tmp_path / "megatron", model, tmp_path / "out", dtype="bfloat16")
-    proof = prove(tmp_path / "out", tmp_path / "megatron", SENTENCE, new_tokens=1, round_trip=False)
-    assert proof["differing_tensors"] == [] and proof["rounded"] and "lost_in_round_trip" not in proof
-    assert {row["dtype"] for row in proof["tensors"]} == {"bfloat16"}
+    report = verify_conversion(tmp_path / "out", tmp_path / "megatron", SENTENCE, new_tokens=1, round_trip=False)
+    assert report["differing_tensors"] == [] and report["rounded"] and "lost_in_round_trip" not in report
+    assert {row["dtype"] for row in report["tensors"]} == {"bfloat16"}
 
 
 def test_the_command_writes_verify_json_into_the_checkpoint_which_stays_valid(model, tmp_path):
@@ -110,8 +111,8 @@ def test_the_command_writes_verify_json_into_the_checkpoint_which_stays_valid(mo
     command += ["--model", str(model), "--checkpoint", str(tmp_path / "megatron")]
     environment = {name: value for name, value in os.environ.items() if name != "WORLD_SIZE"}
     subprocess.run(command, check=True, capture_output=True, env=environment)
-    proof = json.loads((tmp_path / "megatron" / "verify.json").read_text())
-    assert proof["differing_tensors"] == [] and proof["tokens"]
+    report = json.loads((tmp_path / "megatron" / "verify.json").read_text())
+    assert report["differing_tensors"] == [] and report["tokens"]
     convert(tmp_path / "megatron", tmp_path / "again")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rsft_lib.common.paths import existing
+from rsft_lib.common.paths import require_path
 from rsft_lib.display.runs.runs import BY
 
 LINES = {"loss": "train", "held_out": "held-out"}
@@ -44,7 +44,7 @@ def read_published(path: str | Path, columns: dict[str, str]) -> Published:
         FileNotFoundError: there is no such file.
         ValueError: a column is missing, a value is not a number, or `columns` lacks a loss or an x axis.
     """
-    path = existing(path, "published curve")
+    path = require_path(path, "published curve")
     unknown = columns.keys() - {*BY, *LINES}
     if unknown or not columns.keys() & BY.keys() or not columns.keys() & LINES.keys():
         raise ValueError(

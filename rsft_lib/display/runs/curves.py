@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from rsft_lib.common.paths import existing
+from rsft_lib.common.paths import require_path
 from rsft_lib.display.metrics import BY_MODE, BY_SPAN, CHOICES, METRICS, ONE_MODE
 from rsft_lib.display.plot_style import BLUE, ORANGE, PINK, plain_numbers, smoothed, thinned, tidy
 from rsft_lib.display.runs.runs import Run, open_run
@@ -27,7 +27,7 @@ def plot_curves(run: str | Path, smoothing: float = 0.9) -> Figure:
         FileNotFoundError: there is no such folder.
         ValueError: the run has not finished a step yet.
     """
-    folder = existing(run, "run folder")
+    folder = require_path(run, "run folder")
     opened = open_run(folder, folder.name)
     figure, axes = plt.subplots(3, 2, figsize=(11, 9.5), layout="constrained")
     places = iter(axes.flat)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rsft_lib.common.paths import existing, resolve
+from rsft_lib.common.paths import require_path, resolve
 from rsft_lib.display.html import Table
 from rsft_lib.display.live.run_card import duration
 from rsft_lib.training.metrics import FILE, scan_metrics
@@ -80,7 +80,7 @@ def find_runs(runs: str) -> list[Run]:
     """
     folders: dict[Path, None] = {}  # as a set that keeps the order
     for part in _parts(runs):
-        paths = [existing(part, "run folder")] if _is_folder(part) or not PATTERN.search(part) else _matching(part)
+        paths = [require_path(part, "run folder")] if _is_folder(part) or not PATTERN.search(part) else _matching(part)
         folders |= dict.fromkeys(path.resolve() for path in paths)
     if not folders:
         raise ValueError("no run given; expected run folders or patterns, comma-separated")
