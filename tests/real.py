@@ -1,4 +1,4 @@
-"""Where the real tokenizers, traces and chats lie that some tests read; they are no part of the project."""
+"""The folder of real tokenizers, traces and chats that some tests read; it is not part of the project."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""What holds the project's files together."""
+"""Requirements, constraints, imports and notebooks agree with each other."""
 
 import ast
 import re

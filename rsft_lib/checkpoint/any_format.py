@@ -1,4 +1,4 @@
-"""Check and read the weights of a folder in any format and layout, by their megatron-core names."""
+"""Verify and open weights in any format: Hugging Face, `torch_dist` or Megatron-LM, by their megatron-core names."""
 
 import hashlib
 import json

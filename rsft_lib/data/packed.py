@@ -1,4 +1,4 @@
-"""Packed training batches: which samples are in a step, and their tensors.
+"""Packed training batches: which samples are in a step, and their tensors with boundaries (`cu_seqlens`).
 
 The order depends only on the seed and the step. Every rank computes the same plan and takes its share, so the global
 batches are the same for any data-parallel size.

@@ -1,4 +1,4 @@
-"""Compare long and short answers to the same problems, from one numeric row per sample."""
+"""Find what is inconsistent between the long and short answers to the same problems."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Unusable rows: saved beside the output with the reason; too many of them are an error."""
+"""Unusable rows, caught in `worker` and `hybrid`: saved beside the output with the reason; too many are an error."""
 
 import json
 from pathlib import Path

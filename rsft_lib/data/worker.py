@@ -1,4 +1,4 @@
-"""A worker process that tokenizes rows; it starts quickly, since it imports neither torch nor megatron-core."""
+"""A worker process in which a row becomes tokens or a reject. It imports neither torch nor megatron-core."""
 
 import contextlib
 import os

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rsft_lib.common.paths import require_path
 from rsft_lib.data.answers import final_answer, normalized
-from rsft_lib.evaluation.engines import BATCH, Sampling, open_engine
+from rsft_lib.evaluation.inference_engines import BATCH, Sampling, open_engine
 from rsft_lib.evaluation.questions import Question
 from rsft_lib.tokenizer.chat import END_THINK, MODES, SHORT, THINK, prompt_ids
 from rsft_lib.tokenizer.patch import load_tokenizer
@@ -51,7 +51,7 @@ def generate_modes(
 
     Args:
         modes: 'think', 'short', None to let the model choose, or 'other' for a model without modes.
-        engine: see `engines.open_engine`.
+        engine: see `inference_engines.open_engine`.
     """
     folder = require_path(model, "exported model")
     tokenizer, write = load_tokenizer(folder), open_engine(folder, engine, batch_size)

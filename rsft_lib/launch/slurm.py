@@ -1,4 +1,4 @@
-"""Ranks on a cluster, as a Slurm batch job.
+"""Ranks on a cluster: writes `job.sbatch`, submits it and follows the Slurm job.
 
 The notebook and the ranks only share the run folder, on a shared file system. Slurm starts every rank itself, so that
 its signals reach them: before the time limit, the batch script has the ranks save and requeues the job, which resumes

@@ -1,4 +1,4 @@
-"""A Hugging Face `config.json` as a megatron-core TransformerConfig; it is the only description of the model."""
+"""A Hugging Face `config.json` as a megatron-core TransformerConfig; nothing else describes the model."""
 
 import json
 from pathlib import Path
@@ -10,8 +10,8 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from rsft_lib.common.paths import require_path
+from rsft_lib.model.weight_map import FAMILIES, head_dim
 
-FAMILIES = ("qwen2", "qwen3", "llama", "mistral")
 ROPE_TYPES = ("default", "linear", "llama3")  # the types that only change frequencies
 
 
@@ -29,13 +29,8 @@ def read_config(folder: str | Path) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(path.parent, trust_remote_code=False) if family in FAMILIES else None
     except Exception as error:  # transformers raises many types; all mean that the file is not a model config
         raise ValueError(f"{path} cannot be read as a model config: {error}") from error
-    _refuse_unsupported({"model_type": (family, FAMILIES)} if config is None else _expected(config), path)
+    _refuse_unsupported({"model_type": (family, tuple(FAMILIES))} if config is None else _accepted(config), path)
     return config
-
-
-def head_dim(config: PretrainedConfig) -> int:
-    """Dimension of one attention head, which may differ from hidden_size / heads."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def padded_vocab_size(vocab_size: int, multiple: int) -> int:
@@ -120,7 +115,7 @@ def _leave_empty(weight: torch.Tensor) -> None:
     """
 
 
-def _expected(config: PretrainedConfig) -> dict[str, tuple]:
+def _accepted(config: PretrainedConfig) -> dict[str, tuple]:
     """Setting -> (value, allowed values); a setting that the family lacks has an allowed value."""
     rope = getattr(config, "rope_parameters", None) or {}
     return {

@@ -1,4 +1,4 @@
-"""All differences between megatron-core 0.16.1, the last version for Python 3.11, and 0.19.2 for later Pythons."""
+"""The branches between megatron-core 0.16.1, the last version for Python 3.11, and 0.19.2 for later Pythons."""
 
 from collections.abc import Callable
 from contextlib import suppress

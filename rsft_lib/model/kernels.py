@@ -1,4 +1,4 @@
-"""The loss head's Triton kernel: it reads the logits once, where torch.compile's kernel reads them twice."""
+"""log-sum-exp of each row of logits in Triton, reading them once; torch.compile's kernel reads them twice."""
 
 import torch
 import triton

@@ -1,6 +1,6 @@
 """Weight names of megatron-core and Hugging Face: one table per family, used in both directions.
 
-Left, the name in a megatron-core checkpoint (the same for the Transformer Engine and the local layer spec, at every
+In `FAMILIES`, left, the name in a megatron-core checkpoint (the same for the Transformer Engine and the local layer spec, at every
 parallel size). Then the axis that tensor parallelism shards, None for a replicated weight. Right, the Hugging Face
 tensors that it consists of:
 
@@ -15,8 +15,6 @@ The layout of `linear_qkv` is that of megatron/core/transformer/attention.py,
 from typing import NamedTuple
 
 from transformers import PretrainedConfig
-
-from rsft_lib.model.config import head_dim
 
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 
@@ -42,6 +40,11 @@ FAMILIES = {
     "llama": _COMMON,
     "mistral": _COMMON,
 }
+
+
+def head_dim(config: PretrainedConfig) -> int:
+    """Dimension of one attention head, which may differ from hidden_size / heads."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 class Rows(NamedTuple):

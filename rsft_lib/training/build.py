@@ -1,4 +1,4 @@
-"""Build this rank's model, optimizer and learning-rate schedule from the settings."""
+"""Assemble this rank's model (`model.gpt`), optimizer and schedule (`training.optimizer`) from the settings."""
 
 from pathlib import Path
 

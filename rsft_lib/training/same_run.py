@@ -14,7 +14,7 @@ def facts_of(config: TrainConfig, data: Datasets, base: Path) -> dict:
 
 
 def refuse_another_run(checkpoint: Path, facts: dict) -> list[str]:
-    """Refuse to resume with another model, other data or other settings; only `train_iters` may grow.
+    """Refuse to resume with another model, other data or other settings of `SHAPES_THE_RUN`; `train_iters` may grow.
 
     Args:
         facts: as `facts_of` returns them.

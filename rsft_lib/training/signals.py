@@ -1,4 +1,4 @@
-"""Reasons to stop early: a signal, a time limit, an alarm. All ranks must stop after the same step."""
+"""Reasons to stop early: SIGTERM, SIGINT, a time limit, an alarm. After each step all ranks agree on one (`loop.Run`)."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""The state of a run, and its contents in a checkpoint."""
+"""What a rank holds of a run (model, optimizer, schedule, step), and how a checkpoint stores it."""
 
 from dataclasses import dataclass
 from pathlib import Path

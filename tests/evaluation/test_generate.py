@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2ForCausalL
 from rsft_lib import demo
 from rsft_lib.display.model.answers import choices_table, plot_answers, scores_table, side_by_side, wilson
 from rsft_lib.display.model.checkpoint_tables import outputs_table, tensors_table
-from rsft_lib.evaluation.engines import Sampling, open_engine
 from rsft_lib.evaluation.generate import Answer, chosen_mode, generate, generate_modes, is_correct, score, well_formed
+from rsft_lib.evaluation.inference_engines import Sampling, open_engine
 from rsft_lib.tokenizer.chat import prompt_ids
 from rsft_lib.tokenizer.patch import load_tokenizer, patch_tokenizer
 
@@ -135,7 +135,8 @@ def test_all_modes_are_answered_with_the_model_loaded_once(model, tmp_path, monk
     )
     loads, load = [], Qwen2ForCausalLM.from_pretrained
     monkeypatch.setattr(
-        "rsft_lib.evaluation.engines.AutoModelForCausalLM.from_pretrained", lambda f, **how: loads.append(f) or load(f)
+        "rsft_lib.evaluation.inference_engines.AutoModelForCausalLM.from_pretrained",
+        lambda f, **how: loads.append(f) or load(f),
     )
     found = generate_modes(speaker, QUESTIONS, ["think", "short", None], Sampling(20))
     assert found["think"] == found[None] == [Answer("<think> two</think> three", 4, True)] * 3

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rsft_lib.common.paths import require_path
-from rsft_lib.display.metrics import BY_MODE, BY_SPAN, CHOICES, METRICS, ONE_MODE
+from rsft_lib.display.metric_styles import BY_MODE, BY_SPAN, CHOICES, METRICS, ONE_MODE
 from rsft_lib.display.plot_style import BLUE, ORANGE, PINK, plain_numbers, smoothed, thinned, tidy
 from rsft_lib.display.runs.runs import Run, open_run
 from rsft_lib.training.metrics import read_metrics

@@ -1,4 +1,4 @@
-"""How each metric of `metrics.jsonl` is named and drawn; a metric is added to the figures here."""
+"""How the metrics of `metrics.jsonl` are named and drawn, and which panel has which."""
 
 from typing import NamedTuple
 
