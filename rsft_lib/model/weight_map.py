@@ -1,8 +1,8 @@
 """Weight names of megatron-core and Hugging Face: one table per family, used in both directions.
 
-In `FAMILIES`, left, the name in a megatron-core checkpoint (the same for the Transformer Engine and the local layer spec, at every
-parallel size). Then the axis that tensor parallelism shards, None for a replicated weight. Right, the Hugging Face
-tensors that it consists of:
+`FAMILIES` has, left, the name in a megatron-core checkpoint (the same for the Transformer Engine and the local layer
+spec, at every parallel size). Then the axis that tensor parallelism shards, None for a replicated weight. Right, the
+Hugging Face tensors that it consists of:
 
     one     the same tensor
     two     gate and up projection, concatenated along the rows

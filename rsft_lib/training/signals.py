@@ -1,4 +1,4 @@
-"""Reasons to stop early: SIGTERM, SIGINT, a time limit, an alarm. After each step all ranks agree on one (`loop.Run`)."""
+"""Reasons to stop early: SIGTERM, SIGINT, a time limit, an alarm. After each step the ranks agree on one (`loop`)."""
 
 import os
 import signal
