@@ -9,7 +9,7 @@ from unittest import mock
 import torch
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 
-from rsft_lib.common.artifact import newest
+from rsft_lib.checkpoint.run_checkpoints import newest
 from rsft_lib.data.packed import PackedDataset
 from rsft_lib.training.batches import Loader
 from rsft_lib.training.build import build_state

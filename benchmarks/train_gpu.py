@@ -26,7 +26,7 @@ import torch
 import yaml
 from megatron.core import dist_checkpointing
 
-from rsft_lib.common.artifact import newest
+from rsft_lib.checkpoint.run_checkpoints import newest
 from rsft_lib.data.hybrid import build_hybrid
 from rsft_lib.data.packed import PackedDataset
 from rsft_lib.data.store import TokenStore

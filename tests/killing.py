@@ -17,7 +17,8 @@ import torch
 from support import all_tensors, random_store, settings, tiny_model
 
 from rsft_lib.checkpoint.convert import convert
-from rsft_lib.common.artifact import MANIFEST, newest
+from rsft_lib.checkpoint.run_checkpoints import newest
+from rsft_lib.common.artifact import MANIFEST
 from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.metrics import read_metrics
 from rsft_lib.training.run_folder import read_ended

@@ -11,11 +11,10 @@ from rsft_lib.checkpoint.convert import DTYPES, GENERATION, config_bytes, origin
 from rsft_lib.checkpoint.formats import hf
 from rsft_lib.checkpoint.lazy_weights import Weights, resized
 from rsft_lib.checkpoint.model_card import model_card
+from rsft_lib.checkpoint.run_checkpoints import checkpoints, last_checkpoint
 from rsft_lib.common.artifact import (
     MANIFEST,
-    checkpoints,
     file_hash,
-    last_checkpoint,
     new_folder,
     read_manifest,
     reusable,

@@ -65,7 +65,7 @@ def load(state_dict: dict, folder: Path) -> dict:
     Replaces megatron-core's `dist_checkpointing.load`, which executes pickles in the checkpoint. Tensors are
     memory-mapped, so a rank only reads its own shards; padding rows are 0.
 
-    Hashes are not verified: pass a checkpoint that `artifact.newest` or `artifact.verify` accepted.
+    Hashes are not verified: pass a checkpoint that `run_checkpoints.newest` or `artifact.verify` accepted.
 
     Raises:
         ValueError: a file is unsafe, or the tensors do not match this run.

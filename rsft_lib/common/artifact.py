@@ -16,7 +16,6 @@ from pathlib import Path
 
 from rsft_lib.common.cores import usable_cores
 from rsft_lib.common.disk import explain_full_disk, require_space
-from rsft_lib.common.paths import require_path
 from rsft_lib.common.temporary import beside, new_file
 
 MANIFEST = "manifest.json"
@@ -264,61 +263,6 @@ def reusable(
         return None
     print(f"{folder} already exists, made from the same inputs")
     return manifest
-
-
-def checkpoint_folder(run: Path, iteration: int) -> Path:
-    """The path of the checkpoint of `run` after `iteration` steps."""
-    return Path(run) / f"iter_{iteration:07d}"
-
-
-def checkpoints(run: Path) -> list[Path]:
-    """The checkpoints that a training run wrote into its folder, ordered by step; only their manifests are read.
-
-    Folders with another name, such as `iter_best` or `iter_0000009_backup`, or another manifest are ignored.
-    """
-    return [folder for folder in _checkpoint_folders(run) if not _defect(folder)]
-
-
-def newest(run: Path) -> Path | None:
-    """The newest intact checkpoint of a run folder, or None; damaged ones are reported and skipped."""
-    for folder in reversed(_checkpoint_folders(run)):
-        try:
-            if defect := _defect(folder):
-                raise ValueError(defect)
-            verify(folder)
-            return folder
-        except (OSError, ValueError) as error:
-            print(f"skipping a checkpoint: {error}", flush=True)
-    return None
-
-
-def last_checkpoint(run: str | Path) -> Path:
-    """The newest intact checkpoint of a run folder.
-
-    Raises:
-        FileNotFoundError: the folder does not exist or has no intact checkpoint.
-    """
-    folder = require_path(run, "run folder")
-    if checkpoint := newest(folder):
-        return checkpoint
-    raise FileNotFoundError(f"{folder} has no intact checkpoint: run notebook 05_train until it has saved one")
-
-
-def _checkpoint_folders(run: Path) -> list[Path]:
-    steps = ((int(p.name[5:]), p) for p in Path(run).glob("iter_*") if p.name[5:].isdecimal() and p.is_dir())
-    return [path for step, path in sorted(steps) if path == checkpoint_folder(run, step)]
-
-
-def _defect(folder: Path) -> str:
-    """Why a folder named like a checkpoint is not the one that training wrote at this step; "" if it is."""
-    try:
-        manifest = read_manifest(folder)
-    except (OSError, ValueError) as error:
-        return str(error)
-    made_by, iteration = manifest.get("made_by"), manifest.get("iteration")
-    if (made_by, iteration) == ("train", int(folder.name[5:])):
-        return ""
-    return f"{folder} is not the checkpoint of this step: its manifest has made_by {made_by}, iteration {iteration}"
 
 
 def file_hash(path: Path) -> str:

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypedDict
 
-from rsft_lib.common.artifact import checkpoints, write_json
+from rsft_lib.checkpoint.run_checkpoints import checkpoints
+from rsft_lib.common.artifact import write_json
 from rsft_lib.launch.failure import failure
 from rsft_lib.launch.log import read_end
 from rsft_lib.training.metrics import scan_metrics

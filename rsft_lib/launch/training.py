@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from rsft_lib.common.artifact import checkpoint_folder, checkpoints, read_manifest, write_json
+from rsft_lib.checkpoint.run_checkpoints import checkpoint_folder, checkpoints
+from rsft_lib.common.artifact import read_manifest, write_json
 from rsft_lib.common.locks import locked
 from rsft_lib.common.paths import require_path, resolve
 from rsft_lib.launch import local, slurm

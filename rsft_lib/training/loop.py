@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from transformers import PretrainedConfig
 
-from rsft_lib.common.artifact import newest, write_json
+from rsft_lib.checkpoint.run_checkpoints import newest
+from rsft_lib.common.artifact import write_json
 from rsft_lib.common.paths import require_path, resolve
 from rsft_lib.data.packed import PackedDataset
 from rsft_lib.model.config import read_config

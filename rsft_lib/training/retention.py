@@ -7,7 +7,8 @@ import shutil
 import uuid
 from pathlib import Path
 
-from rsft_lib.common.artifact import checkpoint_folder, checkpoints, foreign
+from rsft_lib.checkpoint.run_checkpoints import checkpoint_folder, checkpoints, step_of
+from rsft_lib.common.artifact import foreign
 from rsft_lib.common.locks import locked
 
 # Left behind by an interrupted save, removal or replacement; with `.lock`, its lock file.
@@ -25,7 +26,7 @@ def remove_old(output: Path, iteration: int, keep_last: int, keep_every: int) ->
     """
     if not keep_last:
         return
-    steps = [step for step in map(_step, checkpoints(output)) if step <= iteration]
+    steps = [step for step in map(step_of, checkpoints(output)) if step <= iteration]
     for step in steps[:-keep_last]:
         if keep_every and step % keep_every == 0:
             continue
@@ -81,7 +82,3 @@ def _renamed(path: Path) -> Path:
     """Rename a file or folder to an unused name and return its new path."""
     names = (path.with_name(f"{path.name}.set-aside-{number}") for number in itertools.count(1))
     return path.rename(next(name for name in names if not os.path.lexists(name)))
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("iter_"))

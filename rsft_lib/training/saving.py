@@ -21,7 +21,8 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from torch.distributed.checkpoint.storage import WriteResult
 
 from rsft_lib.checkpoint.formats.torch_dist import write_common, write_files
-from rsft_lib.common.artifact import WRITERS, checkpoint_folder, checkpoints, publish, read_manifest, require_space
+from rsft_lib.checkpoint.run_checkpoints import checkpoint_folder, checkpoints
+from rsft_lib.common.artifact import WRITERS, publish, read_manifest, require_space
 from rsft_lib.common.locks import locked
 from rsft_lib.model import engine
 from rsft_lib.training.retention import remove_leftovers, remove_old, set_aside

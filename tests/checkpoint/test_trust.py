@@ -22,8 +22,9 @@ from rsft_lib.checkpoint.convert import convert
 from rsft_lib.checkpoint.export import export
 from rsft_lib.checkpoint.formats import torch_dist
 from rsft_lib.checkpoint.lazy_weights import Weights
+from rsft_lib.checkpoint.run_checkpoints import newest
 from rsft_lib.checkpoint.verify import verify_conversion
-from rsft_lib.common.artifact import MANIFEST, newest, read_manifest, verify, write_manifest
+from rsft_lib.common.artifact import MANIFEST, read_manifest, verify, write_manifest
 from rsft_lib.launch import launch, launch_scoring, launch_training
 
 DAMAGES = {"torch_dist": (1000, 100), "legacy": (200, 40)}  # flipped bits, truncations

@@ -12,7 +12,8 @@ import torch
 from support import TESTS, all_tensors, random_store, settings, tiny_model
 
 from rsft_lib.checkpoint.convert import convert
-from rsft_lib.common.artifact import newest, write_json
+from rsft_lib.checkpoint.run_checkpoints import newest
+from rsft_lib.common.artifact import write_json
 from rsft_lib.evaluation.score import TokenLosses
 from rsft_lib.launch import launch, launch_scoring
 from rsft_lib.model.attention import TEAttention, TorchAttention, chunks_of, packed, share

@@ -10,7 +10,8 @@ from support import ROOT, random_store, settings, tiny_model, tiny_tokenizer
 from rsft_lib import demo
 from rsft_lib.checkpoint.export import export
 from rsft_lib.checkpoint.hub import model_folder
-from rsft_lib.common.artifact import last_checkpoint, new_folder
+from rsft_lib.checkpoint.run_checkpoints import last_checkpoint
+from rsft_lib.common.artifact import new_folder
 from rsft_lib.data.exclude import exclude
 from rsft_lib.data.hybrid import build_hybrid
 from rsft_lib.data.splits import splits_of

@@ -16,7 +16,7 @@ from support import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rsft_lib import demo
-from rsft_lib.common.artifact import newest
+from rsft_lib.checkpoint.run_checkpoints import newest
 from rsft_lib.notebook import run
 
 NOTEBOOKS = ROOT / "notebooks"

@@ -16,8 +16,8 @@ from support import ROOT, TESTS, random_store, settings, tiny_model
 
 from rsft_lib import demo, launch
 from rsft_lib.checkpoint.convert import convert
+from rsft_lib.checkpoint.run_checkpoints import newest
 from rsft_lib.common import provenance
-from rsft_lib.common.artifact import newest
 from rsft_lib.notebook import checked, declared_parameters
 from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.metrics import read_metrics

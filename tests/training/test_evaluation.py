@@ -16,7 +16,7 @@ from transformers import Qwen2ForCausalLM
 
 from rsft_lib.checkpoint.convert import convert
 from rsft_lib.checkpoint.export import export
-from rsft_lib.common.artifact import newest
+from rsft_lib.checkpoint.run_checkpoints import newest
 from rsft_lib.data.store import TokenStore
 from rsft_lib.training.metrics import read_metrics
 

@@ -13,7 +13,7 @@ import torch
 from support import all_tensors, random_store, settings, tiny_model
 
 from rsft_lib.checkpoint.convert import convert
-from rsft_lib.common.artifact import newest
+from rsft_lib.checkpoint.run_checkpoints import newest
 from rsft_lib.training import build
 from rsft_lib.training.metrics import read_metrics
 

@@ -14,7 +14,8 @@ import pytest
 from support import TESTS, random_store, settings, tiny_model
 
 from rsft_lib.checkpoint.convert import convert
-from rsft_lib.common.artifact import newest, write_json
+from rsft_lib.checkpoint.run_checkpoints import newest
+from rsft_lib.common.artifact import write_json
 from rsft_lib.model import engine
 from rsft_lib.training.metrics import MetricsWriter, read_metrics
 

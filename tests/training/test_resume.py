@@ -18,8 +18,9 @@ from support import all_tensors, random_store, settings, tiny_model
 from rsft_lib import launch
 from rsft_lib.checkpoint.any_format import identity
 from rsft_lib.checkpoint.convert import convert
+from rsft_lib.checkpoint.run_checkpoints import checkpoints, newest
 from rsft_lib.common import artifact
-from rsft_lib.common.artifact import MANIFEST, checkpoints, new_folder, newest
+from rsft_lib.common.artifact import MANIFEST, new_folder
 from rsft_lib.common.hashing_writer import HashedFile
 from rsft_lib.common.locks import locked
 from rsft_lib.launch.local import LocalJob

@@ -15,8 +15,9 @@ from support import TESTS, random_store, settings, tiny_model
 
 from rsft_lib import launch
 from rsft_lib.checkpoint.convert import convert
+from rsft_lib.checkpoint.run_checkpoints import checkpoint_folder, checkpoints
 from rsft_lib.common import locks
-from rsft_lib.common.artifact import checkpoint_folder, checkpoints, publish, write_manifest
+from rsft_lib.common.artifact import publish, write_manifest
 from rsft_lib.display.live.live import LiveRun
 from rsft_lib.display.live.metrics_tail import Follower
 from rsft_lib.display.runs.curves import plot_curves

@@ -11,7 +11,7 @@ from support import all_tensors, random_store, settings, tiny_tokenizer, trained
 
 from rsft_lib.checkpoint.convert import convert
 from rsft_lib.checkpoint.export import export
-from rsft_lib.common.artifact import newest
+from rsft_lib.checkpoint.run_checkpoints import newest
 from rsft_lib.training.metrics import MetricsWriter
 
 STEPS, VOCAB = 6, 259

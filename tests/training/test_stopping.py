@@ -17,8 +17,9 @@ from support import TESTS, all_tensors, random_store, record_checksums, settings
 
 from rsft_lib import launch
 from rsft_lib.checkpoint.convert import convert
+from rsft_lib.checkpoint.run_checkpoints import newest
 from rsft_lib.common import artifact
-from rsft_lib.common.artifact import newest, write_json
+from rsft_lib.common.artifact import write_json
 from rsft_lib.common.hashing_writer import HashedFile
 from rsft_lib.training import loop, saving, signals, watchdog
 from rsft_lib.training.metrics import read_metrics
