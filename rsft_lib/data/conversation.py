@@ -161,6 +161,9 @@ def _message(message, place: str, unused: list[str]) -> dict:
             message[name] = _text(message[name], f"{place}.{name}", empty=True)
             if is_empty(message[name]):
                 del message[name]
+    reasoning = next((name for name in REASONING if name in message), None)
+    if role == "assistant" and reasoning:  # the name that templates read; older transformers translate none
+        message.setdefault("reasoning_content", message.pop(reasoning))
     if message.get("tool_calls"):
         _check_calls(message["tool_calls"], place)
     if "content" in message or not message.get("tool_calls"):

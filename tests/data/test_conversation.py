@@ -9,6 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from real import REAL, needs_real
+from transformers.utils import chat_template_utils
 
 from rsft_lib import demo
 from rsft_lib.data.conversation import RULES, conversation
@@ -179,7 +180,9 @@ def test_columns_rename_fields_and_leave_the_others_what_they_are(patched, tmp_p
     assert found.facts["unused_fields"] == {"prompt": 1, "tag": 1}
 
 
-def test_a_chain_of_thought_in_a_field_of_its_own_is_trained_whatever_it_is_called(patched, tmp_path):
+def test_a_chain_of_thought_in_a_field_of_its_own_is_trained_whatever_it_is_called(patched, tmp_path, monkeypatch):
+    # Recent versions of transformers translate the names for the template, older ones do not.
+    monkeypatch.setattr(chat_template_utils, "_alias_reasoning_fields", lambda chat: chat, raising=False)
     rows = [{"messages": [ASKED[0], {"role": "assistant", "content": "4", name: "two and two"}]}
             for name in ("reasoning_content", "reasoning", "thinking")]  # fmt: skip
     assert Tokenized(write(tmp_path, rows), patched).trained == [f"<think>\ntwo and two\n</think>\n\n4{EOS}"] * 3
