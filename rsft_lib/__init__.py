@@ -71,6 +71,7 @@ for _message in (
     r"barrier\(\): using the device under current context",
     "Attempting to run cuBLAS, but there was no current CUDA context",
     "MimoModelConfig is experimental",
+    "absl.logging is not installed",
 ):
     warnings.filterwarnings("ignore", message=_message)
 for _module in (  # of what later versions may lack, and of an MLP that is not megatron-core's own
