@@ -60,9 +60,8 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_HOMES})
 
 
-# What megatron-core is told, or tells, several times a rank, and no reader of a log can act upon: what it goes on
-# without, older names of torch's functions, the gradients of its optimizer's shards, which are views, barriers that
-# are not told which GPU is this rank's, and that cuBLAS was called on one of torch's threads for the first time.
+# Warnings that megatron-core and torch repeat on every rank and that a user cannot act upon: optional packages, renamed
+# functions of torch, gradients of the optimizer's shards (views), barriers without a device, cuBLAS on a new thread.
 for _message in (
     ".*(Transformer Engine|Apex|full scope is deprecated)",
     "`torch.distributed.* is deprecated",
@@ -74,14 +73,14 @@ for _message in (
     "absl.logging is not installed",
 ):
     warnings.filterwarnings("ignore", message=_message)
-for _module in (  # of what later versions may lack, and of an MLP that is not megatron-core's own
+for _module in (  # loggers: missing features of later versions, and an MLP that is not megatron-core's
     "models.gpt.gpt_model", "distributed.distributed_data_parallel", "dist_checkpointing.strategies.torch",
     "transformer.transformer_layer",
 ):  # fmt: skip
     logging.getLogger(f"megatron.core.{_module}").setLevel(logging.ERROR)
 
-# When megatron-core is imported it hands functions to torch.compile, and torch imports its compilers: a quarter of the
-# time that a rank or a notebook takes to start. Without a GPU none of these functions is called.
+# On import, megatron-core passes functions to torch.compile, which makes torch import its compilers: a quarter of the
+# start-up time of a rank or notebook. Without a GPU none of these functions is called.
 HAS_GPU = any(map(os.path.exists, ("/proc/driver/nvidia", "/dev/nvidiactl", "/dev/dxg")))  # the last is under WSL
 if not HAS_GPU and "megatron.core.jit" not in sys.modules:
     _jit = sys.modules["megatron.core.jit"] = ModuleType("megatron.core.jit")
