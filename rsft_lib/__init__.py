@@ -17,6 +17,7 @@ for _message in (
     r"barrier\(\): using the device under current context",
     "Attempting to run cuBLAS, but there was no current CUDA context",
     "MimoModelConfig is experimental",
+    "absl.logging is not installed",
 ):
     warnings.filterwarnings("ignore", message=_message)
 for _module in (  # of what later versions may lack, and of an MLP that is not megatron-core's own
@@ -24,6 +25,7 @@ for _module in (  # of what later versions may lack, and of an MLP that is not m
     "transformer.transformer_layer",
 ):  # fmt: skip
     logging.getLogger(f"megatron.core.{_module}").setLevel(logging.ERROR)
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # a CUDA toolkit without a GPU is no news here
 
 # When megatron-core is imported it hands functions to torch.compile, and torch imports its compilers: a quarter of the
 # time that a rank or a notebook takes to start. Without a GPU none of these functions is called.
