@@ -78,6 +78,7 @@ for _module in (  # loggers: missing features of later versions, and an MLP that
     "transformer.transformer_layer",
 ):  # fmt: skip
     logging.getLogger(f"megatron.core.{_module}").setLevel(logging.ERROR)
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # a CUDA toolkit without a GPU is no news here
 
 # On import, megatron-core passes functions to torch.compile, which makes torch import its compilers: a quarter of the
 # start-up time of a rank or notebook. Without a GPU none of these functions is called.
