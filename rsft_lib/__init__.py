@@ -71,6 +71,7 @@ for _message in (
     "Attempting to run cuBLAS, but there was no current CUDA context",
     "MimoModelConfig is experimental",
     "absl.logging is not installed",
+    "Could not determine rank from",
 ):
     warnings.filterwarnings("ignore", message=_message)
 for _module in (  # loggers: missing features of later versions, and an MLP that is not megatron-core's
