@@ -23,7 +23,7 @@ from rsft_lib.artifact import verify
 from rsft_lib.chat import LOSS_WEIGHTS, ChatTemplate, encode
 from rsft_lib.data.encoder import ReferenceEncoder
 from rsft_lib.data.pool import Process, pool_for
-from rsft_lib.data.records import Row, read_records
+from rsft_lib.data.records import Row, blocks, read_records, source_of
 from rsft_lib.data.store import LENGTHS, MASK, ROWS, TokenStore
 from rsft_lib.data.tokenize import tokenize
 from rsft_lib.data.worker import Job, Options, Worker
@@ -87,11 +87,17 @@ def test_a_store_gives_back_ids_and_masks_as_int32_and_refuses_a_mask_of_another
         TokenStore(store.folder)
 
 
-def test_any_number_of_workers_writes_the_same_bytes(patched, problems, tmp_path):
-    alone = tokenize(problems, patched, tmp_path / "alone", workers=0)
-    assert alone["counts"]["written"] == 2000  # in eight blocks
-    tokenize(problems, patched, tmp_path / "two", workers=2)
-    assert same_files(tmp_path / "alone", tmp_path / "two")
+def test_any_number_of_workers_writes_the_same_bytes_and_the_rejects_in_order(patched, problems, tmp_path):
+    rows = problems.read_text().splitlines()
+    for place in (3, 600, 1500, 1501):
+        rows[place - 1] = "no JSON"
+    data = lines(tmp_path, *rows)
+    assert len(list(blocks(source_of(data).rows()))) > 4
+    alone = tokenize(data, patched, tmp_path / "alone", workers=0, reject_limit=0.01)
+    tokenize(data, patched, tmp_path / "two", workers=2, reject_limit=0.01)
+    assert alone["counts"]["written"] == 1996 and same_files(tmp_path / "alone", tmp_path / "two")
+    assert rejected(tmp_path / "two") == rejected(tmp_path / "alone")
+    assert [row["line"] for row in rejected(tmp_path / "two")] == [3, 600, 1500, 1501]
 
 
 def test_what_is_there_from_the_same_inputs_is_kept_and_anything_else_is_made_anew(patched, tmp_path, capsys):

@@ -334,7 +334,7 @@ DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_json, p
 def blocks(rows: Iterator[Row], records: int = 256, size: int = 4 << 20) -> Iterator[list[Row]]:
     """Rows in lists of at most `records`, cut sooner where their lines reach `size` bytes.
 
-    Where a block ends depends on the rows alone, so every machine that reads a file sees the same blocks.
+    Where a block ends depends on the rows alone, not on the number of workers.
     """
     rows = iter(rows)
     while block := list(islice(rows, 1)):
