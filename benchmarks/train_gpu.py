@@ -152,7 +152,7 @@ def usual_step(data: PackedDataset) -> list[int]:
 
 
 def preset_of(name: str) -> dict:
-    """The settings in notebooks/params/<name>.yaml that are not places or lengths."""
+    """What notebooks/params/<name>.yaml sets to save memory on one GPU."""
     given = yaml.safe_load((ROOT / "notebooks" / "params" / f"{name}.yaml").read_text(encoding="utf-8"))
     return {setting: value for setting, value in given.items() if setting in ("recompute", "moments", "gradients")}
 

@@ -26,11 +26,14 @@ for _module in (  # of what later versions may lack, and of an MLP that is not m
     "transformer.transformer_layer",
 ):  # fmt: skip
     logging.getLogger(f"megatron.core.{_module}").setLevel(logging.ERROR)
-logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # a CUDA toolkit without a GPU is no news here
 
 # When megatron-core is imported it hands functions to torch.compile, and torch imports its compilers: a quarter of the
 # time that a rank or a notebook takes to start. Without a GPU none of these functions is called.
 HAS_GPU = any(map(os.path.exists, ("/proc/driver/nvidia", "/dev/nvidiactl", "/dev/dxg")))  # the last is under WSL
+if not HAS_GPU:  # then a CUDA toolkit is of no use; torch says so in every notebook that imports megatron-core
+    logging.getLogger("torch.utils.cpp_extension").addFilter(
+        lambda record: "No CUDA runtime" not in record.getMessage()
+    )
 if not HAS_GPU and "megatron.core.jit" not in sys.modules:
     _jit = sys.modules["megatron.core.jit"] = ModuleType("megatron.core.jit")
     _jit.jit_fuser = _jit.noop_decorator = lambda function: function

@@ -19,7 +19,7 @@ from processes import wait_until
 from support import settings, to_messages
 
 from rsft_lib import demo
-from rsft_lib.artifact import verify
+from rsft_lib.artifact import verify, write_manifest
 from rsft_lib.chat import LOSS_WEIGHTS, ChatTemplate, encode
 from rsft_lib.data.encoder import ReferenceEncoder
 from rsft_lib.data.pool import Process, pool_for
@@ -91,13 +91,29 @@ def test_any_number_of_workers_writes_the_same_bytes_and_the_rejects_in_order(pa
     rows = problems.read_text().splitlines()
     for place in (3, 600, 1500, 1501):
         rows[place - 1] = "no JSON"
+    thoughts = {"role": "assistant", "content": "4", "reasoning": "one", "thinking": "two"}
+    rows[598] = json.dumps(
+        {"messages": [{"role": "user", "content": "2 + 2 ?"}, thoughts]}
+    )  # refused later, when rendered
     data = lines(tmp_path, *rows)
     assert len(list(blocks(source_of(data).rows()))) > 4
     alone = tokenize(data, patched, tmp_path / "alone", workers=0, reject_limit=0.01)
     tokenize(data, patched, tmp_path / "two", workers=2, reject_limit=0.01)
-    assert alone["counts"]["written"] == 1996 and same_files(tmp_path / "alone", tmp_path / "two")
+    assert alone["counts"]["written"] == 1995 and same_files(tmp_path / "alone", tmp_path / "two")
     assert rejected(tmp_path / "two") == rejected(tmp_path / "alone")
-    assert [row["line"] for row in rejected(tmp_path / "two")] == [3, 600, 1500, 1501]
+    assert [row["line"] for row in rejected(tmp_path / "two")] == [3, 599, 600, 1500, 1501]
+
+
+def test_a_store_of_an_older_version_is_kept_but_a_part_of_one_is_made_again_and_not_opened(patched, tmp_path):
+    data = lines(tmp_path, GOOD)
+    for shard, kept in (([0, 1], True), ([0, 2], False)):
+        facts = tokenize(data, patched, tmp_path / "out", workers=0)
+        write_manifest(tmp_path / "out", {**facts, "shard": shard})
+        if not kept:
+            with pytest.raises(ValueError, match="out holds a part of its dataset.*tokenize again"):
+                TokenStore(tmp_path / "out")
+        again = tokenize(data, patched, tmp_path / "out", workers=0)
+        assert ("shard" in again) == kept and len(TokenStore(tmp_path / "out")) == 1
 
 
 def test_what_is_there_from_the_same_inputs_is_kept_and_anything_else_is_made_anew(patched, tmp_path, capsys):

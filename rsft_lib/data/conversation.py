@@ -13,7 +13,7 @@ from rsft_lib.chat import REASONING
 PAIRS = (("instruction", "output"), ("prompt", "response"), ("problem", "solution"))
 CHATS = ("messages", "conversations")
 LAYOUTS = (*((name,) for name in CHATS), *PAIRS)
-RULES = 3  # raise it whenever a record becomes another conversation than before: what was made from it is made again
+RULES = 2  # raise it whenever a record becomes another conversation than before: what was made from it is made again
 SYSTEM = ("system", "system_prompt")  # becomes the first message
 
 # What ShareGPT's `conversations` call what OpenAI's `messages` call role and content.

@@ -19,7 +19,7 @@ from rsft_lib.data.conversation import RULES
 from rsft_lib.data.pool import pool_for
 from rsft_lib.data.records import Row, Source, blocks, source_of
 from rsft_lib.data.rejects import Rejects
-from rsft_lib.data.store import StoreWriter
+from rsft_lib.data.store import StoreWriter, is_a_part
 from rsft_lib.data.worker import Block, Job, Options
 from rsft_lib.paths import resolve
 from rsft_lib.progress import progress
@@ -170,7 +170,7 @@ def _already(destination: Path, facts: dict) -> dict | None:
         found = verify(destination)
     except (OSError, ValueError):
         return None
-    if any(found.get(name) != value for name, value in facts.items()):
+    if any(found.get(name) != value for name, value in facts.items()) or is_a_part(found):
         return None
     print(f"{destination} is there already, made from the same data and tokenizer")
     return found
