@@ -79,11 +79,14 @@ for _module in (  # loggers: missing features of later versions, and an MLP that
     "transformer.transformer_layer",
 ):  # fmt: skip
     logging.getLogger(f"megatron.core.{_module}").setLevel(logging.ERROR)
-logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # a CUDA toolkit without a GPU is no news here
 
 # On import, megatron-core passes functions to torch.compile, which makes torch import its compilers: a quarter of the
 # start-up time of a rank or notebook. Without a GPU none of these functions is called.
 HAS_GPU = any(map(os.path.exists, ("/proc/driver/nvidia", "/dev/nvidiactl", "/dev/dxg")))  # the last is under WSL
+if not HAS_GPU:  # then a CUDA toolkit is of no use; torch says so in every notebook that imports megatron-core
+    logging.getLogger("torch.utils.cpp_extension").addFilter(
+        lambda record: "No CUDA runtime" not in record.getMessage()
+    )
 if not HAS_GPU and "megatron.core.jit" not in sys.modules:
     _jit = sys.modules["megatron.core.jit"] = ModuleType("megatron.core.jit")
     vars(_jit).update(jit_fuser=lambda function: function, noop_decorator=lambda function: function)

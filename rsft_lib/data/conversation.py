@@ -13,7 +13,7 @@ from rsft_lib.tokenizer.chat import REASONING
 PAIRS = (("instruction", "output"), ("prompt", "response"), ("problem", "solution"))
 CHATS = ("messages", "conversations")
 LAYOUTS = (*((name,) for name in CHATS), *PAIRS)
-RULES = 3  # version of the conversion; increase it when records convert differently, so that outputs are rebuilt
+RULES = 2  # version of the conversion; increase it when records convert differently, so that outputs are rebuilt
 SYSTEM = ("system", "system_prompt")  # becomes the first message
 
 # ShareGPT's names for OpenAI's message fields and roles.

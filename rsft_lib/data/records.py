@@ -336,7 +336,7 @@ DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_json, p
 def blocks(rows: Iterator[Row], records: int = 256, size: int = 4 << 20) -> Iterator[list[Row]]:
     """Group rows into lists of at most `records`, or fewer once they reach `size` bytes.
 
-    Block boundaries depend only on the rows, so every machine that reads a file gets the same blocks.
+    Block boundaries depend only on the rows, not on the number of workers.
     """
     rows = iter(rows)
     while block := list(islice(rows, 1)):

@@ -66,6 +66,11 @@ class StoreWriter:
         np.save(self.folder / ROWS, np.concatenate([*self.rows, np.zeros(0, dtype=np.int64)]))
 
 
+def is_a_part(manifest: dict) -> bool:
+    """Whether a store is one shard of several, which earlier versions wrote on several machines."""
+    return manifest.get("shard", [0, 1]) != [0, 1]
+
+
 class TokenStore:
     """The samples of a folder, memory-mapped: `store[i]` is (tokens int32 [n], loss mask uint8 [n])."""
 
@@ -77,11 +82,15 @@ class TokenStore:
 
         Raises:
             FileNotFoundError: the store is incomplete, or a file is missing.
-            ValueError: the mask does not match the tokens.
+            ValueError: the mask does not match the tokens, or the store is a part of a dataset.
         """
         self.folder = Path(folder)
         require_path(self.folder / f"{NAME}.idx", "tokens")
         self.manifest = read_manifest(self.folder)
+        if is_a_part(self.manifest):
+            raise ValueError(
+                f"{self.folder} holds a part of its dataset, as an older version wrote them: tokenize again"
+            )
         self.tokens = IndexedDataset(str(self.folder / NAME))
         # Copied, here and below: megatron-core unmaps its files with the dataset, even if views of them remain.
         self.lengths = np.array(self.tokens.sequence_lengths)  # int32 [samples]

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from itertools import chain, islice
 from pathlib import Path
 
-from rsft_lib.common.artifact import new_folder, reusable
+from rsft_lib.common.artifact import new_folder, read_manifest, reusable
 from rsft_lib.common.cores import usable_cores
 from rsft_lib.common.paths import resolve
 from rsft_lib.common.progress import progress
@@ -18,7 +18,7 @@ from rsft_lib.data.conversation import RULES
 from rsft_lib.data.pool import InProcess, Pool, pool_for
 from rsft_lib.data.records import Row, Source, blocks, source_of
 from rsft_lib.data.rejects import Rejects
-from rsft_lib.data.store import StoreWriter
+from rsft_lib.data.store import StoreWriter, is_a_part
 from rsft_lib.data.worker import Block, Job, Options
 from rsft_lib.tokenizer.chat import END_THINK, MODES, ChatTemplate
 from rsft_lib.tokenizer.contract import require_contract
@@ -69,7 +69,8 @@ def tokenize(
     settings = Options(max_length=max_length, **options)
     source = source_of(data)
     facts = _facts(source, tokenizer, loaded, settings)
-    if facts["data_sha256"] is not None and (done := reusable(destination, facts)):
+    whole = lambda: not is_a_part(read_manifest(destination))  # noqa: E731
+    if facts["data_sha256"] is not None and (done := reusable(destination, facts, unchanged=whole)):
         return done
     unread = blocks(source.rows())
     first = list(islice(unread, _max_workers(workers)))  # one block per process, so that none starts idle

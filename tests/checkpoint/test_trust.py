@@ -296,8 +296,10 @@ NO_PLAIN_TENSORS = {"sparse": torch.eye(2).to_sparse(), "of no memory": torch.on
 @pytest.mark.parametrize("kind", NO_PLAIN_TENSORS)
 def test_a_tensor_of_another_kind_is_refused_as_damage(kind, checkpoint):
     in_a_tensors_place(checkpoint, NO_PLAIN_TENSORS[kind])
-    refusal = r"distcp at byte \d+ (does not contain a plain tensor .*: it is damaged, or|is refused)"
-    with pytest.raises(ValueError, match=refusal):
+    why = "does not contain a plain tensor .*: it is damaged, or"
+    if kind == "sparse":  # later versions of torch do not even read one
+        why += "|is refused: .*; do not load this checkpoint"
+    with pytest.raises(ValueError, match=rf"distcp at byte \d+ ({why})"):
         torch_dist.open_weights(checkpoint)
 
 

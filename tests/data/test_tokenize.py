@@ -19,10 +19,10 @@ from processes import wait_until
 from support import settings, to_messages
 
 from rsft_lib import demo
-from rsft_lib.common.artifact import verify
+from rsft_lib.common.artifact import verify, write_manifest
 from rsft_lib.data.encoder import ReferenceEncoder
 from rsft_lib.data.pool import Process, pool_for
-from rsft_lib.data.records import Row, read_records
+from rsft_lib.data.records import Row, blocks, read_records, source_of
 from rsft_lib.data.store import LENGTHS, MASK, ROWS, TokenStore
 from rsft_lib.data.tokenize import tokenize
 from rsft_lib.data.worker import Job, Options, Worker
@@ -87,11 +87,33 @@ def test_a_store_gives_back_ids_and_masks_as_int32_and_refuses_a_mask_of_another
         TokenStore(store.folder)
 
 
-def test_any_number_of_workers_writes_the_same_bytes(patched, problems, tmp_path):
-    alone = tokenize(problems, patched, tmp_path / "alone", workers=0)
-    assert alone["counts"]["written"] == 2000  # in eight blocks
-    tokenize(problems, patched, tmp_path / "two", workers=2)
-    assert same_files(tmp_path / "alone", tmp_path / "two")
+def test_any_number_of_workers_writes_the_same_bytes_and_the_rejects_in_order(patched, problems, tmp_path):
+    rows = problems.read_text().splitlines()
+    for place in (3, 600, 1500, 1501):
+        rows[place - 1] = "no JSON"
+    thoughts = {"role": "assistant", "content": "4", "reasoning": "one", "thinking": "two"}
+    rows[598] = json.dumps(
+        {"messages": [{"role": "user", "content": "2 + 2 ?"}, thoughts]}
+    )  # refused later, when rendered
+    data = lines(tmp_path, *rows)
+    assert len(list(blocks(source_of(data).rows()))) > 4
+    alone = tokenize(data, patched, tmp_path / "alone", workers=0, reject_limit=0.01)
+    tokenize(data, patched, tmp_path / "two", workers=2, reject_limit=0.01)
+    assert alone["counts"]["written"] == 1995 and same_files(tmp_path / "alone", tmp_path / "two")
+    assert rejected(tmp_path / "two") == rejected(tmp_path / "alone")
+    assert [row["line"] for row in rejected(tmp_path / "two")] == [3, 599, 600, 1500, 1501]
+
+
+def test_a_store_of_an_older_version_is_kept_but_a_part_of_one_is_made_again_and_not_opened(patched, tmp_path):
+    data = lines(tmp_path, GOOD)
+    for shard, kept in (([0, 1], True), ([0, 2], False)):
+        facts = tokenize(data, patched, tmp_path / "out", workers=0)
+        write_manifest(tmp_path / "out", {**facts, "shard": shard})
+        if not kept:
+            with pytest.raises(ValueError, match="out holds a part of its dataset.*tokenize again"):
+                TokenStore(tmp_path / "out")
+        again = tokenize(data, patched, tmp_path / "out", workers=0)
+        assert ("shard" in again) == kept and len(TokenStore(tmp_path / "out")) == 1
 
 
 def test_output_of_the_same_inputs_is_kept_and_any_other_is_rebuilt(patched, tmp_path, capsys):

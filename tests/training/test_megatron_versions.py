@@ -20,7 +20,9 @@ from rsft_lib.model import engine
 from rsft_lib.training.metrics import MetricsWriter, read_metrics
 
 OTHER, STEPS = os.environ.get("RSFT_OTHER_PYTHON", ""), 6
-pytestmark = pytest.mark.skipif(not OTHER, reason="RSFT_OTHER_PYTHON names no other environment")
+pytestmark = pytest.mark.skipif(
+    not OTHER, reason="RSFT_OTHER_PYTHON is not set to the Python of an environment with the other megatron-core"
+)
 TRAIN = """
 import sys
 from support import trained

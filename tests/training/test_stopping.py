@@ -259,6 +259,22 @@ def test_stacks_of_a_run_before_do_not_end_this_one_and_those_of_a_call_that_ret
     assert not own.exists()
 
 
+def test_stacks_that_are_being_written_are_complete_before_their_file_is_emptied(tmp_path, monkeypatch):
+    own, rest = tmp_path / "stacks" / "rank0.txt", []
+
+    def finish(*_, **__):  # what both functions of faulthandler do first
+        with own.open("a") as file:
+            file.write(rest.pop() if rest else "")
+
+    for name in ("cancel_dump_traceback_later", "dump_traceback_later"):
+        monkeypatch.setattr(watchdog.faulthandler, name, finish)
+    with watchdog.watched(tmp_path, 0, 1, 45):
+        own.write_text("the first half")
+        rest.append(" and the second")
+        watchdog.beat()
+        assert not rest and own.read_text() == ""
+
+
 def test_every_rank_hashes_what_it_writes_and_no_byte_is_read_or_summed_again(inputs, tmp_path):
     output = tmp_path / "run"
     run = config(inputs, output, train_iters=1, pipeline_parallel=2)
