@@ -112,14 +112,3 @@ def cuda_on_cpu() -> Iterator[None]:
     generators = mock.patch.multiple(megatron_random, _get_cuda_rng_state=nothing, _set_cuda_rng_state=nothing)
     with stand_ins, ranges, generators, _CudaMeansCpu():
         yield
-
-
-def with_cpu_shim(function):
-    """Run `function` within `cuda_on_cpu()`."""
-
-    @functools.wraps(function)
-    def wrapped(*args, **kwargs):
-        with cuda_on_cpu():
-            return function(*args, **kwargs)
-
-    return wrapped
