@@ -1,6 +1,6 @@
 """The pictures of the README, from the output of `make demo` in outputs/quickstart: python benchmarks/pictures.py
 
-Needs Chromium, and `pip install -e '.[dev]'`.
+Needs Chromium, a font with the character "｜" such as Noto CJK, and `pip install -e '.[dev]'`.
 """
 
 import io
