@@ -1,4 +1,4 @@
-"""Find what is inconsistent between the long and short answers to the same problems."""
+"""Match the long and short answers to the same problems: what is inconsistent, what is held out, how modes balance."""
 
 import numpy as np
 

@@ -34,5 +34,6 @@ METRICS = {
 BY_MODE = [name for name in METRICS if name.startswith("loss_mode_")]
 BY_SPAN = [name for name in METRICS if name.startswith("loss_span_")]
 ONE_MODE = ["loss_span_answer", "loss_span_eos"]  # of data without modes
+LOSSES = ["loss_mode_think", "loss_mode_short", "loss"]  # of the dashboard
 CHOICES = ["p_think_when_think", "p_think_when_short", "think_share"]
 HEALTH = ["grad_norm", "lr", "tokens_per_second", "memory_gib"]

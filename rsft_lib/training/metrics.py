@@ -1,4 +1,6 @@
-"""Read and write `metrics.jsonl`, one JSON object per step; TensorBoard and Weights & Biases.
+"""The file `metrics.jsonl`, one JSON object per step, written and read; TensorBoard and Weights & Biases.
+
+`loss_stats.metrics` computes what is in it.
 
 A line may be damaged by a power loss or a full disk. Readers skip and report it.
 """

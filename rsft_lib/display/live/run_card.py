@@ -10,14 +10,12 @@ from matplotlib.figure import Figure
 
 from rsft_lib.display.html import BLOCK, FAINT, PANEL, escaped, inert, one_line, warning
 from rsft_lib.display.live.metrics_tail import Follower
-from rsft_lib.display.metric_styles import CHOICES, METRICS
+from rsft_lib.display.metric_styles import CHOICES, LOSSES, METRICS
 from rsft_lib.display.plot_style import BLACK, plain_numbers, smoothed, thinned, tidy
 
 LOG_LINES, LOG_WIDTH = 6, 160  # shown of the end of the log
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 SMOOTHING = 0.9
-
-LOSSES = ["loss_mode_think", "loss_mode_short", "loss"]
 
 
 @dataclass(frozen=True)
