@@ -1,4 +1,4 @@
-"""The pictures of the README, from the output of `make demo` in outputs/quickstart: python benchmarks/pictures.py
+"""The pictures of the README, from the output of `make demo`: python benchmarks/pictures.py at the project root.
 
 Needs Chromium, a font with the character "｜" such as Noto CJK, and `pip install -e '.[dev]'`.
 """

@@ -12,6 +12,8 @@ from rsft_lib import load_tokenizer
 from rsft_lib.checkpoint.verify import with_megatron
 
 if __name__ == "__main__":
+    if len(sys.argv) != 4:
+        sys.exit(__doc__)
     model, checkpoint, text = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     tokenizer = load_tokenizer(model)
     ids = torch.tensor([tokenizer(text)["input_ids"]])

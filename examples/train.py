@@ -9,6 +9,8 @@ import sys
 from rsft_lib import TrainConfig, convert, export, generate, model_folder, patch_tokenizer, tokenize, train
 
 if __name__ == "__main__":
+    if len(sys.argv) < 4:
+        sys.exit(__doc__)
     name, data, out, epochs = (*sys.argv[1:4], float((sys.argv[4:] or ["1"])[0]))
     model = model_folder(name)
     patch_tokenizer(model, f"{out}/tokenizer", {"<|quad_start|>": "<short>"})
@@ -18,6 +20,7 @@ if __name__ == "__main__":
         checkpoint=f"{out}/megatron", data=f"{out}/tokens", output=f"{out}/run", epochs=epochs, seq_length=512,
         global_batch_size=8, lr=1e-3, precision="fp32",
     )  # fmt: skip
-    train(config, nproc=1)
+    if train(config, nproc=1) != "finished":
+        sys.exit("stopped and saved; the same command resumes it")
     export(f"{out}/run", f"{out}/tokenizer", f"{out}/exported")
     print(generate(f"{out}/exported", ["What is 12 + 30?"], mode="think")[0].text)

@@ -31,7 +31,7 @@ def fall_asleep() -> None:
     elif (WHAT, RANK, seen) == ("fail", 1, 3):
         raise KeyError("broken on rank 1")
     elif (WHAT, RANK, seen) == ("fail", 0, 3):
-        on_sigterm = Path(watchdog._watch.folder / "told0.txt")
+        on_sigterm = Path(watchdog._watch.folder / "sigterm0.txt")
         while not on_sigterm.read_text():  # until torchrun has noticed that rank 1 failed
             time.sleep(0.1)
         sleep()

@@ -1,6 +1,8 @@
 """What `import rsft_lib` offers, the examples, and a wheel that is installed by itself."""
 
+import dataclasses
 import os
+import pydoc
 import re
 import shutil
 import subprocess
@@ -12,6 +14,8 @@ import pytest
 
 import rsft_lib
 from rsft_lib import demo
+from rsft_lib.launch import LaunchOptions
+from rsft_lib.training.config import TrainConfig
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -32,6 +36,20 @@ def test_every_public_name_is_there_and_in_the_table_of_contents():
         rsft_lib.trian  # noqa: B018
 
 
+def test_help_explains_every_setting():
+    for kind in (TrainConfig, LaunchOptions):
+        shown = pydoc.render_doc(kind, renderer=pydoc.plaintext)
+        assert all(re.search(rf"{field.name}: .*\n +\|? +\S", shown) for field in dataclasses.fields(kind))
+    assert "lr: float = 1e-05\n |      Peak learning rate, reached after warm-up." in pydoc.render_doc(
+        TrainConfig, renderer=pydoc.plaintext
+    )
+
+
+def test_metrics_of_a_folder_that_does_not_exist_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"run folder: {tmp_path}/nowhere does not exist"):
+        rsft_lib.read_metrics(f"{tmp_path}/nowhere")
+
+
 def test_importing_the_kit_imports_neither_torch_nor_megatron(tmp_path):
     code = "import sys, rsft_lib; print([name for name in ('torch', 'megatron.core', 'numpy') if name in sys.modules])"
     assert python(tmp_path, "-c", code, PYTHONPATH=str(EXAMPLES.parent)).strip() == "[]"
@@ -43,7 +61,8 @@ def test_the_examples_train_and_read_logits_with_paths_relative_to_the_working_d
     rows = (tmp_path / "answers" / "long.jsonl").read_text().splitlines()[:40]
     (tmp_path / "data.jsonl").write_text("\n".join(rows) + "\n")
     where = {"PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"}
-    assert "<think>" in python(tmp_path, EXAMPLES / "train.py", "tiny", "data.jsonl", "out", **where)
+    said = python(tmp_path, EXAMPLES / "train.py", "tiny", "data.jsonl", "out", **where)
+    assert "<think>" in said and re.search(r"^step +\d+/\d+ +loss ", said, re.MULTILINE)
     assert {"megatron", "tokens", "run", "exported"} <= {path.name for path in (tmp_path / "out").iterdir()}
     said = python(tmp_path, EXAMPLES / "logits.py", "out/exported", "out/megatron", "1 + 1 =", **where)
     values = [float(line.split()[0]) for line in said.splitlines()[-5:]]

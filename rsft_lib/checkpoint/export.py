@@ -11,7 +11,7 @@ from rsft_lib.checkpoint.convert import DTYPES, GENERATION, config_bytes, origin
 from rsft_lib.checkpoint.formats import hf
 from rsft_lib.checkpoint.lazy_weights import Weights, resized
 from rsft_lib.checkpoint.model_card import model_card
-from rsft_lib.checkpoint.run_checkpoints import checkpoints, last_checkpoint
+from rsft_lib.checkpoint.run_checkpoints import is_run, last_checkpoint
 from rsft_lib.common.artifact import (
     MANIFEST,
     file_hash,
@@ -60,14 +60,14 @@ def export(
         The manifest's facts: checkpoint, tokenizer, number of tensors, dtype.
 
     Raises:
-        FileNotFoundError: a folder is missing, or the checkpoint was not finished.
+        FileNotFoundError: a folder is missing, the run has no checkpoint, or the checkpoint was not finished.
         FileExistsError: `destination` is something else, or was made from another run or model.
         OSError: the disk has too little space.
         ValueError: the checkpoint is damaged, its tensors do not match its config, a value overflows `dtype`, or the
             tokenizer has more tokens than the model or differs from the one of the training data.
     """
     checkpoint, tokenizer = require_path(checkpoint, "checkpoint"), require_path(tokenizer, "tokenizer folder")
-    checkpoint = last_checkpoint(checkpoint) if checkpoints(checkpoint) else checkpoint
+    checkpoint = last_checkpoint(checkpoint) if is_run(checkpoint) else checkpoint
     describing, destination = require_path(original, "original") if original else checkpoint, resolve(destination)
     config = read_config(describing)
     _check_settings(dtype, tokenizer, config)

@@ -11,6 +11,11 @@ def checkpoint_folder(run: Path, iteration: int) -> Path:
     return Path(run) / f"iter_{iteration:07d}"
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a folder is one that a training writes, with or without a checkpoint."""
+    return (folder / "job.json").exists() or (folder / "metrics.jsonl").exists() or bool(checkpoints(folder))
+
+
 def step_of(checkpoint: Path) -> int:
     """The step in the name of a checkpoint's folder."""
     return int(checkpoint.name.removeprefix("iter_"))

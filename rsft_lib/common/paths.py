@@ -5,7 +5,8 @@ from pathlib import Path
 
 MAKERS = {  # missing input -> the notebook that makes it
     "model folder": "01_patch_tokenizer, which makes the tiny one",
-    "tokenizer": "01_patch_tokenizer", "tokenizer folder": "01_patch_tokenizer",
+    "tokenizer": "01_patch_tokenizer on a model folder that has this file",
+    "tokenizer folder": "01_patch_tokenizer",
     "checkpoint": "02_convert_checkpoint",
     "training data": "03_build_dataset", "dataset of the tokens": "03_build_dataset",
     "held-out records": "03_build_dataset",

@@ -13,6 +13,7 @@ from rsft_lib.tokenizer.chat import END_THINK, MODES, SHORT, THINK, prompt_ids
 from rsft_lib.tokenizer.patch import load_tokenizer
 
 MARKS = re.compile("|".join((THINK, END_THINK, SHORT)))
+ASKED = (*MODES, None, "other")  # modes of `generate_modes`
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,10 @@ def generate(
 
     Args:
         mode: 'think' or 'short' forces the control token; None lets the model choose.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: there is no such mode.
     """
     return generate_modes(model, prompts, [mode], Sampling(max_new_tokens), batch_size=batch_size)[mode]
 
@@ -52,7 +57,12 @@ def generate_modes(
     Args:
         modes: 'think', 'short', None to let the model choose, or 'other' for a model without modes.
         engine: see `inference_engines.open_engine`.
+
+    Raises:
+        ValueError: there is no such mode or engine.
     """
+    if unknown := [mode for mode in modes if mode not in ASKED]:
+        raise ValueError(f"mode is {unknown[0]!r}; choose one of {', '.join(map(repr, ASKED))}")
     folder = require_path(model, "exported model")
     tokenizer, write = load_tokenizer(folder), open_engine(folder, engine, batch_size)
     answers = {}

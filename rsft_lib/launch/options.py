@@ -4,14 +4,17 @@ import dataclasses
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-from rsft_lib.training.config import TrainConfig
+from rsft_lib.training.config import TrainConfig, explained
 
 LAUNCHERS = ("local", "slurm")
 ON_INTERRUPT = ("stop", "leave")
 
 
+@explained
 @dataclass(frozen=True, kw_only=True)
 class LaunchOptions:
+    """Where a training runs, and what happens to it when its notebook ends."""
+
     launcher: str = "local"
     """'local': torchrun on this machine; 'slurm': a batch job."""
     on_interrupt: str = "stop"

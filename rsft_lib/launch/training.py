@@ -32,6 +32,7 @@ def start_training(config: TrainConfig, nproc: int, options: LaunchOptions = HER
         nproc: ranks on each machine.
 
     Raises:
+        FileNotFoundError: the checkpoint or the data is missing; nothing has been started.
         ValueError: the number of ranks does not fit the settings, another run is in the folder, or Slurm rejects the
             job. Nothing has been started.
     """
@@ -52,6 +53,9 @@ def start_training(config: TrainConfig, nproc: int, options: LaunchOptions = HER
             )
             return LocalJob(output, pid=0, birth="", **common)
         _refuse_elsewhere(output)
+        for name in ("checkpoint", "data", "eval_data"):
+            if path := getattr(config, name):
+                require_path(path, name)
         _clear(output)
         write_json(output / CONFIG, config.to_json())
         if options.launcher == "slurm":
@@ -72,16 +76,45 @@ def attach(run: str | Path) -> Job | None:
     return find(resolve(run), facts)
 
 
-def launch_training(config: TrainConfig, nproc: int, poll: Callable[[], None] = lambda: None) -> None:
+def launch_training(config: TrainConfig, nproc: int, poll: Callable[[], None] | None = None) -> str:
     """Train on `nproc` ranks of this machine to the end, resuming if the run folder `config.output` has a checkpoint.
 
-    On an interrupt, the ranks finish their step and save. `training.run_folder.read_ended` returns why a run ended.
+    On an interrupt, the ranks finish their step and save.
+
+    Args:
+        poll: called about once per second; None to print the steps as they are logged.
+
+    Returns:
+        Why the run ended: 'finished', or 'alarm', 'time limit', 'SIGINT' or 'SIGTERM' if it can be resumed.
 
     Raises:
+        FileNotFoundError: the checkpoint or the data is missing; nothing has been started.
         ValueError: the number of ranks does not fit the settings; nothing has been started.
         RunFailed: the training failed; the message starts with the traceback.
     """
+    output = resolve(config.output)
+    poll = poll or _steps_printed(output / LOG)
     start_training(config, nproc).wait(poll)
+    poll()
+    return read_ended(output).get("reason", "")
+
+
+def _steps_printed(log: Path) -> Callable[[], None]:
+    """A function that prints the lines of steps that were added to a log since its last call."""
+    position = log.stat().st_size if log.exists() else 0
+
+    def poll() -> None:
+        nonlocal position
+        if log.exists():
+            with log.open("rb") as file:
+                file.seek(position)
+                complete = file.read().rpartition(b"\n")[0]
+            position += len(complete)
+            for line in complete.decode(errors="replace").splitlines():
+                if line.startswith("step "):
+                    print(line, flush=True)
+
+    return poll
 
 
 def launch_scoring(checkpoint: str | Path, data: str | Path, output: str | Path, nproc: int) -> None:
@@ -99,7 +132,7 @@ def launch_scoring(checkpoint: str | Path, data: str | Path, output: str | Path,
 
 def _refuse_others(job: Job, config: TrainConfig) -> None:
     try:
-        current, requested = read_record(job.folder / CONFIG), config.to_json()
+        current, requested = TrainConfig.with_defaults(read_record(job.folder / CONFIG)), config.to_json()
     except ValueError as error:
         raise ValueError(
             f"{error}. A training with unknown settings runs in {job.folder} ({job.state}): stop it first "

@@ -1,8 +1,11 @@
 """All settings of a training run. Defaults are those of the launch script of Reasoning-SFT, this kit's predecessor."""
 
+import ast
 import dataclasses
 import difflib
 import importlib.util
+import inspect
+import itertools
 import json
 import math
 from dataclasses import dataclass
@@ -27,8 +30,21 @@ CHOICES = {
 MAY_BE_ZERO = {"seed", "keep_last", "keep_every", "hang_timeout"}
 
 
+def explained(cls: type) -> type:
+    """Add the fields of a class, each with the string below it, to its docstring, for `help`."""
+    body = ast.parse(inspect.getsource(cls)).body[0]
+    assert isinstance(body, ast.ClassDef)
+    for field, text in itertools.pairwise(body.body):
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+            cls.__doc__ = f"{cls.__doc__}\n\n{ast.unparse(field)}\n    {text.value.value!s}"
+    return cls
+
+
+@explained
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
+    """Every setting of a training."""
+
     checkpoint: str
     """Initial weights: a converted checkpoint or a model folder."""
     data: str
@@ -243,6 +259,12 @@ class TrainConfig:
 
     def to_json(self) -> dict:
         return dataclasses.asdict(self)
+
+    @classmethod
+    def with_defaults(cls, recorded: dict) -> dict:
+        """Recorded settings; those that an older version did not have get their defaults, which are what it did."""
+        fields = dataclasses.fields(cls)
+        return {field.name: field.default for field in fields if field.default is not dataclasses.MISSING} | recorded
 
     @classmethod
     def from_file(cls, path: Path) -> "TrainConfig":

@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from rsft_lib.common.paths import require_path
 from rsft_lib.common.temporary import new_file
 from rsft_lib.training.config import TrainConfig
 
@@ -134,9 +135,13 @@ def scan_metrics(folder: Path) -> Metrics:
     return Metrics(records, damaged, _gaps(steps, max(steps, default=0)))
 
 
-def read_metrics(folder: Path) -> list[dict]:
-    """The readable records of a run folder, in order."""
-    return scan_metrics(folder).records
+def read_metrics(folder: str | Path) -> list[dict]:
+    """The readable records of a run folder, in order.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
+    return scan_metrics(require_path(folder, "run folder")).records
 
 
 def parse(line: bytes) -> tuple[dict | None, str]:

@@ -27,7 +27,7 @@ def refuse_another_run(checkpoint: Path, facts: dict) -> list[str]:
     """
     recorded = read_manifest(checkpoint)
     _refuse_damaged(checkpoint, recorded)
-    old, new = recorded["config"], facts["config"]
+    old, new = TrainConfig.with_defaults(recorded["config"]), facts["config"]
     changed = {name: f"was {old[name]!r}, now {new[name]!r}" for name in new if name in old and old[name] != new[name]}
     differences = [f"{name}: {changed.pop(name)}" for name in SHAPES_THE_RUN if name in changed]
     if new["train_iters"] < old["train_iters"]:

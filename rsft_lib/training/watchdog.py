@@ -95,7 +95,7 @@ def watched(folder: Path, rank: int, ranks: int, seconds: int) -> Iterator[None]
     """Within the block, end this process if there is no `beat` for `seconds`, or longer if micro-batches take long.
 
     It writes its stacks to `folder/stacks/rank<rank>.txt`, and so do the other ranks. On SIGTERM, which a kill may
-    follow, a rank writes its stack to `told<rank>.txt`. `seconds` 0 disables the watchdog.
+    follow, a rank writes its stack to `sigterm<rank>.txt`. `seconds` 0 disables the watchdog.
     """
     global _watch
     _watch = _Watch(folder / STACKS, rank, ranks, seconds)
@@ -103,7 +103,7 @@ def watched(folder: Path, rank: int, ranks: int, seconds: int) -> Iterator[None]
         yield
         return
     _watch.folder.mkdir(parents=True, exist_ok=True)
-    on_hang, on_sigterm = (_watch.folder / f"{name}{rank}.txt" for name in ("rank", "told"))
+    on_hang, on_sigterm = (_watch.folder / f"{name}{rank}.txt" for name in ("rank", "sigterm"))
     for path in (_watch.folder / FIRED, on_hang, on_sigterm):
         path.write_text("")  # remove stacks of a previous run; no rank of this one can have timed out yet
     with on_hang.open("a") as _watch.file, on_sigterm.open("a") as file:
@@ -168,7 +168,7 @@ def read_stacks(folder: Path) -> dict[str, str]:
 
     For a rank that was ended before its watchdog fired, it is the stack at SIGTERM.
     """
-    on_hang, on_sigterm = (_read(folder / STACKS, name) for name in ("rank", "told"))
+    on_hang, on_sigterm = (_read(folder / STACKS, name) for name in ("rank", "sigterm"))
     return {f"rank {rank}": text for rank, text in sorted((on_sigterm | on_hang).items())} if on_hang else {}
 
 

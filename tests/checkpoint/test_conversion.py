@@ -388,6 +388,15 @@ def test_a_run_is_not_exported_with_another_tokenizer_or_template_than_it_was_tr
     assert not (tmp_path / "out").exists()
 
 
+def test_a_run_without_a_checkpoint_is_not_exported(tokenizer, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text('{"train_iters": 5}')
+    (run / "job.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=f"{run} has no intact checkpoint: run notebook 05_train"):
+        export(run, tokenizer, tmp_path / "out")
+
+
 def edit_weights(model, edit):
     tensors = load_file(model / "model.safetensors")
     edit(tensors)

@@ -13,6 +13,7 @@ from standin import record
 from rsft_lib.display.live.metrics_tail import Follower
 from rsft_lib.display.live.run_card import plot_live
 from rsft_lib.display.plot_style import line_style, smoothed, thinned
+from rsft_lib.display.runs import compare_runs
 from rsft_lib.display.runs.compare_runs import plot_health, plot_losses, plot_modes, save_figures
 from rsft_lib.display.runs.csv_curve import read_published
 from rsft_lib.display.runs.curves import plot_curves
@@ -148,6 +149,11 @@ def test_a_panel_without_data_has_a_message(folder):
     axes = {title(a): a for a in plot_modes(find_runs(f"{folder}/a")).axes}
     assert axes["loss of the control token"].texts[0].get_text() == "not recorded in these runs"
     assert not axes["loss of <think> answers"].texts
+
+
+def test_a_fifth_metric_of_health_leaves_no_empty_panel(folder, monkeypatch):
+    monkeypatch.setattr(compare_runs, "HEALTH", [*compare_runs.HEALTH, "loss"])
+    assert [title(axes) for axes in plot_health(find_runs(f"{folder}/a")).axes][4:] == ["loss per trained token"]
 
 
 def test_thirty_runs_have_distinct_line_styles():

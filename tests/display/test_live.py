@@ -15,6 +15,7 @@ from support import TESTS
 from rsft_lib.display.live.live import LINES, LiveRun
 from rsft_lib.display.live.metrics_tail import Follower
 from rsft_lib.display.live.run_card import LOG_LINES, Card, duration, log_end, plot_live
+from rsft_lib.display.metric_styles import CHOICES, LOSSES
 
 
 def watching(folder: Path, more: str = "", **job) -> str:
@@ -239,6 +240,10 @@ def test_the_plot_has_a_line_for_each_mode_and_keeps_a_spike(tmp_path):
     assert len(choices.lines) == 3
     assert max(max(line.get_ydata()) for line in losses.lines) == 40.0
     assert all(len(line.get_xdata()) <= 1000 for line in losses.lines)
+
+
+def test_every_metric_of_a_panel_is_read():
+    assert set(Follower("anywhere").lines) == {*LOSSES, *CHOICES, "eval_loss"}
 
 
 def test_a_log_is_limited_in_lines_and_width():

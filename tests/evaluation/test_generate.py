@@ -63,6 +63,11 @@ def test_with_no_mode_the_model_writes_the_control_token_itself(model, tmp_path)
     assert generate(speaker, QUESTIONS[:1], None) == [Answer("<short> three", 2, True)]
 
 
+def test_a_misspelt_mode_is_refused(model):
+    with pytest.raises(ValueError, match="mode is 'thnk'; choose one of 'think', 'short', None, 'other'"):
+        generate(model, QUESTIONS[:1], "thnk")
+
+
 def test_a_truncated_answer_has_no_eos(model, tmp_path):
     speaker = scripted(model, tmp_path, "<think> two two")
     assert generate(speaker, QUESTIONS[:1], "think", max_new_tokens=3) == [Answer("<think> two two two", 4, False)]

@@ -1,5 +1,6 @@
 """Trainings as jobs under real torchrun: attach, start, stop, fail."""
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -28,7 +29,7 @@ def pretended_training(monkeypatch):
 
 
 def config(folder: Path, **changes) -> TrainConfig:
-    return TrainConfig(checkpoint="none", data="none", output=str(folder), train_iters=5, save_timeout=20, **changes)
+    return TrainConfig(checkpoint="/", data="/", output=str(folder), train_iters=5, save_timeout=20, **changes)
 
 
 def ranks_are_there(folder: Path) -> bool:
@@ -65,6 +66,23 @@ def test_a_second_start_finds_the_first_and_refuses_other_settings(left, capsys)
     with pytest.raises(ValueError, match="other settings runs in .*\n  lr: running with 1e-05, requested 2e-05\n"):
         launch.start_training(config(left.folder, lr=2e-5), 2, LEAVE)
     assert len([p for p in survivors(left.folder) if "torch.distributed.run" in p.cmdline()]) == 1
+
+
+def test_a_job_of_an_older_version_without_a_setting_is_attached_to(left):
+    path = left.folder / "config.json"
+    recorded = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in recorded.items() if name != "lr_schedule"}))
+    assert launch.start_training(config(left.folder), 2, LEAVE).pid == left.pid
+    with pytest.raises(ValueError, match="lr_schedule: running with 'cosine', requested 'linear'"):
+        launch.start_training(config(left.folder, lr_schedule="linear"), 2, LEAVE)
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "data", "eval_data"])
+def test_a_missing_input_is_named_and_nothing_is_started(tmp_path, name):
+    wrong = dataclasses.replace(config(tmp_path / "run"), **{name: str(tmp_path / "nowhere")})
+    with pytest.raises(FileNotFoundError, match=f"{name}: {tmp_path}/nowhere does not exist: run notebook"):
+        launch.start_training(wrong, 1, LEAVE)
+    assert not [*(tmp_path / "run").iterdir()]
 
 
 def test_a_process_with_a_reused_pid_is_not_the_job(left):

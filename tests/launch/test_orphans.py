@@ -24,7 +24,7 @@ from rsft_lib.launch import local
 from rsft_lib.training.config import TrainConfig
 
 local.TRAIN = "rank"
-config = TrainConfig(checkpoint="none", data="none", output=FOLDER, save_timeout=20)
+config = TrainConfig(checkpoint="/", data="/", output=FOLDER, save_timeout=20)
 job = launch.start_training(config, 2, launch.LaunchOptions(on_interrupt=CHOICE))
 job.wait()
 """

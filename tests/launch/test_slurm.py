@@ -28,7 +28,7 @@ from rsft_lib.launch import slurm
 from rsft_lib.training.config import TrainConfig
 
 slurm.TRAIN = "rank"
-config = TrainConfig(checkpoint="none", data="none", output=sys.argv[1])
+config = TrainConfig(checkpoint="/", data="/", output=sys.argv[1])
 options = launch.LaunchOptions(launcher="slurm", slurm_nodes=2, on_interrupt=sys.argv[2])
 launch.start_training(config, 1, options)
 time.sleep(600)
@@ -53,7 +53,7 @@ def pretended(nodes, monkeypatch):
 
 
 def config(folder: Path) -> TrainConfig:
-    return TrainConfig(checkpoint="none", data="none", output=str(folder), train_iters=5, save_timeout=20)
+    return TrainConfig(checkpoint="/", data="/", output=str(folder), train_iters=5, save_timeout=20)
 
 
 def ranks_are_there(folder: Path) -> bool:
@@ -74,7 +74,7 @@ def test_a_job_of_two_nodes_is_stopped_before_its_limit_requeued_and_ends_as_an_
     run = tmp_path / "run"
     given = settings(output=str(run), **place).to_json() | TWO | {"nproc": 1}
     process = start_notebook(tmp_path, given)
-    wait_until(lambda: len(read_metrics(run)) >= 3, 300, "three steps", run / "train.log")
+    wait_until(lambda: run.exists() and len(read_metrics(run)) >= 3, 300, "three steps", run / "train.log")
     job = launch.attach(run).id
     cluster.output_of("scancel", "--batch", "--signal=USR1", job)  # as Slurm does before the time limit
     wait_until(lambda: "PENDING" in state(job), 300, "the job is back in the queue", run / "train.log")

@@ -136,7 +136,7 @@ from rsft_lib.launch import local
 from rsft_lib.training.config import TrainConfig
 
 local.TRAIN, os.environ["RANKS_SHALL"] = "rank", "fail-recorded"
-launch.start_training(TrainConfig(checkpoint="none", data="none", output=FOLDER), 2).wait()
+launch.start_training(TrainConfig(checkpoint="/", data="/", output=FOLDER), 2).wait()
 """
 
 

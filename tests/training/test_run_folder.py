@@ -178,7 +178,7 @@ def test_how_a_run_ended_is_unknown_where_its_file_is_damaged(tmp_path, text):
     assert how_it_ended(run).startswith("unknown") and "ended.json" in how_it_ended(run)
     assert "unknown" in repr(runs_table([open_run(run, "mine")]))
     assert Job(run, **COMMON).status()["status"] == "stopped"  # run again, it ends at once
-    assert not training._finished(settings(checkpoint="none", data="none", output=str(run)), run)
+    assert not training._finished(settings(checkpoint="/", data="/", output=str(run)), run)
 
 
 @pytest.mark.parametrize(
@@ -223,6 +223,18 @@ def test_a_checkpoint_without_facts_of_its_run_is_damaged(tmp_path, wrong):
         refuse_another_run(tmp_path, facts)
 
 
+def test_a_setting_that_an_older_version_did_not_have_is_compared_with_its_default(tmp_path):
+    config, data = settings(checkpoint="a", data="b", output="c").to_json(), {"packs": 5}
+    old = {name: value for name, value in config.items() if name not in ("lr_schedule", "tensorboard")}
+    write_manifest(tmp_path, {"made_by": "train", "iteration": 5, "config": old, "data": data, "base_sha256": "abc"})
+    facts = {"data": data, "base_sha256": "abc"}
+    assert refuse_another_run(tmp_path, facts | {"config": config}) == []
+    with pytest.raises(ValueError, match="another run:\n  lr_schedule: was 'cosine', now 'constant'\n"):
+        refuse_another_run(tmp_path, facts | {"config": config | {"lr_schedule": "constant"}})
+    log = refuse_another_run(tmp_path, facts | {"config": config | {"tensorboard": True}})
+    assert log == ["tensorboard: was False, now True"]
+
+
 def test_runs_are_compared_though_the_settings_of_one_are_damaged(tmp_path):
     run = write(tmp_path / "run", *lines(range(1, 11)))
     (run / "config.json").write_text('{"lr": 1')
@@ -243,7 +255,7 @@ JOB = {"launcher": "local", "pid": 1, "birth": "x", "host": "elsewhere", **COMMO
 )  # fmt: skip
 def test_nothing_is_started_if_job_json_is_damaged(tmp_path, text):
     (tmp_path / "job.json").write_text(text)
-    config = settings(checkpoint="none", data="none", output=str(tmp_path))
+    config = settings(checkpoint="/", data="/", output=str(tmp_path))
     with pytest.raises(ValueError, match=r"job.json is damaged: .* check with ps or squeue that none does, remove"):
         launch.start_training(config, 1)
 
@@ -274,7 +286,7 @@ def test_a_file_system_without_locks_does_not_keep_a_training_from_starting(tmp_
     locks.REPORTED.clear()
     monkeypatch.setattr(fcntl, "flock", refuse)
     monkeypatch.setattr(local, "start", lambda folder, nproc, **common: "started")
-    config = settings(checkpoint="none", data="none", output=str(tmp_path / "run"))
+    config = settings(checkpoint="/", data="/", output=str(tmp_path / "run"))
     assert launch.start_training(config, 1) == "started"
     assert f"no locks in {tmp_path / 'run'} (no locks): do not start" in capsys.readouterr().out
 

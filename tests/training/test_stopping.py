@@ -246,8 +246,10 @@ def test_until_the_first_micro_batch_the_watch_waits_for_a_start_and_then_for_a_
 def test_stacks_of_a_run_before_do_not_end_this_one_and_those_of_a_call_that_returned_are_gone(tmp_path, monkeypatch):
     monkeypatch.setattr(watchdog, "LATE", -44.5)  # half a second after a beat
     (tmp_path / "stacks").mkdir()
-    own, other, fired, told = ((tmp_path / "stacks" / f"{name}.txt") for name in ("rank0", "rank1", "fired", "told0"))
-    for path in (own, other, fired, told):
+    own, other, fired, ended = (
+        (tmp_path / "stacks" / f"{name}.txt") for name in ("rank0", "rank1", "fired", "sigterm0")
+    )
+    for path in (own, other, fired, ended):
         path.write_text("of the run before")
     with watchdog.watched(tmp_path, 0, 2, 45):
         watchdog.beat()
@@ -347,16 +349,16 @@ def test_a_hanging_rank_ends_the_run_and_every_rank_writes_its_stack(inputs, tmp
         assert "rsft_lib/training/batches.py" in stack and "in run_batch\n" in stack, message
     assert "in fall_asleep" in second and "in fall_asleep" not in first, message
     if do == "hold the lock":  # it could not handle torchrun's SIGTERM
-        assert "in fall_asleep" in (tmp_path / "run" / "stacks" / "told1.txt").read_text()
+        assert "in fall_asleep" in (tmp_path / "run" / "stacks" / "sigterm1.txt").read_text()
 
 
 def test_a_rank_ended_before_its_watchdog_fired_has_its_stack_at_sigterm(tmp_path):
     (tmp_path / "stacks").mkdir()
-    for name, text in {"rank0": "", "rank1": "", "told0": "told", "told1": "told as well"}.items():
+    for name, text in {"rank0": "", "rank1": "", "sigterm0": "ended", "sigterm1": "ended as well"}.items():
         (tmp_path / "stacks" / f"{name}.txt").write_text(text)
     assert watchdog.read_stacks(tmp_path) == {}  # it was stopped, and did not hang
     (tmp_path / "stacks" / "rank1.txt").write_text("hung\n")
-    assert watchdog.read_stacks(tmp_path) == {"rank 0": "told", "rank 1": "hung"}
+    assert watchdog.read_stacks(tmp_path) == {"rank 0": "ended", "rank 1": "hung"}
 
 
 def test_a_failing_rank_is_reported_even_if_the_others_hang(inputs, tmp_path, monkeypatch):

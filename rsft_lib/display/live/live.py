@@ -25,8 +25,8 @@ def watch(job, widgets: bool | None = None) -> None:
     """Show the progress of a job until it ends, with a button that saves and stops it.
 
     Args:
-        job: as returned by `launch`, with `folder`, `train_iters`, `running`, `state` (a string), `tail(lines)`,
-            `stop()`, and `wait(poll)`, which blocks and raises the error of a failed job.
+        job: as returned by `start_training`, with `folder`, `train_iters`, `running`, `state` (a string),
+            `tail(lines)`, `stop()`, and `wait(poll)`, which blocks and raises the error of a failed job.
         widgets: whether to show widgets; None to show them if a user is present.
     """
     live = LiveRun(job.folder, job.train_iters, job, widgets)

@@ -5,12 +5,10 @@ from array import array
 from collections import deque
 from pathlib import Path
 
+from rsft_lib.display.metric_styles import CHOICES, LOSSES
 from rsft_lib.training.metrics import FILE, parse
 
-DRAWN = (
-    "loss", "loss_mode_think", "loss_mode_short", "eval_loss", "p_think_when_think", "p_think_when_short",
-    "think_share",
-)  # fmt: skip
+DRAWN = (*LOSSES, "eval_loss", *CHOICES)
 ALARMS = 3  # most recent alarms kept
 
 

@@ -99,6 +99,8 @@ def plot_health(runs: list[Run], by: str = "step", smoothing: float = 0.9) -> Fi
             _draw(place, run, metric, by, 0 if metric in ("lr", "memory_gib") else smoothing, number)
         if metric != "grad_norm":
             place.set_ylim(bottom=0)
+    for place in axes.flat[len(HEALTH) :]:
+        place.remove()
     _finish(figure, dict(zip(axes.flat, map(_title, HEALTH), strict=False)), runs, by)
     return figure
 
