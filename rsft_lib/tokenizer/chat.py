@@ -4,6 +4,7 @@ A conversation is a list of messages with `role` (system, user, assistant, tool)
 may have `train: false`, which makes it context only, or `weight`, a factor on the loss of its tokens.
 """
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ MODES = {"think": THINK, "short": SHORT}
 MODE_NAMES = (*MODES, "other")  # 'other': the answer begins with no control token
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+ARGUMENT_ITEMS = re.compile(r"arguments\s*\|\s*items")
 # Message fields in which other tools keep the chain of thought.
 REASONING = ("reasoning_content", "reasoning", "thinking")
 
@@ -87,10 +89,18 @@ class ChatTemplate:
         texts, blocks = self._render(chats, tools, marked=True)
         return [(text, _joined(own)) for text, own in zip(texts, blocks, strict=True)]
 
+    def prepared(self, chat: list[dict]) -> list[dict]:
+        """The messages as the template needs them: one that reads arguments one by one cannot have them as a string.
+
+        Raises:
+            ValueError: the arguments of a tool call are not a JSON object.
+        """
+        return [_with_objects(message) for message in chat] if ARGUMENT_ITEMS.search(self.source) else chat
+
     def _render(self, chats, tools, prompt=False, marked=False) -> tuple[list[str], list]:
         try:
             return render_jinja_template(
-                chats,
+                [self.prepared(chat) for chat in chats],
                 tools=tools,
                 chat_template=self.source,
                 add_generation_prompt=prompt,
@@ -101,6 +111,21 @@ class ChatTemplate:
             raise
         except Exception as error:  # a template is code and can raise anything
             raise ValueError(f"the chat template fails on this conversation ({error!r})") from error
+
+
+def _with_objects(message: dict) -> dict:
+    """A message whose tool calls have their arguments as an object, as servers pass them to templates."""
+    calls = []
+    for call in message.get("tool_calls") or ():
+        arguments = call["function"]["arguments"]
+        try:
+            parsed = json.loads(arguments) if isinstance(arguments, str) else arguments
+        except ValueError:
+            parsed = arguments
+        if not isinstance(parsed, dict):
+            raise ValueError(f"the arguments of a tool call, {arguments!r:.60}, are not a JSON object")
+        calls.append({**call, "function": {**call["function"], "arguments": parsed}})
+    return {**message, "tool_calls": calls} if calls else message
 
 
 def trained_texts(
@@ -260,11 +285,21 @@ def _check_order(messages: list[dict], text: str, answers: list[Span]) -> None:
                 raise ValueError(misplaced(turn, message))
             position, following = following.end, next(remaining)
             continue
-        content = (message.get("content") or "").strip()
-        start = text.find(content, position, following.start)
-        if start < 0:
+        end = end_of_content(text, message, position, following.start)
+        if end is None:
             raise ValueError(misplaced(turn, message))
-        position = start + len(content)
+        position = end
+
+
+def end_of_content(text: str, message: dict, position: int, before: int | None = None) -> int | None:
+    """Where the content of a message ends between two positions of a text; None if it does not occur.
+
+    Llama's template writes tool results as JSON strings.
+    """
+    content = (message.get("content") or "").strip()
+    forms = [content] + [json.dumps(content, ensure_ascii=False)] * (message["role"] == "tool")
+    found = ((text.find(form, position, before), len(form)) for form in forms)
+    return next((start + length for start, length in found if start >= 0), None)
 
 
 def misplaced(turn: int, message: dict) -> str:

@@ -17,14 +17,15 @@ from rsft_lib import demo
 from rsft_lib.common.artifact import read_manifest, write_manifest
 from rsft_lib.common.sandbox import limited
 from rsft_lib.tokenizer import contract, template_checks
-from rsft_lib.tokenizer.chat import Encoded
+from rsft_lib.tokenizer.chat import ChatTemplate, Encoded
 from rsft_lib.tokenizer.contract import check_contract, require_contract
+from rsft_lib.tokenizer.fitting import training_template
+from rsft_lib.tokenizer.formats import R1_CHAT_TEMPLATE
 from rsft_lib.tokenizer.patch import load_tokenizer, patch_tokenizer
 from rsft_lib.tokenizer.template_clock import MOMENTS
-from rsft_lib.tokenizer.templates import R1_CHAT_TEMPLATE, patch_template
 
 SHORT = {"<|quad_start|>": "<short>"}
-NEW = patch_template(R1_CHAT_TEMPLATE)[0]
+NEW = training_template(ChatTemplate(R1_CHAT_TEMPLATE, {"bos_token": demo.BOS}))[0].source
 EOS = "{{- '<｜end▁of▁sentence｜>' }}"
 
 
@@ -153,20 +154,20 @@ BREAKS = {
     "control tokens round-trip": with_tokens(set_flag("rstrip")),
     "generation stops": stop_elsewhere,
     "other text as before": swap_two_letters,
-    "template renders": template("{%- endfor -%}", ""),
-    "same at any time": template("{{bos_token}}", "{{bos_token}}{{ strftime_now('%d') }}"),
-    "prompt begins text": template("prompt %}{{'<｜Assistant｜>'}}", "prompt %}{{'<｜Assistant｜>\\n'}}"),
+    "template renders": template("{%- endfor %}", ""),
+    "same at any time": template(f'"plain": ["{demo.BOS}"]', f'"plain": ["{demo.BOS}" + strftime_now("%d")]'),
+    "prompt begins text": template("prompt %}\n    {{- settings.header", "prompt %}\n    {{- settings.header + '\\n'"),
     "thought survives": template(
-        "'' + message.content", "message.content if loop.last else message.content.split('</think>')[-1]"
+        "'' + message.content }}\n{%- endif %}\n",
+        "(message.content if loop.last else message.content.split('</think>')[-1]) }}\n{%- endif %}\n",
     ),
-    "messages in order": template("{{ns.system_prompt}}", ""),
-    "BOS once": template("{{bos_token}}", "{{bos_token}}{{bos_token}}"),
-    "end is trained": template(f"{EOS}\n    {{%- endgeneration %}}", f"{{%- endgeneration %}}\n    {EOS}"),
+    "messages in order": template("else '' + messages[0].content", "else ''"),
+    "BOS not doubled": template(f'["{demo.BOS}', f'["{demo.BOS * 2}'),
+    "end is trained": template(
+        f"{EOS}\n        {{%- endgeneration %}}", f"{{%- endgeneration %}}\n        {EOS}"
+    ),
     "header is not trained": template(
-        "{{- ('<｜tool▁outputs▁end｜>' if ns.is_tool else '') + '<｜Assistant｜>' }}\n"
-        "    {%- set ns.is_tool = false %}\n    {%- generation %}",
-        "{%- generation %}{{- ('<｜tool▁outputs▁end｜>' if ns.is_tool else '') + '<｜Assistant｜>' }}\n"
-        "    {%- set ns.is_tool = false %}",
+        "{{- settings.header }}\n        {%- generation %}", "{%- generation %}\n        {{- settings.header }}"
     ),
     "tool calls": template(EOS, "{{- '' if message.tool_calls else '<｜end▁of▁sentence｜>' }}"),
 }  # fmt: skip
@@ -187,8 +188,8 @@ def test_a_folder_that_is_broken_in_one_way_fails_in_that_check_and_no_other(sma
 
 def test_require_contract_lists_every_failed_check(small):
     BREAKS["generation stops"](small)
-    BREAKS["BOS once"](small)
-    with pytest.raises(ValueError, match="(?s)breaks the contract.*files are whole: .*generation stops: .*BOS once: "):
+    BREAKS["BOS not doubled"](small)
+    with pytest.raises(ValueError, match="(?s)breaks the contract.*files are whole: .*generation stops: .*BOS not dou"):
         require_contract(small)
 
 
@@ -233,7 +234,7 @@ def test_a_mask_that_is_not_what_the_template_marks_is_found(sound, monkeypatch)
 
 
 def test_a_template_that_drops_the_tools_is_found(small):
-    assert broken(small, template("{%- if tools %}", "{%- if false %}")) == {"tool calls"}
+    assert broken(small, template("for tool in tools", "for tool in []")) == {"tool calls"}
 
 
 def test_a_folder_without_a_template_or_with_several_fails_a_check(small):

@@ -17,13 +17,21 @@ from transformers import AutoTokenizer
 
 from rsft_lib import demo
 from rsft_lib.common.artifact import read_manifest
-from rsft_lib.tokenizer.chat import encode, prompt_ids
+from rsft_lib.tokenizer.chat import ChatTemplate, encode, prompt_ids
 from rsft_lib.tokenizer.contract import TEXTS, check_contract
+from rsft_lib.tokenizer.fitting import training_template
+from rsft_lib.tokenizer.formats import R1_CHAT_TEMPLATE, is_ours
 from rsft_lib.tokenizer.patch import load_tokenizer, patch_tokenizer
-from rsft_lib.tokenizer.templates import R1_CHAT_TEMPLATE, is_ours, patch_template
 
 SHORT = {"<|quad_start|>": "<short>"}
-NEW = patch_template(R1_CHAT_TEMPLATE)[0]
+
+
+def fitted(template: str, newline: bool = False) -> str:
+    """The training template for R1's tokens."""
+    return training_template(ChatTemplate(template, {"bos_token": demo.BOS}), newline)[0].source
+
+
+NEW = fitted(R1_CHAT_TEMPLATE)
 FLAGS = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
 
 
@@ -154,7 +162,7 @@ def test_patching_twice_gives_the_same_bytes(source, patched):
 def test_a_patched_folder_is_copied_unchanged_with_a_message(patched, tmp_path, capsys):
     facts = patch_tokenizer(patched, tmp_path / "again", SHORT)
     assert "'<short>' already exists" in capsys.readouterr().out
-    assert facts["edits"] == {} and facts["template_diff"] == ""
+    assert facts["changes"] == {} and facts["template_diff"] == ""
     old, new = hashes(patched), hashes(tmp_path / "again")
     assert old.pop("manifest.json") and new.pop("manifest.json") and old == new
 
@@ -167,12 +175,16 @@ def test_several_tokens_are_replaced_at_once(source, tmp_path):
     assert not check_contract(tmp_path / "out").failed
 
 
-def test_the_manifest_has_the_inputs_and_the_edits(source, patched):
+def test_the_manifest_has_the_inputs_and_what_changes(source, patched):
     manifest = read_manifest(patched)
     assert manifest["source"] == str(source) and len(manifest["source_sha256"]) == 64 and manifest["template"] == ""
     assert manifest["template_sha256"] == hashlib.sha256(NEW.encode()).hexdigest()
-    assert manifest["edits"].keys() == {"tools", "user turn", "assistant turn", "tool results", "generation prompt"}
-    assert "split('</think>')" in manifest["template_diff"] and manifest["ids"].keys() == {
+    assert (
+        manifest["changes"]["prompt"] == "the prompt ends where the answer begins: the model writes the control token"
+    )
+    assert manifest["changes"]["thoughts in two turns"] == "the chain of thought is kept in every turn"
+    assert not {"plain", "system", "two turns"} & manifest["changes"].keys()
+    assert "+</think>" in manifest["template_diff"] and manifest["ids"].keys() == {
         "<think>",
         "<short>",
         "</think>",
@@ -280,12 +292,12 @@ def set_template(folder: Path, template: str) -> None:
 
 
 def test_other_templates_are_refused_with_what_to_do_and_one_of_your_own_is_taken_as_it_is(model, tmp_path):
-    set_template(model, "{% for m in messages %}<|start_header_id|>{{ m.content | trim }}{% endfor %}")
-    refuse(model, tmp_path, "is that of Llama-3, which trims answers.*set `template` to the file")
-    set_template(model, "{{ messages }}")
-    refuse(model, tmp_path, "this kit cannot edit the chat template; it can edit those of R1, Qwen2.5 and Qwen3")
-    set_template(model, R1_CHAT_TEMPLATE.replace("{%- if message['role'] == 'tool' %}", "{% if 1 %}"))
-    refuse(model, tmp_path, "looks like that of R1, but the edit 'assistant turn' does not find")
+    set_template(model, "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}")
+    refuse(model, tmp_path, "unknown chat format: .*user: How many.*; known are R1 .*set `template` to the file")
+    set_template(model, R1_CHAT_TEMPLATE.replace("'<｜User｜>' +", "'<｜User｜>' * loop.index +"))
+    refuse(model, tmp_path, "like that of R1, but writes the sample chat 'two turns' as .*set `template` to the file")
+    set_template(model, "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}")
+    refuse(model, tmp_path, "own chat template cannot be rendered: .*more than 4 seconds")
     (tmp_path / "own.jinja").write_text(NEW + "{# mine #}", encoding="utf-8")
     patch_tokenizer(model, tmp_path / "out", SHORT, template=tmp_path / "own.jinja")
     assert load_tokenizer(tmp_path / "out").chat_template == NEW + "{# mine #}"
@@ -323,10 +335,25 @@ def test_a_tokenizer_with_another_template_of_your_own_is_another_one(model, tmp
         patch_tokenizer(model, tmp_path / "out", SHORT, template=other)
 
 
-def test_several_templates_are_refused(model, tmp_path):
+def test_of_several_templates_the_default_one_is_used_and_others_are_reported(model, tmp_path, capsys):
     (model / "additional_chat_templates").mkdir()
     (model / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
-    refuse(model, tmp_path, r"has several chat templates \(.*tool_use.*\); training and serving must use the same one")
+    patch_tokenizer(model, tmp_path / "out", SHORT)
+    assert "the chat template 'default' is used; tool_use are left out" in capsys.readouterr().out
+    assert load_tokenizer(tmp_path / "out").chat_template == NEW
+    (model / "chat_template.jinja").rename(model / "additional_chat_templates" / "rag.jinja")
+    refuse(model, tmp_path, r"has several chat templates \(.*\), none named 'default'")
+
+
+@pytest.mark.parametrize("named", [["default"], ["chat"], ["rag", "default"]])
+def test_named_templates_in_the_config_become_one(model, tmp_path, named):
+    config = read(model / "tokenizer_config.json")
+    (model / "chat_template.jinja").unlink()
+    entries = [{"name": name, "template": R1_CHAT_TEMPLATE if name != "rag" else "x"} for name in named]
+    write(model / "tokenizer_config.json", config | {"chat_template": entries})
+    patch_tokenizer(model, tmp_path / "out", SHORT)
+    assert read(tmp_path / "out" / "tokenizer_config.json")["chat_template"] == NEW
+    assert not check_contract(tmp_path / "out").failed
 
 
 def test_the_newline_of_the_originals_prompts_is_in_training_text_too(base, tmp_path):
@@ -354,10 +381,9 @@ def test_templates_that_were_edited_before_end_as_the_stock_one_does():
     first, early = (
         text.replace("<｜Assistant｜><think>\\n", "<｜Assistant｜>") for text in (R1_CHAT_TEMPLATE, original)
     )
-    with_newline = patch_template(R1_CHAT_TEMPLATE, trailing_newline=True)[0]
+    with_newline = fitted(R1_CHAT_TEMPLATE, True)
     for template in (R1_CHAT_TEMPLATE, original, first, early, with_newline, NEW):
-        assert patch_template(template)[0] == NEW and patch_template(template, True)[0] == with_newline != NEW
-    assert patch_template(NEW) == (NEW, []) and patch_template(with_newline, True) == (with_newline, [])
+        assert fitted(template) == NEW and fitted(template, True) == with_newline != NEW
     assert is_ours(NEW) and is_ours(with_newline) and not is_ours(NEW + " ")
 
 

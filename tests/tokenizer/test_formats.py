@@ -10,11 +10,13 @@ from real import REAL, needs_real
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from rsft_lib import demo
-from rsft_lib.tokenizer.chat import encode, prompt_ids
+from rsft_lib.tokenizer.chat import ChatTemplate, encode, prompt_ids
+from rsft_lib.tokenizer.fitting import training_template
+from rsft_lib.tokenizer.formats import R1_CHAT_TEMPLATE
 from rsft_lib.tokenizer.patch import load_tokenizer, patch_tokenizer
-from rsft_lib.tokenizer.templates import QWEN, R1_CHAT_TEMPLATE, patch_template, recognise
 
-NEW = patch_template(R1_CHAT_TEMPLATE)[0]
+R1 = ChatTemplate(R1_CHAT_TEMPLATE, {"bos_token": demo.BOS})
+NEW = training_template(R1)[0].source
 HARD = [
     "x", " two  spaces ", "\n\nlines\n", "数学 🙂 👩‍👩‍👧", '"quoted"', "<think>\n\n</think>\n\n4", "<b>&amp;",
     "{{ bos_token }}{% raw %}",
@@ -90,7 +92,7 @@ def calls(rng: random.Random) -> list[dict]:
 
 @pytest.mark.parametrize("newline", [False, True])
 def test_r1s_template_writes_and_marks_what_a_second_implementation_does(newline):
-    rng, template = random.Random(0), patch_template(R1_CHAT_TEMPLATE, newline)[0]
+    rng, template = random.Random(0), training_template(R1, newline)[0].source
     header = "<｜Assistant｜>" + "\n" * newline
     for _ in range(5000):
         chat, tools = (
@@ -153,77 +155,3 @@ def test_real_tool_chats_are_trained_by_their_answers_calls_and_ends_alone(real_
         for turn in (turn for turn, message in enumerate(chat) if message["role"] == "assistant"):
             prompt = prompt_ids(tokenizer, chat[:turn])
             assert encoded.ids[: len(prompt)] == prompt
-
-
-# Templates with what the edits look for in Qwen's: 2.5 has one branch for users and answers, 3 strips and makes up
-# thoughts. Both tell how to call tools in the same words.
-HEAD = """{%- if tools %}
-    {{- '<|im_start|>system\\n' + tools[0] | tojson + '{\\"arguments\\": <args-json-object>}<|im_end|>\\n' }}
-{%- endif %}
-{%- for message in messages %}
-"""
-TAIL = """    {%- elif message.role == "tool" %}
-        {{- '<|im_start|>user\\n<tool_response>\\n' + message.content + '\\n</tool_response><|im_end|>\\n' }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-"""
-LIKE_QWEN25 = (
-    HEAD
-    + """    {%- if (message.role == "user") or (message.role == "assistant" and not message.tool_calls) %}
-        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
-    {%- elif message.role == "assistant" %}
-        {{- '<|im_start|>assistant' + message.content }}
-        {%- for tool_call in message.tool_calls %}{{- tool_call.function.arguments | tojson }}{%- endfor %}
-        {{- '<|im_end|>\\n' }}
-"""
-    + TAIL
-    + "{%- endif %}\n"
-)
-LIKE_QWEN3 = (
-    HEAD
-    + """    {%- if message.role == "user" %}
-        {{- '<|im_start|>user\\n' + message.content + '<|im_end|>\\n' }}
-    {%- elif message.role == "assistant" %}
-        {%- set content = message.content.split('</think>')[-1] %}
-        {{- '<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n' + content + '<|im_end|>\\n' }}
-"""
-    + TAIL
-    + """    {%- if enable_thinking is defined and enable_thinking is false %}
-        {{- '<think>\\n\\n</think>\\n\\n' }}
-    {%- endif %}
-{%- endif %}"""
-)
-
-
-@pytest.mark.parametrize("stock", [LIKE_QWEN25, LIKE_QWEN3])
-def test_qwens_templates_keep_thoughts_make_up_none_and_mark_answers_with_their_end(stock):
-    assert recognise(stock) is QWEN
-    template, edits = patch_template(stock)
-    assert [edit.name for edit in edits][-2:] == ["assistant turn", "generation prompt"] or stock is LIKE_QWEN25
-    assert patch_template(template) == (template, [])
-    thought, call = "<think>\nhm\n</think>\n\n4", {"function": {"name": "f", "arguments": '{"a": 1}'}}
-    answers = [
-        {"content": thought}, {"content": "<short>4"}, {"content": None, "tool_calls": [call]},
-        {"content": "so", "tool_calls": [call, {"function": {"name": "f", "arguments": {"a": 1}}}]},
-        {"content": "4", "reasoning_content": "hm"},
-    ]  # fmt: skip
-    chat = [m for answer in answers for m in ({"role": "user", "content": "?"}, {"role": "assistant", **answer})]
-    text, written = render(template, chat)
-    called = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
-    expected = [thought, "<short>4", called, f"so\n{called}\n{called}", thought]
-    assert written == [f"{answer}<|im_end|>" for answer in expected]
-    turns = (f"<|im_start|>user\n?<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n" for answer in expected)
-    assert text == "".join(turns)
-    for turn in range(1, len(chat), 2):
-        assert text.startswith(render(template, chat[:turn], prompt=True, enable_thinking=False)[0])
-
-
-def test_a_template_that_lacks_a_part_or_cannot_have_a_newline_is_refused():
-    with pytest.raises(
-        ValueError, match="trailing_newline is for R1's template; this template is of family Qwen2.5 and Qwen3"
-    ):
-        patch_template(LIKE_QWEN3, trailing_newline=True)
-    with pytest.raises(ValueError, match="'generation prompt' does not find '{%- if add_generation_prompt %}'"):
-        patch_template(LIKE_QWEN3.replace("{%- if add_generation_prompt %}", "{% if add_generation_prompt %}"))
