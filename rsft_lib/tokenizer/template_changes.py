@@ -56,9 +56,11 @@ def changes(template: TrainingTemplate, own: OwnTexts | None) -> tuple[dict[str,
     """
     reasons: dict[str, str] = {}
     diffs: list[str] = []
-    if own and own.dated:
+    if not own:
+        return reasons, ""
+    if own.dated:
         reasons["date"] = f"fixed at {DATE:%d %B %Y}: by the clock, serving would differ from training"
-    for name in SHOWN if own else ():
+    for name in SHOWN:
         before, (after, error) = _own_text(own, name), _text_or_error(template, name)
         if before != after:
             reasons[name] = _reason(template, before, own.errors.get(name, ""), after, error)

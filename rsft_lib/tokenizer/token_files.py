@@ -58,11 +58,11 @@ class Edits:
         content = self._renamed(content)
         entries = {token: {"content": token} | self._flags(token) for token in self.new}
         if name == TOKENIZER:
-            added = [{"id": self.new[token]} | entry for token, entry in entries.items()]
-            content = content | {"added_tokens": [*content["added_tokens"], *added]}
+            listed = [{"id": self.new[token]} | entry for token, entry in entries.items()]
+            content = content | {"added_tokens": [*content["added_tokens"], *listed]}
         if name == CONFIG and "added_tokens_decoder" in content:
-            added = {str(self.new[token]): entry for token, entry in entries.items()}
-            content = content | {"added_tokens_decoder": content["added_tokens_decoder"] | added}
+            numbered = {str(self.new[token]): entry for token, entry in entries.items()}
+            content = content | {"added_tokens_decoder": content["added_tokens_decoder"] | numbered}
         if name == ADDED:
             content = content | self.new
         return _with_eos(name, content, *self.eos) if self.eos else content

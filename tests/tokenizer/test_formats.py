@@ -1,19 +1,25 @@
-"""The text and marks of patched templates, compared with a second implementation in Python."""
+"""What training templates write and mark, against a second implementation, the model's own, and spans in the text."""
 
+import functools
 import json
 import random
-from itertools import groupby
+import re
+from itertools import groupby, product
 from pathlib import Path
 
 import pytest
+from model_templates import ANSWERS, TEMPLATES
 from real import REAL, needs_real
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from rsft_lib import demo
-from rsft_lib.tokenizer.chat import ChatTemplate, encode, prompt_ids
+from rsft_lib.tokenizer.chat import ChatTemplate, encode, prompt_ids, trained_text
 from rsft_lib.tokenizer.fitting import training_template
-from rsft_lib.tokenizer.formats import R1_CHAT_TEMPLATE
+from rsft_lib.tokenizer.formats import R1_CHAT_TEMPLATE, is_ours, parse
 from rsft_lib.tokenizer.patch import load_tokenizer, patch_tokenizer
+from rsft_lib.tokenizer.sample_chats import DATE
+from rsft_lib.tokenizer.template_changes import changes
+from rsft_lib.tokenizer.template_clock import clock_at
 
 R1 = ChatTemplate(R1_CHAT_TEMPLATE, {"bos_token": demo.BOS})
 NEW = training_template(R1)[0].source
@@ -155,3 +161,126 @@ def test_real_tool_chats_are_trained_by_their_answers_calls_and_ends_alone(real_
         for turn in (turn for turn, message in enumerate(chat) if message["role"] == "assistant"):
             prompt = prompt_ids(tokenizer, chat[:turn])
             assert encoded.ids[: len(prompt)] == prompt
+
+
+def own_text(name: str, chat: list[dict], prompt: bool = False, **given) -> str:
+    _, template, special_tokens = TEMPLATES[name]
+    with clock_at(DATE):
+        return ChatTemplate(template, special_tokens).render(chat, prompt=prompt, **given)
+
+
+@functools.cache
+def fitted(name: str) -> ChatTemplate:
+    """The training template for one of the model templates."""
+    format, template, special_tokens = TEMPLATES[name]
+    found, _ = training_template(ChatTemplate(template, special_tokens))
+    assert found.format.name == format and is_ours(found.source)
+    return found.chat_template
+
+
+def turns(*answers: str | dict) -> list[dict]:
+    """A chat with these answers."""
+    messages = [answer if isinstance(answer, dict) else {"content": answer} for answer in answers]
+    asked = enumerate(messages)
+    return [m for n, a in asked for m in ({"role": "user", "content": f"{n}?"}, {"role": "assistant"} | a)]
+
+
+def tool_chat(arguments: dict | str = "{}") -> list[dict]:
+    """A thought and a call, its result, and an answer, twice."""
+    call = {"type": "function", "id": "a23456789", "function": {"name": "f", "arguments": arguments}}
+    message = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nso", "tool_calls": [call]}
+    result = {"role": "tool", "tool_call_id": "a23456789", "content": '{"sum": "4"}'}
+    return [{"role": "user", "content": "?"}, message, result, {"role": "assistant", "content": "[4]"}] * 2
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+TOOLS = [{"type": "function", "function": {"name": name, "parameters": {"n": 1}}} for name in "fg"]
+KNOWS_TOOLS = [name for name in TEMPLATES if name not in ("SmolLM2", "Zephyr", "Granite")]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_chat_without_thoughts_and_tools_is_written_as_by_the_models_own_template(name):
+    for chat in (turns("4"), turns("4", "5", "so  it is"), turns("數學 🙂\nb")):
+        expected = own_text(name, chat).replace("<think>\n\n</think>\n\n", "")
+        assert fitted(name).render(chat) == expected
+    asked = own_text(name, [SYSTEM, *turns("4")[:1]])
+    assert fitted(name).render([SYSTEM, *turns("4")[:1]]) == asked
+
+
+@pytest.mark.parametrize("name", KNOWS_TOOLS)
+def test_tools_calls_and_results_are_written_as_by_the_models_own_template(name):
+    question, call = turns("4")[:1], tool_chat({"n": [2, 2]})[:3]
+    call = [call[0], call[1] | {"content": ""}, call[2]]
+    for chat in (question, [SYSTEM, *question]):
+        assert fitted(name).render(chat, TOOLS) == own_text(name, chat, tools=TOOLS)
+    assert fitted(name).render(call) == own_text(name, call)
+    as_string = tool_chat('{"n": [2, 2]}')
+    assert fitted(name).render(as_string) == fitted(name).render(tool_chat({"n": [2, 2]}))
+
+
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if name not in KNOWS_TOOLS])
+def test_a_template_whose_model_has_no_tools_refuses_them(name):
+    for chat, tools in ((turns("4"), TOOLS), (tool_chat(), None)):
+        with pytest.raises(ValueError, match="the model's own chat template has no tool"):
+            fitted(name).render(chat, tools)
+
+
+def conversations(name: str) -> list[list[dict]]:
+    """Two turns in every form, and chats with tools where the format has them."""
+    forms = ["<think>\na\n</think>\n\nb", "<short>b", "b", " b\n\nc", {"content": "b", "reasoning_content": "a"}]
+    chats = [turns(*pair) for pair in product(forms, forms)]
+    chats += [[SYSTEM, *chat] for chat in chats[::7]]
+    return chats + [tool_chat(), [SYSTEM, *tool_chat()]] * (name in KNOWS_TOOLS)
+
+
+def differing(template: ChatTemplate, format: str, chat: list[dict]) -> bool:
+    """Whether the trained spans are not those between the assistant's headers and the ends of its answers."""
+    text, spans = trained_text(template, chat)
+    found = [match.span(1) for match in re.finditer(ANSWERS[format], text, re.DOTALL)]
+    return [(span.start, span.end) for span in spans] != found
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_trained_spans_are_those_between_header_and_end_and_prompts_begin_the_text(name):
+    for chat in conversations(name):
+        assert not differing(fitted(name), TEMPLATES[name][0], chat)
+        text, spans = trained_text(fitted(name), chat)
+        answers = [turn for turn, message in enumerate(chat) if message["role"] == "assistant"]
+        for turn, span in zip(answers, spans, strict=True):
+            assert fitted(name).render(chat[:turn], prompt=True) == text[: span.start]
+            assert (chat[turn].get("reasoning_content") or "").strip() in text[span.start : span.end]
+
+
+@needs_real
+@pytest.mark.parametrize("name", KNOWS_TOOLS)
+def test_trained_spans_of_real_tool_chats_are_those_between_header_and_end(real_chats, name):
+    assert len(real_chats) == 300
+    found = [differing(fitted(name), TEMPLATES[name][0], row["messages"]) for row in real_chats]
+    assert sum(found) == 0
+
+
+def test_the_date_and_what_models_write_before_a_chat_stay():
+    assert "Today Date: 26 Jul 2024" in fitted("Llama-3.1").render(turns("4"))
+    assert fitted("Qwen2.5").render(turns("4")).startswith("<|im_start|>system\nYou are Qwen.<|im_end|>\n")
+    assert fitted("Granite").render(turns("4")).startswith("<|start_of_role|>system<|end_of_role|>You are Granite.")
+
+
+def test_changes_name_their_reasons():
+    found = {name: changes(*training_template(ChatTemplate(*TEMPLATES[name][1:])))[0] for name in TEMPLATES}
+    assert found["Qwen3"]["plain"] == "no empty chain of thought is added"
+    assert found["QwQ"].keys() == {"prompt", "prompt of a second turn", "thoughts in two turns",
+                                   "thoughts in reasoning_content"}  # fmt: skip
+    assert found["Llama-3.1"]["date"].startswith("fixed at 26 July 2024")
+    assert found["Mistral Nemo"]["system"] == "the system message stands before the first question at every turn"
+    assert found["SmolLM2"]["tools"].startswith("refused: ") and "plain" not in found["SmolLM2"]
+    unexplained = [(name, chat) for name, why in found.items() for chat in why if "see the difference" in why[chat]]
+    assert unexplained == []
+
+
+@pytest.mark.parametrize(
+    "settings", ['{"begin": 1}', "{}", "{'a': lipsum()}", '{"end": "x"} %}{{ lipsum() }}{%- set a = {}']
+)
+def test_a_template_that_only_begins_like_ours_is_not_ours(settings):
+    body = fitted("Qwen3").source.partition("\n")[2]
+    assert not is_ours(f"{{%- set settings = {settings} %}}\n{body} ") and is_ours(fitted("Qwen3").source)
+    assert parse(f"{{%- set settings = {settings} %}}\n{body}{{{{ lipsum() }}}}") is None

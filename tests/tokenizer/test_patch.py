@@ -400,3 +400,87 @@ def test_without_its_marks_the_template_says_the_same(patched):
     assert environment.from_string(plain(NEW)).render(messages=chat, bos_token=demo.BOS) == expected
     with pytest.raises(jinja2.TemplateSyntaxError):
         environment.from_string(NEW)
+
+
+NEW_TOKENS = ("<short>", "<x>")
+
+
+@pytest.mark.parametrize("version", ["transformers 4", "transformers 5"])
+def test_new_tokens_follow_the_last_one_in_every_file_and_other_text_stays(model, tmp_path, version):
+    if version == "transformers 4":
+        as_transformers_4(model)
+    facts = patch_tokenizer(model, tmp_path / "out", {}, new_tokens=NEW_TOKENS)
+    before, after = load_tokenizer(model), load_tokenizer(tmp_path / "out")
+    last, short = len(before), after.convert_tokens_to_ids("<short>")
+    assert [after.convert_tokens_to_ids(token) for token in NEW_TOKENS] == [last, last + 1] == [short, short + 1]
+    assert len(after) == last + 2 == facts["vocab_size"] and facts["ids"]["<short>"] == last
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("a<short>b")["input_ids"].count(last) == 1
+    for text in TEXTS:
+        assert after(text)["input_ids"] == before(text)["input_ids"]
+    if version == "transformers 4":
+        assert read(tmp_path / "out" / "added_tokens.json")["<x>"] == last + 1
+        assert not read(tmp_path / "out" / "tokenizer_config.json")["added_tokens_decoder"][str(last)]["special"]
+    assert not check_contract(tmp_path / "out").failed
+    again = patch_tokenizer(tmp_path / "out", tmp_path / "again", {}, new_tokens=NEW_TOKENS)
+    assert again["new_tokens"] == [] and again["vocab_size"] == facts["vocab_size"] and again["changes"] == {}
+
+
+def test_where_a_new_token_has_its_row_is_said(model, tmp_path):
+    facts = patch_tokenizer(model, tmp_path / "spare", {}, new_tokens=["<short>"])
+    assert "a spare row" in facts["changes"]["<short>"], "the tiny model has more rows than tokens"
+    write(model / "config.json", read(model / "config.json") | {"vocab_size": facts["ids"]["<short>"]})
+    facts = patch_tokenizer(model, tmp_path / "new", {}, new_tokens=["<short>"])
+    assert "a new row of the embedding, added by notebook 02" in facts["changes"]["<short>"]
+
+
+def test_new_tokens_that_cannot_be_added_are_refused(model, tmp_path):
+    refuse(model, tmp_path, "must not be empty or begin or end with white space", {}, new_tokens=["<short> "])
+    refuse(model, tmp_path, "no tokens are given: set replacements", {})
+
+
+def as_base_model(model: Path) -> None:
+    """EOS is another token than the one with which the template ends answers, in every file."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (model / name).is_file():
+            write(model / name, read(model / name) | {"eos_token": "<|EOT|>"})
+    number = load_tokenizer(model).convert_tokens_to_ids("<|EOT|>")
+    for name in ("config.json", "generation_config.json"):
+        write(model / name, read(model / name) | {"eos_token_id": number})
+
+
+@pytest.mark.parametrize("eos", ["", demo.EOS])
+def test_eos_becomes_the_token_that_ends_answers_in_every_file(model, tmp_path, eos):
+    as_base_model(model)
+    facts = patch_tokenizer(model, tmp_path / "out", SHORT, eos=eos)
+    tokenizer = load_tokenizer(tmp_path / "out")
+    end = tokenizer.convert_tokens_to_ids(demo.EOS)
+    assert facts["changes"]["EOS"] == f"{demo.EOS}, with which the template ends answers, in place of <|EOT|>"
+    assert tokenizer.eos_token_id == end == read(tmp_path / "out" / "config.json")["eos_token_id"]
+    stops = read(tmp_path / "out" / "generation_config.json")["eos_token_id"]
+    assert stops == [end, tokenizer.convert_tokens_to_ids("<|EOT|>")]
+    assert not check_contract(tmp_path / "out").failed
+
+
+def test_an_eos_that_does_not_end_answers_or_does_not_exist_is_refused(model, tmp_path):
+    refuse(model, tmp_path, "the training template ends answers with '<｜end.of.sentence｜>'; leave eos", eos="<|EOT|>")
+    (tmp_path / "own.jinja").write_text(NEW)
+    refuse(model, tmp_path, "'<none>', which is not a token", template=tmp_path / "own.jinja", eos="<none>")
+
+
+def test_the_special_flags_of_control_tokens_are_cleared_in_every_file(model, tmp_path):
+    as_transformers_4(model)
+    content, config = read(model / "tokenizer.json"), read(model / "tokenizer_config.json")
+    for token in (*content["added_tokens"], *config["added_tokens_decoder"].values()):
+        token["special"] |= token["content"] in ("<think>", "</think>")
+    write(model / "tokenizer.json", content)
+    write(model / "tokenizer_config.json", config | {"additional_special_tokens": ["<think>", "<|EOT|>"]})
+    facts = patch_tokenizer(model, tmp_path / "out", SHORT)
+    assert facts["changes"]["special flag"].startswith("cleared for </think>, <think>: ")
+    assert read(tmp_path / "out" / "tokenizer_config.json")["additional_special_tokens"] == ["<|EOT|>"]
+    assert not check_contract(tmp_path / "out").failed
+
+
+def test_a_sentencepiece_vocabulary_alone_is_refused_with_what_to_do(model, tmp_path):
+    (model / "tokenizer.json").rename(model / "tokenizer.model")
+    with pytest.raises(FileNotFoundError, match="SentencePiece vocabulary but no tokenizer.json.*save_pretrained"):
+        patch_tokenizer(model, tmp_path / "out", SHORT)

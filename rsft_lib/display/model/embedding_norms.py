@@ -20,6 +20,7 @@ def plot_audit(audit: Audit) -> Figure:
             label = caption(f"{row.token}  {row.norm:.3g}, percentile {row.percentile:.0f}")
             place.axvline(row.norm, color=color, linestyle=style, label=label)
         place.set(title=f"{title} embedding, {len(norms):,} tokens", xlabel="row norm", ylabel="tokens", yscale="log")
-        place.legend()
+        if audit.rows:
+            place.legend()
     plt.close(figure)  # the notebook shows what a cell returns; once is enough
     return figure
