@@ -13,7 +13,16 @@ from rsft_lib.common.visible import visible
 from rsft_lib.tokenizer.chat import END_THINK, MODES, ChatTemplate
 from rsft_lib.tokenizer.fitting import training_template
 from rsft_lib.tokenizer.template_changes import changes
-from rsft_lib.tokenizer.token_files import ADDED, CONFIG, FILES, TOKENIZER, Edits, read, write_template
+from rsft_lib.tokenizer.token_files import (
+    ADDED,
+    CONFIG,
+    FILES,
+    SPECIAL_MAP,
+    TOKENIZER,
+    Edits,
+    read,
+    write_template,
+)
 
 CONTROL = (*MODES.values(), END_THINK)
 SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
@@ -248,10 +257,9 @@ def _check_patched(folder: Path, expected: dict[str, int], size: int) -> dict[st
     if differing := disagreements(folder, after):
         raise ValueError(f"{differing[0]}; add `wrong token -> right token` to the replacements")
     if len(after) != size:
-        new = sorted(token for token, number in after.get_vocab().items() if number >= size)
         raise ValueError(
-            f"{CONFIG} or another file names {', '.join(map(repr, new))}, which {TOKENIZER} does not have: remove it "
-            "there, or replace it by a token of the vocabulary"
+            f"{_phantoms(folder, after, size)}, which {TOKENIZER} does not have: remove it there, put a token of the "
+            "vocabulary in its place, or add it with new_tokens"
         )
     encoded = {t: after(t, add_special_tokens=False)["input_ids"] for t in [*CONTROL, *expected]}
     for token, ids in encoded.items():
@@ -263,3 +271,14 @@ def _check_patched(folder: Path, expected: dict[str, int], size: int) -> dict[st
         if ids[0] != expected.get(token, ids[0]):
             raise ValueError(f"{folder}: {token!r} has id {ids[0]}, expected {expected[token]}")
     return {token: ids[0] for token, ids in encoded.items()}
+
+
+def _phantoms(folder: Path, tokenizer, size: int) -> str:
+    """Where files beside `tokenizer.json` name tokens that only they have, such as `pad_token is '<pad>'`."""
+    unknown = {token for token, number in tokenizer.get_vocab().items() if number >= size}
+    found = []
+    for name in (CONFIG, SPECIAL_MAP):
+        for key, value in (read(folder / name) if (folder / name).is_file() else {}).items():
+            token = value.get("content") if isinstance(value, dict) else value
+            found += [f"{name}: {key} is {token!r}"] if isinstance(token, str) and token in unknown else []
+    return ", ".join(found) or f"a file beside {TOKENIZER} names {', '.join(map(repr, sorted(unknown)))}"

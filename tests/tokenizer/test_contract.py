@@ -17,7 +17,7 @@ from rsft_lib import demo
 from rsft_lib.common.artifact import read_manifest, write_manifest
 from rsft_lib.common.sandbox import limited
 from rsft_lib.tokenizer import contract, template_checks
-from rsft_lib.tokenizer.chat import ChatTemplate, Encoded
+from rsft_lib.tokenizer.chat import ChatTemplate
 from rsft_lib.tokenizer.contract import check_contract, require_contract
 from rsft_lib.tokenizer.fitting import training_template
 from rsft_lib.tokenizer.formats import R1_CHAT_TEMPLATE
@@ -27,6 +27,7 @@ from rsft_lib.tokenizer.template_clock import MOMENTS
 SHORT = {"<|quad_start|>": "<short>"}
 NEW = training_template(ChatTemplate(R1_CHAT_TEMPLATE, {"bos_token": demo.BOS}))[0].source
 EOS = "{{- '<｜end▁of▁sentence｜>' }}"
+LOOP = "{%- set ns = namespace"  # precedes the loop over messages
 
 
 BOTH = ["demo", pytest.param("real", marks=needs_real)]
@@ -222,15 +223,24 @@ def test_a_tokenizer_that_autotokenizer_builds_differently_is_found(sound, folde
 
 
 def test_a_mask_that_is_not_what_the_template_marks_is_found(sound, monkeypatch):
-    encode = template_checks.encode
+    marked = template_checks._marked
 
     def one_more(tokenizer, chat):
-        encoded = encode(tokenizer, chat)
-        first = encoded.loss_mask.index(1)
-        return Encoded(encoded.ids, [int(m or i == first - 1) for i, m in enumerate(encoded.loss_mask)])
+        ids, mask = marked(tokenizer, chat)
+        return ids, [int(mask[i] or mask[min(i + 1, len(mask) - 1)]) for i in range(len(mask))]
 
-    monkeypatch.setattr(template_checks, "encode", one_more)
+    monkeypatch.setattr(template_checks, "_marked", one_more)
     assert [check.name for check in check_contract(sound).failed] == ["mask as marked"]
+
+
+def test_white_space_after_eos_may_be_marked_and_is_not_trained(small):
+    assert broken(small, template(EOS, EOS + "{{- '\\n' }}")) == set()
+
+
+def test_bos_may_be_absent_or_begin_every_message(small):
+    assert broken(small, template(f'["{demo.BOS}', '["')) == set()
+    marked = NEW.replace("'<｜User｜>'", f"'{demo.BOS}<｜User｜>'").replace(f'["{demo.BOS}', '["')
+    assert broken(small, lambda place: (place / "chat_template.jinja").write_text(marked, encoding="utf-8")) == set()
 
 
 def test_a_template_that_drops_the_tools_is_found(small):
@@ -363,9 +373,9 @@ KEPT = [  # reads the clock but does not inspect the value
 
 
 def same_at_any_time(folder: Path, text: str) -> contract.Checks:
-    """Only this check, on R1's template with `text` inserted at its beginning."""
+    """Only this check, on R1's template with `text` inserted before the first message."""
     tokenizer = load_tokenizer(folder)
-    tokenizer.chat_template = NEW.replace("{{bos_token}}", "{{bos_token}}" + text)
+    tokenizer.chat_template = NEW.replace(LOOP, text + LOOP)
     return contract.Checks(check for check in template_checks._check(tokenizer) if check.name == "same at any time")
 
 
@@ -390,7 +400,7 @@ def test_the_clocks_whose_texts_are_compared_differ_in_every_part_of_a_date():
 
 def test_both_texts_and_dates_are_shown_and_an_unused_clock_is_accepted(demo_folder, tmp_path):
     own = tmp_path / "own.jinja"
-    own.write_text(NEW.replace("{{bos_token}}", "{{bos_token}}Today: {{ strftime_now('%d %b %Y') }}"), encoding="utf-8")
+    own.write_text(NEW.replace(LOOP, "Today: {{ strftime_now('%d %b %Y') }}" + LOOP), encoding="utf-8")
     patch_tokenizer(demo_folder.with_name("source"), tmp_path / "dated", SHORT, template=own)
     (failed,) = check_contract(tmp_path / "dated").failed
     assert "Today: 01 Jan 1998" in failed.detail and "Today: 02 Feb 1999" in failed.detail

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 from model_templates import ANSWERS, TEMPLATES
 from real import REAL, needs_real
+from support import ROOT
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from rsft_lib import demo
 from rsft_lib.tokenizer.chat import ChatTemplate, encode, prompt_ids, trained_text
 from rsft_lib.tokenizer.fitting import training_template
-from rsft_lib.tokenizer.formats import R1_CHAT_TEMPLATE, is_ours, parse
+from rsft_lib.tokenizer.formats import FORMATS, R1_CHAT_TEMPLATE, is_ours, parse
 from rsft_lib.tokenizer.patch import load_tokenizer, patch_tokenizer
 from rsft_lib.tokenizer.sample_chats import DATE
 from rsft_lib.tokenizer.template_changes import changes
@@ -284,3 +285,10 @@ def test_a_template_that_only_begins_like_ours_is_not_ours(settings):
     body = fitted("Qwen3").source.partition("\n")[2]
     assert not is_ours(f"{{%- set settings = {settings} %}}\n{body} ") and is_ours(fitted("Qwen3").source)
     assert parse(f"{{%- set settings = {settings} %}}\n{body}{{{{ lipsum() }}}}") is None
+
+
+@pytest.mark.parametrize("place", ["README.md", "notebooks/01_patch_tokenizer.ipynb"])
+def test_every_format_is_a_row_of_the_tables_that_users_read(place):
+    text = (ROOT / place).read_text(encoding="utf-8")
+    assert [format.name for format in FORMATS if f"| {format.name} | {format.models} |" not in text] == []
+    assert {format.name for format in FORMATS} == ANSWERS.keys() == {"R1"} | {row[0] for row in TEMPLATES.values()}

@@ -258,7 +258,9 @@ def test_tokens_that_cannot_be_replaced_are_refused_with_a_reason(model, tmp_pat
 def test_a_token_that_only_the_config_names_is_named(model, tmp_path):
     config = model / "tokenizer_config.json"
     write(config, read(config) | {"pad_token": "<pad>"})
-    refuse(model, tmp_path, "names '<pad>', which tokenizer.json does not have: remove it there")
+    refuse(
+        model, tmp_path, "tokenizer_config.json: pad_token is '<pad>', which tokenizer.json does not have: remove it"
+    )
 
 
 def test_a_vocabulary_of_sentencepiece_that_names_the_token_is_refused_and_another_is_copied(model, tmp_path):
