@@ -113,6 +113,11 @@ ZEPHYR = """{% for message in messages %}{{ '<|' + message['role'] + '|>
 ' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>
 ' }}{% endif %}"""
 
+TULU = """{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>
+' + message['content'] + (eos_token if message['role'] == 'assistant' else '') + '
+' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>
+' }}{% endif %}"""
+
 GRANITE = """{%- if messages[0].role != 'system' %}
     {{- '<|start_of_role|>system<|end_of_role|>You are Granite.<|end_of_text|>\\n' }}
 {%- endif %}
@@ -133,6 +138,7 @@ TEMPLATES = {
     "Mistral v0.3": ("Mistral", MISTRAL.replace("SPACE", " "), S),
     "Mistral Nemo": ("Mistral", MISTRAL.replace("SPACE", ""), S),
     "Zephyr": ("Zephyr", ZEPHYR, S),
+    "Tulu": ("Zephyr", TULU, {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}),
     "Granite": ("Granite", GRANITE, {"eos_token": "<|end_of_text|>"}),
 }
 
@@ -142,6 +148,6 @@ ANSWERS = {
     "ChatML": r"<\|im_start\|>assistant\n(.*?<\|im_end\|>)",
     "Llama-3": r"<\|start_header_id\|>assistant<\|end_header_id\|>\n\n(.*?<\|eot_id\|>)",
     "Mistral": r"\[/(?:INST|TOOL_RESULTS)\]((?:(?!\[/?(?:INST|TOOL_RESULTS)\]).)*?</s>)",
-    "Zephyr": r"<\|assistant\|>\n(.*?</s>)",
+    "Zephyr": r"<\|assistant\|>\n(.*?(?:</s>|<\|end_of_text\|>))",
     "Granite": r"<\|start_of_role\|>assistant<\|end_of_role\|>(.*?<\|end_of_text\|>)",
 }

@@ -93,8 +93,12 @@ FORMATS = (
         (("json", ", "),), ("list",), ("content",),
     ),
     Format(
-        "Zephyr", "Zephyr, TinyLlama", "zephyr.jinja",
-        tuple(Shape("<|user|>\n", f"{end}\n<|assistant|>\n", end) for end in ("</s>", "<|endoftext|>", "<|end|>")),
+        "Zephyr", "Zephyr, TinyLlama, Tulu 3, Falcon 3", "zephyr.jinja",
+        tuple(
+            Shape("<|user|>\n", f"{user_end}<|assistant|>\n", end, {"user_end": user_end})
+            for end in ("</s>", "<|endoftext|>", "<|end_of_text|>", "<|end|>")
+            for user_end in (f"{end}\n", "\n")
+        ),
     ),
     Format(
         "Granite", "Granite 3 and 4", "granite.jinja",
