@@ -133,6 +133,7 @@ def test_a_content_that_is_no_text_is_an_error():
 
 @pytest.fixture(scope="module")
 def real_chats() -> list[dict]:
+    """300 conversations, 191 of them with tool calls."""
     lines = (Path(REAL) / "data" / "chat_glaive_toolcall.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
@@ -258,6 +259,30 @@ def test_trained_spans_of_real_tool_chats_are_those_between_header_and_end(real_
     assert len(real_chats) == 300
     found = [differing(fitted(name), TEMPLATES[name][0], row["messages"]) for row in real_chats]
     assert sum(found) == 0
+
+
+FAMILIES = Path(REAL).parent / "cases" / "families"  # real templates over small vocabularies
+
+
+def token_masks(tokenizer, format: str, chat: list[dict]) -> tuple[list[int], list[int]]:
+    """The loss mask, and 1 for each token between an assistant's header and the end of its answer."""
+    text = ChatTemplate.of(tokenizer).render(chat)
+    answers = [match.span(1) for match in re.finditer(ANSWERS[format], text, re.DOTALL)]
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    inside = [int(any(begin <= start and end <= stop for begin, stop in answers)) for start, end in offsets]
+    return encode(tokenizer, chat).loss_mask, inside
+
+
+@needs_real
+@pytest.mark.parametrize("family", ["llama3.1", "mistral-nemo", "qwen3-coder", "qwq-32b", "r1-0528-qwen3", "smollm3"])
+def test_tokens_of_real_models_are_trained_between_header_and_end(real_chats, family):
+    tokenizer = load_tokenizer(FAMILIES / family)
+    template, _ = training_template(ChatTemplate.of(tokenizer))
+    tokenizer.chat_template = template.source
+    chats = [turns("4", "<think>\na\n</think>\n\nb"), [SYSTEM, *turns("<short>4", " 5\n")]]
+    chats += [row["messages"] for row in real_chats] if template.settings["calls"] else []
+    masks = [token_masks(tokenizer, template.format.name, chat) for chat in chats]
+    assert sum(found != expected for found, expected in masks) == 0 and len(masks) in (2, 302)
 
 
 def test_the_date_and_what_models_write_before_a_chat_stay():
