@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -69,7 +70,9 @@ class ChatTemplate:
         except TimeoutError:  # of rsft_lib.common.sandbox
             raise
         except Exception as error:  # a template is code and can raise anything
-            raise ValueError(f"the chat template fails on this conversation ({error!r})") from error
+            refused = type(error) is TemplateError  # by `raise_exception` of the template
+            why = f"refuses this conversation: {error}" if refused else f"fails on this conversation ({error!r})"
+            raise ValueError(f"the chat template {why}") from error
 
 
 def _with_objects(message: dict) -> dict:
