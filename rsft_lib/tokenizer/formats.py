@@ -129,7 +129,9 @@ class TrainingTemplate:
     @property
     def source(self) -> str:
         """The Jinja template, complete in one string."""
-        return f"{{%- set settings = {json.dumps(self.settings, ensure_ascii=False)} %}}\n{_body(self.format.file)}"
+        xml = "xml" in (self.settings.get("tools"), self.settings.get("calls"))
+        body = _body(self.format.file, without="" if xml else "xml_tools.jinja")
+        return f"{{%- set settings = {json.dumps(self.settings, ensure_ascii=False)} %}}\n{body}"
 
     @property
     def chat_template(self) -> ChatTemplate:
@@ -157,6 +159,7 @@ def is_ours(template) -> bool:
     return isinstance(template, str) and (template == R1_CHAT_TEMPLATE or parse(template) is not None)
 
 
-def _body(file: str) -> str:
-    """A template with the parts that it includes."""
-    return INCLUDE.sub(lambda part: _body(part[1]), (FOLDER / file).read_text(encoding="utf-8"))
+def _body(file: str, without: str = "") -> str:
+    """A template with the parts that it includes, except the one called `without`."""
+    text = (FOLDER / file).read_text(encoding="utf-8")
+    return INCLUDE.sub(lambda part: "" if part[1] == without else _body(part[1], without), text)

@@ -218,6 +218,7 @@ def test_tools_calls_and_results_are_written_as_by_the_models_own_template(name)
     assert fitted(name).render(call) == own_text(name, call)
     as_string = tool_chat('{"n": [2, 2]}')
     assert fitted(name).render(as_string) == fitted(name).render(tool_chat({"n": [2, 2]}))
+    assert '{"n":[2,2]}' in fitted(name).render(tool_chat('{"n":[2,2]}')), "a string is written as it is"
 
 
 @pytest.mark.parametrize("name", [name for name in TEMPLATES if name not in KNOWS_TOOLS])
