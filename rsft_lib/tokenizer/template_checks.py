@@ -18,22 +18,12 @@ from jinja2 import TemplateError
 from rsft_lib.common.check_table import Check, Checks, Skip
 from rsft_lib.common.sandbox import SECONDS, end_after, limited, run_with_limits
 from rsft_lib.common.visible import visible
-from rsft_lib.tokenizer.chat import (
-    END_THINK,
-    MODES,
-    SHORT,
-    THINK,
-    ChatTemplate,
-    encode,
-    end_of_content,
-    misplaced,
-    prompt_ids,
-)
+from rsft_lib.tokenizer.chat import END_THINK, MODES, ChatTemplate, encode, end_of_content, misplaced, prompt_ids
 from rsft_lib.tokenizer.formats import is_ours
 from rsft_lib.tokenizer.patch import load_tokenizer
 from rsft_lib.tokenizer.template_clock import difference
 
-ANSWERS = {"think": f"{THINK}\nTwo and two.\n{END_THINK}\n\nFour.", "short": f"{SHORT}Four."}
+ANSWERS = {"think": f"{MODES['think']}\nTwo and two.\n{END_THINK}\n\nFour.", "short": f"{MODES['short']}Four."}
 USER = {"role": "user", "content": "How many are 2 + 2?"}
 THOUGHT, AT_ONCE = ({"role": "assistant", "content": answer} for answer in ANSWERS.values())
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -200,7 +190,8 @@ def _header_is_not_trained(tokenizer) -> str:
 
 
 def _tool_calls(tokenizer) -> str:
-    _require_tools(tokenizer)
+    if refusal := _refusal(tokenizer, [TOOL]):
+        raise Skip(refusal)
     _renders(tokenizer, TOOLS)
     _require_messages(_text(tokenizer, TOOLS), TOOLS)
     runs = [text for text, _ in _trained_runs(tokenizer, TOOLS)]
@@ -222,14 +213,15 @@ def _tool_calls(tokenizer) -> str:
     return "tools are rendered; calls are trained including EOS, results are not"
 
 
-def _require_tools(tokenizer) -> None:
-    """Skip if the template ignores tool calls, or refuses them, so that no conversation with them is trained."""
+def _refusal(tokenizer, tools: list[dict] | None = None) -> str:
+    """Why the template writes no tool calls, so that no conversation with them is trained; '' if it does."""
     if "tool_calls" not in tokenizer.chat_template:
-        raise Skip("the template does not support tools")
+        return "the template does not support tools"
     try:
-        _text(tokenizer, TOOLS[:4], tools=[TOOL])
+        _text(tokenizer, TOOLS[:4], tools=tools)
     except TemplateError as refusal:
-        raise Skip(f"the template refuses tool calls: {refusal}") from None
+        return f"the template refuses tool calls: {refusal}"
+    return ""
 
 
 def _mask_as_marked(tokenizer) -> str:
@@ -239,7 +231,7 @@ def _mask_as_marked(tokenizer) -> str:
     """
     if not ChatTemplate.of(tokenizer).marks_answers:
         raise Skip("the template has no {% generation %}: the mask is computed by rendering turn by turn")
-    for chat in [CHAT, *([OBJECTS] if _accepts(tokenizer, OBJECTS) else [])]:
+    for chat in [CHAT, *([] if _refusal(tokenizer) else [OBJECTS])]:
         encoded, (ids, mask) = encode(tokenizer, chat), _marked(tokenizer, chat)
         differ = {
             tokenizer.decode([number]).strip() if marked else number
@@ -249,13 +241,6 @@ def _mask_as_marked(tokenizer) -> str:
         if encoded.ids != ids or differ - {""}:
             raise ValueError(f"{sum(mask)} tokens are marked, {sum(m > 0 for m in encoded.loss_mask)} are trained")
     return f"the {sum(m > 0 for m in encoded.loss_mask)} trained tokens are those that the template marks"
-
-
-def _accepts(tokenizer, chat: list[dict]) -> bool:
-    try:
-        return "tool_calls" in tokenizer.chat_template and bool(_text(tokenizer, chat))
-    except TemplateError:
-        return False
 
 
 def _text(tokenizer, chat: list[dict], prompt: bool = False, tools: list[dict] | None = None) -> str:

@@ -262,7 +262,7 @@ def test_trained_spans_of_real_tool_chats_are_those_between_header_and_end(real_
     assert sum(found) == 0
 
 
-FAMILIES = Path(REAL).parent / "cases" / "families"  # real templates over small vocabularies
+FAMILIES = Path(REAL or ".").parent / "cases" / "families"  # real templates over small vocabularies
 
 
 def token_masks(tokenizer, format: str, chat: list[dict]) -> tuple[list[int], list[int]]:
