@@ -43,6 +43,8 @@ class Audit:
     without_row: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
+        if not self.norms:
+            return "the folder has no weights: no embedding rows to compare"
         lines = [f"{'token':<12} {'embedding':<9} {'norm':>8} {'median':>8} {'percentile':>10}  nearest (cosine)"]
         for row in self.rows:
             median = self.norms[row.embedding].median().item()
@@ -61,13 +63,16 @@ def audit(model: str | Path, tokenizer, tokens: list[str], nearest: int = 6) -> 
     """Compare the rows of `tokens` with those of all tokens, in the input and output embedding of a model folder.
 
     Rows are read in blocks from memory-mapped safetensors or `.bin` files. Tied embeddings are reported once. Rows
-    beyond the tokenizer's last token are ignored, and tokens beyond the last row are listed in `without_row`.
+    beyond the tokenizer's last token are ignored, and tokens beyond the last row are listed in `without_row`. A folder
+    with a tokenizer alone has nothing to audit.
 
     Raises:
-        FileNotFoundError: the model or one of its shards is missing.
+        FileNotFoundError: the folder or a shard is missing.
         ValueError: a file is damaged, or a token is not a single id.
     """
     folder = require_path(model, "model folder")
+    if not any((folder / name).is_file() for name in hf.SOURCES):
+        return Audit([], {})
     weights, numbers = hf.open_tensors(folder, (INPUT, OUTPUT)), {token: _id(tokenizer, token) for token in tokens}
     if INPUT not in weights.pieces:
         raise ValueError(f"{folder} has no tensor {INPUT!r}")
