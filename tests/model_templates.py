@@ -108,6 +108,11 @@ MISTRAL = """{%- set system = messages[0].content if messages[0].role == 'system
     {%- endif %}
 {%- endfor %}"""
 
+MISTRAL01 = """{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}
+{{- '[INST] ' + message['content'] + ' [/INST]' }}{% elif message['role'] == 'assistant' %}
+{{- message['content'] + eos_token + ' ' }}{% else %}
+{{- raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"""
+
 ZEPHYR = """{% for message in messages %}{{ '<|' + message['role'] + '|>
 ' + message['content'] + eos_token + '
 ' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>
@@ -135,6 +140,7 @@ TEMPLATES = {
     "a tool role": ("ChatML", TOOL_ROLE, {"eos_token": "<|im_end|>"}),
     "SmolLM2": ("ChatML", SMOLLM2, {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}),
     "Llama-3.1": ("Llama-3", LLAMA31, {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}),
+    "Mistral v0.1": ("Mistral", MISTRAL01, S),
     "Mistral v0.3": ("Mistral", MISTRAL.replace("SPACE", " "), S),
     "Mistral Nemo": ("Mistral", MISTRAL.replace("SPACE", ""), S),
     "Zephyr": ("Zephyr", ZEPHYR, S),

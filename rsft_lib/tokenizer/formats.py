@@ -27,7 +27,7 @@ SETTINGS = re.compile(r"\{%- set settings = (\{.*\}) %\}\n")
 
 @dataclass(frozen=True)
 class Shape:
-    """The text around a question and its answer: `user` question `between` answer `end`."""
+    """The text around a question and its answer: `user` question `between` answer `end` `after` (in settings)."""
 
     user: str
     between: str
@@ -36,7 +36,7 @@ class Shape:
 
     @property
     def turn(self) -> str:
-        return f"{self.user}{QUESTION}{self.between}{ANSWER}{self.end}"
+        return f"{self.user}{QUESTION}{self.between}{ANSWER}{self.end}{self.settings.get('after', '')}"
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,8 @@ class Format:
 R1_END, CHATML_END, LLAMA_END, GRANITE_END = "<｜end▁of▁sentence｜>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>"
 ROLE_END = "<|end_header_id|>\n\n"
 JSON_LINES = (("json", "\n"), ("function", "\n"))
+# Spaces of Mistral's versions: before a question, before [/INST], before an answer and after EOS.
+SPACES = list(product(("[INST]", "[INST] "), ("[/INST]", " [/INST]"), ("", " "), (" ", "")))
 
 FORMATS = (
     Format(
@@ -85,10 +87,10 @@ FORMATS = (
         (("indented", "\n\n"), ("json", "\n")), ("json",), ("quoted", "raw"),
     ),
     Format(
-        "Mistral", "Mistral v0.3, Nemo, Ministral, Small", "mistral.jinja",
+        "Mistral", "Mistral v0.1 to v0.3, Nemo, Ministral, Small", "mistral.jinja",
         tuple(
-            Shape(user, f"{user_end}{space}", "</s>", {"user": user, "user_end": user_end, "space": space})
-            for user, user_end, space in product(("[INST]", "[INST] "), ("[/INST]", " [/INST]"), ("", " "))
+            Shape(user, end + space, "</s>", {"user": user, "user_end": end, "space": space, "after": after})
+            for user, end, space, after in SPACES
         ),
         (("json", ", "),), ("list",), ("content",),
     ),

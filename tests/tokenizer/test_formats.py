@@ -197,7 +197,7 @@ def tool_chat(arguments: dict | str = "{}") -> list[dict]:
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 TOOLS = [{"type": "function", "function": {"name": name, "parameters": {"n": 1}}} for name in "fg"]
-KNOWS_TOOLS = [name for name in TEMPLATES if name not in ("SmolLM2", "Zephyr", "Tulu", "Granite")]
+KNOWS_TOOLS = [name for name in TEMPLATES if name not in ("SmolLM2", "Mistral v0.1", "Zephyr", "Tulu", "Granite")]
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -205,8 +205,12 @@ def test_a_chat_without_thoughts_and_tools_is_written_as_by_the_models_own_templ
     for chat in (turns("4"), turns("4", "5", "so  it is"), turns("數學 🙂\nb")):
         expected = own_text(name, chat).replace("<think>\n\n</think>\n\n", "")
         assert fitted(name).render(chat) == expected
-    asked = own_text(name, [SYSTEM, *turns("4")[:1]])
-    assert fitted(name).render([SYSTEM, *turns("4")[:1]]) == asked
+    question = [SYSTEM, *turns("4")[:1]]
+    if name == "Mistral v0.1":
+        with pytest.raises(ValueError, match="the model's own chat template has no system message"):
+            fitted(name).render(question)
+    else:
+        assert fitted(name).render(question) == own_text(name, question)
 
 
 @pytest.mark.parametrize("name", KNOWS_TOOLS)
@@ -232,7 +236,7 @@ def conversations(name: str) -> list[list[dict]]:
     """Two turns in every form, and chats with tools where the format has them."""
     forms = ["<think>\na\n</think>\n\nb", "<short>b", "b", " b\n\nc", {"content": "b", "reasoning_content": "a"}]
     chats = [turns(*pair) for pair in product(forms, forms)]
-    chats += [[SYSTEM, *chat] for chat in chats[::7]]
+    chats += [[SYSTEM, *chat] for chat in chats[::7] if name != "Mistral v0.1"]
     return chats + [tool_chat(), [SYSTEM, *tool_chat()]] * (name in KNOWS_TOOLS)
 
 
