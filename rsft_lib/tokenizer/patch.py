@@ -39,20 +39,20 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast.from_pretrained(require_tokenizer(folder), trust_remote_code=False)
 
 
-def require_tokenizer(folder: str | Path) -> Path:
-    """The folder, with its path resolved.
+def require_tokenizer(folder: str | Path, what: str = "tokenizer") -> Path:
+    """The folder, with its path resolved; `what` describes the tokenizer in the error.
 
     Raises:
         FileNotFoundError: the folder has no `tokenizer.json`.
     """
-    place = require_path(folder, "tokenizer folder")
+    place = resolve(folder)
     if not (place / TOKENIZER).is_file() and any((place / name).is_file() for name in SENTENCEPIECE):
         raise FileNotFoundError(
             f"{place} has a SentencePiece vocabulary but no {TOKENIZER}, which this kit needs; write one with "
             f"transformers and sentencepiece installed: AutoTokenizer.from_pretrained({str(place)!r})"
             f".save_pretrained({str(place)!r})"
         )
-    return require_path(place / TOKENIZER, "tokenizer").parent
+    return require_path(place / TOKENIZER, what).parent
 
 
 def patch_tokenizer(
@@ -93,7 +93,7 @@ def patch_tokenizer(
     """
     if not replacements and not new_tokens:
         raise ValueError("no tokens are given: set replacements, such as {'<|quad_start|>': '<short>'}, or new_tokens")
-    source = require_tokenizer(source)
+    source = require_tokenizer(source, "tokenizer of the model")
     before = load_tokenizer(source)
     raw = Tokenizer.from_file(str(source / TOKENIZER))
     expected = _expected_ids(source, replacements, raw, before.special_tokens_map)
