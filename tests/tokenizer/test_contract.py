@@ -433,3 +433,16 @@ def test_limits_hold_for_a_block_and_are_gone_after_it():
             pass
     with pytest.raises(KeyError), limited("another error"):
         raise KeyError
+
+
+@needs_real
+@pytest.mark.parametrize(
+    ("family", "tokens"),
+    [("mistral-nemo", "[control_{}]"), ("llama3.1", "<|reserved_special_token_{}|>")],
+    ids=["SentencePiece's spaces", "no thinking tokens"],
+)
+def test_real_tokenizers_of_other_formats_pass(family, tokens, tmp_path):
+    names = zip((8, 9, 10), ("<short>", "<think>", "</think>"), strict=True)
+    renamed = {tokens.format(number): name for number, name in names}
+    patch_tokenizer(Path(REAL).parent / "cases" / "families" / family, tmp_path / "out", renamed)
+    assert not check_contract(tmp_path / "out").failed
