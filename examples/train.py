@@ -13,8 +13,8 @@ if __name__ == "__main__":
         sys.exit(__doc__)
     name, data, out, epochs = (*sys.argv[1:4], float((sys.argv[4:] or ["1"])[0]))
     model = model_folder(name)
-    patch_tokenizer(model, f"{out}/tokenizer", {"<|quad_start|>": "<short>"})
-    convert(model, f"{out}/megatron")
+    tokens = patch_tokenizer(model, f"{out}/tokenizer", {"<|quad_start|>": "<short>"})["vocab_size"]
+    convert(model, f"{out}/megatron", tokens=tokens)
     tokenize(data, f"{out}/tokenizer", f"{out}/tokens", max_length=513)
     config = TrainConfig(
         checkpoint=f"{out}/megatron", data=f"{out}/tokens", output=f"{out}/run", epochs=epochs, seq_length=512,

@@ -3,7 +3,7 @@
 In the order in which they are used:
 
     model_folder      a Hugging Face model by folder or Hub name
-    patch_tokenizer   an unused token becomes `<short>`; the chat template keeps the chain of thought
+    patch_tokenizer   the vocabulary gets `<short>`; the chat template becomes one for training
     load_tokenizer    a tokenizer folder, without running code of it
     convert           Hugging Face weights -> a `torch_dist` checkpoint of megatron-core
     build_hybrid      long and short answers to the same problems -> train.jsonl and heldout.jsonl

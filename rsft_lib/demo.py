@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from rsft_lib.common.artifact import new_folder
 from rsft_lib.common.paths import resolve
 from rsft_lib.common.progress import without_bars
-from rsft_lib.tokenizer.templates import R1_CHAT_TEMPLATE
+from rsft_lib.tokenizer.formats import R1_CHAT_TEMPLATE
 
 MODEL, SOURCES = "assets/checkpoints/tiny", "assets/data/tiny"  # written by notebooks 01 and 03
 TINY = {  # settings of training.config.TrainConfig for this model

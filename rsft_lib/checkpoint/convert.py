@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 
 from rsft_lib.checkpoint import any_format
 from rsft_lib.checkpoint.formats import hf, legacy, torch_dist
-from rsft_lib.checkpoint.lazy_weights import Weights, resized, with_row_means
+from rsft_lib.checkpoint.lazy_weights import Weights, grown, resized, with_row_means
 from rsft_lib.common.artifact import MANIFEST, file_hash, new_folder, read_manifest, reusable
 from rsft_lib.common.paths import require_path, resolve
 from rsft_lib.common.progress import progress
@@ -29,6 +29,7 @@ def convert(
     pipeline_parallel: int = 1,
     vocab_size: int = 0,
     dtype: str = "",
+    tokens: int = 0,
     row_means: dict[int, list[int]] | None = None,
     original: str | Path = "",
     overwrite: bool = False,
@@ -46,6 +47,8 @@ def convert(
         vocab_size: vocabulary size that Megatron-LM will use for the legacy layout (its tokenizer's, 151,665 for
             R1-Distill-Qwen); 0 for that of `config.json`. It is padded; the model's rows beyond that are dropped.
         dtype: 'bfloat16', 'float16' or 'float32' to cast all weights; empty to keep the dtype of each weight.
+        tokens: number of tokens of the tokenizer. If the model has fewer rows, embedding, output layer and `vocab_size`
+            in `config.json` grow to it; each new row is the mean of all rows.
         row_means: token -> tokens; initialise its rows in embedding and output layer as the mean of theirs.
         original: Hugging Face folder of the model, for a checkpoint written by Megatron-LM: the source of
             `config.json` and of vocabulary rows that were dropped.
@@ -64,13 +67,16 @@ def convert(
     source, destination = require_path(source, "model folder"), resolve(destination)
     describing = require_path(original, "original model") if original else source
     config, row_means = read_config(describing), row_means or {}
-    _check_settings(config, format, tensor_parallel, pipeline_parallel, vocab_size, dtype, row_means)
+    total = max(config.vocab_size, tokens)
+    _check_settings(config, format, tensor_parallel, pipeline_parallel, vocab_size, dtype, row_means, total)
     any_format.check(source)
     _report_ignored_files(source)
     weights = any_format.whole_vocabulary(
         any_format.open_weights(source, config), config, describing if original else None
     )
-    rows, vocabulary = config.vocab_size, any_format.vocabulary(config)
+    vocabulary, rows = any_format.vocabulary(config), total
+    weights = grown(weights, vocabulary, total)
+    config.vocab_size = total
     if format == "legacy":
         rows = legacy.rows_of_vocabulary(vocab_size or rows, tensor_parallel)
         destination = destination.with_name(f"{destination.name}_TP{tensor_parallel}PP{pipeline_parallel}")
@@ -88,7 +94,7 @@ def convert(
     }
 
     def unchanged() -> bool:  # bit for bit what would be written
-        if (destination / "config.json").read_bytes() != config_bytes(describing, dtype):
+        if (destination / "config.json").read_bytes() != config_bytes(describing, dtype, total):
             return False
         return not differing(weights, any_format.open_weights(destination, config))
 
@@ -106,7 +112,7 @@ def _report_ignored_files(source: Path) -> None:
 
 def _check_settings(
     config: PretrainedConfig, format: str, tensor_parallel: int, pipeline_parallel: int, vocab_size: int, dtype: str,
-    row_means: dict[int, list[int]],
+    row_means: dict[int, list[int]], rows: int,
 ) -> None:  # fmt: skip
     if format not in FORMATS:
         raise ValueError(f"format is {format!r}; choose one of {', '.join(FORMATS)}")
@@ -121,9 +127,9 @@ def _check_settings(
             "parallel sizes and vocab_size are for format 'legacy'; a torch_dist checkpoint loads at any size"
         )
     for row, others in row_means.items():
-        invalid = [token for token in (row, *others) if not 0 <= token < config.vocab_size]
+        invalid = [token for token in (row, *others) if not 0 <= token < rows]
         if invalid or not others:
-            raise ValueError(f"row_means[{row}] = {others}: expected token ids from 0 to {config.vocab_size - 1}")
+            raise ValueError(f"row_means[{row}] = {others}: expected token ids from 0 to {rows - 1}")
 
 
 def _counts(weights: Weights) -> dict:
@@ -175,24 +181,26 @@ def _write(
             legacy.write(folder, weights, files, bar.update)
         else:
             facts["files"] = torch_dist.write(folder, weights, bar.update)
-        copy_along(describing, folder, dtype)
+        copy_along(describing, folder, dtype, config.vocab_size)
 
 
-def copy_along(describing: Path, folder: Path, dtype: str = "") -> None:
-    """Copy `config.json` and the generation config; `dtype`, unless empty, replaces the config's."""
+def copy_along(describing: Path, folder: Path, dtype: str = "", vocab_size: int = 0) -> None:
+    """Copy `config.json` and the generation config; see `config_bytes`."""
     if (describing / GENERATION).is_file():
         shutil.copyfile(describing / GENERATION, folder / GENERATION)
-    (folder / "config.json").write_bytes(config_bytes(describing, dtype))
+    (folder / "config.json").write_bytes(config_bytes(describing, dtype, vocab_size))
 
 
-def config_bytes(describing: Path, dtype: str) -> bytes:
-    """The `config.json` of a model whose weights were cast to `dtype`; unchanged if that is empty.
+def config_bytes(describing: Path, dtype: str = "", vocab_size: int = 0) -> bytes:
+    """The `config.json` of a model whose weights were cast to `dtype` or grown to `vocab_size` rows.
 
-    The field is `dtype` in transformers 5 and `torch_dtype` before; each one that is present is set.
+    It is unchanged if neither is given or new. The field is `dtype` in transformers 5 and `torch_dtype` before; each
+    one that is present is set.
     """
     file = (describing / "config.json").read_bytes()
-    if not dtype:
-        return file
     content = json.loads(file)
     names = [name for name in ("dtype", "torch_dtype") if name in content] or ["dtype"]
-    return (json.dumps(content | dict.fromkeys(names, dtype), indent=2, ensure_ascii=False) + "\n").encode()
+    changes: dict = dict.fromkeys(names, dtype) if dtype else {}
+    if vocab_size and vocab_size != content.get("vocab_size"):
+        changes["vocab_size"] = vocab_size
+    return (json.dumps(content | changes, indent=2, ensure_ascii=False) + "\n").encode() if changes else file

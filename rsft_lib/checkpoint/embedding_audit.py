@@ -33,12 +33,18 @@ class Row:
 
 @dataclass(frozen=True)
 class Audit:
-    """The audited rows, and per embedding the norms of all tokens' rows (float32, [tokens])."""
+    """The audited rows, and per embedding the norms of all tokens' rows (float32, [tokens]).
+
+    `without_row` are tokens beyond the last row: `convert` adds their rows, each the mean of all others.
+    """
 
     rows: list[Row]
     norms: dict[str, Tensor]
+    without_row: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
+        if not self.norms:
+            return "the folder has no weights: no embedding rows to compare"
         lines = [f"{'token':<12} {'embedding':<9} {'norm':>8} {'median':>8} {'percentile':>10}  nearest (cosine)"]
         for row in self.rows:
             median = self.norms[row.embedding].median().item()
@@ -46,6 +52,7 @@ class Audit:
             lines.append(
                 f"{row.token:<12} {row.embedding:<9} {row.norm:>8.3f} {median:>8.3f} {row.percentile:>10.1f}  {near}"
             )
+        lines += [f"{token:<12} has no row yet: notebook 02 adds one, the mean of all" for token in self.without_row]
         return visible("\n".join(lines))
 
     def _repr_html_(self) -> str:
@@ -56,17 +63,23 @@ def audit(model: str | Path, tokenizer, tokens: list[str], nearest: int = 6) -> 
     """Compare the rows of `tokens` with those of all tokens, in the input and output embedding of a model folder.
 
     Rows are read in blocks from memory-mapped safetensors or `.bin` files. Tied embeddings are reported once. Rows
-    beyond the tokenizer's last token are ignored.
+    beyond the tokenizer's last token are ignored, and tokens beyond the last row are listed in `without_row`. A folder
+    with a tokenizer alone has nothing to audit.
 
     Raises:
-        FileNotFoundError: the model or one of its shards is missing.
-        ValueError: a file is damaged, a token is not a single id, or the embedding has no row for it.
+        FileNotFoundError: the folder or a shard is missing.
+        ValueError: a file is damaged, or a token is not a single id.
     """
     folder = require_path(model, "model folder")
-    weights, ids = hf.open_tensors(folder, (INPUT, OUTPUT)), [_id(tokenizer, token) for token in tokens]
+    if not any((folder / name).is_file() for name in hf.SOURCES):
+        return Audit([], {})
+    weights, numbers = hf.open_tensors(folder, (INPUT, OUTPUT)), {token: _id(tokenizer, token) for token in tokens}
     if INPUT not in weights.pieces:
         raise ValueError(f"{folder} has no tensor {INPUT!r}")
-    rows, norms = [], {}
+    height = len(weights.empty(INPUT))
+    without_row = tuple(token for token, number in numbers.items() if number >= height)
+    tokens = [token for token in tokens if token not in without_row]
+    rows, norms, ids = [], {}, [numbers[token] for token in tokens]
     for name, title in ((INPUT, "input"), (OUTPUT, "output")):
         if name not in weights.pieces:
             continue
@@ -75,7 +88,7 @@ def audit(model: str | Path, tokenizer, tokens: list[str], nearest: int = 6) -> 
         norms[title] = lengths
         for number, token, product in zip(ids, tokens, products, strict=True):
             rows.append(_row(tokenizer, token, number, title, lengths, product, nearest))
-    return Audit(rows, norms)
+    return Audit(rows, norms, without_row)
 
 
 def row_means(tokenizer, words: dict[str, list[str]]) -> dict[int, list[int]]:
@@ -107,11 +120,8 @@ def _id(tokenizer, token: str) -> int:
 
 def _scan(weights: Weights, name: str, ids: list[int], count: int) -> tuple[Tensor, Tensor]:
     """Norms of the first `count` rows, [count], and their dot products with the rows `ids`, [len(ids), count]."""
-    height = len(weights.empty(name))
-    if max(ids) >= height:
-        raise ValueError(f"{name} has {height} rows, but the tokenizer has token id {max(ids)}")
-    selected = torch.cat([_rows(weights, name, i, i + 1) for i in ids])  # [len(ids), h]
-    count = min(count, height)
+    selected = torch.cat([_rows(weights, name, i, i + 1) for i in ids] or [_rows(weights, name, 0, 0)])  # [len(ids), h]
+    count = min(count, len(weights.empty(name)))
     pieces = (_rows(weights, name, start, min(start + ROWS, count)) for start in range(0, count, ROWS))
     results = [(piece.norm(dim=1), selected @ piece.T) for piece in pieces]
     return torch.cat([norm for norm, _ in results]), torch.cat([product for _, product in results], dim=1)

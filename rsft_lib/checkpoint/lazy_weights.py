@@ -137,6 +137,22 @@ def resized(weights: Weights, names: Iterable[str], count: int) -> Weights:
     return Weights(weights.pieces | changed, weights.dtype)
 
 
+def grown(weights: Weights, names: Iterable[str], count: int) -> Weights:
+    """The same weights, with those in `names` extended to `count` rows, each new one the fp32 mean of the stored rows.
+
+    The mean of all rows makes a new token neither likely nor unlikely:
+    https://nlp.stanford.edu/~johnhew/vocab-expansion.html
+    """
+    changed = {}
+    for name in names:
+        stored, dtype = len(weights.empty(name)), weights.empty(name).dtype
+        if count > stored:
+            mean = sum(block.float().sum(dim=0, keepdim=True) for block in weights.blocks(name)) / stored
+            new = mean.to(dtype).expand(count - stored, -1)  # uses the memory of one row
+            changed[name] = weights.pieces[name] + _one(new, at=stored)
+    return Weights(weights.pieces | changed, weights.dtype)
+
+
 def with_row_means(weights: Weights, names: Iterable[str], means: dict[int, list[int]]) -> Weights:
     """The same weights, with each row `r` of those in `names` replaced by the fp32 mean of the rows `means[r]`."""
     changed = {}

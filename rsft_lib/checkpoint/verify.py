@@ -16,7 +16,7 @@ from rsft_lib.checkpoint import any_format
 from rsft_lib.checkpoint.convert import copy_along, differing
 from rsft_lib.checkpoint.export import export
 from rsft_lib.checkpoint.formats import hf, torch_dist
-from rsft_lib.checkpoint.lazy_weights import Box, Weights, resized, with_row_means
+from rsft_lib.checkpoint.lazy_weights import Box, Weights, grown, resized, with_row_means
 from rsft_lib.checkpoint.sharded import load_weights
 from rsft_lib.common.artifact import MANIFEST, VERIFICATION, new_folder, read_manifest, write_json
 from rsft_lib.model.config import read_config, transformer_config
@@ -48,7 +48,8 @@ def verify_conversion(
     """
     weights, others, rounded = _both(model, checkpoint)
     table = tensor_table(weights, others)
-    lost = {"lost_in_round_trip": lost_in_round_trip(model, checkpoint.parent)} if round_trip else {}
+    rows = _rows(model, checkpoint)
+    lost = {"lost_in_round_trip": lost_in_round_trip(model, checkpoint.parent, rows)} if round_trip else {}
     return {
         "model": str(model),
         "checkpoint": str(checkpoint),
@@ -79,7 +80,9 @@ def _both(model: Path, checkpoint: Path) -> tuple[Weights, Weights, bool]:
     """Both by Hugging Face names, and whether one was rounded to a shorter dtype, to which both are then cast."""
     config = read_config(model)
     weights = hf.open_weights(model, config)
-    weights = with_row_means(weights, [name for name in EMBEDDINGS if name in weights.pieces], _row_means(checkpoint))
+    config.vocab_size = _rows(model, checkpoint)
+    vocabulary = [name for name in EMBEDDINGS if name in weights.pieces]
+    weights = with_row_means(grown(weights, vocabulary, config.vocab_size), vocabulary, _row_means(checkpoint))
     any_format.check(checkpoint)
     stored = any_format.open_weights(checkpoint, config)
     others = hf.as_hf(resized(stored, any_format.vocabulary(config), config.vocab_size), config)
@@ -88,6 +91,12 @@ def _both(model: Path, checkpoint: Path) -> tuple[Weights, Weights, bool]:
         shorter = min(dtypes[1].pop(), dtypes[0].pop(), key=lambda dtype: dtype.itemsize)
         return Weights(weights.pieces, shorter), Weights(others.pieces, shorter), True
     return weights, others, False
+
+
+def _rows(model: Path, checkpoint: Path) -> int:
+    """Rows of the embedding: `convert` may have added some to the model's."""
+    described = [folder for folder in (model, checkpoint) if (folder / "config.json").is_file()]
+    return max(read_config(folder).vocab_size for folder in described)
 
 
 def _row_means(checkpoint: Path) -> dict[int, list[int]]:
@@ -105,18 +114,24 @@ class _Perturbed(Weights):
         return (tensor.contiguous().view(bits) ^ 1).view(tensor.dtype)
 
 
-def lost_in_round_trip(model: Path, scratch: Path) -> list[str]:
+def lost_in_round_trip(model: Path, scratch: Path, rows: int = 0) -> list[str]:
     """Names of tensors that change when the perturbed model is written to a checkpoint and exported again.
 
     Temporarily needs twice the model's size on the disk of `scratch`.
+
+    Args:
+        rows: rows to which the embedding has grown; 0 for the model's.
     """
     config = read_config(model)
-    perturbed = _Perturbed(hf.open_weights(model, config).pieces)
+    weights = hf.open_weights(model, config)
+    config.vocab_size = max(config.vocab_size, rows)
+    vocabulary = [name for name in EMBEDDINGS if name in weights.pieces]
+    perturbed = _Perturbed(grown(weights, vocabulary, config.vocab_size).pieces)
     with tempfile.TemporaryDirectory(dir=scratch, prefix=".round-trip-") as place:
         facts: dict = {"made_by": "convert"}
         with new_folder(Path(place) / "checkpoint", facts) as folder:
             facts["files"] = torch_dist.write(folder, _Perturbed(hf.as_megatron(perturbed, config).pieces))
-            copy_along(model, folder)
+            copy_along(model, folder, vocab_size=config.vocab_size)
         export(Path(place) / "checkpoint", model, Path(place) / "exported")
         return differing(perturbed, hf.open_weights(Path(place) / "exported", config))
 
@@ -134,7 +149,8 @@ def compare_outputs(model: Path, checkpoint: Path, sentence: str, new_tokens: in
     def generate(logits: Logits) -> tuple[Tensor, list[int]]:
         return logits(ids), _greedy(logits, ids, new_tokens)
 
-    expected, expected_tokens = with_transformers(model, generate, _row_means(checkpoint))
+    means, rows = _row_means(checkpoint), _rows(model, checkpoint)
+    expected, expected_tokens = with_transformers(model, generate, means, rows)
     actual, actual_tokens = with_megatron(model, checkpoint, ids.shape[1] + new_tokens, generate)
     likely = expected[0, -1].topk(SHOWN).indices.tolist()
     return {
@@ -154,11 +170,21 @@ def compare_outputs(model: Path, checkpoint: Path, sentence: str, new_tokens: in
 
 
 @torch.no_grad()
-def with_transformers(model: Path, use: Callable[[Logits], object], row_means: dict[int, list[int]] | None = None):
-    """The result of `use` on a folder's model, loaded by transformers in fp32 and released afterwards."""
+def with_transformers(
+    model: Path, use: Callable[[Logits], object], row_means: dict[int, list[int]] | None = None, rows: int = 0
+):
+    """The result of `use` on a folder's model, loaded by transformers in fp32 and released afterwards.
+
+    `rows` is the number of embedding rows to grow to, each new one the mean of the others; 0 for the model's.
+    """
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, trust_remote_code=False)
     loaded = loaded.to(device()).eval()
-    stored = loaded.config.dtype or torch.float32
+    stored = read_config(model).dtype or torch.float32
+    before = loaded.config.vocab_size
+    if rows > before:
+        loaded.resize_token_embeddings(rows, mean_resizing=False)
+        for table in {loaded.get_input_embeddings().weight, loaded.get_output_embeddings().weight}:
+            table[before:] = table[:before].mean(dim=0).to(stored).float()
     for table in {loaded.get_input_embeddings().weight, loaded.get_output_embeddings().weight}:
         means = {row: table[others].mean(dim=0).to(stored).float() for row, others in (row_means or {}).items()}
         for row, mean in means.items():
@@ -170,6 +196,7 @@ def with_transformers(model: Path, use: Callable[[Logits], object], row_means: d
 def with_megatron(model: Path, checkpoint: Path, max_length: int, use: Callable[[Logits], object]):
     """The result of `use` on a checkpoint, loaded by megatron-core in fp32 on one rank; `model` has its config."""
     config = read_config(model)
+    config.vocab_size = _rows(model, checkpoint)
     with ranks():
         loaded = build_model(config, transformer_config(config), "torch", max_length).to(device()).eval()
         load_weights(loaded, checkpoint)

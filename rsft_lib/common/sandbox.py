@@ -4,10 +4,15 @@ import math
 import os
 import resource
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from rsft_lib.common.parent_death import die_with_parent
+
 SECONDS, MEMORY = 4, 512 << 20  # a thousand times what rendering a conversation needs
+DEADLINE = 300  # seconds of wall time for a process of `run_with_limits`, with its start on a busy machine
 
 
 @contextmanager
@@ -56,6 +61,26 @@ def end_after(seconds: int) -> None:
     """Have the kernel kill this process after `seconds` more of CPU time, even inside a call into C."""
     hard = math.ceil(_cpu_seconds()) + seconds
     resource.setrlimit(resource.RLIMIT_CPU, (hard, hard))
+
+
+def run_with_limits(module: str, *arguments: str, stdin: str = "") -> str:
+    """Run a module that limits itself, in a process with a timeout, since it could sleep; return its output.
+
+    Raises:
+        ValueError: it ended with an error, was killed, or did not finish; the message is the last line of its stderr.
+    """
+    command = [sys.executable, "-m", module, *arguments]
+    try:
+        done = subprocess.run(
+            command, input=stdin, capture_output=True, text=True, timeout=DEADLINE, preexec_fn=die_with_parent
+        )
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"rendering did not finish within {DEADLINE} seconds") from None
+    if done.returncode < 0:
+        raise ValueError(f"rendering was killed by signal {-done.returncode} after more than {SECONDS} seconds")
+    if done.returncode:
+        raise ValueError((done.stderr.strip().splitlines() or ["it failed without a message"])[-1])
+    return done.stdout
 
 
 def _out_of_time(number, frame) -> None:

@@ -4,19 +4,18 @@ A conversation is a list of messages with `role` (system, user, assistant, tool)
 may have `train: false`, which makes it context only, or `weight`, a factor on the loss of its tokens.
 """
 
-import re
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import numpy as np
-from transformers.utils.chat_template_utils import render_jinja_template
+
+from rsft_lib.tokenizer.chat_template import ChatTemplate, Span
 
 THINK, END_THINK, SHORT = "<think>", "</think>", "<short>"
 MODES = {"think": THINK, "short": SHORT}
 MODE_NAMES = (*MODES, "other")  # 'other': the answer begins with no control token
 
-GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Message fields in which other tools keep the chain of thought.
 REASONING = ("reasoning_content", "reasoning", "thinking")
 
@@ -42,65 +41,12 @@ def modes_of(first: np.ndarray, control_ids: Sequence[int | None]) -> np.ndarray
     return modes
 
 
-class Span(NamedTuple):
-    """Trained characters `start` to `end` (exclusive) of a text; `code` is their index into LOSS_WEIGHTS."""
-
-    start: int
-    end: int
-    code: int = 1
-
-
 @dataclass(frozen=True)
 class Encoded:
     """A tokenized conversation: `ids` and `loss_mask`, one entry per token; mask 0 is not trained."""
 
     ids: list[int]
     loss_mask: list[int]
-
-
-@dataclass(frozen=True)
-class ChatTemplate:
-    """A Jinja chat template with the special tokens it may refer to."""
-
-    source: str
-    special_tokens: dict[str, Any]
-
-    @classmethod
-    def of(cls, tokenizer) -> "ChatTemplate":
-        return cls(tokenizer.chat_template, tokenizer.special_tokens_map)
-
-    @property
-    def marks_answers(self) -> bool:
-        """Whether the template marks the assistant's output with `{% generation %}` blocks."""
-        return GENERATION.search(self.source) is not None
-
-    def render(self, messages: list[dict], tools: list[dict] | None = None, prompt: bool = False) -> str:
-        """The conversation as text; with `prompt`, the generation prompt is appended.
-
-        Raises:
-            ValueError: the template fails on this conversation.
-        """
-        return self._render([messages], tools, prompt)[0][0]
-
-    def render_marked(self, chats: list[list[dict]], tools: list[dict] | None = None) -> list[tuple[str, list[Span]]]:
-        """The text of each conversation, and the spans of its `{% generation %}` blocks."""
-        texts, blocks = self._render(chats, tools, marked=True)
-        return [(text, _joined(own)) for text, own in zip(texts, blocks, strict=True)]
-
-    def _render(self, chats, tools, prompt=False, marked=False) -> tuple[list[str], list]:
-        try:
-            return render_jinja_template(
-                chats,
-                tools=tools,
-                chat_template=self.source,
-                add_generation_prompt=prompt,
-                return_assistant_tokens_mask=marked,
-                **self.special_tokens,
-            )
-        except TimeoutError:  # of rsft_lib.common.sandbox
-            raise
-        except Exception as error:  # a template is code and can raise anything
-            raise ValueError(f"the chat template fails on this conversation ({error!r})") from error
 
 
 def trained_texts(
@@ -260,11 +206,21 @@ def _check_order(messages: list[dict], text: str, answers: list[Span]) -> None:
                 raise ValueError(misplaced(turn, message))
             position, following = following.end, next(remaining)
             continue
-        content = (message.get("content") or "").strip()
-        start = text.find(content, position, following.start)
-        if start < 0:
+        end = end_of_content(text, message, position, following.start)
+        if end is None:
             raise ValueError(misplaced(turn, message))
-        position = start + len(content)
+        position = end
+
+
+def end_of_content(text: str, message: dict, position: int, before: int | None = None) -> int | None:
+    """Where the content of a message ends between two positions of a text; None if it does not occur.
+
+    Llama's template writes tool results as JSON strings.
+    """
+    content = (message.get("content") or "").strip()
+    forms = [content] + [json.dumps(content, ensure_ascii=False)] * (message["role"] == "tool")
+    found = ((text.find(form, position, before), len(form)) for form in forms)
+    return next((start + length for start, length in found if start >= 0), None)
 
 
 def misplaced(turn: int, message: dict) -> str:
@@ -273,14 +229,3 @@ def misplaced(turn: int, message: dict) -> str:
         f"message {turn} ({message['role']}): the chat template drops, changes or moves it: "
         f"{message.get('content')!r:.60} is not found between the preceding and the following message"
     )
-
-
-def _joined(blocks: list[tuple[int, int]]) -> list[Span]:
-    """Blocks as spans; adjacent blocks are merged into one answer."""
-    spans: list[Span] = []
-    for start, end in blocks:
-        if spans and spans[-1].end == start:
-            spans[-1] = Span(spans[-1].start, end)
-        elif end > start:
-            spans.append(Span(start, end))
-    return spans

@@ -1,8 +1,7 @@
-"""Tokenizer patching: rename unused tokens to control tokens in every tokenizer file."""
+"""Tokenizer patching: give a model its control tokens and a training template, in every tokenizer file."""
 
 import hashlib
-import json
-import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -11,19 +10,22 @@ from transformers import PreTrainedTokenizerFast
 from rsft_lib.common.artifact import file_hash, new_folder
 from rsft_lib.common.paths import require_path, resolve
 from rsft_lib.common.visible import visible
-from rsft_lib.tokenizer.chat import END_THINK, MODES
-from rsft_lib.tokenizer.templates import patch_template, template_diff
+from rsft_lib.tokenizer.chat import END_THINK, MODES, ChatTemplate
+from rsft_lib.tokenizer.fitting import training_template
+from rsft_lib.tokenizer.template_changes import changes
+from rsft_lib.tokenizer.token_files import (
+    ADDED,
+    CONFIG,
+    FILES,
+    SPECIAL_MAP,
+    TOKENIZER,
+    Edits,
+    read,
+    write_template,
+)
 
-TOKENIZER, CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
-
-# AutoTokenizer reads the model type from config.json; generation_config.json has the EOS id.
-FILES = [
-    TOKENIZER, CONFIG, TEMPLATE, "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "config.json", "generation_config.json",
-]  # fmt: skip
-
-# Keys under which tokenizer files list special tokens other than BOS, EOS and padding. Control tokens are not special.
-SPECIAL_LISTS = {"additional_special_tokens", "extra_special_tokens"}
+CONTROL = (*MODES.values(), END_THINK)
+SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
@@ -34,8 +36,23 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     Raises:
         FileNotFoundError: the folder has no `tokenizer.json`.
     """
-    folder = require_path(Path(folder) / TOKENIZER, "tokenizer").parent
-    return PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
+    return PreTrainedTokenizerFast.from_pretrained(require_tokenizer(folder), trust_remote_code=False)
+
+
+def require_tokenizer(folder: str | Path, what: str = "tokenizer") -> Path:
+    """The folder, with its path resolved; `what` describes the tokenizer in the error.
+
+    Raises:
+        FileNotFoundError: the folder has no `tokenizer.json`.
+    """
+    place = resolve(folder)
+    if not (place / TOKENIZER).is_file() and any((place / name).is_file() for name in SENTENCEPIECE):
+        raise FileNotFoundError(
+            f"{place} has a SentencePiece vocabulary but no {TOKENIZER}, which this kit needs; write one with "
+            f"transformers and sentencepiece installed: AutoTokenizer.from_pretrained({str(place)!r})"
+            f".save_pretrained({str(place)!r})"
+        )
+    return require_path(place / TOKENIZER, what).parent
 
 
 def patch_tokenizer(
@@ -45,39 +62,48 @@ def patch_tokenizer(
     trailing_newline: bool = False,
     template: str | Path = "",
     overwrite: bool = False,
+    *,
+    new_tokens: Collection[str] = (),
+    eos: str = "",
 ) -> dict:
-    """Copy a tokenizer to a new folder with tokens renamed and the chat template prepared for training.
+    """Copy a tokenizer to a new folder with its control tokens and a chat template for training.
 
-    A token that already has its new name is kept and reported: patching a patched tokenizer changes nothing.
+    A token that already has its new name is kept and reported: patching a patched tokenizer changes nothing. The
+    special flags of control tokens are cleared, so that they survive `skip_special_tokens`.
 
     Args:
-        replacements: old token -> new token, such as {'<|quad_start|>': '<short>'}. Ids do not change. The new tokens
-            are not special, so they survive `skip_special_tokens`.
-        trailing_newline: see `templates.patch_template`.
-        template: a file with a chat template to use unchanged in place of the edited one.
+        replacements: old token -> new token, such as {'<|quad_start|>': '<short>'}. Ids do not change.
+        trailing_newline: see `fitting.training_template`.
+        template: a file with a chat template to use unchanged in place of the format's training template.
         overwrite: also replace a `destination` made from another tokenizer or template.
+        new_tokens: tokens to add after the last one, for a vocabulary without unused tokens. They use spare rows of the
+            embedding if it has any; otherwise notebook 02 adds rows.
+        eos: the token that ends an answer; empty for the format's, or for the tokenizer's if `template` is given. It
+            becomes EOS in the tokenizer files, `generation_config.json` and `config.json`.
 
     Returns:
-        The manifest: `ids` of all control tokens, `vocab_size`, `edits` of the template with their reasons,
-        `template_diff`, and the hashes of the inputs.
+        The manifest: `ids` of all control tokens, `vocab_size`, `changes`: what changes and why, `template_diff`: the
+        difference of rendered sample chats, and the hashes of the inputs.
 
     Raises:
         FileNotFoundError: `source` has no tokenizer.
         FileExistsError: `destination` is something else, or was made from another tokenizer or template.
-        ValueError: a token to replace does not exist or is in use, a new token already exists, the template cannot
-            be edited, or a file that cannot be edited contains a token to replace.
+        ValueError: a token to replace does not exist or is in use, a new token already exists, the chat format is
+            unknown, or a file that cannot be edited contains a token to replace.
     """
-    if not replacements:
-        raise ValueError("replacements is empty; expected at least one, such as {'<|quad_start|>': '<short>'}")
-    source = require_path(Path(source) / TOKENIZER, "tokenizer of the model").parent
+    if not replacements and not new_tokens:
+        raise ValueError("no tokens are given: set replacements, such as {'<|quad_start|>': '<short>'}, or new_tokens")
+    source = require_tokenizer(source, "tokenizer of the model")
     before = load_tokenizer(source)
     raw = Tokenizer.from_file(str(source / TOKENIZER))
     expected = _expected_ids(source, replacements, raw, before.special_tokens_map)
+    new = _new_ids(source, new_tokens, raw)
     own = require_path(template, "template").read_text(encoding="utf-8") if str(template) else ""
     stock = _template(before, source, own)
-    patched, edits = (own, []) if own else patch_template(stock, trailing_newline)
-    for old, new in replacements.items():
-        patched = patched.replace(old, new)
+    patched, why, difference, end = _patched_template(before, stock, own, trailing_newline)
+    for old, name in replacements.items():
+        patched = patched.replace(old, name)
+    edits = Edits(replacements, new, frozenset({*CONTROL, *replacements.values(), *new}), _eos(before, new, eos, end))
     facts = {
         "made_by": "patch_tokenizer",
         "source": str(source),
@@ -86,17 +112,67 @@ def patch_tokenizer(
         "template": str(resolve(template)) if own else "",
         "template_sha256": text_hash(patched),
         "replacements": replacements,
-        "edits": {edit.name: edit.why for edit in edits},
-        "template_diff": template_diff(stock, patched),
-        "vocab_size": raw.get_vocab_size(),
+        "new_tokens": list(new),
+        "changes": why | _token_changes(source, before, edits),
+        "template_diff": difference,
+        "vocab_size": raw.get_vocab_size() + len(new),
     }
     with new_folder(resolve(destination), facts, source=["source", "template"], overwrite=overwrite) as folder:
         for name in FILES:
             if (source / name).is_file():
-                _copy(source / name, folder / name, replacements)
-        _write_template(folder, patched)
-        facts["ids"] = _check_patched(folder, expected, facts["vocab_size"])
+                edits.copy(source / name, folder / name)
+        write_template(folder, patched)
+        facts["ids"] = _check_patched(folder, expected | new, facts["vocab_size"])
     return facts
+
+
+def _patched_template(tokenizer, stock: str, own: str, trailing_newline: bool) -> tuple[str, dict[str, str], str, str]:
+    """The chat template to write, why it changes texts, the difference of sample chats, the token that ends answers."""
+    if own:
+        return own, {"chat template": "the one that was given"}, "", ""
+    fitted, texts = training_template(ChatTemplate(stock, tokenizer.special_tokens_map), trailing_newline)
+    return fitted.source, *changes(fitted, texts), fitted.settings["end"]
+
+
+def _eos(tokenizer, new: dict[str, int], wanted: str, end: str) -> tuple[str, int] | None:
+    """The token that ends answers and its id; `wanted` by the caller, `end` of the format."""
+    if wanted and end and wanted != end:
+        raise ValueError(f"eos is {wanted!r}, but the training template ends answers with {end!r}; leave eos empty")
+    token = wanted or end
+    if not token:
+        return None
+    number = tokenizer.get_vocab().get(token, new.get(token))
+    if number is None:
+        raise ValueError(f"answers end with {token!r}, which is not a token of the vocabulary; add it to new_tokens")
+    return token, number
+
+
+def _token_changes(source: Path, before: PreTrainedTokenizerFast, edits: Edits) -> dict[str, str]:
+    """What the edits change beside the template, for the table in notebook 01."""
+    found = {}
+    if edits.eos and before.eos_token != edits.eos[0]:
+        found["EOS"] = f"{edits.eos[0]}, with which the template ends answers, in place of {before.eos_token}"
+    special = {token.content for token in before.added_tokens_decoder.values() if token.special}
+    if flagged := sorted(special & set(CONTROL)):
+        found["special flag"] = f"cleared for {', '.join(flagged)}: servers drop special tokens from their output"
+    path = source / "config.json"
+    rows = read(path).get("vocab_size", 0) if path.is_file() else 0
+    for token, number in edits.new.items():
+        place = "a spare row of the embedding" if number < rows else "a new row of the embedding, added by notebook 02"
+        found[token] = f"new token {number}, in {place}"
+    return found
+
+
+def _new_ids(source: Path, tokens: Collection[str], raw: Tokenizer) -> dict[str, int]:
+    """The ids of new tokens: after the last one. Tokens that exist are reported and left out."""
+    vocab = raw.get_vocab()
+    if existing := [token for token in tokens if token in vocab]:
+        print(f"{source}: {', '.join(map(repr, existing))} already exist; nothing to add")
+    if unusable := [token for token in tokens if not token.strip() or token != token.strip()]:
+        raise ValueError(f"new_tokens has {unusable}: a token must not be empty or begin or end with white space")
+    missing = dict.fromkeys(token for token in tokens if token not in vocab)
+    first = max(vocab.values()) + 1
+    return {token: first + place for place, token in enumerate(missing)}
 
 
 def _source_hash(source: Path, template: str) -> str:
@@ -122,10 +198,10 @@ def text_hash(text: str) -> str:
 
 def disagreements(folder: Path, tokenizer) -> list[str]:
     """Messages about tokens for which a file beside `tokenizer.json` and the loaded tokenizer differ."""
-    added = folder / "added_tokens.json"
-    decoder = _read(folder / CONFIG).get("added_tokens_decoder", {})
+    added = folder / ADDED
+    decoder = read(folder / CONFIG).get("added_tokens_decoder", {})
     entries = [(CONFIG, int(number), token["content"]) for number, token in decoder.items()]
-    entries += [(added.name, number, token) for token, number in (_read(added) if added.is_file() else {}).items()]
+    entries += [(ADDED, number, token) for token, number in (read(added) if added.is_file() else {}).items()]
     return [
         f"{name} calls token {number} {token!r}, {TOKENIZER} calls it {tokenizer.convert_ids_to_tokens(number)!r}"
         for name, number, token in entries
@@ -148,82 +224,31 @@ def _expected_ids(source: Path, replacements: dict[str, str], raw: Tokenizer, sp
             raise ValueError(f"{source}: {old!r} is the tokenizer's {roles[old]}; choose an unused token")
         if new not in ids and old not in ids:
             known = visible(", ".join(sorted(ids)))
-            raise ValueError(f"{source}: no added token {old!r} to replace; the added tokens are {known}")
+            raise ValueError(
+                f"{source}: no added token {old!r} to replace; the added tokens are {known}. Rename another unused "
+                "one, or add the new one with new_tokens"
+            )
         if new in ids:
             print(f"{source}: {new!r} already exists (id {ids[new]}) and {old!r} does not; nothing to rename")
     return {new: ids[old] if old in ids else ids[new] for old, new in replacements.items()}
 
 
 def _template(tokenizer, source: Path, own: str) -> str:
+    """The model's own chat template; of several, the one named `default`, which servers use."""
     template = tokenizer.chat_template
     if isinstance(template, dict):
-        raise ValueError(
-            f"{source} has several chat templates ({', '.join(template)}); training and serving must use the same one: "
-            "copy the folder with only one of them"
-        )
+        name = "default" if len(template) > 1 else next(iter(template))
+        if name not in template and not own:
+            raise ValueError(
+                f"{source} has several chat templates ({', '.join(template)}), none named 'default'; training and "
+                "serving must use the same one: set `template` to a file with it"
+            )
+        if others := [other for other in template if other != name]:
+            print(f"{source}: the chat template {name!r} is used; {', '.join(others)} are left out")
+        template = template.get(name)
     if not template and not own:
         raise ValueError(f"{source}: the tokenizer has no chat template; set `template` to a file with one")
     return template or ""
-
-
-def _copy(path: Path, target: Path, replacements: dict[str, str]) -> None:
-    """Copy a file with tokens renamed; byte for byte if it contains none of them."""
-    if path.suffix == ".json":
-        content = _read(path)
-        renamed = _renamed(content, replacements)
-        if path.name == CONFIG and _is_llama(content, path.parent):
-            renamed["tokenizer_class"] = "PreTrainedTokenizerFast"
-        if renamed != content:
-            _write(target, path, renamed)
-            return
-    if path.suffix == ".model" and any(old.encode() in path.read_bytes() for old in replacements):
-        raise ValueError(
-            f"{path} has one of {list(replacements)} in a sentencepiece vocabulary, which cannot be edited; choose "
-            "another token, or copy the folder without this file: tokenizer.json contains the same vocabulary"
-        )
-    shutil.copyfile(path, target)
-
-
-def _is_llama(config: dict, folder: Path) -> bool:
-    """Whether `tokenizer_class` names Llama's tokenizer although `tokenizer.json` is byte-level.
-
-    LlamaTokenizer of transformers 5 pre-tokenizes like sentencepiece, so R1's tokenizer would lose its spaces.
-    https://github.com/huggingface/transformers/issues/45488
-    """
-    named = str(config.get("tokenizer_class")).startswith("LlamaTokenizer")
-    return named and "ByteLevel" in json.dumps(_read(folder / TOKENIZER)["pre_tokenizer"])
-
-
-def _renamed(node, replacements: dict[str, str], key: str = ""):
-    """`node` with tokens renamed where one is a complete key or value, and with their special flags cleared.
-
-    `merges` are skipped: added tokens are not built from merges.
-    """
-    if isinstance(node, str):
-        return replacements.get(node, node)
-    if key == "merges" or not isinstance(node, list | dict):
-        return node
-    if isinstance(node, list):
-        kept = [item for item in node if key not in SPECIAL_LISTS or not _names(item, replacements)]
-        return [_renamed(item, replacements) for item in kept]
-    renamed = {replacements.get(k, k): _renamed(v, replacements, k) for k, v in node.items()}
-    if "special" in node and renamed.get("content") in replacements.values():
-        renamed |= {flag: False for flag in ("special", "lstrip", "rstrip", "single_word") if flag in node}
-    return renamed
-
-
-def _names(item, replacements: dict[str, str]) -> bool:
-    token = item.get("content") if isinstance(item, dict) else item
-    return token in [*replacements, *replacements.values()]
-
-
-def _write_template(folder: Path, template: str) -> None:
-    """Write the template where the folder keeps it: in the config, or in its own file (transformers 4.54 and later)."""
-    config = _read(folder / CONFIG)
-    if "chat_template" in config:
-        _write(folder / CONFIG, folder / CONFIG, config | {"chat_template": template})
-    if "chat_template" not in config or (folder / TEMPLATE).is_file():
-        (folder / TEMPLATE).write_text(template, encoding="utf-8")
 
 
 def _check_patched(folder: Path, expected: dict[str, int], size: int) -> dict[str, int]:
@@ -232,28 +257,28 @@ def _check_patched(folder: Path, expected: dict[str, int], size: int) -> dict[st
     if differing := disagreements(folder, after):
         raise ValueError(f"{differing[0]}; add `wrong token -> right token` to the replacements")
     if len(after) != size:
-        new = sorted(token for token, number in after.get_vocab().items() if number >= size)
         raise ValueError(
-            f"{CONFIG} or another file names {', '.join(map(repr, new))}, which {TOKENIZER} does not have: remove it "
-            "there, or replace it by a token of the vocabulary"
+            f"{_phantoms(folder, after, size)}, which {TOKENIZER} does not have: remove it there, put a token of the "
+            "vocabulary in its place, or add it with new_tokens"
         )
-    encoded = {t: after(t, add_special_tokens=False)["input_ids"] for t in [*MODES.values(), END_THINK, *expected]}
+    encoded = {t: after(t, add_special_tokens=False)["input_ids"] for t in [*CONTROL, *expected]}
     for token, ids in encoded.items():
         if len(ids) != 1:
             raise ValueError(
                 f"{token!r} should be one token but has ids {ids}: rename an unused token, by adding "
-                f"`unused token -> {token}` to the replacements"
+                f"`unused token -> {token}` to the replacements, or add it to new_tokens"
             )
         if ids[0] != expected.get(token, ids[0]):
             raise ValueError(f"{folder}: {token!r} has id {ids[0]}, expected {expected[token]}")
     return {token: ids[0] for token, ids in encoded.items()}
 
 
-def _read(path: Path):
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _write(path: Path, source: Path, content: dict) -> None:
-    """Write JSON as transformers and tokenizers do, so that a file differs from `source` only in its edits."""
-    end = "\n" if source.read_text(encoding="utf-8").endswith("\n") else ""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + end, encoding="utf-8")
+def _phantoms(folder: Path, tokenizer, size: int) -> str:
+    """Where files beside `tokenizer.json` name tokens that only they have, such as `pad_token is '<pad>'`."""
+    unknown = {token for token, number in tokenizer.get_vocab().items() if number >= size}
+    found = []
+    for name in (CONFIG, SPECIAL_MAP):
+        for key, value in (read(folder / name) if (folder / name).is_file() else {}).items():
+            token = value.get("content") if isinstance(value, dict) else value
+            found += [f"{name}: {key} is {token!r}"] if isinstance(token, str) and token in unknown else []
+    return ", ".join(found) or f"a file beside {TOKENIZER} names {', '.join(map(repr, sorted(unknown)))}"

@@ -7,26 +7,25 @@ separate process.
 """
 
 import json
-import subprocess
 import sys
 from dataclasses import asdict
 from functools import partial
-from itertools import groupby, product
+from itertools import groupby, pairwise, product
 from pathlib import Path
 
+from jinja2 import TemplateError
+
 from rsft_lib.common.check_table import Check, Checks, Skip
-from rsft_lib.common.parent_death import die_with_parent
-from rsft_lib.common.sandbox import SECONDS, end_after, limited
+from rsft_lib.common.sandbox import SECONDS, end_after, limited, run_with_limits
 from rsft_lib.common.visible import visible
-from rsft_lib.tokenizer.chat import END_THINK, MODES, SHORT, THINK, ChatTemplate, encode, misplaced, prompt_ids
+from rsft_lib.tokenizer.chat import END_THINK, MODES, ChatTemplate, encode, end_of_content, misplaced, prompt_ids
+from rsft_lib.tokenizer.formats import is_ours
 from rsft_lib.tokenizer.patch import load_tokenizer
 from rsft_lib.tokenizer.template_clock import difference
-from rsft_lib.tokenizer.templates import is_ours
 
-ANSWERS = {"think": f"{THINK}\nTwo and two.\n{END_THINK}\n\nFour.", "short": f"{SHORT}Four."}
+ANSWERS = {"think": f"{MODES['think']}\nTwo and two.\n{END_THINK}\n\nFour.", "short": f"{MODES['short']}Four."}
 USER = {"role": "user", "content": "How many are 2 + 2?"}
 THOUGHT, AT_ONCE = ({"role": "assistant", "content": answer} for answer in ANSWERS.values())
-DEADLINE = 300  # seconds of wall time for all checks, including the start of the process on a busy machine
 SYSTEM = {"role": "system", "content": "Be brief."}
 CHAT = [SYSTEM, USER, THOUGHT, USER, AT_ONCE]
 
@@ -38,7 +37,7 @@ def calling(arguments) -> list[dict]:
     return [USER, call, {"role": "tool", "content": '{"sum": 4}'}, {"role": "assistant", "content": '"4" it is.'}]
 
 
-TOOLS = calling('{"numbers": [2, 2]}') * 2
+TOOLS, OBJECTS = (calling(arguments) * 2 for arguments in ('{"numbers": [2, 2]}', {"numbers": [2, 2]}))
 REASONED = {"role": "assistant", "content": "Four.", "reasoning_content": "Two and two."}
 LONG = [USER, REASONED, *TOOLS, USER, AT_ONCE, USER, THOUGHT, USER, REASONED]  # every kind of message
 TOOL: dict = {"type": "function", "function": {"name": "add", "description": "Add numbers.", "parameters": {}}}
@@ -61,7 +60,7 @@ def _check(tokenizer) -> Checks:
         same_text = [checks.run("prompt begins text", _prompt_begins_text, tokenizer)]
         same_text += [checks.run("thought survives", _thought_survives, tokenizer)]
         same_text += [checks.run("messages in order", _messages_in_order, tokenizer)]
-        checks.run("BOS once", _bos_once, tokenizer)
+        checks.run("BOS not doubled", _bos_not_doubled, tokenizer)
         if all(same_text):
             _check_mask(checks, tokenizer)
     done = {check.name for check in checks}
@@ -77,24 +76,12 @@ def _check_mask(checks: Checks, tokenizer) -> None:
 
 
 def _check_elsewhere(folder: Path) -> Checks:
-    """Run the checks in a process with limits on CPU time and memory, and with a timeout, since it could sleep."""
-    command = [sys.executable, "-m", "rsft_lib.tokenizer.template_checks", str(folder)]
+    """Run the checks in a process with limits on CPU time, memory and wall time."""
     try:
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=DEADLINE,
-            preexec_fn=die_with_parent,
-        )
-    except subprocess.TimeoutExpired:
-        return _not_rendered(f"rendering did not finish within {DEADLINE} seconds")
-    if done.returncode < 0:
-        return _not_rendered(f"rendering was killed by signal {-done.returncode} after more than {SECONDS} seconds")
-    if done.returncode:
-        return _not_rendered((done.stderr.strip().splitlines() or ["it failed without a message"])[-1])
-    return Checks(Check(**check) for check in json.loads(done.stdout))
+        printed = run_with_limits("rsft_lib.tokenizer.template_checks", str(folder))
+    except ValueError as error:
+        return _not_rendered(str(error))
+    return Checks(Check(**check) for check in json.loads(printed))
 
 
 def _not_rendered(reason: str) -> Checks:
@@ -166,49 +153,52 @@ def _require_messages(text: str, chat: list[dict]) -> None:
     position = 0
     for turn, message in enumerate(chat):
         if message["role"] != "assistant":  # other checks cover answers
-            start = text.find(message["content"], position)
-            if start < 0:
+            end = end_of_content(text, message, position)
+            if end is None:
                 raise ValueError(misplaced(turn, message))
-            position = start + len(message["content"])
+            position = end
 
 
-def _bos_once(tokenizer) -> str:
+def _bos_not_doubled(tokenizer) -> str:
+    """BOS is not written twice; a model whose BOS begins every message, or whose template writes none, is sound."""
     served = tokenizer.apply_chat_template(CHAT, tokenize=True, return_dict=False)
     ids, bos = _ids(tokenizer, CHAT), tokenizer.bos_token_id
     if served != ids:
         raise ValueError(f"apply_chat_template returns {served[:4]} ..., training text begins with {ids[:4]}")
     if bos is None:
         return "the tokenizer has no BOS"
-    if ids.count(bos) != 1 or ids[0] != bos:
-        raise ValueError(f"{tokenizer.bos_token!r} is in the text {ids.count(bos)} times; it begins with {ids[:4]}")
-    return f"{tokenizer.bos_token} ({bos}) is the first token and occurs once"
+    if (bos, bos) in pairwise(ids):
+        raise ValueError(f"{tokenizer.bos_token!r} is written twice in succession; the text begins with {ids[:4]}")
+    if bos not in ids:
+        return f"the template writes no {tokenizer.bos_token}, in training and serving alike"
+    return f"{tokenizer.bos_token} ({bos}) occurs {ids.count(bos)} times, never twice in succession"
 
 
 def _end_is_trained(tokenizer) -> str:
     eos = tokenizer.eos_token_id
-    for run in _trained_runs(tokenizer, CHAT):
-        if run[-1] != eos:
-            raise ValueError(f"trained {tokenizer.decode(run)!r} does not end with {tokenizer.eos_token!r} ({eos})")
+    for text, ids in _trained_runs(tokenizer, CHAT):
+        if ids[-1] != eos:
+            raise ValueError(f"trained {text!r} does not end with {tokenizer.eos_token!r} ({eos})")
     return f"{tokenizer.eos_token} ({eos}) ends every trained answer"
 
 
 def _header_is_not_trained(tokenizer) -> str:
-    trained = [tokenizer.decode(run).removesuffix(tokenizer.eos_token) for run in _trained_runs(tokenizer, CHAT)]
+    trained = [text.removesuffix(tokenizer.eos_token) for text, _ in _trained_runs(tokenizer, CHAT)]
     if trained != list(ANSWERS.values()):
         raise ValueError(f"the trained texts are {trained}, expected {list(ANSWERS.values())}")
     return "exactly the answers and their EOS are trained"
 
 
 def _tool_calls(tokenizer) -> str:
-    if not _knows_tools(tokenizer):
-        raise Skip("the template does not support tools")
+    if refusal := _refusal(tokenizer, [TOOL]):
+        raise Skip(refusal)
     _renders(tokenizer, TOOLS)
     _require_messages(_text(tokenizer, TOOLS), TOOLS)
-    runs = [tokenizer.decode(run) for run in _trained_runs(tokenizer, TOOLS)]
+    runs = [text for text, _ in _trained_runs(tokenizer, TOOLS)]
     call, answer = runs[0], TOOLS[3]["content"] + tokenizer.eos_token
-    if not ("add" in call and '{"numbers": [2, 2]}' in call and call.endswith(tokenizer.eos_token)):
+    if not (all(part in call for part in ("add", "numbers", "[2, 2]")) and call.endswith(tokenizer.eos_token)):
         raise ValueError(f"a call is trained as {call!r}, expected its name, its arguments and EOS")
-    if runs != [call, answer] * 2:
+    if [run.lstrip() for run in runs[1::2]] != [answer] * 2 or len(runs) != 4:
         raise ValueError(f"the trained texts are {runs}, expected a call and an answer, twice")
     for end in (2, 4, 6, 8):
         prompt, text = prompt_ids(tokenizer, TOOLS[: end - 1]), _ids(tokenizer, TOOLS)
@@ -216,25 +206,45 @@ def _tool_calls(tokenizer) -> str:
             raise ValueError(
                 f"the prompt of turn {end}, {tokenizer.decode(prompt)!r}, is not a prefix of training text"
             )
-    if _text(tokenizer, calling({"numbers": [2, 2]}) * 2) != _text(tokenizer, TOOLS):
+    if _text(tokenizer, OBJECTS) != _text(tokenizer, TOOLS):
         raise ValueError("arguments passed as an object, as servers do, are rendered differently from a string")
     if TOOL["function"]["description"] not in _text(tokenizer, [USER], tools=[TOOL]):
         raise ValueError("the template does not render the tools of a conversation, so the model does not see them")
     return "tools are rendered; calls are trained including EOS, results are not"
 
 
+def _refusal(tokenizer, tools: list[dict] | None = None) -> str:
+    """Why the template writes no tool calls, so that no conversation with them is trained; '' if it does."""
+    if "tool_calls" not in tokenizer.chat_template:
+        return "the template does not support tools"
+    try:
+        _text(tokenizer, TOOLS[:4], tools=tools)
+    except TemplateError as refusal:
+        return f"the template refuses tool calls: {refusal}"
+    return ""
+
+
 def _mask_as_marked(tokenizer) -> str:
-    """The loss mask of `encode` is the one that transformers and other trainers compute from `{% generation %}`."""
-    if not _is_marked(tokenizer):
+    """The loss mask of `encode` is the one that transformers and other trainers compute from `{% generation %}`.
+
+    White space that a template marks after EOS is not trained.
+    """
+    if not ChatTemplate.of(tokenizer).marks_answers:
         raise Skip("the template has no {% generation %}: the mask is computed by rendering turn by turn")
-    for chat in [CHAT, *([TOOLS] if _knows_tools(tokenizer) else [])]:
+    for chat in [CHAT, *([] if _refusal(tokenizer) else [OBJECTS])]:
         encoded, (ids, mask) = encode(tokenizer, chat), _marked(tokenizer, chat)
-        if encoded.ids != ids or [int(m > 0) for m in encoded.loss_mask] != mask:
+        differ = {
+            tokenizer.decode([number]).strip() if marked else number
+            for number, trained, marked in zip(ids, encoded.loss_mask, mask, strict=True)
+            if bool(trained) != bool(marked)
+        }
+        if encoded.ids != ids or differ - {""}:
             raise ValueError(f"{sum(mask)} tokens are marked, {sum(m > 0 for m in encoded.loss_mask)} are trained")
-    return f"the {sum(mask)} trained tokens are those that the template marks"
+    return f"the {sum(m > 0 for m in encoded.loss_mask)} trained tokens are those that the template marks"
 
 
 def _text(tokenizer, chat: list[dict], prompt: bool = False, tools: list[dict] | None = None) -> str:
+    chat = ChatTemplate.of(tokenizer).prepared(chat)
     return tokenizer.apply_chat_template(chat, tools=tools, tokenize=False, add_generation_prompt=prompt)
 
 
@@ -242,28 +252,18 @@ def _ids(tokenizer, chat: list[dict]) -> list[int]:
     return tokenizer(_text(tokenizer, chat), add_special_tokens=False)["input_ids"]
 
 
-def _knows_tools(tokenizer) -> bool:
-    return "tool_calls" in tokenizer.chat_template
-
-
-def _is_marked(tokenizer) -> bool:
-    return ChatTemplate.of(tokenizer).marks_answers
-
-
 def _marked(tokenizer, chat: list[dict]) -> tuple[list[int], list[int]]:
     out = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
     return out["input_ids"], list(out["assistant_masks"])
 
 
-def _trained_runs(tokenizer, chat: list[dict]) -> list[list[int]]:
-    """Ids of each run of trained tokens, by `{% generation %}` if the template has it."""
-    if _is_marked(tokenizer):
-        ids, mask = _marked(tokenizer, chat)
-    else:
-        encoded = encode(tokenizer, chat)
-        ids, mask = encoded.ids, encoded.loss_mask
-    pairs = groupby(zip(ids, mask, strict=True), key=lambda pair: pair[1] > 0)
-    return [[number for number, _ in run] for trained, run in pairs if trained]
+def _trained_runs(tokenizer, chat: list[dict]) -> list[tuple[str, list[int]]]:
+    """Text and ids of each run of trained tokens."""
+    encoded, text = encode(tokenizer, chat), _text(tokenizer, chat)
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    tokens = groupby(zip(encoded.ids, encoded.loss_mask, offsets, strict=True), key=lambda token: token[1] > 0)
+    runs = [list(run) for trained, run in tokens if trained]
+    return [(text[run[0][2][0] : run[-1][2][1]], [number for number, _, _ in run]) for run in runs]
 
 
 MASK_CHECKS = {
@@ -278,7 +278,7 @@ CHECKS = [
     "prompt begins text",
     "thought survives",
     "messages in order",
-    "BOS once",
+    "BOS not doubled",
     *MASK_CHECKS,
 ]
 

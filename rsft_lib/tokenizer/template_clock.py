@@ -59,9 +59,16 @@ def difference(render: Callable[[], str]) -> str:
     )
 
 
+@contextmanager
+def clock_at(moment: datetime) -> Iterator[None]:
+    """Let templates read `moment` from the clock."""
+    with _replaced(chat_template_utils, "datetime", SimpleNamespace(now=lambda: moment)):
+        yield
+
+
 def _text_at(moment: datetime, render: Callable[[], str]) -> str:
     """The text rendered at a given time, or the error if the template rejects the conversation."""
-    with _replaced(chat_template_utils, "datetime", SimpleNamespace(now=lambda: moment)):
+    with clock_at(moment):
         return _text_or_error(render)
 
 

@@ -45,9 +45,20 @@ def preflight(config: TrainConfig, nproc: int) -> str:
     return describe(config, read_config(require_path(config.checkpoint, "checkpoint")), open_datasets(config), nproc)
 
 
+def _require_rows(hf: PretrainedConfig, data: Datasets) -> None:
+    """Refuse data with tokens for which the model has no embedding row."""
+    store = data.train.store
+    if (tokens := store.manifest.get("vocab_size", 0)) > hf.vocab_size:
+        raise ValueError(
+            f"{store.folder} was tokenized with {tokens:,} tokens, but the model has {hf.vocab_size:,} embedding rows: "
+            "convert it with that tokenizer in notebook 02, which adds rows, and train the result"
+        )
+
+
 def describe(config: TrainConfig, hf: PretrainedConfig, data: Datasets, ranks: int) -> str:
     """The text of `preflight`, which also starts the log of a run."""
     check_layout(hf, config.tensor_parallel, config.pipeline_parallel, config.virtual_pipeline)
+    _require_rows(hf, data)
     given, config = config, config.for_packs(len(data.train))
     overridden = given.train_iters != config.train_iters
     overrides = f"; epochs={config.epochs:g} overrides train_iters={given.train_iters}" if overridden else ""

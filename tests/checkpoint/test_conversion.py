@@ -334,6 +334,27 @@ def test_a_row_becomes_the_mean_of_others_in_both_embeddings_and_nothing_else_ch
     assert read_manifest(tmp_path / "megatron")["row_means"] == {"7": [1, 2, 3], "2": [7, 9], "255": [0]}
 
 
+@pytest.mark.parametrize(("tied", "format"), [(False, "torch_dist"), (True, "torch_dist"), (False, "legacy")])
+def test_an_embedding_grows_to_the_tokens_and_a_new_row_is_the_mean_of_all(tmp_path, tied, format):
+    before = tiny_model(tmp_path / "hf", torch.bfloat16, tie_word_embeddings=tied).state_dict()
+    tokenizer = tiny_tokenizer(tmp_path / "tokenizer")
+    facts = convert(tmp_path / "hf", tmp_path / "megatron", tokens=259, row_means={258: [3, 4]}, format=format)
+    export(facts["folder"], tokenizer, tmp_path / "exported")
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    assert after.config.vocab_size == 259
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        rows, grown = before[name], after.state_dict()[name]
+        assert torch.equal(grown[:256], rows) and torch.equal(grown[256], grown[257])
+        assert torch.allclose(grown[256].float(), rows.float().mean(dim=0), atol=1e-3, rtol=1e-2)
+        assert torch.equal(grown[258], rows[3:5].float().mean(dim=0).bfloat16())
+    ids = torch.arange(40)[None]
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").float()(ids).logits
+    found = after.float()(ids).logits
+    assert torch.allclose(found[..., :256], expected, atol=1e-5) and found.shape[-1] == 259
+    convert(tmp_path / "hf", tmp_path / "same", tokens=256)  # enough rows: nothing grows
+    assert json.loads((tmp_path / "same" / "config.json").read_text())["vocab_size"] == 256
+
+
 def test_other_row_means_convert_again_and_the_same_do_not(model, tmp_path):
     convert(model, tmp_path / "megatron", row_means={5: [1, 2]})
     before = inodes(tmp_path / "megatron")

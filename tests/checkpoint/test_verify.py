@@ -53,6 +53,13 @@ def test_rows_initialised_with_means_are_compared_with_the_means(model, tmp_path
     assert report["differing_tensors"] == report["lost_in_round_trip"] == [] and report["logit_difference"] < 1e-4
 
 
+def test_added_rows_are_verified_with_the_rest(model, tmp_path):
+    convert(model, tmp_path / "megatron", tokens=260, row_means={258: [5, 3]})
+    report = verify_conversion(model, tmp_path / "megatron", SENTENCE, new_tokens=4)
+    assert report["differing_tensors"] == report["lost_in_round_trip"] == [] and report["logit_difference"] < 1e-4
+    assert {row["name"]: row["shape"] for row in report["tensors"]}["lm_head.weight"][0] == 260
+
+
 def test_a_tensor_that_changed_is_named(model, tmp_path):
     convert(model, tmp_path / "megatron")
     tensors = load_file(model / "model.safetensors")

@@ -1,4 +1,4 @@
-"""Tables of manifests and template edits, and progress bars."""
+"""Tables of manifests and template changes, and progress bars."""
 
 import sys
 
@@ -6,7 +6,7 @@ from rsft_lib import demo
 from rsft_lib.common import progress
 from rsft_lib.display.data.dataset import counts_table
 from rsft_lib.display.model.checkpoint_tables import facts_table
-from rsft_lib.display.model.template_diff import Difference, edits_table
+from rsft_lib.display.model.template_diff import Difference, changes_table
 from rsft_lib.tokenizer.patch import patch_tokenizer
 
 
@@ -32,10 +32,10 @@ def test_counts_of_splits_with_different_fields_share_a_table():
     assert table.rows == [("train", 9, 8, 1), ("heldout", 2, 0, 0)]
 
 
-def test_the_edits_of_a_template_are_shown_complete_and_inert(tmp_path):
+def test_the_changes_of_a_template_are_shown_complete_and_inert(tmp_path):
     demo.make_model(tmp_path / "model", seed=1)
     patched = patch_tokenizer(tmp_path / "model", tmp_path / "patched", {"<|quad_start|>": "<short>"})
-    assert dict(edits_table(patched).rows) == patched["edits"]
+    assert dict(changes_table(patched).rows) == patched["changes"]
     assert repr(Difference(patched["template_diff"])) == patched["template_diff"]
     html = Difference("--- before\n+++ after\n@@ -1 +1,2 @@\n-<script>\n+<b>\n+$x$\n same")._repr_html_()
     assert (

@@ -17,7 +17,7 @@ from rsft_lib.display.data.dataset import findings_table, records_table
 from rsft_lib.display.html import Table, caption
 from rsft_lib.display.model.answers import side_by_side
 from rsft_lib.display.model.checkpoint_tables import facts_table, outputs_table
-from rsft_lib.display.model.template_diff import Difference, edits_table
+from rsft_lib.display.model.template_diff import Difference, changes_table
 from rsft_lib.evaluation.generate import Answer
 from rsft_lib.tokenizer.contract import check_contract
 from rsft_lib.tokenizer.patch import patch_tokenizer
@@ -71,7 +71,7 @@ SHOWN = {
     "facts": lambda: facts_table("facts", {"source": TEXT, "ids": {TEXT: 1}}),
     "checks": table_of_checks,
     "a template diff": lambda: Difference(f"--- before\n+++ after\n+{TEXT}\n-{TEXT}"),
-    "edits": lambda: edits_table({"edits": {"tools": TEXT}}),
+    "changes": lambda: changes_table({"changes": {"tools": TEXT}}),
     "answers": lambda: side_by_side([TEXT], {"think": [Answer(f"<think>{TEXT}</think>{TEXT}", 3, True)]}, 0, [TEXT]),
     "an embedding audit": audit,
     "a verification report": lambda: outputs_table(REPORT),

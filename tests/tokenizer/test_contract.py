@@ -17,15 +17,17 @@ from rsft_lib import demo
 from rsft_lib.common.artifact import read_manifest, write_manifest
 from rsft_lib.common.sandbox import limited
 from rsft_lib.tokenizer import contract, template_checks
-from rsft_lib.tokenizer.chat import Encoded
+from rsft_lib.tokenizer.chat import ChatTemplate
 from rsft_lib.tokenizer.contract import check_contract, require_contract
+from rsft_lib.tokenizer.fitting import training_template
+from rsft_lib.tokenizer.formats import R1_CHAT_TEMPLATE
 from rsft_lib.tokenizer.patch import load_tokenizer, patch_tokenizer
 from rsft_lib.tokenizer.template_clock import MOMENTS
-from rsft_lib.tokenizer.templates import R1_CHAT_TEMPLATE, patch_template
 
 SHORT = {"<|quad_start|>": "<short>"}
-NEW = patch_template(R1_CHAT_TEMPLATE)[0]
+NEW = training_template(ChatTemplate(R1_CHAT_TEMPLATE, {"bos_token": demo.BOS}))[0].source
 EOS = "{{- '<｜end▁of▁sentence｜>' }}"
+LOOP = "{%- set ns = namespace"  # precedes the loop over messages
 
 
 BOTH = ["demo", pytest.param("real", marks=needs_real)]
@@ -153,20 +155,20 @@ BREAKS = {
     "control tokens round-trip": with_tokens(set_flag("rstrip")),
     "generation stops": stop_elsewhere,
     "other text as before": swap_two_letters,
-    "template renders": template("{%- endfor -%}", ""),
-    "same at any time": template("{{bos_token}}", "{{bos_token}}{{ strftime_now('%d') }}"),
-    "prompt begins text": template("prompt %}{{'<｜Assistant｜>'}}", "prompt %}{{'<｜Assistant｜>\\n'}}"),
+    "template renders": template("{%- endfor %}", ""),
+    "same at any time": template(f'"plain": ["{demo.BOS}"]', f'"plain": ["{demo.BOS}" + strftime_now("%d")]'),
+    "prompt begins text": template("prompt %}\n    {{- settings.header", "prompt %}\n    {{- settings.header + '\\n'"),
     "thought survives": template(
-        "'' + message.content", "message.content if loop.last else message.content.split('</think>')[-1]"
+        "'' + message.content }}\n{%- endif %}\n",
+        "(message.content if loop.last else message.content.split('</think>')[-1]) }}\n{%- endif %}\n",
     ),
-    "messages in order": template("{{ns.system_prompt}}", ""),
-    "BOS once": template("{{bos_token}}", "{{bos_token}}{{bos_token}}"),
-    "end is trained": template(f"{EOS}\n    {{%- endgeneration %}}", f"{{%- endgeneration %}}\n    {EOS}"),
+    "messages in order": template("else '' + messages[0].content", "else ''"),
+    "BOS not doubled": template(f'["{demo.BOS}', f'["{demo.BOS * 2}'),
+    "end is trained": template(
+        f"{EOS}\n        {{%- endgeneration %}}", f"{{%- endgeneration %}}\n        {EOS}"
+    ),
     "header is not trained": template(
-        "{{- ('<｜tool▁outputs▁end｜>' if ns.is_tool else '') + '<｜Assistant｜>' }}\n"
-        "    {%- set ns.is_tool = false %}\n    {%- generation %}",
-        "{%- generation %}{{- ('<｜tool▁outputs▁end｜>' if ns.is_tool else '') + '<｜Assistant｜>' }}\n"
-        "    {%- set ns.is_tool = false %}",
+        "{{- settings.header }}\n        {%- generation %}", "{%- generation %}\n        {{- settings.header }}"
     ),
     "tool calls": template(EOS, "{{- '' if message.tool_calls else '<｜end▁of▁sentence｜>' }}"),
 }  # fmt: skip
@@ -187,8 +189,8 @@ def test_a_folder_that_is_broken_in_one_way_fails_in_that_check_and_no_other(sma
 
 def test_require_contract_lists_every_failed_check(small):
     BREAKS["generation stops"](small)
-    BREAKS["BOS once"](small)
-    with pytest.raises(ValueError, match="(?s)breaks the contract.*files are whole: .*generation stops: .*BOS once: "):
+    BREAKS["BOS not doubled"](small)
+    with pytest.raises(ValueError, match="(?s)breaks the contract.*files are whole: .*generation stops: .*BOS not dou"):
         require_contract(small)
 
 
@@ -221,19 +223,28 @@ def test_a_tokenizer_that_autotokenizer_builds_differently_is_found(sound, folde
 
 
 def test_a_mask_that_is_not_what_the_template_marks_is_found(sound, monkeypatch):
-    encode = template_checks.encode
+    marked = template_checks._marked
 
     def one_more(tokenizer, chat):
-        encoded = encode(tokenizer, chat)
-        first = encoded.loss_mask.index(1)
-        return Encoded(encoded.ids, [int(m or i == first - 1) for i, m in enumerate(encoded.loss_mask)])
+        ids, mask = marked(tokenizer, chat)
+        return ids, [int(mask[i] or mask[min(i + 1, len(mask) - 1)]) for i in range(len(mask))]
 
-    monkeypatch.setattr(template_checks, "encode", one_more)
+    monkeypatch.setattr(template_checks, "_marked", one_more)
     assert [check.name for check in check_contract(sound).failed] == ["mask as marked"]
 
 
+def test_white_space_after_eos_may_be_marked_and_is_not_trained(small):
+    assert broken(small, template(EOS, EOS + "{{- '\\n' }}")) == set()
+
+
+def test_bos_may_be_absent_or_begin_every_message(small):
+    assert broken(small, template(f'["{demo.BOS}', '["')) == set()
+    marked = NEW.replace("'<｜User｜>'", f"'{demo.BOS}<｜User｜>'").replace(f'["{demo.BOS}', '["')
+    assert broken(small, lambda place: (place / "chat_template.jinja").write_text(marked, encoding="utf-8")) == set()
+
+
 def test_a_template_that_drops_the_tools_is_found(small):
-    assert broken(small, template("{%- if tools %}", "{%- if false %}")) == {"tool calls"}
+    assert broken(small, template("for tool in tools", "for tool in []")) == {"tool calls"}
 
 
 def test_a_folder_without_a_template_or_with_several_fails_a_check(small):
@@ -362,9 +373,9 @@ KEPT = [  # reads the clock but does not inspect the value
 
 
 def same_at_any_time(folder: Path, text: str) -> contract.Checks:
-    """Only this check, on R1's template with `text` inserted at its beginning."""
+    """Only this check, on R1's template with `text` inserted before the first message."""
     tokenizer = load_tokenizer(folder)
-    tokenizer.chat_template = NEW.replace("{{bos_token}}", "{{bos_token}}" + text)
+    tokenizer.chat_template = NEW.replace(LOOP, text + LOOP)
     return contract.Checks(check for check in template_checks._check(tokenizer) if check.name == "same at any time")
 
 
@@ -389,7 +400,7 @@ def test_the_clocks_whose_texts_are_compared_differ_in_every_part_of_a_date():
 
 def test_both_texts_and_dates_are_shown_and_an_unused_clock_is_accepted(demo_folder, tmp_path):
     own = tmp_path / "own.jinja"
-    own.write_text(NEW.replace("{{bos_token}}", "{{bos_token}}Today: {{ strftime_now('%d %b %Y') }}"), encoding="utf-8")
+    own.write_text(NEW.replace(LOOP, "Today: {{ strftime_now('%d %b %Y') }}" + LOOP), encoding="utf-8")
     patch_tokenizer(demo_folder.with_name("source"), tmp_path / "dated", SHORT, template=own)
     (failed,) = check_contract(tmp_path / "dated").failed
     assert "Today: 01 Jan 1998" in failed.detail and "Today: 02 Feb 1999" in failed.detail
@@ -422,3 +433,16 @@ def test_limits_hold_for_a_block_and_are_gone_after_it():
             pass
     with pytest.raises(KeyError), limited("another error"):
         raise KeyError
+
+
+@needs_real
+@pytest.mark.parametrize(
+    ("family", "tokens"),
+    [("mistral-nemo", "[control_{}]"), ("llama3.1", "<|reserved_special_token_{}|>")],
+    ids=["SentencePiece's spaces", "no thinking tokens"],
+)
+def test_real_tokenizers_of_other_formats_pass(family, tokens, tmp_path):
+    names = zip((8, 9, 10), ("<short>", "<think>", "</think>"), strict=True)
+    renamed = {tokens.format(number): name for number, name in names}
+    patch_tokenizer(Path(REAL).parent / "cases" / "families" / family, tmp_path / "out", renamed)
+    assert not check_contract(tmp_path / "out").failed

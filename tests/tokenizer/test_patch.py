@@ -17,13 +17,21 @@ from transformers import AutoTokenizer
 
 from rsft_lib import demo
 from rsft_lib.common.artifact import read_manifest
-from rsft_lib.tokenizer.chat import encode, prompt_ids
+from rsft_lib.tokenizer.chat import ChatTemplate, encode, prompt_ids
 from rsft_lib.tokenizer.contract import TEXTS, check_contract
+from rsft_lib.tokenizer.fitting import training_template
+from rsft_lib.tokenizer.formats import R1_CHAT_TEMPLATE, is_ours
 from rsft_lib.tokenizer.patch import load_tokenizer, patch_tokenizer
-from rsft_lib.tokenizer.templates import R1_CHAT_TEMPLATE, is_ours, patch_template
 
 SHORT = {"<|quad_start|>": "<short>"}
-NEW = patch_template(R1_CHAT_TEMPLATE)[0]
+
+
+def fitted(template: str, newline: bool = False) -> str:
+    """The training template for R1's tokens."""
+    return training_template(ChatTemplate(template, {"bos_token": demo.BOS}), newline)[0].source
+
+
+NEW = fitted(R1_CHAT_TEMPLATE)
 FLAGS = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
 
 
@@ -154,7 +162,7 @@ def test_patching_twice_gives_the_same_bytes(source, patched):
 def test_a_patched_folder_is_copied_unchanged_with_a_message(patched, tmp_path, capsys):
     facts = patch_tokenizer(patched, tmp_path / "again", SHORT)
     assert "'<short>' already exists" in capsys.readouterr().out
-    assert facts["edits"] == {} and facts["template_diff"] == ""
+    assert facts["changes"] == {} and facts["template_diff"] == ""
     old, new = hashes(patched), hashes(tmp_path / "again")
     assert old.pop("manifest.json") and new.pop("manifest.json") and old == new
 
@@ -167,12 +175,16 @@ def test_several_tokens_are_replaced_at_once(source, tmp_path):
     assert not check_contract(tmp_path / "out").failed
 
 
-def test_the_manifest_has_the_inputs_and_the_edits(source, patched):
+def test_the_manifest_has_the_inputs_and_what_changes(source, patched):
     manifest = read_manifest(patched)
     assert manifest["source"] == str(source) and len(manifest["source_sha256"]) == 64 and manifest["template"] == ""
     assert manifest["template_sha256"] == hashlib.sha256(NEW.encode()).hexdigest()
-    assert manifest["edits"].keys() == {"tools", "user turn", "assistant turn", "tool results", "generation prompt"}
-    assert "split('</think>')" in manifest["template_diff"] and manifest["ids"].keys() == {
+    assert (
+        manifest["changes"]["prompt"] == "the prompt ends where the answer begins: the model writes the control token"
+    )
+    assert manifest["changes"]["thoughts in two turns"] == "the chain of thought is kept in every turn"
+    assert not {"plain", "system", "two turns"} & manifest["changes"].keys()
+    assert "+</think>" in manifest["template_diff"] and manifest["ids"].keys() == {
         "<think>",
         "<short>",
         "</think>",
@@ -246,7 +258,9 @@ def test_tokens_that_cannot_be_replaced_are_refused_with_a_reason(model, tmp_pat
 def test_a_token_that_only_the_config_names_is_named(model, tmp_path):
     config = model / "tokenizer_config.json"
     write(config, read(config) | {"pad_token": "<pad>"})
-    refuse(model, tmp_path, "names '<pad>', which tokenizer.json does not have: remove it there")
+    refuse(
+        model, tmp_path, "tokenizer_config.json: pad_token is '<pad>', which tokenizer.json does not have: remove it"
+    )
 
 
 def test_a_vocabulary_of_sentencepiece_that_names_the_token_is_refused_and_another_is_copied(model, tmp_path):
@@ -280,12 +294,12 @@ def set_template(folder: Path, template: str) -> None:
 
 
 def test_other_templates_are_refused_with_what_to_do_and_one_of_your_own_is_taken_as_it_is(model, tmp_path):
-    set_template(model, "{% for m in messages %}<|start_header_id|>{{ m.content | trim }}{% endfor %}")
-    refuse(model, tmp_path, "is that of Llama-3, which trims answers.*set `template` to the file")
-    set_template(model, "{{ messages }}")
-    refuse(model, tmp_path, "this kit cannot edit the chat template; it can edit those of R1, Qwen2.5 and Qwen3")
-    set_template(model, R1_CHAT_TEMPLATE.replace("{%- if message['role'] == 'tool' %}", "{% if 1 %}"))
-    refuse(model, tmp_path, "looks like that of R1, but the edit 'assistant turn' does not find")
+    set_template(model, "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}")
+    refuse(model, tmp_path, "unknown chat format: .*user: How many.*; known are R1 .*set `template` to the file")
+    set_template(model, R1_CHAT_TEMPLATE.replace("'<｜User｜>' +", "'<｜User｜>' * loop.index +"))
+    refuse(model, tmp_path, "like that of R1, but writes the sample chat 'two turns' as .*set `template` to the file")
+    set_template(model, "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}")
+    refuse(model, tmp_path, "own chat template cannot be rendered: .*more than 4 seconds")
     (tmp_path / "own.jinja").write_text(NEW + "{# mine #}", encoding="utf-8")
     patch_tokenizer(model, tmp_path / "out", SHORT, template=tmp_path / "own.jinja")
     assert load_tokenizer(tmp_path / "out").chat_template == NEW + "{# mine #}"
@@ -323,10 +337,25 @@ def test_a_tokenizer_with_another_template_of_your_own_is_another_one(model, tmp
         patch_tokenizer(model, tmp_path / "out", SHORT, template=other)
 
 
-def test_several_templates_are_refused(model, tmp_path):
+def test_of_several_templates_the_default_one_is_used_and_others_are_reported(model, tmp_path, capsys):
     (model / "additional_chat_templates").mkdir()
     (model / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
-    refuse(model, tmp_path, r"has several chat templates \(.*tool_use.*\); training and serving must use the same one")
+    patch_tokenizer(model, tmp_path / "out", SHORT)
+    assert "the chat template 'default' is used; tool_use are left out" in capsys.readouterr().out
+    assert load_tokenizer(tmp_path / "out").chat_template == NEW
+    (model / "chat_template.jinja").rename(model / "additional_chat_templates" / "rag.jinja")
+    refuse(model, tmp_path, r"has several chat templates \(.*\), none named 'default'")
+
+
+@pytest.mark.parametrize("named", [["default"], ["chat"], ["rag", "default"]])
+def test_named_templates_in_the_config_become_one(model, tmp_path, named):
+    config = read(model / "tokenizer_config.json")
+    (model / "chat_template.jinja").unlink()
+    entries = [{"name": name, "template": R1_CHAT_TEMPLATE if name != "rag" else "x"} for name in named]
+    write(model / "tokenizer_config.json", config | {"chat_template": entries})
+    patch_tokenizer(model, tmp_path / "out", SHORT)
+    assert read(tmp_path / "out" / "tokenizer_config.json")["chat_template"] == NEW
+    assert not check_contract(tmp_path / "out").failed
 
 
 def test_the_newline_of_the_originals_prompts_is_in_training_text_too(base, tmp_path):
@@ -354,10 +383,9 @@ def test_templates_that_were_edited_before_end_as_the_stock_one_does():
     first, early = (
         text.replace("<｜Assistant｜><think>\\n", "<｜Assistant｜>") for text in (R1_CHAT_TEMPLATE, original)
     )
-    with_newline = patch_template(R1_CHAT_TEMPLATE, trailing_newline=True)[0]
+    with_newline = fitted(R1_CHAT_TEMPLATE, True)
     for template in (R1_CHAT_TEMPLATE, original, first, early, with_newline, NEW):
-        assert patch_template(template)[0] == NEW and patch_template(template, True)[0] == with_newline != NEW
-    assert patch_template(NEW) == (NEW, []) and patch_template(with_newline, True) == (with_newline, [])
+        assert fitted(template) == NEW and fitted(template, True) == with_newline != NEW
     assert is_ours(NEW) and is_ours(with_newline) and not is_ours(NEW + " ")
 
 
@@ -374,3 +402,87 @@ def test_without_its_marks_the_template_says_the_same(patched):
     assert environment.from_string(plain(NEW)).render(messages=chat, bos_token=demo.BOS) == expected
     with pytest.raises(jinja2.TemplateSyntaxError):
         environment.from_string(NEW)
+
+
+NEW_TOKENS = ("<short>", "<x>")
+
+
+@pytest.mark.parametrize("version", ["transformers 4", "transformers 5"])
+def test_new_tokens_follow_the_last_one_in_every_file_and_other_text_stays(model, tmp_path, version):
+    if version == "transformers 4":
+        as_transformers_4(model)
+    facts = patch_tokenizer(model, tmp_path / "out", {}, new_tokens=NEW_TOKENS)
+    before, after = load_tokenizer(model), load_tokenizer(tmp_path / "out")
+    last, short = len(before), after.convert_tokens_to_ids("<short>")
+    assert [after.convert_tokens_to_ids(token) for token in NEW_TOKENS] == [last, last + 1] == [short, short + 1]
+    assert len(after) == last + 2 == facts["vocab_size"] and facts["ids"]["<short>"] == last
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("a<short>b")["input_ids"].count(last) == 1
+    for text in TEXTS:
+        assert after(text)["input_ids"] == before(text)["input_ids"]
+    if version == "transformers 4":
+        assert read(tmp_path / "out" / "added_tokens.json")["<x>"] == last + 1
+        assert not read(tmp_path / "out" / "tokenizer_config.json")["added_tokens_decoder"][str(last)]["special"]
+    assert not check_contract(tmp_path / "out").failed
+    again = patch_tokenizer(tmp_path / "out", tmp_path / "again", {}, new_tokens=NEW_TOKENS)
+    assert again["new_tokens"] == [] and again["vocab_size"] == facts["vocab_size"] and again["changes"] == {}
+
+
+def test_where_a_new_token_has_its_row_is_said(model, tmp_path):
+    facts = patch_tokenizer(model, tmp_path / "spare", {}, new_tokens=["<short>"])
+    assert "a spare row" in facts["changes"]["<short>"], "the tiny model has more rows than tokens"
+    write(model / "config.json", read(model / "config.json") | {"vocab_size": facts["ids"]["<short>"]})
+    facts = patch_tokenizer(model, tmp_path / "new", {}, new_tokens=["<short>"])
+    assert "a new row of the embedding, added by notebook 02" in facts["changes"]["<short>"]
+
+
+def test_new_tokens_that_cannot_be_added_are_refused(model, tmp_path):
+    refuse(model, tmp_path, "must not be empty or begin or end with white space", {}, new_tokens=["<short> "])
+    refuse(model, tmp_path, "no tokens are given: set replacements", {})
+
+
+def as_base_model(model: Path) -> None:
+    """EOS is another token than the one with which the template ends answers, in every file."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (model / name).is_file():
+            write(model / name, read(model / name) | {"eos_token": "<|EOT|>"})
+    number = load_tokenizer(model).convert_tokens_to_ids("<|EOT|>")
+    for name in ("config.json", "generation_config.json"):
+        write(model / name, read(model / name) | {"eos_token_id": number})
+
+
+@pytest.mark.parametrize("eos", ["", demo.EOS])
+def test_eos_becomes_the_token_that_ends_answers_in_every_file(model, tmp_path, eos):
+    as_base_model(model)
+    facts = patch_tokenizer(model, tmp_path / "out", SHORT, eos=eos)
+    tokenizer = load_tokenizer(tmp_path / "out")
+    end = tokenizer.convert_tokens_to_ids(demo.EOS)
+    assert facts["changes"]["EOS"] == f"{demo.EOS}, with which the template ends answers, in place of <|EOT|>"
+    assert tokenizer.eos_token_id == end == read(tmp_path / "out" / "config.json")["eos_token_id"]
+    stops = read(tmp_path / "out" / "generation_config.json")["eos_token_id"]
+    assert stops == [end, tokenizer.convert_tokens_to_ids("<|EOT|>")]
+    assert not check_contract(tmp_path / "out").failed
+
+
+def test_an_eos_that_does_not_end_answers_or_does_not_exist_is_refused(model, tmp_path):
+    refuse(model, tmp_path, "the training template ends answers with '<｜end.of.sentence｜>'; leave eos", eos="<|EOT|>")
+    (tmp_path / "own.jinja").write_text(NEW)
+    refuse(model, tmp_path, "'<none>', which is not a token", template=tmp_path / "own.jinja", eos="<none>")
+
+
+def test_the_special_flags_of_control_tokens_are_cleared_in_every_file(model, tmp_path):
+    as_transformers_4(model)
+    content, config = read(model / "tokenizer.json"), read(model / "tokenizer_config.json")
+    for token in (*content["added_tokens"], *config["added_tokens_decoder"].values()):
+        token["special"] |= token["content"] in ("<think>", "</think>")
+    write(model / "tokenizer.json", content)
+    write(model / "tokenizer_config.json", config | {"additional_special_tokens": ["<think>", "<|EOT|>"]})
+    facts = patch_tokenizer(model, tmp_path / "out", SHORT)
+    assert facts["changes"]["special flag"].startswith("cleared for </think>, <think>: ")
+    assert read(tmp_path / "out" / "tokenizer_config.json")["additional_special_tokens"] == ["<|EOT|>"]
+    assert not check_contract(tmp_path / "out").failed
+
+
+def test_a_sentencepiece_vocabulary_alone_is_refused_with_what_to_do(model, tmp_path):
+    (model / "tokenizer.json").rename(model / "tokenizer.model")
+    with pytest.raises(FileNotFoundError, match="SentencePiece vocabulary but no tokenizer.json.*save_pretrained"):
+        patch_tokenizer(model, tmp_path / "out", SHORT)

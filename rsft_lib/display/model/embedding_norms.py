@@ -12,14 +12,16 @@ LINES = [(BLUE, "-"), (ORANGE, "--"), (GREEN, ":")]
 
 def plot_audit(audit: Audit) -> Figure:
     """A histogram of row norms for each embedding, with a vertical line for each audited token."""
-    figure, axes = plt.subplots(1, len(audit.norms), figsize=(5.5 * len(audit.norms), 3.2), layout="constrained")
-    for place, (title, norms) in zip([axes] if len(audit.norms) == 1 else axes, audit.norms.items(), strict=True):
+    count = max(1, len(audit.norms))  # a folder without weights has none
+    figure, axes = plt.subplots(1, count, figsize=(5.5 * count, 3.2), layout="constrained", squeeze=False)
+    for place, (title, norms) in zip(axes[0], audit.norms.items(), strict=False):
         place.hist(norms.numpy(), bins=100, color=GREY)
         for number, row in enumerate(r for r in audit.rows if r.embedding == title):
             color, style = LINES[number % len(LINES)]
             label = caption(f"{row.token}  {row.norm:.3g}, percentile {row.percentile:.0f}")
             place.axvline(row.norm, color=color, linestyle=style, label=label)
         place.set(title=f"{title} embedding, {len(norms):,} tokens", xlabel="row norm", ylabel="tokens", yscale="log")
-        place.legend()
+        if audit.rows:
+            place.legend()
     plt.close(figure)  # the notebook shows what a cell returns; once is enough
     return figure

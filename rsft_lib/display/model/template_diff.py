@@ -1,4 +1,4 @@
-"""The edits that a patch makes to a chat template: reasons, and a unified diff."""
+"""What a patch changes in rendered chats: reasons, and a unified diff."""
 
 from dataclasses import dataclass
 
@@ -6,6 +6,7 @@ from rsft_lib.common.visible import visible
 from rsft_lib.display.html import BLOCK, INK, Table, escaped
 
 # Background and text colour of a line by its first character.
+TITLE = "font-weight:bold"
 STYLE = {"+": "background:#e3eff9;color:#08304f", "-": "background:#fdeee2;color:#552a00"}
 
 
@@ -19,15 +20,17 @@ class Difference:
         return visible(self.text)
 
     def _repr_html_(self) -> str:
-        lines = [line for line in self.text.splitlines() if not line.startswith(("---", "+++"))]
-        count = {sign: sum(line.startswith(sign) for line in lines) for sign in STYLE}
-        body = "".join(f"<div style='{STYLE.get(line[:1], '')}'>{escaped(line) or ' '}</div>" for line in lines)
+        lines = [line for line in self.text.splitlines() if not line.startswith("+++")]
+        count = {sign: sum(line.startswith(sign) and line[:3] != "---" for line in lines) for sign in STYLE}
+        styles = [TITLE if line[:3] == "---" else STYLE.get(line[:1], "") for line in lines]
+        pairs = zip(styles, lines, strict=True)
+        body = "".join(f"<div style='{style}'>{escaped(line) or ' '}</div>" for style, line in pairs)
         return (
             f"<details><summary>diff: {count['-']} lines removed, {count['+']} added</summary>"
             f"<pre style='{BLOCK};background:#ffffff;color:{INK}'>{body}</pre></details>"
         )
 
 
-def edits_table(patched: dict) -> Table:
-    """The reason for each edit of the template, from the manifest of `patch_tokenizer`."""
-    return Table("edits of the chat template", ("where", "why"), list(patched["edits"].items()))
+def changes_table(patched: dict) -> Table:
+    """What changes and why, from the manifest of `patch_tokenizer`: sample chats, and tokens."""
+    return Table("what changes", ("sample chat or token", "why"), list(patched["changes"].items()))
