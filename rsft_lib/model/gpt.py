@@ -42,6 +42,7 @@ class ResponseModel(GPTModel):
         attention_mask: None; attention is causal within each sample.
         labels: `loss_head.Targets` for a loss; None returns logits [b, s, v / TP].
         samples: the `attention.Chunk`s of this rank; None if every row is one sample.
+        padding_mask: bool [b, s], True for padding, which routers of experts do not count.
     """
 
     tokens_in_vocabulary: int
@@ -61,10 +62,13 @@ class ResponseModel(GPTModel):
 
     # The methods below override private ones of megatron-core; their arguments differ between versions.
 
-    def _preprocess(self, input_ids: Tensor, position_ids: Tensor, **_) -> tuple:
+    def _preprocess(self, input_ids: Tensor, position_ids: Tensor, padding_mask: Tensor | None = None, **_) -> tuple:
         embedded = self.embedding(input_ids=input_ids, position_ids=position_ids) if self.pre_process else None
         angles = self.rotary_pos_emb(self.max_sequence_length, packed_seq=True)  # float32 [positions, 1, 1, d], cached
-        return embedded, angles[position_ids[0]], None, None, None, None
+        if padding_mask is not None and self.config.sequence_parallel:
+            group = self.pg_collection.tp
+            padding_mask = padding_mask.chunk(group.size(), dim=1)[group.rank()]
+        return embedded, angles[position_ids[0]], None, None, None, padding_mask
 
     def _postprocess(self, hidden_states: Tensor, labels: Targets | None = None, **rest) -> Tensor | Loss:
         if labels is None or not self.post_process:
@@ -98,7 +102,10 @@ def build_model(
         ValueError: the model cannot be partitioned across the ranks, or its sliding window is below `max_length`.
     """
     parts, window = config.tensor_model_parallel_size, attention_window(hf)
-    check_layout(hf, parts, config.pipeline_model_parallel_size)
+    check_layout(
+        hf, parts, config.pipeline_model_parallel_size, expert_parallel=config.expert_model_parallel_size,
+        expert_tensor_parallel=config.expert_tensor_parallel_size,
+    )  # fmt: skip
     if window is not None and window < max_length:
         raise ValueError(
             f"sequence length {max_length} exceeds the model's sliding_window={window}; set a shorter seq_length"
@@ -124,4 +131,9 @@ def build_model(
         # megatron-core would require Apex for the output layer if the config set it.
         if hasattr(module, "fuse_wgrad_accumulation"):
             module.fuse_wgrad_accumulation = True
+    for name, parameter in model.named_parameters():
+        if ".mlp.experts." in name:
+            # Reduce gradients of experts among their own replicas; by default only if expert_parallel exceeds 1, which
+            # is wrong if expert_tensor_parallel differs from tensor_parallel.
+            parameter.allreduce = False
     return model

@@ -18,6 +18,8 @@ from rsft_lib.model.config import check_layout, read_config, transformer_config
 from rsft_lib.model.cpu_shim import device
 from rsft_lib.model.gpt import build_model, resolve_backend
 from rsft_lib.model.layers import recomputed
+from rsft_lib.model.router import routers
+from rsft_lib.model.weight_map import expert_count
 from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.optimizer import build_optimizer, build_schedule
 from rsft_lib.training.state import TrainState
@@ -26,7 +28,9 @@ from rsft_lib.training.state import TrainState
 def build_state(config: TrainConfig, checkpoint: Path) -> TrainState:
     """This rank's model chunks with gradient buffers, its shard of the optimizer, and the schedule."""
     hf = read_config(checkpoint)
-    check_layout(hf, config.tensor_parallel, config.pipeline_parallel, config.virtual_pipeline)
+    check_layout(hf, **config.layout())
+    if config.freeze_router and not expert_count(hf):
+        raise ValueError(f"freeze_router is set, but {hf.model_type} has no experts and no routers")
     mcore = model_settings(config, hf)
     if "layernorm" in recomputed(mcore):
         engine.prepare_recomputation()
@@ -50,16 +54,19 @@ def model_settings(config: TrainConfig, hf: PretrainedConfig) -> TransformerConf
         raise ValueError("precision 'fp8' needs a CUDA GPU and transformer-engine; choose 'bf16'")
     settings = transformer_config(
         hf,
+        backend,
         tensor_model_parallel_size=config.tensor_parallel,
         pipeline_model_parallel_size=config.pipeline_parallel,
         **_interleaving(config),
         context_parallel_size=config.context_parallel,
+        expert_model_parallel_size=config.expert_parallel,
+        expert_tensor_parallel_size=config.expert_tensor_parallel,
         sequence_parallel=config.sequence_parallel,
         pipeline_dtype=dtype,
         params_dtype=dtype,
         bf16=low,
         calculate_per_token_loss=True,
-        use_te_activation_func=backend == "te",
+        use_te_activation_func=backend == "te" and not expert_count(hf),
         apply_rope_fusion=backend == "te",
         **_recompute(config),
         **_fp8(config),
@@ -101,6 +108,8 @@ def _wrapped(config: TrainConfig, mcore: TransformerConfig, hf: PretrainedConfig
     model = build_model(hf, mcore, resolve_backend(config.backend, config.precision), config.seq_length, stage).to(
         device()
     )
+    for router in routers([model]):
+        router.weight.requires_grad = not config.freeze_router
     overlap = config.overlap and config.data_parallel(torch.distributed.get_world_size()) * config.context_parallel > 1
     ddp = DistributedDataParallelConfig(
         use_distributed_optimizer=True,

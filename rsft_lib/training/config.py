@@ -13,6 +13,7 @@ import yaml
 SHAPES_THE_RUN = (  # besides model and data, which are compared by hash, and train_iters, which may grow
     "seq_length", "global_batch_size", "packing", "normalize_by", "split", "lr", "min_lr", "lr_schedule",
     "warmup_fraction", "decay_fraction", "weight_decay", "adam_beta1", "adam_beta2", "clip_grad", "seed", "precision",
+    "freeze_router",
 )  # fmt: skip
 CHOICES = {
     "precision": ("bf16", "fp32", "fp8"),
@@ -100,6 +101,12 @@ class TrainConfig:
     """Model chunks per pipeline rank; above 1 for the interleaved schedule."""
     context_parallel: int = 1
     """Context-parallel size: ranks across which the tokens of a pack are partitioned."""
+    expert_parallel: int = 1
+    """Expert-parallel size: ranks, of different data, across which the experts of a layer are partitioned."""
+    expert_tensor_parallel: int = 1
+    """Expert-tensor-parallel size: ranks across which each expert is partitioned."""
+    freeze_router: bool = False
+    """Whether the routers of a model with experts keep their weights."""
     overlap: bool = True
     """Whether data-parallel communication of gradients and weights overlaps with computation."""
 
@@ -208,6 +215,14 @@ class TrainConfig:
             (f"split is {self.split!r}; it must be three numbers, e.g. '999,1,0'", not _is_split(self.split)),
         ]  # fmt: skip
 
+    def layout(self) -> dict:
+        """The parallel sizes, by the names that `model.config.check_layout` gives them."""
+        names = (
+            "tensor_parallel", "pipeline_parallel", "virtual_pipeline", "expert_parallel", "expert_tensor_parallel",
+            "sequence_parallel",
+        )  # fmt: skip
+        return {name: getattr(self, name) for name in names}
+
     def data_parallel(self, world_size: int) -> int:
         """The data-parallel size (replicas of the model) on `world_size` ranks.
 
@@ -220,6 +235,12 @@ class TrainConfig:
             raise ValueError(
                 f"{world_size} ranks are not divisible by tensor_parallel={self.tensor_parallel} x "
                 f"pipeline_parallel={self.pipeline_parallel}{by_context}"
+            )
+        experts = self.pipeline_parallel * self.expert_parallel * self.expert_tensor_parallel
+        if world_size % experts:
+            raise ValueError(
+                f"{world_size} ranks are not divisible by pipeline_parallel={self.pipeline_parallel} x "
+                f"expert_parallel={self.expert_parallel} x expert_tensor_parallel={self.expert_tensor_parallel}"
             )
         replicas = world_size // model
         if self.global_batch_size % (replicas * self.micro_batch_size):

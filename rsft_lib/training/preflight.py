@@ -47,7 +47,7 @@ def preflight(config: TrainConfig, nproc: int) -> str:
 
 def describe(config: TrainConfig, hf: PretrainedConfig, data: Datasets, ranks: int) -> str:
     """The text of `preflight`, which also starts the log of a run."""
-    check_layout(hf, config.tensor_parallel, config.pipeline_parallel, config.virtual_pipeline)
+    check_layout(hf, **config.layout())
     given, config = config, config.for_packs(len(data.train))
     overridden = given.train_iters != config.train_iters
     overrides = f"; epochs={config.epochs:g} overrides train_iters={given.train_iters}" if overridden else ""
