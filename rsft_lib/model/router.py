@@ -41,7 +41,7 @@ def routers(models: Iterable[torch.nn.Module]) -> list[Router]:
 
 @torch.no_grad()
 def expert_load(models: Iterable[torch.nn.Module]) -> Tensor | None:
-    """int64 [layers, experts]: tokens of each expert on all ranks since the last call; None for a dense model.
+    """int64 [layers, experts] on the CPU: tokens of each expert on all ranks since the last call; None if dense.
 
     Padding is not counted. Must be called on all ranks.
     """
@@ -53,4 +53,4 @@ def expert_load(models: Iterable[torch.nn.Module]) -> Tensor | None:
         load[router.layer_number - 1] = router.load
         router.load.zero_()
     torch.distributed.all_reduce(load)  # every token is on one rank: `check_layout` requires sequence parallelism
-    return load
+    return load.cpu()

@@ -68,7 +68,7 @@ def model_settings(config: TrainConfig, hf: PretrainedConfig) -> TransformerConf
         calculate_per_token_loss=True,
         use_te_activation_func=backend == "te" and not expert_count(hf),
         apply_rope_fusion=backend == "te",
-        **_recompute(config),
+        **_recompute(config, expert_count(hf) > 0),
         **_fp8(config),
     )
     # Fuse the QKV split with the rotary embedding if nothing happens in between.
@@ -88,13 +88,17 @@ def _interleaving(config: TrainConfig) -> dict:
     }
 
 
-def _recompute(config: TrainConfig) -> dict:
+def _recompute(config: TrainConfig, experts: bool) -> dict:
     if config.recompute == "full":
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     if config.recompute == "selective":
         # Transformer Engine always saves the inputs of FP8 linear layers.
         lean = resolve_backend(config.backend, config.precision) == "te" and config.precision == "bf16"
-        return {"recompute_granularity": "selective", "recompute_modules": ["layernorm" if lean else "mlp"]}
+        if experts:
+            modules = ["layernorm", "moe_act"] if lean else ["moe"]
+        else:
+            modules = ["layernorm" if lean else "mlp"]
+        return {"recompute_granularity": "selective", "recompute_modules": modules}
     return {}
 
 

@@ -41,9 +41,7 @@ def micro_batch(batch: dict[str, Tensor], rank: int, size: int) -> MicroBatch:
     positions = own["loss_mask"][0].nonzero()[:, 0]
     targets = Targets(positions, own["labels"][0, positions], own["loss_mask"][0, positions])
     chunks = chunks_of(batch["cu_seqlens"].tolist(), rank, size)
-    return MicroBatch(
-        own["tokens"], own["position_ids"], targets, own["kinds"][0, positions], chunks, own["padding"]
-    )
+    return MicroBatch(own["tokens"], own["position_ids"], targets, own["kinds"][0, positions], chunks, own["padding"])
 
 
 def forward_step(batches: Iterator[MicroBatch], model):

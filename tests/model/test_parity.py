@@ -165,7 +165,10 @@ def by_file_name(named: dict[str, torch.Tensor], config) -> dict[str, torch.Tens
         prefix, matrix = name.split(".mlp.experts.")
         files = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}[matrix]
         if config.model_type == "mixtral":
-            prefix, files = f"{prefix}.block_sparse_moe", [{"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}[f] for f in files]
+            prefix, files = (
+                f"{prefix}.block_sparse_moe",
+                [{"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}[f] for f in files],
+            )
         else:
             prefix = f"{prefix}.mlp"
         for expert, both in enumerate(tensor):
