@@ -1,15 +1,15 @@
-"""Training a mixture of experts on GPUs: this kit, plain megatron-core and transformers on the same packs, beside a floor.
+"""Training a mixture of experts on GPUs: this kit, plain megatron-core and transformers on the same packs; a floor.
 
-    RSFT_REAL_DATA=FOLDER python benchmarks/moe_gpu.py --output OUT [--gpus 1] [--ep 1] [--layers 8] [--variants ours ...]
+    RSFT_REAL_DATA=FOLDER python benchmarks/moe_gpu.py --output OUT [--gpus 1] [--ep 1] [--layers 8] [--variants ...]
 
-The model has the shape of Qwen3-30B-A3B with fewer layers and random weights; its router chooses freely. A micro-batch is
-a pack of 16,384 tokens of real traces, an optimizer step has 8 of them over all GPUs. Each variant runs in processes of
-its own, at most `--seconds` long; a failure is reported and the next one runs. Each writes OUT/<variant>.json.
+The model has the shape of Qwen3-30B-A3B with fewer layers and random weights; its router chooses freely. A micro-batch
+is a pack of 16,384 tokens of real traces, an optimizer step has 8 of them over all GPUs. Each variant runs in processes
+of its own, at most `--seconds` long; a failure is reported and the next one runs. Each writes OUT/<variant>.json.
 
     MFU = 6 (N t + L n d S) / (seconds x GPUs x 989e12)
 
-N: parameters in the matrix products of one token (attention, router, 8 of 128 experts, output layer); t: tokens; L layers
-with n heads of dimension d; S: sum of squared sample lengths (attention is causal: half of the products).
+N: parameters in the matrix products of one token (attention, router, 8 of 128 experts, output layer); t: tokens;
+L layers with n heads of dimension d; S: sum of squared sample lengths (attention is causal: half of the products).
 """
 
 import argparse
@@ -239,9 +239,10 @@ def run_variant(name: str, arguments: argparse.Namespace) -> None:
 
 def table(output: Path, model: Path) -> str:
     hf = read_config(model)
+    head = hf.vocab_size * hf.hidden_size / matmul_parameters(hf)
     lines = [
-        f"{hf.num_hidden_layers} layers, {parameters(hf) / 1e9:.2f}e9 parameters, {matmul_parameters(hf) / 1e9:.2f}e9 of "
-        f"them in the products of a token ({hf.vocab_size * hf.hidden_size / matmul_parameters(hf):.0%} output layer)",
+        f"{hf.num_hidden_layers} layers, {parameters(hf) / 1e9:.2f}e9 parameters, {matmul_parameters(hf) / 1e9:.2f}e9 "
+        f"of them in the products of a token ({head:.0%} output layer)",
         f"{'':14}{'ms':>10}{'MFU':>8}{'predicted':>11}{'GiB':>8}{'tokens/s':>11}",
     ]
     for name in VARIANTS:

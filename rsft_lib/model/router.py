@@ -1,7 +1,7 @@
 """The router of mixture-of-experts layers: megatron-core's, with a count of each expert's tokens.
 
-Every token goes to its `num_experts_per_tok` experts, and none is dropped. Padding is routed as well, since it takes part
-in the matrix products of a pack, but not counted.
+Every token goes to its `num_experts_per_tok` experts, and none is dropped. Padding is routed as well, since it takes
+part in the matrix products of a pack, but not counted.
 """
 
 from collections.abc import Iterable

@@ -41,12 +41,10 @@ _DENSE = _OUTER | {
 }
 _QKV_BIAS = {_ATTENTION + "linear_qkv.bias": (0, [_HF_ATTENTION + f"{x}_proj.bias" for x in "qkv"])}
 _QK_NORM = {_ATTENTION + f"{x}_layernorm.weight": (None, [_HF_ATTENTION + f"{x}_norm.weight"]) for x in "qk"}
+_SHARED = _HF_MLP + "shared_expert."
 _SHARED_EXPERT = {
-    _MLP + "shared_experts.linear_fc1.weight": (
-        0,
-        [_HF_MLP + f"shared_expert.{x}_proj.weight" for x in ("gate", "up")],
-    ),
-    _MLP + "shared_experts.linear_fc2.weight": (1, [_HF_MLP + "shared_expert.down_proj.weight"]),
+    _MLP + "shared_experts.linear_fc1.weight": (0, [_SHARED + "gate_proj.weight", _SHARED + "up_proj.weight"]),
+    _MLP + "shared_experts.linear_fc2.weight": (1, [_SHARED + "down_proj.weight"]),
     _MLP + "shared_experts.gate_weight": (None, [_HF_MLP + "shared_expert_gate.weight"]),
 }
 
@@ -179,9 +177,9 @@ def hf_shapes(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
 
     return {
         name: shape(name)
-        for names in weight_map(config).values()
-        for _, own in _by_expert(names, config)
-        for name in own
+        for theirs in weight_map(config).values()
+        for _, names in _by_expert(theirs, config)
+        for name in names
     }
 
 

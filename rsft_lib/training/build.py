@@ -31,6 +31,11 @@ def build_state(config: TrainConfig, checkpoint: Path) -> TrainState:
     check_layout(hf, **config.layout())
     if config.freeze_router and not expert_count(hf):
         raise ValueError(f"freeze_router is set, but {hf.model_type} has no experts and no routers")
+    if min(config.expert_parallel, config.expert_tensor_parallel) > 1 and not torch.cuda.is_available():
+        raise ValueError(
+            "expert_parallel and expert_tensor_parallel together need GPUs: on CPUs, gloo cannot gather an unequal "
+            "number of tokens from each rank"
+        )
     mcore = model_settings(config, hf)
     if "layernorm" in recomputed(mcore):
         engine.prepare_recomputation()

@@ -36,7 +36,7 @@ def models(request, tmp_path_factory):
     return folder, hf, TokenStore(folder / "store")
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module")
 def family(request, tmp_path_factory):
     """The same for a model of each family."""
     folder, wide = tmp_path_factory.mktemp(request.param), {"sliding_window": 512} if request.param == "mistral" else {}
@@ -70,11 +70,11 @@ def test_a_converted_checkpoint_has_every_tensor_and_the_logits_of_transformers(
     assert logit_difference(folder / "hf", folder / "megatron") < 1e-4
 
 
-@pytest.mark.parametrize("normalize_by", ["token", "sample"])
+@pytest.mark.parametrize(
+    ("family", "normalize_by"), [*((name, "token") for name in FAMILIES), ("qwen2", "sample")], indirect=["family"]
+)
 def test_packed_loss_and_gradients_match_transformers_sample_by_sample(family, normalize_by):
     folder, hf, store = family
-    if normalize_by == "sample" and hf.config.model_type != "qwen2":
-        pytest.skip("weights of tokens are tested with one family")
     hf.zero_grad()
     masks = [torch.from_numpy(store[i][1][1:]) for i in range(len(store))]
     sums = [(losses * mask).sum() for losses, mask in zip(losses_by_transformers(hf, store), masks, strict=True)]
@@ -156,24 +156,18 @@ def gradients_by_hf_name(model, folder) -> dict[str, torch.Tensor]:
 
 def by_file_name(named: dict[str, torch.Tensor], config) -> dict[str, torch.Tensor]:
     """Tensors by their names in transformers' modules, which stack experts -> by those in its files."""
+    place, gate, up, down = "mlp", "gate_proj", "up_proj", "down_proj"
+    if config.model_type == "mixtral":
+        place, gate, up, down = "block_sparse_moe", "w1", "w3", "w2"
     found = {}
     for name, tensor in named.items():
         if ".mlp.experts." not in name:
-            place = name.replace(".mlp.", ".block_sparse_moe.") if config.model_type == "mixtral" else name
-            found[place] = tensor
+            found[name.replace(".mlp.", f".{place}.")] = tensor
             continue
-        prefix, matrix = name.split(".mlp.experts.")
-        files = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}[matrix]
-        if config.model_type == "mixtral":
-            prefix, files = (
-                f"{prefix}.block_sparse_moe",
-                [{"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}[f] for f in files],
-            )
-        else:
-            prefix = f"{prefix}.mlp"
-        for expert, both in enumerate(tensor):
-            for file, part in zip(files, both.chunk(len(files)), strict=True):
-                found[f"{prefix}.experts.{expert}.{file}.weight"] = part
+        parts = [gate, up] if name.endswith("gate_up_proj") else [down]
+        for expert, matrices in enumerate(tensor):
+            for part, matrix in zip(parts, matrices.chunk(len(parts)), strict=True):
+                found[f"{name.split('.mlp.')[0]}.{place}.experts.{expert}.{part}.weight"] = matrix
     return found
 
 

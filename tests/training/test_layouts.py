@@ -108,7 +108,6 @@ EXPERT_LAYOUTS = {
     "tp2 sp": (2, TP2_SP),
     "tp2 sp etp2": (2, {**TP2_SP, "expert_tensor_parallel": 2}),
     "tp2 sp ep2 pp2": (4, {**TP2_SP, "expert_parallel": 2, "pipeline_parallel": 2}),
-    "tp2 sp etp2 ep2": (4, {**TP2_SP, "expert_tensor_parallel": 2, "expert_parallel": 2}),
     "cp2 ep2": (2, {"context_parallel": 2, "expert_parallel": 2}),
     "pp2 vpp2 ep2": (4, {"pipeline_parallel": 2, "virtual_pipeline": 2, "expert_parallel": 2}),
     "selective recomputation": (1, {"recompute": "selective"}),

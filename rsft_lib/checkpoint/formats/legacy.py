@@ -202,9 +202,7 @@ def open_weights(folder: Path, config: PretrainedConfig) -> Weights:
 def _rank(name: str) -> tuple[int, int]:
     match = re.fullmatch(r"mp_rank_(\d{2})(?:_(\d{3}))?", name)
     if not match:
-        raise ValueError(
-            f"{name}: expected mp_rank_XX or mp_rank_XX_YYY; legacy checkpoints with experts cannot be read"
-        )
+        raise ValueError(f"{name}: expected mp_rank_XX or mp_rank_XX_YYY; checkpoints with experts cannot be read")
     return int(match[1]), int(match[2] or 0)
 
 
