@@ -12,7 +12,17 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from rsft_lib.common.paths import require_path
 from rsft_lib.model.weight_map import FAMILIES, expert_count, expert_size, has, head_dim
 
-ROPE_TYPES = ("default", "linear", "llama3")  # the types that only change frequencies
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # those that depend on neither the sequence nor the layer
+UNSUPPORTED = {  # families that are asked for -> what they need
+    **dict.fromkeys(
+        ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"),
+        "its Gated DeltaNet layers over packed samples need CUDA kernels (flash-linear-attention)",
+    ),
+    **dict.fromkeys(("olmo2", "olmo3"), "it normalizes the outputs of attention and MLP instead of their inputs"),
+    "granite": "it multiplies embeddings, residuals and logits by constants",
+    "gpt_oss": "its experts have biases, and its attention has sinks",
+    "deepseek_v3": "its attention is multi-head latent attention",
+}
 
 
 def read_config(folder: str | Path) -> PretrainedConfig:
@@ -44,7 +54,8 @@ def padded_vocab_size(vocab_size: int, multiple: int) -> int:
 
 def attention_window(config: PretrainedConfig) -> int | None:
     """The sliding window: the maximum number of positions that a token attends to; None if unlimited."""
-    return getattr(config, "sliding_window", None) or None  # transformers writes 0 for Qwen2-MoE without a window
+    used = getattr(config, "use_sliding_window", True)
+    return (getattr(config, "sliding_window", None) or None) if used else None
 
 
 def check_layout(
@@ -107,6 +118,16 @@ def inverse_frequencies(config: PretrainedConfig) -> Tensor | None:
     return None if kind == "default" else ROPE_INIT_FUNCTIONS[kind](config, "cpu")[0]
 
 
+def attention_scale(config: PretrainedConfig) -> float | None:
+    """The factor of the products of queries and keys in layers with rotary embeddings; None for 1 / sqrt(head_dim).
+
+    YaRN (https://arxiv.org/abs/2309.00071) multiplies queries and keys, and so their product by the square.
+    """
+    if config.rope_parameters["rope_type"] != "yarn":
+        return None
+    return ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")[1] ** 2 / head_dim(config) ** 0.5
+
+
 def transformer_config(config: PretrainedConfig, backend: str = "torch", **run_settings) -> TransformerConfig:
     """The architecture of `config` with the settings of a run (parallel sizes, dtypes, fusions, ...).
 
@@ -127,6 +148,8 @@ def transformer_config(config: PretrainedConfig, backend: str = "torch", **run_s
         add_bias_linear=False,
         add_qkv_bias=has(config, "linear_qkv.bias"),
         qk_layernorm=has(config, "q_layernorm.weight"),
+        softmax_scale=attention_scale(config),
+        no_rope_freq=_layers_without_rope(config),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         init_method=_leave_empty,
@@ -134,6 +157,15 @@ def transformer_config(config: PretrainedConfig, backend: str = "torch", **run_s
         use_cpu_initialization=not torch.cuda.is_available(),
         **({"expert_tensor_parallel_size": 1} | _experts(config, backend == "te") | run_settings),
     )
+
+
+def _layers_without_rope(config: PretrainedConfig) -> list[int] | None:
+    """For each layer, 1 if it has no rotary embedding (SmolLM3); None if all have.
+
+    `no_rope_layers` of `config.json` has, despite its name, a 1 for each layer with one.
+    """
+    with_rope = (getattr(config, "no_rope_layers", None) or [])[: config.num_hidden_layers]
+    return None if all(with_rope) else [int(not rope) for rope in with_rope]
 
 
 def _experts(config: PretrainedConfig, te: bool) -> dict:
@@ -188,6 +220,8 @@ def _accepted(config: PretrainedConfig) -> dict[str, tuple]:
 
 def _refuse_unsupported(expected: dict[str, tuple], path: Path) -> None:
     for name, (value, allowed) in expected.items():
+        if name == "model_type" and value in UNSUPPORTED:
+            raise ValueError(f"{path}: model_type is {value!r}, which is not supported: {UNSUPPORTED[value]}")
         if value not in allowed:
             one_of = " or ".join(repr(choice) for choice in allowed if choice is not None)
             raise ValueError(f"{path}: {name} is {value!r}; this kit only trains models with {one_of or 'none'}")

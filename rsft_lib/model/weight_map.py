@@ -66,6 +66,7 @@ FAMILIES = {
     "qwen3": _DENSE | _QK_NORM,
     "llama": _DENSE,
     "mistral": _DENSE,
+    "smollm3": _DENSE,
     "qwen2_moe": _QWEN_MOE | _QKV_BIAS | _SHARED_EXPERT,
     "qwen3_moe": _QWEN_MOE | _QK_NORM,
     "mixtral": _OUTER | _experts(_HF + "block_sparse_moe.", "w1", "w3", "w2"),

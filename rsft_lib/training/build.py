@@ -77,7 +77,9 @@ def model_settings(config: TrainConfig, hf: PretrainedConfig) -> TransformerConf
         **_fp8(config),
     )
     # Fuse the QKV split with the rotary embedding if nothing happens in between.
-    fusable = not settings.qk_layernorm and settings.num_query_groups >= config.tensor_parallel
+    fusable = (
+        not settings.qk_layernorm and not settings.no_rope_freq and settings.num_query_groups >= config.tensor_parallel
+    )
     settings.fused_single_qkv_rope = HAVE_FUSED_QKV_ROPE and backend == "te" and fusable
     return settings
 

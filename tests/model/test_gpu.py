@@ -119,7 +119,7 @@ def attention(kind: type, context: int = 1):
     """The module as a function of query, key and value [t, heads, d] and samples -> [t, heads * d]."""
     config = SimpleNamespace(
         context_parallel_size=context, tensor_model_parallel_size=1, num_attention_heads=12, num_query_groups=2,
-        kv_channels=128,
+        kv_channels=128, softmax_scale=None, no_rope_freq=None,
     )  # fmt: skip
     module = kind(config, 1, None, "self")
     if context > 1:

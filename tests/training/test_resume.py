@@ -129,7 +129,9 @@ def test_a_model_with_experts_resumes_at_any_expert_parallel_size(change, inputs
     again = stopped_half_way(tmp_path / "whole", tmp_path / "again")
     exact = layout == other
     same(run(inputs | given, again, after, **other), whole, tolerance=0.0 if exact else 1e-5)
-    start, found, expected = (all_tensors(f) for f in (tmp_path / "megatron", newest(again), newest(tmp_path / "whole")))
+    start, found, expected = (
+        all_tensors(f) for f in (tmp_path / "megatron", newest(again), newest(tmp_path / "whole"))
+    )
     assert found.keys() == expected.keys()
     for name, tensor in found.items():
         if exact:
