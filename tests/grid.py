@@ -1,8 +1,8 @@
 """Load every model in a folder at every TP x PP, with EP = TP, and compare logits: `grid.py FOLDER`.
 
-For test_families.py. Ranks are forked from one process that has imported everything, so that sixteen of them start fast. FOLDER has a folder
-for each model with `expected.pt`, the logits of transformers, and the weights to load: `legacy_TP2PP1` and so on for
-one layout, `torch_dist` and `hf` for all of them. Prints `model kind TPxPP difference`.
+For test_families.py. Ranks are forked from one process that has imported everything, so that sixteen of them start
+fast. FOLDER has a folder for each model with `expected.pt`, the logits of transformers, and the weights to load:
+`legacy_TP2PP1` and so on for one layout, `torch_dist` and `hf` for all of them. Prints `model kind TPxPP difference`.
 """
 
 import os

@@ -121,7 +121,7 @@ class TorchAttention(_PackedAttention):
         pieces = (
             x.transpose(0, 1).split(n, dim=1) for x, n in zip((query, key, value), lengths + lengths[1:], strict=True)
         )
-        return torch.cat([_causal(*piece, self.scale).transpose(0, 1) for piece in zip(*pieces, strict=True)])
+        return torch.cat([_causal(*piece, scale=self.scale).transpose(0, 1) for piece in zip(*pieces, strict=True)])
 
 
 class TEAttention(_PackedAttention):

@@ -11,9 +11,9 @@ from rsft_lib.common.paths import require_path, resolve
 from rsft_lib.model.config import check_layout, head_dim, read_config
 from rsft_lib.model.cpu_shim import gpu
 from rsft_lib.model.loss_head import CHUNK
+from rsft_lib.model.weight_map import expert_count, expert_size
 from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.datasets import Datasets, open_datasets
-from rsft_lib.model.weight_map import expert_count, expert_size
 from rsft_lib.training.flops import (
     layer_parameters,
     matmul_parameters,
