@@ -10,13 +10,15 @@ from transformers import AutoModelForCausalLM
 from rsft_lib import demo
 from rsft_lib.common.artifact import MANIFEST
 from rsft_lib.notebook import run
+from rsft_lib.tokenizer.patch import load_tokenizer
 from rsft_lib.training.metrics import read_metrics
 
 
 def test_a_qwen3_moe_runs_through_all_notebooks_on_two_expert_parallel_ranks(tmp_path):
     demo.make_model(tmp_path / "model", seed=1)
     (tmp_path / "model" / MANIFEST).unlink()  # only its tokenizer stays
-    tiny_family(tmp_path / "model", "qwen3_moe", vocab_size=512, eos_token_id=0)
+    eos = load_tokenizer(tmp_path / "model").eos_token_id
+    tiny_family(tmp_path / "model", "qwen3_moe", vocab_size=512, eos_token_id=eos)
     demo.make_sources(tmp_path / "sources", 60, seed=1)
     given = chained(tmp_path)
     given["05_train"] |= {"expert_parallel": 2, "global_batch_size": 4}
