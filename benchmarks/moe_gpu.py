@@ -4,7 +4,7 @@
 
 The model has the shape of Qwen3-30B-A3B with fewer layers and random weights; its router chooses freely. A micro-batch
 is a pack of 16,384 tokens of real traces, an optimizer step has 8 of them over all GPUs. Each variant runs in processes
-of its own, at most `--seconds` long; a failure is reported and the next one runs. Each writes OUT/<variant>.json.
+of its own, for 75 s at most; a failure is reported and the next one runs. Each writes OUT/<variant>.json.
 
     MFU = 6 (N t + L n d S) / (seconds x GPUs x 989e12)
 
@@ -88,7 +88,6 @@ def megatron(config: TrainConfig) -> dict:
     chunk = DistributedDataParallel(core, ddp, Float16Module(core, model))
     optimizer = fused_adam(config, [chunk])
     randomize(TrainState([chunk], optimizer, None))
-    optimizer.reload_model_params()
 
     def micro_step(batch: dict) -> None:
         ends = batch["cu_seqlens"].cuda()
@@ -167,7 +166,6 @@ def timed(config: TrainConfig, step) -> dict:
 def floor(config: TrainConfig) -> dict:
     """The products of a micro-batch at the speed of dense cuBLAS, attention, and AdamW's and the experts' traffic."""
     from gpu_floor import _attention, _bandwidth, _product
-    from megatron.core import parallel_state
 
     hf = read_config(config.checkpoint)
     queries, keys = hf.num_attention_heads * hf.head_dim, hf.num_key_value_heads * hf.head_dim
@@ -179,8 +177,7 @@ def floor(config: TrainConfig) -> dict:
     products = {name: times * sum(_product(i, o).values()) for name, (i, o, times) in shapes.items()}
     head = sum(_product(hf.hidden_size, hf.vocab_size).values())
     bandwidth = _bandwidth()
-    held = parameters(hf) / parallel_state.get_expert_model_parallel_world_size()
-    adam = held * 28 / bandwidth * 1000 / MICRO_BATCHES
+    adam = parameters(hf) * 28 / bandwidth * 1000 / MICRO_BATCHES  # of 8 micro-batches and all parameters per GPU
     # Rows to the experts and back, forward and backward: each written and read once.
     moved = hf.num_hidden_layers * 4 * 2 * LENGTH * hf.num_experts_per_tok * hf.hidden_size * 2 / bandwidth * 1000
     data = PackedDataset(TokenStore(config.data), LENGTH, 0)
@@ -200,7 +197,7 @@ VARIANTS = {
 
 def run_here(name: str, config: TrainConfig, output: Path) -> None:
     """Run a variant on this process's GPU; the first rank writes the result, or the error."""
-    with ranks(expert_parallel_size=config.expert_parallel):
+    with ranks(expert_parallel_size=1 if name == "floor" else config.expert_parallel):
         world, first = torch.distributed.get_world_size(), torch.distributed.get_rank() == 0
         try:
             result = VARIANTS[name](config)
@@ -218,8 +215,8 @@ def run_here(name: str, config: TrainConfig, output: Path) -> None:
     os._exit("error" in result)  # without cleanup, which may hang after an error
 
 
-def run_variant(name: str, arguments: argparse.Namespace) -> None:
-    """Run a variant in processes of its own, with a time limit."""
+def run_variant(name: str, arguments: argparse.Namespace, seconds: float) -> None:
+    """Run a variant in processes of its own, at most `seconds` long."""
     given = [f"--{key}={value}" for key, value in vars(arguments).items() if key not in ("variants", "here")]
     start = [sys.executable]
     if arguments.gpus > 1 and name != "floor":
@@ -231,7 +228,7 @@ def run_variant(name: str, arguments: argparse.Namespace) -> None:
             command, stdout=log, stderr=subprocess.STDOUT, env={**ENVIRONMENT, **os.environ}, start_new_session=True
         )
         try:
-            process.wait(arguments.seconds)
+            process.wait(max(1, seconds))
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, 9)
     print(f"{name}: {time.time() - began:.0f} s", flush=True)
@@ -269,10 +266,10 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=0, help="8 per GPU by default")
     parser.add_argument("--moments", default="fp32", help="dtype of AdamW's moments: fp32 or bf16")
     parser.add_argument("--gradients", default="fp32", help="dtype of gradients: fp32 or bf16")
-    parser.add_argument("--seconds", type=int, default=75, help="time limit of a variant")
+    parser.add_argument("--seconds", type=int, default=235, help="time limit of all variants together")
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--here", choices=list(VARIANTS), help="run in this process")
-    arguments = parser.parse_args()
+    arguments, began = parser.parse_args(), time.time()
     arguments.output = arguments.output.resolve()
     inputs = arguments.output / "inputs"
     config = settings(
@@ -287,7 +284,7 @@ def main() -> None:
     shape = SHAPE | {"num_hidden_layers": arguments.layers or 8 * arguments.gpus}
     (inputs / "model" / "config.json").write_text(json.dumps(shape))
     for name in arguments.variants:
-        run_variant(name, arguments)
+        run_variant(name, arguments, min(75, began + arguments.seconds - time.time()))
     print(table(arguments.output, inputs / "model"))
 
 

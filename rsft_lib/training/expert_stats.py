@@ -10,8 +10,9 @@ def metrics(load: Tensor | None) -> dict:
         load: int64 [layers, experts], the tokens of each expert in a step on all ranks, from `router.expert_load`.
 
     Returns:
-        expert_load_max: load of the busiest expert of any layer, 1 being the mean; dead_experts: number of experts, over
-        all layers, without a token in this step; expert_load: a list with each expert's load, averaged over the layers.
+        expert_load_max: load of the busiest expert of any layer, 1 being the mean; dead_experts: number of experts,
+        over all layers, without a token in this step; expert_load: a list with the load of each expert, averaged over
+        the layers.
     """
     if load is None:
         return {}
