@@ -346,6 +346,9 @@ def test_the_parameters_of_a_model_with_experts_are_those_that_its_authors_state
         weights = dict(Qwen3MoeForCausalLM(model).named_parameters())
     assert flops.parameters(model) == sum(w.numel() for name, w in weights.items() if "norm" not in name)
     run = settings(checkpoint="c", data="d", output="o", precision="bf16", seq_length=16_384, global_batch_size=16)
+    given = yaml.safe_load((ROOT / "notebooks" / "params" / "qwen3-30b-a3b.yaml").read_text(encoding="utf-8"))
+    preset = TrainConfig(**{field: value for field, value in given.items() if field in TrainConfig.__annotations__})
+    assert memory(preset, model, given["nproc"]).total < 60e9  # of 80; loads of experts are unequal
     eight, sixteen = (memory(dataclasses.replace(run, expert_parallel=ep), model, ranks=16) for ep in (8, 16))
     experts = 48 * 128 * 3 * 2048 * 768
     assert eight.weights - sixteen.weights == pytest.approx(2 * experts / 16)
