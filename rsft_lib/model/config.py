@@ -16,7 +16,8 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # those that depend on nei
 UNSUPPORTED = {  # families that are asked for -> what they need
     **dict.fromkeys(
         ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"),
-        "its Gated DeltaNet layers over packed samples need CUDA kernels (flash-linear-attention)",
+        "megatron-core computes its Gated DeltaNet layers over packed samples with CUDA kernels only "
+        "(flash-linear-attention), so that nothing could be compared with transformers on a CPU",
     ),
     **dict.fromkeys(("olmo2", "olmo3"), "it normalizes the outputs of attention and MLP instead of their inputs"),
     "granite": "it multiplies embeddings, residuals and logits by constants",
@@ -103,8 +104,8 @@ def _divided(config: PretrainedConfig, tensor: int, expert: int, expert_tensor: 
     shared = getattr(config, "shared_expert_intermediate_size", 0)
     return [
         heads,
-        ("num_experts", expert_count(config), "expert_parallel", expert),
-        ("moe_intermediate_size", expert_size(config), "expert_tensor_parallel", expert_tensor),
+        ("number of experts", expert_count(config), "expert_parallel", expert),
+        ("intermediate size of an expert", expert_size(config), "expert_tensor_parallel", expert_tensor),
         ("shared_expert_intermediate_size", shared, "tensor_parallel", tensor),
     ]
 

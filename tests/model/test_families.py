@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from families import FAMILIES, tiny_family
-from support import TESTS, tiny_tokenizer
+from support import TESTS, settings, tiny_tokenizer
 
 from rsft_lib.checkpoint.convert import convert
 from rsft_lib.checkpoint.verify import lost_in_round_trip
@@ -17,6 +17,7 @@ from rsft_lib.model.config import check_layout, read_config, transformer_config
 from rsft_lib.model.distributed import ranks
 from rsft_lib.model.gpt import build_model
 from rsft_lib.model.weight_map import expert_count
+from rsft_lib.training.build import build_state
 
 SIZES = (1, 2, 4)
 EVERYWHERE = [family for family in FAMILIES if not family.endswith("-yarn")]  # YaRN is a factor, not a layout
@@ -58,19 +59,18 @@ def test_a_perturbed_model_survives_the_round_trip_bit_for_bit(family, tmp_path)
     assert lost_in_round_trip(tmp_path / "hf", tmp_path) == []
 
 
-WITHOUT_EXPERTS = {
+LAYOUTS = {
     "expert_parallel=2 and expert_tensor_parallel=1, but qwen2 has no experts": ("qwen2", {"expert_parallel": 2}),
-    "num_experts=8 is not divisible by expert_parallel=3": ("qwen3_moe", {"expert_parallel": 3}),
-    "moe_intermediate_size=48 is not divisible by expert_tensor_parallel=5": ("mixtral", {"expert_tensor_parallel": 5}),
+    "number of experts=8 is not divisible by expert_parallel=3": ("qwen3_moe", {"expert_parallel": 3}),
+    "expert=96 is not divisible by expert_tensor_parallel=5": ("mixtral", {"expert_tensor_parallel": 5}),
     "needs sequence_parallel if tensor_parallel=2": ("qwen3_moe", {"tensor_parallel": 2, "sequence_parallel": False}),
 }
 
 
-@pytest.mark.parametrize("message", WITHOUT_EXPERTS)
+@pytest.mark.parametrize("message", LAYOUTS)
 def test_a_layout_that_does_not_fit_the_experts_is_refused(message, tmp_path):
-    family, layout = WITHOUT_EXPERTS[message]
-    sizes = {"intermediate_size": 48} if family == "mixtral" else {}
-    tiny_family(tmp_path, family, **sizes)
+    family, layout = LAYOUTS[message]
+    tiny_family(tmp_path, family)
     with pytest.raises(ValueError, match=message):
         check_layout(read_config(tmp_path), **{"tensor_parallel": 1, "pipeline_parallel": 1, **layout})
 
@@ -79,7 +79,10 @@ REFUSED = {
     "decoder_sparse_step is 2": ("qwen3_moe", {"decoder_sparse_step": 2}),
     "mlp_only_layers is \\[0\\]": ("qwen2_moe", {"mlp_only_layers": [0]}),
     "router_jitter_noise is 0.1": ("mixtral", {"router_jitter_noise": 0.1}),
-    "model_type is 'qwen3_next', which is not supported: its Gated DeltaNet": ("qwen2", {"model_type": "qwen3_next"}),
+    "'qwen3_next', which is not supported: megatron-core computes its Gated DeltaNet": (
+        "qwen2",
+        {"model_type": "qwen3_next"},
+    ),
     "model_type is 'mamba'": ("qwen2", {"model_type": "mamba"}),
     "rope_type is 'dynamic'": (
         "qwen2",
@@ -96,6 +99,21 @@ def test_a_model_that_would_be_computed_wrongly_is_refused(message, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | changes))
     with pytest.raises(ValueError, match=message):
         read_config(tmp_path)
+
+
+SETTINGS = {
+    "freeze_router is set, but qwen2 has no experts": ("qwen2", {"freeze_router": True}),
+    "together need GPUs": ("qwen3_moe", {"expert_parallel": 2, "expert_tensor_parallel": 2}),
+}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="one of the messages is for machines without a GPU")
+@pytest.mark.parametrize("message", SETTINGS)
+def test_settings_that_do_not_fit_the_model_or_the_machine_are_refused(message, tmp_path):
+    family, changes = SETTINGS[message]
+    tiny_family(tmp_path, family)
+    with ranks(), pytest.raises(ValueError, match=message):
+        build_state(settings(checkpoint=str(tmp_path), data="d", output="o", **changes), tmp_path)
 
 
 def test_the_older_format_is_refused_with_experts(tmp_path):

@@ -21,7 +21,7 @@ from rsft_lib.model.distributed import ranks
 from rsft_lib.model.router import expert_load
 from rsft_lib.training.batches import Loader, run_batch
 from rsft_lib.training.build import build_state
-from rsft_lib.training.loop import update
+from rsft_lib.training.loop import evaluate, update
 from rsft_lib.training.loss import forward_step, micro_batch
 from rsft_lib.training.loss_stats import trained_tokens, weight_sum
 
@@ -105,9 +105,29 @@ def test_packed_loss_and_gradients_match_transformers_sample_by_sample(family, n
         torch.testing.assert_close(
             gradient / denominator, wanted[name], atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
         )
-    if load is not None:  # every token reached all of its experts, and padding is not counted
-        tokens = sum(len(store[i][0]) - 1 for i in range(len(store)))
-        assert load.sum(dim=1).tolist() == [tokens * hf.config.num_experts_per_tok] * hf.config.num_hidden_layers
+    if load is not None:
+        assert load.sum(dim=1).tolist() == routed(store, hf.config)
+
+
+def routed(store, config) -> list[int]:
+    """For each layer, the sum of the experts' tokens if none is dropped and padding is not counted."""
+    return [config.num_experts_per_tok * (int(store.lengths.sum()) - len(store))] * config.num_hidden_layers
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe"], indirect=True)
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_tokens_of_experts_are_counted_once_in_training_and_not_in_evaluation(family, recompute):
+    folder, hf, store = family
+    with ranks():
+        config, state = loaded_state(folder, recompute=recompute)
+        data = PackedDataset(store, config.seq_length, seed=0)
+        packs = list(range(len(data)))
+        for chunk in state.chunks:
+            chunk.zero_grad_buffer()
+        run_batch(state, Loader(data, config), packs)
+        assert expert_load(state.chunks).sum(dim=1).tolist() == routed(store, hf.config)
+        evaluate(state, config, data, "eval_")
+        assert not expert_load(state.chunks).any()
 
 
 def test_the_loss_curve_matches_transformers_with_torch_adamw(models):

@@ -362,7 +362,7 @@ def test_preflight_reports_the_experts_and_the_auxiliary_loss_that_is_not_used(t
     text = preflight(dataclasses.replace(run, expert_parallel=2, freeze_router=True), nproc=4)
     assert "8 per layer, 2 per token, none dropped; router in float32, frozen; auxiliary loss 0 (router_aux" in text
     assert "4 = 4 data; 2 of them with different experts" in text
-    with pytest.raises(ValueError, match="num_experts=8 is not divisible by expert_parallel=3"):
+    with pytest.raises(ValueError, match="number of experts=8 is not divisible by expert_parallel=3"):
         preflight(dataclasses.replace(run, expert_parallel=3, global_batch_size=6), nproc=3)
     with pytest.raises(ValueError, match="3 ranks are not divisible by pipeline_parallel=1 x expert_parallel=2"):
         preflight(dataclasses.replace(run, expert_parallel=2, global_batch_size=6), nproc=3)
