@@ -151,7 +151,7 @@ class TEAttention(_PackedAttention):
         ).view_as(query)  # fmt: skip
 
 
-def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+def _causal(query: Tensor, key: Tensor, value: Tensor, *, scale: float | None) -> Tensor:
     """[heads, q, d], [groups, k, d] twice -> [heads, q, d]; the queries are the last q of the k positions."""
     if query.shape[1] == key.shape[1]:
         return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)

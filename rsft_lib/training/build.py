@@ -14,7 +14,7 @@ from megatron.core.transformer.module import Float16Module
 from transformers import PretrainedConfig
 
 from rsft_lib.model import engine
-from rsft_lib.model.config import check_layout, read_config, transformer_config
+from rsft_lib.model.config import read_config, transformer_config
 from rsft_lib.model.cpu_shim import device
 from rsft_lib.model.gpt import build_model, resolve_backend
 from rsft_lib.model.layers import recomputed
@@ -22,20 +22,14 @@ from rsft_lib.model.router import routers
 from rsft_lib.model.weight_map import expert_count
 from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.optimizer import build_optimizer, build_schedule
+from rsft_lib.training.preflight import check_model
 from rsft_lib.training.state import TrainState
 
 
 def build_state(config: TrainConfig, checkpoint: Path) -> TrainState:
     """This rank's model chunks with gradient buffers, its shard of the optimizer, and the schedule."""
     hf = read_config(checkpoint)
-    check_layout(hf, **config.layout())
-    if config.freeze_router and not expert_count(hf):
-        raise ValueError(f"freeze_router is set, but {hf.model_type} has no experts and no routers")
-    if min(config.expert_parallel, config.expert_tensor_parallel) > 1 and not torch.cuda.is_available():
-        raise ValueError(
-            "expert_parallel and expert_tensor_parallel together need GPUs: on CPUs, gloo cannot gather an unequal "
-            "number of tokens from each rank"
-        )
+    check_model(config, hf)
     mcore = model_settings(config, hf)
     if "layernorm" in recomputed(mcore):
         engine.prepare_recomputation()

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import torch
 from transformers import PretrainedConfig
 
 from rsft_lib.common.paths import require_path, resolve
@@ -53,9 +54,25 @@ def preflight(config: TrainConfig, nproc: int) -> str:
     return describe(config, read_config(require_path(config.checkpoint, "checkpoint")), open_datasets(config), nproc)
 
 
+def check_model(config: TrainConfig, hf: PretrainedConfig) -> None:
+    """Check that the settings fit the model and this machine.
+
+    Raises:
+        ValueError: they do not.
+    """
+    check_layout(hf, **config.layout())
+    if config.freeze_router and not expert_count(hf):
+        raise ValueError(f"freeze_router is set, but {hf.model_type} has no experts and no routers")
+    if min(config.expert_parallel, config.expert_tensor_parallel) > 1 and not torch.cuda.is_available():
+        raise ValueError(
+            "expert_parallel and expert_tensor_parallel together need GPUs: on CPUs, gloo cannot gather an unequal "
+            "number of tokens from each rank"
+        )
+
+
 def describe(config: TrainConfig, hf: PretrainedConfig, data: Datasets, ranks: int) -> str:
     """The text of `preflight`, which also starts the log of a run."""
-    check_layout(hf, **config.layout())
+    check_model(config, hf)
     given, config = config, config.for_packs(len(data.train))
     overridden = given.train_iters != config.train_iters
     overrides = f"; epochs={config.epochs:g} overrides train_iters={given.train_iters}" if overridden else ""
