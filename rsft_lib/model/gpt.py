@@ -14,6 +14,7 @@ from rsft_lib.model.attention import packed
 from rsft_lib.model.config import attention_window, check_layout, inverse_frequencies, padded_vocab_size
 from rsft_lib.model.layers import block_spec
 from rsft_lib.model.loss_head import Loss, Targets, weighted_loss
+from rsft_lib.model.router import Router, routers
 
 
 def resolve_backend(backend: str, precision: str = "bf16") -> str:
@@ -43,14 +44,21 @@ class ResponseModel(GPTModel):
         labels: `loss_head.Targets` for a loss; None returns logits [b, s, v / TP].
         samples: the `attention.Chunk`s of this rank; None if every row is one sample.
         padding_mask: bool [b, s], True for padding, which routers of experts do not count.
+        loss_weight: sum of the loss weights of the micro-batch on all context-parallel ranks, for the auxiliary loss.
     """
 
     tokens_in_vocabulary: int
     """Later rows of embedding and output layer are padding and excluded from the loss."""
+    routers: tuple[Router, ...] = ()
+    """Of the layers with experts."""
     watched: tuple[int, ...] = ()
     """Tokens whose log probability is returned at every target."""
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, attention_mask=None, *, samples=None, **rest):
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, attention_mask=None, *, samples=None, loss_weight=1.0, **rest
+    ):
+        for router in self.routers:
+            router.loss_weight = loss_weight
         if samples is not None:
             for_layers = {"attention_bias": samples}
             return super().forward(input_ids, position_ids, attention_mask, extra_block_kwargs=for_layers, **rest)
@@ -122,7 +130,7 @@ def build_model(
         rotary_base=hf.rope_parameters["rope_theta"],
         vp_stage=vp_stage,
     )
-    model.tokens_in_vocabulary = hf.vocab_size
+    model.tokens_in_vocabulary, model.routers = hf.vocab_size, tuple(routers([model]))
     frequencies = inverse_frequencies(hf)
     if frequencies is not None:
         model.rotary_pos_emb.inv_freq = frequencies

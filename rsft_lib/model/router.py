@@ -1,22 +1,28 @@
-"""The router of mixture-of-experts layers: megatron-core's, with a count of each expert's tokens.
+"""The router of mixture-of-experts layers: megatron-core's, with a count of each expert's tokens and an auxiliary loss.
 
 Every token goes to its `num_experts_per_tok` experts, and none is dropped. Padding is routed as well, since it takes
-part in the matrix products of a pack, but not counted.
+part in the matrix products of a pack, but not counted. megatron-core's own auxiliary losses are not used: their scale
+differs between versions and assumes that the loss is divided by the number of all tokens.
 """
 
+from collections import deque
 from collections.abc import Iterable
 
 import torch
-from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.router import MoEAuxLossAutoScaler, TopKRouter
 from torch import Tensor
 
 
 class Router(TopKRouter):
     """Chooses the experts of every token; `load` is the number of tokens of each since it was last set to 0."""
 
+    loss_weight: Tensor | float = 1.0
+    """Sum of the loss weights of the current micro-batch, with which its auxiliary loss is weighted."""
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.register_buffer("load", torch.zeros(self.num_experts, dtype=torch.int64), persistent=False)
+        self.to_recompute: deque = deque()  # loss weights of micro-batches whose routing is computed a second time
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None, **rest) -> tuple[Tensor, Tensor]:
         """logits [t, 1, experts] -> probabilities and choices [t, experts].
@@ -25,10 +31,32 @@ class Router(TopKRouter):
             padding_mask: bool [t, 1], True for padding.
         """
         probabilities, chosen = super().routing(logits, **rest)
-        if self.training and torch.is_grad_enabled():  # once, with activation recomputation too
-            real = chosen if padding_mask is None else chosen & ~padding_mask.reshape(-1, 1)
-            self.load += real.sum(dim=0)
+        if not self.training:
+            return probabilities, chosen
+        if not torch.is_grad_enabled():  # the first pass of activation recomputation
+            self.to_recompute.append(self.loss_weight)
+            return probabilities, chosen
+        weight = self.to_recompute.popleft() if self.to_recompute else self.loss_weight
+        real = torch.ones_like(chosen[:, :1]) if padding_mask is None else ~padding_mask.reshape(-1, 1)
+        load = (chosen & real).sum(dim=0)
+        self.load += load
+        if self.config.moe_aux_loss_coeff:
+            loss = self._imbalance(logits.view(-1, self.num_experts), load, real)
+            scale = self.config.moe_aux_loss_coeff * weight / self.config.num_layers
+            probabilities = MoEAuxLossAutoScaler.apply(probabilities, loss * scale)  # adds its gradient
         return probabilities, chosen
+
+    def _imbalance(self, logits: Tensor, load: Tensor, real: Tensor) -> Tensor:
+        """This rank's summand of experts * sum over experts of (tokens per token) * (mean probability).
+
+        https://arxiv.org/abs/2101.03961, equations 4 to 6, over the tokens of a micro-batch: `num_experts_per_tok` if
+        all experts have the same load, and as in transformers' `load_balancing_loss_func` for one layer.
+        """
+        load = load.float()
+        torch.distributed.all_reduce(load, group=self.tp_cp_group)
+        tokens = (load.sum() / self.topk).clamp(min=1)
+        probabilities = (logits.softmax(dim=-1, dtype=torch.float32) * real).sum(dim=0)
+        return self.num_experts * (load / tokens * probabilities / tokens).sum()
 
     def _apply_expert_bias(self, *_, **__) -> None:
         """No supported family has such a bias; megatron-core's method would be compiled to do nothing."""

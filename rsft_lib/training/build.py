@@ -65,6 +65,7 @@ def model_settings(config: TrainConfig, hf: PretrainedConfig) -> TransformerConf
         params_dtype=dtype,
         bf16=low,
         calculate_per_token_loss=True,
+        moe_aux_loss_coeff=config.router_aux_loss,
         use_te_activation_func=backend == "te" and not expert_count(hf),
         apply_rope_fusion=backend == "te",
         **_recompute(config, expert_count(hf) > 0),

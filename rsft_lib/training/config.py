@@ -13,7 +13,7 @@ import yaml
 SHAPES_THE_RUN = (  # besides model and data, which are compared by hash, and train_iters, which may grow
     "seq_length", "global_batch_size", "packing", "normalize_by", "split", "lr", "min_lr", "lr_schedule",
     "warmup_fraction", "decay_fraction", "weight_decay", "adam_beta1", "adam_beta2", "clip_grad", "seed", "precision",
-    "freeze_router",
+    "freeze_router", "router_aux_loss",
 )  # fmt: skip
 CHOICES = {
     "precision": ("bf16", "fp32", "fp8"),
@@ -105,6 +105,8 @@ class TrainConfig:
     """Expert-parallel size: ranks, of different data, across which the experts of a layer are partitioned."""
     expert_tensor_parallel: int = 1
     """Expert-tensor-parallel size: ranks across which each expert is partitioned."""
+    router_aux_loss: float = 0.0
+    """Coefficient of the auxiliary loss that balances the experts (arXiv:2101.03961), averaged over layers; 0: none."""
     freeze_router: bool = False
     """Whether the routers of a model with experts keep their weights."""
     overlap: bool = True

@@ -61,8 +61,13 @@ def check_model(config: TrainConfig, hf: PretrainedConfig) -> None:
         ValueError: they do not.
     """
     check_layout(hf, **config.layout())
-    if config.freeze_router and not expert_count(hf):
-        raise ValueError(f"freeze_router is set, but {hf.model_type} has no experts and no routers")
+    for name in ("freeze_router", "router_aux_loss"):
+        if getattr(config, name) and not expert_count(hf):
+            raise ValueError(f"{name} is set, but {hf.model_type} has no experts and no routers")
+    if config.freeze_router and config.router_aux_loss:
+        raise ValueError(
+            f"router_aux_loss={config.router_aux_loss:g} has no effect with freeze_router: set one of them"
+        )
     if min(config.expert_parallel, config.expert_tensor_parallel) > 1 and not torch.cuda.is_available():
         raise ValueError(
             "expert_parallel and expert_tensor_parallel together need GPUs: on CPUs, gloo cannot gather an unequal "
@@ -154,11 +159,11 @@ def _layout(config: TrainConfig, ranks: int) -> str:
 def _experts_line(config: TrainConfig, hf: PretrainedConfig) -> dict[str, str]:
     if not expert_count(hf):
         return {}
-    ignored = getattr(hf, "router_aux_loss_coef", 0.0)
-    because = f" (router_aux_loss_coef={ignored:g} in config.json is a setting of pretraining)" if ignored else ""
+    pretrained = getattr(hf, "router_aux_loss_coef", 0.0)
+    because = f" (router_aux_loss_coef={pretrained:g} in config.json is not used)" if pretrained else ""
     return {
         "experts": f"{expert_count(hf)} per layer, {hf.num_experts_per_tok} per token, none dropped; router in float32"
-        f"{', frozen' if config.freeze_router else ''}; auxiliary loss 0{because}"
+        f"{', frozen' if config.freeze_router else ''}; router_aux_loss {config.router_aux_loss:g}{because}"
     }
 
 

@@ -14,8 +14,7 @@ from rsft_lib.data.span_kinds import Control
 from rsft_lib.model.gpt import ResponseModel
 
 # Gather optimizer states through the CPU; through the GPU, it would need their size again in GPU memory.
-# Experts have an optimizer of their own; without a prefix, its states are named like all others.
-LAYOUT = {**SHARDING, "distrib_optim_fully_reshardable_mem_efficient": True, "chained_optim_avoid_prefix": True}
+LAYOUT = {**SHARDING, "distrib_optim_fully_reshardable_mem_efficient": True}
 
 
 @dataclass

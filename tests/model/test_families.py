@@ -103,6 +103,8 @@ def test_a_model_that_would_be_computed_wrongly_is_refused(message, tmp_path):
 
 SETTINGS = {
     "freeze_router is set, but qwen2 has no experts": ("qwen2", {"freeze_router": True}),
+    "router_aux_loss is set, but qwen2 has no experts": ("qwen2", {"router_aux_loss": 0.1}),
+    "has no effect with freeze_router": ("qwen3_moe", {"freeze_router": True, "router_aux_loss": 0.1}),
     "together need GPUs": ("qwen3_moe", {"expert_parallel": 2, "expert_tensor_parallel": 2}),
 }
 

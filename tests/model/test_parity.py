@@ -8,6 +8,7 @@ from families import FAMILIES, tiny_family
 from support import VOCAB, by_hf_name, differing_tensors, logit_difference, random_store, settings, tiny_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
+from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from rsft_lib.checkpoint.convert import convert
 from rsft_lib.checkpoint.sharded import load_weights, sharded_weights
@@ -128,6 +129,30 @@ def test_tokens_of_experts_are_counted_once_in_training_and_not_in_evaluation(fa
         assert expert_load(state.chunks).sum(dim=1).tolist() == routed(store, hf.config)
         evaluate(state, config, data, "eval_")
         assert not expert_load(state.chunks).any()
+
+
+def test_the_auxiliary_loss_of_routers_has_the_gradient_of_that_of_transformers(tmp_path):
+    hf = tiny_family(tmp_path / "hf", "qwen3_moe", vocab_size=VOCAB, num_hidden_layers=1)  # theirs pools the layers
+    convert(tmp_path / "hf", tmp_path / "megatron")
+    store = TokenStore(random_store(tmp_path / "store", samples=3, longest=30))
+    masks = [torch.from_numpy(store[i][1][1:]) for i in range(3)]
+    losses = [(x * mask).sum() for x, mask in zip(losses_by_transformers(hf, store), masks, strict=True)]
+    inputs = [torch.from_numpy(store[i][0][:-1]).long()[None] for i in range(3)]
+    gates = torch.cat([hf(ids, output_router_logits=True).router_logits[0] for ids in inputs])
+    imbalance = load_balancing_loss_func((gates,), num_experts=8, top_k=2)
+    (sum(losses) / sum(int(mask.sum()) for mask in masks) + 0.7 * imbalance).backward()
+    with ranks():
+        config, state = loaded_state(tmp_path, router_aux_loss=0.7)
+        data = PackedDataset(store, config.seq_length, seed=0)
+        assert len(data) == 1
+        state.chunks[0].zero_grad_buffer()
+        counts = run_batch(state, Loader(data, config), [0]).tolist()
+        gradients = gradients_by_hf_name(state.chunks[0].module, tmp_path)
+    wanted = by_file_name({name: weight.grad for name, weight in hf.named_parameters()}, hf.config)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(
+            gradient / weight_sum(counts), wanted[name], atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_the_loss_curve_matches_transformers_with_torch_adamw(models):

@@ -30,6 +30,6 @@ def test_a_qwen3_moe_runs_through_all_notebooks_on_two_expert_parallel_ranks(tmp
     records = read_metrics(Path(given["05_train"]["output"]))
     assert len(records) == STEPS and all(len(record["expert_load"]) == 8 for record in records)
     printed = "".join(str(output.get("text", "")) for output in outputs(done["05_train"][0]))
-    assert "auxiliary loss 0 (router_aux_loss_coef=0.001 in config.json is a setting of pretraining)" in printed
+    assert "router_aux_loss 0 (router_aux_loss_coef=0.001 in config.json is not used)" in printed
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert exported.config.model_type == "qwen3_moe" and exported.config.num_experts == 8

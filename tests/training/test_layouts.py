@@ -95,7 +95,7 @@ def with_experts(inputs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("experts")
     tiny_family(folder / "hf", "qwen3_moe", vocab_size=VOCAB)
     convert(folder / "hf", folder / "megatron")
-    changed = inputs | {"checkpoint": str(folder / "megatron")}
+    changed = inputs | {"checkpoint": str(folder / "megatron"), "router_aux_loss": 0.5}
     return changed, run(changed, folder / "one")
 
 
