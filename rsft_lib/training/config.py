@@ -138,7 +138,7 @@ class TrainConfig:
     wandb_project: str = ""
     """Weights & Biases project; empty for none."""
     alarm_stop: bool = False
-    """Whether an alarm (loss spike, or collapse of a mode's probability) stops the run; it is logged in any case."""
+    """Whether an alarm (loss spike, mode collapse, dead experts) stops the run; it is logged in any case."""
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

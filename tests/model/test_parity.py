@@ -19,7 +19,7 @@ from rsft_lib.evaluation.score import TokenLosses, score
 from rsft_lib.model import loss_head
 from rsft_lib.model.config import read_config
 from rsft_lib.model.distributed import ranks
-from rsft_lib.model.router import expert_load
+from rsft_lib.model.router import expert_load, routers
 from rsft_lib.training.batches import Loader, run_batch
 from rsft_lib.training.build import build_state
 from rsft_lib.training.loop import evaluate, update
@@ -129,6 +129,7 @@ def test_tokens_of_experts_are_counted_once_in_training_and_not_in_evaluation(fa
         assert expert_load(state.chunks).sum(dim=1).tolist() == routed(store, hf.config)
         evaluate(state, config, data, "eval_")
         assert not expert_load(state.chunks).any()
+        assert not any(router.to_recompute for router in routers(state.chunks))
 
 
 def test_the_auxiliary_loss_of_routers_has_the_gradient_of_that_of_transformers(tmp_path):
