@@ -24,6 +24,12 @@ class Router(TopKRouter):
         self.register_buffer("load", torch.zeros(self.num_experts, dtype=torch.int64), persistent=False)
         self.to_recompute: deque = deque()  # loss weights of micro-batches whose routing is computed a second time
 
+    def gating(self, input: Tensor) -> Tensor:
+        """Hidden states [t, 1, h] -> logits [t, 1, experts] in float32, as the configuration demands."""
+        if self.weight.dtype == torch.float32:  # Transformer Engine, which megatron-core calls, rounds float32 to TF32
+            return torch.nn.functional.linear(input, self.weight)
+        return super().gating(input)
+
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None, **rest) -> tuple[Tensor, Tensor]:
         """logits [t, 1, experts] -> probabilities and choices [t, experts].
 
