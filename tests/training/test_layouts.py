@@ -125,6 +125,12 @@ def test_a_model_with_experts_matches_one_rank_in_every_layout(layout, with_expe
     same(tensors, expected)
 
 
+def test_experts_in_bf16_follow_fp32(with_experts, tmp_path):
+    given, (expected, _) = with_experts
+    metrics, _ = run(given, tmp_path / "run", 2, precision="bf16", expert_parallel=2)
+    assert [r["loss"] for r in metrics] == pytest.approx([r["loss"] for r in expected], rel=0.01)
+
+
 TIED = {"pp2 dp2": (4, {"pipeline_parallel": 2})}
 if os.environ.get("RSFT_LONG_TESTS"):
     TIED |= {
