@@ -1,6 +1,7 @@
 """Lower bound of a micro-batch's time on this GPU, and cost of several loss heads; for train_gpu.py."""
 
 import statistics
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -87,9 +88,13 @@ def _weight_gradients(hf) -> dict[str, dict[str, float]]:
     return times
 
 
-def _attention(hf, data: Path) -> float:
-    """Milliseconds of one layer's attention, forward and backward, averaged over the packs of a step."""
-    with ranks():
+def _attention(hf, data: Path, alone: bool = True) -> float:
+    """Milliseconds of one layer's attention, forward and backward, averaged over the packs of a step.
+
+    Args:
+        alone: whether there are no process groups yet.
+    """
+    with ranks() if alone else nullcontext():
         inner = TEAttention(transformer_config(hf), 1, None, "self").cuda()
         packs = PackedDataset(TokenStore(data), LENGTH, 0)
         width, heads, groups = head_dim(hf), hf.num_attention_heads, hf.num_key_value_heads

@@ -28,7 +28,7 @@ def by_hf_name(hf: PretrainedConfig, named: dict[str, torch.Tensor]) -> dict[str
     parts = {}
     for ours, origins in row_map(hf).items():
         for rows in origins:
-            parts.setdefault(rows.name, []).append(named[ours][rows.at : rows.at + rows.height])
+            parts.setdefault(rows.name, []).append(rows.of(named[ours]))
     return {name: torch.cat(rows) for name, rows in parts.items()}
 
 

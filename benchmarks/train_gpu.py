@@ -36,6 +36,7 @@ from rsft_lib.model.config import read_config
 from rsft_lib.model.distributed import ranks
 from rsft_lib.notebook import project_root
 from rsft_lib.tokenizer.patch import patch_tokenizer
+from rsft_lib.training import expert_stats
 from rsft_lib.training.batches import Loader
 from rsft_lib.training.build import build_state
 from rsft_lib.training.config import TrainConfig
@@ -61,12 +62,9 @@ def make_inputs(folder: Path) -> None:
         return
     real = Path(os.environ["RSFT_REAL_DATA"])
     model = real / "tokenizers" / "r1-distill-qwen"
-    patch_tokenizer(model, folder / "tokenizer", {"<|quad_start|>": "<short>"})
-    with gzip.open(real / "data" / "long_planbench_r1.jsonl.gz", "rb") as file:
-        (folder / "long.jsonl").write_bytes(file.read())
+    make_traces(folder)
     (folder / "short.jsonl").write_bytes((real / "data" / "short_gsm8k_train.jsonl").read_bytes())
     build_hybrid(folder / "long.jsonl", folder / "short.jsonl", folder / "both", held_out=0.01, seed=1)
-    tokenize(folder / "long.jsonl", folder / "tokenizer", folder / "traces", max_length=LENGTH + 1)
     build_hybrid(folder / "long.jsonl", "", folder / "cut", held_out=0, seed=1)
     tokenize(folder / "cut" / "train.jsonl", folder / "tokenizer", folder / "pairs", max_length=LENGTH + 1)
     tokenize(folder / "both" / "train.jsonl", folder / "tokenizer", folder / "hybrid", max_length=LENGTH + 1)
@@ -74,6 +72,16 @@ def make_inputs(folder: Path) -> None:
     (folder / "model").mkdir()
     (folder / "model" / "config.json").write_bytes((model / "config.json").read_bytes())
     (folder / "ready").touch()
+
+
+def make_traces(folder: Path) -> None:
+    """Tokenize the long answers, unless that was done before."""
+    real = Path(os.environ["RSFT_REAL_DATA"])
+    patch_tokenizer(real / "tokenizers" / "r1-distill-qwen", folder / "tokenizer", {"<|quad_start|>": "<short>"})
+    if not (folder / "long.jsonl").exists():
+        with gzip.open(real / "data" / "long_planbench_r1.jsonl.gz", "rb") as file:
+            (folder / "long.jsonl").write_bytes(file.read())
+    tokenize(folder / "long.jsonl", folder / "tokenizer", folder / "traces", max_length=LENGTH + 1)
 
 
 def settings(folder: Path, **changes) -> TrainConfig:
@@ -116,8 +124,9 @@ def measure(config: TrainConfig, steps: int = STEPS, single: bool = False) -> di
     for _ in range(WARM + steps):
         torch.cuda.synchronize()
         began = time.perf_counter()
-        counts = update(state, loader, packs, packs).counts
+        done = update(state, loader, packs, packs)
         torch.cuda.synchronize()
+        counts = done.counts
         seconds.append(time.perf_counter() - began)
         squares = config.seq_length**2 * len(packs) if single else sum(map(data.cost, packs))
         rates.append(training_flops(hf, config.global_batch_size * config.seq_length, squares) / seconds[-1])
@@ -135,6 +144,7 @@ def measure(config: TrainConfig, steps: int = STEPS, single: bool = False) -> di
         "peak_gib": torch.cuda.max_memory_allocated() / GIB,
         "reserved_gib": torch.cuda.max_memory_reserved() / GIB,
         "losses": losses,
+        **expert_stats.metrics(done.load),
     }
 
 

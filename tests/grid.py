@@ -1,8 +1,8 @@
-"""Load every model in a folder at every TP x PP and compare logits, for test_families.py: `grid.py FOLDER`.
+"""Load every model in a folder at every TP x PP, with EP = TP, and compare logits: `grid.py FOLDER`.
 
-Ranks are forked from one process that has imported everything, so that sixteen of them start fast. FOLDER has a folder
-for each model with `expected.pt`, the logits of transformers, and the weights to load: `legacy_TP2PP1` and so on for
-one layout, `torch_dist` and `hf` for all of them. Prints `model kind TPxPP difference`.
+For test_families.py. Ranks are forked from one process that has imported everything, so that sixteen of them start
+fast. FOLDER has a folder for each model with `expected.pt`, the logits of transformers, and the weights to load:
+`legacy_TP2PP1` and so on for one layout, `torch_dist` and `hf` for all of them. Prints `model kind TPxPP difference`.
 """
 
 import os
@@ -21,6 +21,7 @@ from rsft_lib.checkpoint.sharded import load_weights  # noqa: E402
 from rsft_lib.model.config import read_config, transformer_config  # noqa: E402
 from rsft_lib.model.cpu_shim import cuda_on_cpu  # noqa: E402
 from rsft_lib.model.gpt import build_model  # noqa: E402
+from rsft_lib.model.weight_map import expert_count  # noqa: E402
 
 SIZES = (1, 2, 4)
 WITH_TRANSFORMER_ENGINE = {  # names of the local layers -> names of Transformer Engine's
@@ -76,14 +77,16 @@ def check_legacy(folder: Path, model, config, tp: int, pp: int) -> None:
 
 @torch.no_grad()
 def compare(folder: Path, tp: int, pp: int) -> None:
-    parallel_state.initialize_model_parallel(tp, pp)
+    parallel_state.initialize_model_parallel(tp, pp, expert_model_parallel_size=tp, expert_tensor_parallel_size=1)
     for model_folder in sorted(folder.iterdir()):
         ids, expected = torch.load(model_folder / "expected.pt")
         config = read_config(model_folder / "hf")
         settings = transformer_config(
-            config, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, pipeline_dtype=torch.float32
-        )
-        for kind in ("hf", "torch_dist", f"legacy_TP{tp}PP{pp}"):
+            config, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, pipeline_dtype=torch.float32,
+            expert_model_parallel_size=tp if expert_count(config) else 1,
+        )  # fmt: skip
+        kinds = ("hf", "torch_dist", f"legacy_TP{tp}PP{pp}")
+        for kind in kinds[:2] if expert_count(config) else kinds:
             model = build_model(config, settings, "torch", ids.shape[1]).eval()
             load_weights(model, model_folder / kind)
             if kind.startswith("legacy"):

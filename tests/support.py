@@ -92,7 +92,7 @@ def by_hf_name(named: dict[str, torch.Tensor], config: PretrainedConfig) -> dict
     parts = {}
     for ours, origins in row_map(config).items():
         for rows in origins:
-            parts.setdefault(rows.name, []).append(named[ours][rows.at : rows.at + rows.height])
+            parts.setdefault(rows.name, []).append(rows.of(named[ours]))
     return {name: torch.cat(found) for name, found in parts.items()}
 
 

@@ -121,6 +121,7 @@ def _check_settings(
     if min(tensor_parallel, pipeline_parallel) < 1:
         raise ValueError(f"{tensor_parallel=} and {pipeline_parallel=} must be at least 1")
     if format == "legacy":
+        legacy.refuse_experts(config)
         check_layout(config, tensor_parallel, pipeline_parallel)
     elif (tensor_parallel, pipeline_parallel, vocab_size) != (1, 1, 0):
         raise ValueError(

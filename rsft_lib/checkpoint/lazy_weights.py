@@ -116,6 +116,20 @@ def rows(pieces: list[Piece], start: int, stop: int, at: int) -> list[Piece]:
     return [Piece((part.offset[0] + at, *part.offset[1:]), part.tensor) for part in parts if part]
 
 
+def of_expert(pieces: list[Piece], expert: int) -> list[Piece]:
+    """One expert of a weight of stacked experts [experts, rows, columns], as pieces of a matrix."""
+    return [
+        Piece(piece.offset[1:], piece.tensor[expert - piece.offset[0]])
+        for piece in pieces
+        if piece.offset[0] <= expert < piece.offset[0] + len(piece.tensor)
+    ]
+
+
+def as_expert(pieces: list[Piece], expert: int) -> list[Piece]:
+    """Pieces of a matrix as pieces of the stack of matrices in which it is number `expert`."""
+    return [Piece((expert, *piece.offset), piece.tensor[None]) for piece in pieces]
+
+
 def return_freed_memory() -> None:
     """Make glibc return freed blocks to the system immediately.
 

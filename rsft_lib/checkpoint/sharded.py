@@ -56,7 +56,7 @@ def load_weights(model: torch.nn.Module, folder: Path) -> None:
     places = _places(sharded_weights(model))
     weights = _matched(weights, places, folder)
     for place in places:
-        place.data.copy_(weights.read(place.key, place.global_slice()))
+        place.data.copy_(_read(weights, place))
 
 
 def load(state_dict: dict, folder: Path) -> dict:
@@ -80,13 +80,19 @@ def _loaded(entry, common, weights: Weights):
     if isinstance(entry, ShardedTensorFactory):
         return entry.merge_fn(_loaded(entry.build(), None, weights))
     if isinstance(entry, ShardedTensor):
-        return weights.read(entry.key, entry.global_slice())
+        return _read(weights, entry)
     if isinstance(entry, dict):
         values = common if isinstance(common, dict) else {}
         return {key: _loaded(value, values.get(key), weights) for key, value in entry.items()}
     if isinstance(entry, list) and _places(entry):
         return [_loaded(value, None, weights) for value in entry]
     return common
+
+
+def _read(weights: Weights, place: ShardedTensor) -> torch.Tensor:
+    """A rank's shard in its own shape, which lacks the first axis of a weight of stacked experts."""
+    box = tuple(slice(at, at + 1) if isinstance(at, int) else at for at in place.global_slice())
+    return weights.read(place.key, box).reshape(place.local_shape)
 
 
 def _matched(weights: Weights, places: list[ShardedTensor], folder: Path) -> Weights:

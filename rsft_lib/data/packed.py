@@ -102,6 +102,7 @@ class PackedDataset:
             tokens, labels, position_ids: int64 [1, positions]; position_ids restart with every sample.
             loss_mask: float32 [1, positions]; the loss weight of each label, 0 where it is not trained.
             kinds: int64 [1, positions], see `span_kinds`.
+            padding: bool [1, positions], True at positions that belong to no sample.
             cu_seqlens: int32 [samples + 1]; the padding of each pack counts as one untrained sample.
         """
         parts = [part for index in packs for part in self._parts(index)]
@@ -113,6 +114,7 @@ class PackedDataset:
             "loss_mask": torch.from_numpy(weights)[None],
             "kinds": torch.from_numpy(label_kinds).long()[None],
             "position_ids": torch.from_numpy(np.concatenate([np.arange(n) for n in lengths]))[None],
+            "padding": torch.from_numpy(self._padding(packs))[None],
             "cu_seqlens": torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
         }
 
@@ -124,6 +126,10 @@ class PackedDataset:
             zeros = np.zeros(padding, dtype=np.int32)
             parts.append((zeros, zeros, zeros.astype(np.float32), zeros.astype(np.uint8)))
         return parts
+
+    def _padding(self, packs: Sequence[int]) -> np.ndarray:
+        filled = [sum(int(self.store.lengths[s]) - 1 for s in self.samples([index])) for index in packs]
+        return (np.arange(self.seq_length) >= np.array(filled)[:, None]).reshape(-1)
 
     def _sample(self, sample: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         tokens, mask = self.store[sample]

@@ -26,6 +26,8 @@ METRICS = {
     "p_think_when_think": Metric("P(<think>) for <think> samples", "for <think> samples", BLUE, "-"),
     "p_think_when_short": Metric("P(<think>) for <short> samples", "for <short> samples", ORANGE, "--"),
     "think_share": Metric("share of <think> samples", "share of <think> samples", BLACK, ":"),
+    "expert_load_max": Metric("load of the busiest expert (mean: 1)", "busiest expert"),
+    "dead_experts": Metric("experts without a token in a step", "experts without a token"),
     "grad_norm": Metric("gradient norm, before clipping", "gradient norm"),
     "lr": Metric("learning rate", "learning rate"),
     "tokens_per_second": Metric("tokens per second", "tokens per second"),
@@ -36,4 +38,5 @@ BY_SPAN = [name for name in METRICS if name.startswith("loss_span_")]
 ONE_MODE = ["loss_span_answer", "loss_span_eos"]  # of data without modes
 LOSSES = ["loss_mode_think", "loss_mode_short", "loss"]  # of the dashboard
 CHOICES = ["p_think_when_think", "p_think_when_short", "think_share"]
+EXPERTS = ["expert_load_max", "dead_experts"]  # of models with experts
 HEALTH = ["grad_norm", "lr", "tokens_per_second", "memory_gib"]

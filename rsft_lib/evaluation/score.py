@@ -100,8 +100,9 @@ def score(checkpoint: str | Path, data: str | Path, output: str | Path, backend:
 def _model(checkpoint: Path, longest: int, backend: str) -> ResponseModel:
     hf, cuda = read_config(checkpoint), torch.cuda.is_available()
     dtype = torch.bfloat16 if cuda else torch.float32
-    settings = transformer_config(hf, params_dtype=dtype, bf16=cuda)
-    model = build_model(hf, settings, resolve_backend(backend), longest).to(device(), dtype)
+    backend = resolve_backend(backend)
+    settings = transformer_config(hf, backend, params_dtype=dtype, bf16=cuda)
+    model = build_model(hf, settings, backend, longest).to(device(), dtype)
     load_weights(model, checkpoint)
     return model.eval()
 

@@ -84,6 +84,8 @@ class _PackedAttention(torch.nn.Module):
     def __init__(self, config, layer_number, attn_mask_type, attention_type, **_):
         super().__init__()
         self.parallel = config.context_parallel_size
+        without_rope = config.no_rope_freq and config.no_rope_freq[layer_number - 1]
+        self.scale = None if without_rope else config.softmax_scale  # None for 1 / sqrt(d)
         self.setup(config)
 
     def setup(self, config) -> None:
@@ -114,12 +116,12 @@ class TorchAttention(_PackedAttention):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, chunk: Chunk) -> Tensor:
         if query.is_cuda and query.dtype != torch.float32:  # FlashAttention has no float32
-            return _flash(query, key, value, chunk)
+            return _flash(query, key, value, chunk, self.scale)
         lengths = [ends.diff().tolist() for ends in (chunk.query_ends, chunk.key_ends)]
         pieces = (
             x.transpose(0, 1).split(n, dim=1) for x, n in zip((query, key, value), lengths + lengths[1:], strict=True)
         )
-        return torch.cat([_causal(*piece).transpose(0, 1) for piece in zip(*pieces, strict=True)])
+        return torch.cat([_causal(*piece, scale=self.scale).transpose(0, 1) for piece in zip(*pieces, strict=True)])
 
 
 class TEAttention(_PackedAttention):
@@ -134,6 +136,7 @@ class TEAttention(_PackedAttention):
             config.kv_channels,
             num_gqa_groups=max(1, config.num_query_groups // ranks),
             attention_dropout=0.0,
+            softmax_scale=self.scale,
             qkv_format="thd",
             attn_mask_type="padding_causal" if self.parallel == 1 else "padding_causal_bottom_right",
         )
@@ -148,20 +151,21 @@ class TEAttention(_PackedAttention):
         ).view_as(query)  # fmt: skip
 
 
-def _causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _causal(query: Tensor, key: Tensor, value: Tensor, *, scale: float | None) -> Tensor:
     """[heads, q, d], [groups, k, d] twice -> [heads, q, d]; the queries are the last q of the k positions."""
     if query.shape[1] == key.shape[1]:
-        return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
     mask = torch.ones(query.shape[1], key.shape[1], dtype=torch.bool, device=query.device)
     mask = mask.tril(key.shape[1] - query.shape[1])
-    return scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
 
 
-def _flash(query: Tensor, key: Tensor, value: Tensor, chunk: Chunk) -> Tensor:
+def _flash(query: Tensor, key: Tensor, value: Tensor, chunk: Chunk, scale: float | None) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     # torch 2.11 accepts grouped-query attention without a flag, 2.13 requires it.
     grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     return varlen_attn(
-        query, key, value, chunk.query_ends, chunk.key_ends, *chunk.longest, window_size=(-1, 0), **grouped
-    )
+        query, key, value, chunk.query_ends, chunk.key_ends, *chunk.longest,
+        scale=scale, window_size=(-1, 0), **grouped,
+    )  # fmt: skip

@@ -10,9 +10,20 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from rsft_lib.common.paths import require_path
-from rsft_lib.model.weight_map import FAMILIES, head_dim
+from rsft_lib.model.weight_map import FAMILIES, expert_count, expert_size, has, head_dim
 
-ROPE_TYPES = ("default", "linear", "llama3")  # the types that only change frequencies
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # those that depend on neither the sequence nor the layer
+UNSUPPORTED = {  # families that are asked for -> what they need
+    **dict.fromkeys(
+        ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"),
+        "megatron-core computes its Gated DeltaNet layers over packed samples with CUDA kernels only "
+        "(flash-linear-attention), so that nothing could be compared with transformers on a CPU",
+    ),
+    **dict.fromkeys(("olmo2", "olmo3"), "it normalizes the outputs of attention and MLP instead of their inputs"),
+    "granite": "it multiplies embeddings, residuals and logits by constants",
+    "gpt_oss": "its experts have biases, and its attention has sinks",
+    "deepseek_v3": "its attention is multi-head latent attention",
+}
 
 
 def read_config(folder: str | Path) -> PretrainedConfig:
@@ -44,11 +55,18 @@ def padded_vocab_size(vocab_size: int, multiple: int) -> int:
 
 def attention_window(config: PretrainedConfig) -> int | None:
     """The sliding window: the maximum number of positions that a token attends to; None if unlimited."""
-    return getattr(config, "sliding_window", None)
+    used = getattr(config, "use_sliding_window", True)
+    return (getattr(config, "sliding_window", None) or None) if used else None
 
 
 def check_layout(
-    config: PretrainedConfig, tensor_parallel: int, pipeline_parallel: int, virtual_pipeline: int = 1
+    config: PretrainedConfig,
+    tensor_parallel: int,
+    pipeline_parallel: int,
+    virtual_pipeline: int = 1,
+    expert_parallel: int = 1,
+    expert_tensor_parallel: int = 1,
+    sequence_parallel: bool = True,
 ) -> None:
     """Check that the model can be partitioned across ranks; the vocabulary is padded and always can.
 
@@ -56,11 +74,16 @@ def check_layout(
         ValueError: lists every size that is not divisible.
     """
     heads, groups, problems = config.num_attention_heads, config.num_key_value_heads, []
-    for name in ("num_attention_heads", "intermediate_size"):
-        if getattr(config, name) % tensor_parallel:
-            problems.append(f"{name}={getattr(config, name)} is not divisible by {tensor_parallel=}")
+    experts = expert_count(config)
+    if not experts and expert_parallel * expert_tensor_parallel > 1:
+        problems.append(f"{expert_parallel=} and {expert_tensor_parallel=}, but {config.model_type} has no experts")
+    for name, value, by, size in _divided(config, tensor_parallel, expert_parallel, expert_tensor_parallel):
+        if value % size:
+            problems.append(f"{name}={value} is not divisible by {by}={size}")
     if groups % tensor_parallel and tensor_parallel % groups:
         problems.append(f"num_key_value_heads={groups} is neither a multiple nor a divisor of {tensor_parallel=}")
+    if experts and tensor_parallel > 1 and not sequence_parallel:
+        problems.append(f"a model with experts needs sequence_parallel if {tensor_parallel=}")
     rows = (heads + 2 * groups) * head_dim(config)  # megatron-core splits them evenly
     if rows % tensor_parallel:
         problems.append(f"the {rows} rows of the fused QKV weight are not divisible by {tensor_parallel=}")
@@ -73,6 +96,20 @@ def check_layout(
         raise ValueError("this model cannot be partitioned across the ranks: " + "; ".join(problems))
 
 
+def _divided(config: PretrainedConfig, tensor: int, expert: int, expert_tensor: int) -> list[tuple[str, int, str, int]]:
+    """(setting of the model, its value, parallel size that must divide it, its value)"""
+    heads = ("num_attention_heads", config.num_attention_heads, "tensor_parallel", tensor)
+    if not expert_count(config):
+        return [heads, ("intermediate_size", config.intermediate_size, "tensor_parallel", tensor)]
+    shared = getattr(config, "shared_expert_intermediate_size", 0)
+    return [
+        heads,
+        ("number of experts", expert_count(config), "expert_parallel", expert),
+        ("intermediate size of an expert", expert_size(config), "expert_tensor_parallel", expert_tensor),
+        ("shared_expert_intermediate_size", shared, "tensor_parallel", tensor),
+    ]
+
+
 def inverse_frequencies(config: PretrainedConfig) -> Tensor | None:
     """Scaled rotary frequencies as transformers computes them, float32 [head_dim / 2]; None if unscaled.
 
@@ -82,8 +119,22 @@ def inverse_frequencies(config: PretrainedConfig) -> Tensor | None:
     return None if kind == "default" else ROPE_INIT_FUNCTIONS[kind](config, "cpu")[0]
 
 
-def transformer_config(config: PretrainedConfig, **run_settings) -> TransformerConfig:
-    """The architecture of `config` with the settings of a run (parallel sizes, dtypes, fusions, ...)."""
+def attention_scale(config: PretrainedConfig) -> float | None:
+    """The factor of the products of queries and keys in layers with rotary embeddings; None for 1 / sqrt(head_dim).
+
+    YaRN (https://arxiv.org/abs/2309.00071) multiplies queries and keys, and so their product by the square.
+    """
+    if config.rope_parameters["rope_type"] != "yarn":
+        return None
+    return ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")[1] ** 2 / head_dim(config) ** 0.5
+
+
+def transformer_config(config: PretrainedConfig, backend: str = "torch", **run_settings) -> TransformerConfig:
+    """The architecture of `config` with the settings of a run (parallel sizes, dtypes, fusions, ...).
+
+    Args:
+        backend: of the layers, 'te' (Transformer Engine) or 'torch'.
+    """
     return TransformerConfig(
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
@@ -96,15 +147,51 @@ def transformer_config(config: PretrainedConfig, **run_settings) -> TransformerC
         activation_func=torch.nn.functional.silu,
         gated_linear_unit=True,
         add_bias_linear=False,
-        add_qkv_bias=config.model_type == "qwen2",
-        qk_layernorm=config.model_type == "qwen3",
+        add_qkv_bias=has(config, "linear_qkv.bias"),
+        qk_layernorm=has(config, "q_layernorm.weight"),
+        softmax_scale=attention_scale(config),
+        no_rope_freq=_layers_without_rope(config),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         init_method=_leave_empty,
         output_layer_init_method=_leave_empty,
         use_cpu_initialization=not torch.cuda.is_available(),
-        **run_settings,
+        **({"expert_tensor_parallel_size": 1} | _experts(config, backend == "te") | run_settings),
     )
+
+
+def _layers_without_rope(config: PretrainedConfig) -> list[int] | None:
+    """For each layer, 1 if it has no rotary embedding (SmolLM3); None if all have.
+
+    `no_rope_layers` of `config.json` has, despite its name, a 1 for each layer with one.
+    """
+    with_rope = (getattr(config, "no_rope_layers", None) or [])[: config.num_hidden_layers]
+    return None if all(with_rope) else [int(not rope) for rope in with_rope]
+
+
+def _experts(config: PretrainedConfig, te: bool) -> dict:
+    """Settings of the router and the experts; none for a dense model.
+
+    The router is computed in float32, as in transformers. Every token reaches all of its experts (no capacity). The
+    auxiliary loss of `config.json` is that of pretraining and not used: see `preflight`.
+    """
+    if not expert_count(config):
+        return {}
+    return {
+        "num_moe_experts": expert_count(config),
+        "moe_ffn_hidden_size": expert_size(config),
+        "moe_router_topk": config.num_experts_per_tok,
+        # The softmax over the chosen experts alone has the ratios of the one over all, normalized.
+        "moe_router_pre_softmax": not getattr(config, "norm_topk_prob", True),
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_shared_expert_intermediate_size": getattr(config, "shared_expert_intermediate_size", None),
+        "moe_shared_expert_gate": has(config, "shared_experts.gate_weight"),
+        "moe_grouped_gemm": te,
+        "moe_permute_fusion": te,
+        "bias_activation_fusion": te,  # SwiGLU and the multiplication with the router's probability in one kernel
+    }
 
 
 def _leave_empty(weight: torch.Tensor) -> None:
@@ -125,12 +212,17 @@ def _accepted(config: PretrainedConfig) -> dict[str, tuple]:
         "mlp_bias": (getattr(config, "mlp_bias", False), (False,)),
         "rope_type": (rope.get("rope_type", "default"), ROPE_TYPES),
         "partial_rotary_factor": (rope.get("partial_rotary_factor", 1.0), (1.0,)),
+        "decoder_sparse_step": (getattr(config, "decoder_sparse_step", 1), (1,)),  # every layer has experts
+        "mlp_only_layers": (getattr(config, "mlp_only_layers", []), ([],)),
+        "router_jitter_noise": (getattr(config, "router_jitter_noise", 0.0), (0.0,)),
         "quantization_config": (getattr(config, "quantization_config", None), (None,)),
     }
 
 
 def _refuse_unsupported(expected: dict[str, tuple], path: Path) -> None:
     for name, (value, allowed) in expected.items():
+        if name == "model_type" and value in UNSUPPORTED:
+            raise ValueError(f"{path}: model_type is {value!r}, which is not supported: {UNSUPPORTED[value]}")
         if value not in allowed:
             one_of = " or ".join(repr(choice) for choice in allowed if choice is not None)
             raise ValueError(f"{path}: {name} is {value!r}; this kit only trains models with {one_of or 'none'}")

@@ -14,6 +14,7 @@ from unittest import mock
 import torch
 from megatron.core.jit import jit_fuser
 from megatron.core.tensor_parallel import random as megatron_random
+from megatron.core.transformer.moe import token_dispatcher
 from torch.overrides import TorchFunctionMode
 
 
@@ -77,7 +78,13 @@ class _Stream:
     def __init__(self, *_, **__):
         pass
 
-    wait_stream = synchronize = record_event = wait_event = lambda self, *_: None
+    wait_stream = synchronize = wait_event = lambda self, *_: None
+    record_event = lambda self, *_: self  # noqa: E731  # an event, which can be waited for too
+
+
+def _on_the_cpu(tensor: torch.Tensor | None, as_numpy: bool = False, record_stream: bool = False):
+    """The token dispatcher's copy from the GPU, which does not make arrays of tensors that are on the CPU already."""
+    return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
 
 
 @contextmanager
@@ -110,5 +117,6 @@ def cuda_on_cpu() -> Iterator[None]:
     )
     ranges = mock.patch.multiple(torch.cuda.nvtx, range_push=nothing, range_pop=nothing)
     generators = mock.patch.multiple(megatron_random, _get_cuda_rng_state=nothing, _set_cuda_rng_state=nothing)
-    with stand_ins, ranges, generators, _CudaMeansCpu():
+    copies = mock.patch.object(token_dispatcher, "maybe_move_tensor_to_cpu", _on_the_cpu)
+    with stand_ins, ranges, generators, copies, _CudaMeansCpu():
         yield

@@ -1,4 +1,4 @@
-"""Process groups of a run: data-, tensor-, pipeline- and context-parallel."""
+"""Process groups of a run: data-, tensor-, pipeline-, context- and expert-parallel."""
 
 import os
 from collections.abc import Iterator
@@ -19,6 +19,8 @@ def ranks(
     *,
     context_parallel_size: int = 1,
     virtual_pipeline_size: int = 1,
+    expert_parallel_size: int = 1,
+    expert_tensor_parallel_size: int = 1,
     timeout: int = 600,
 ) -> Iterator[None]:
     """Initialize the process groups of the ranks that torchrun started, or of a single rank, within the block.
@@ -42,6 +44,8 @@ def ranks(
                 pipeline_parallel_size,
                 virtual_pipeline_size if virtual_pipeline_size > 1 else None,
                 context_parallel_size=context_parallel_size,
+                expert_model_parallel_size=expert_parallel_size,
+                expert_tensor_parallel_size=expert_tensor_parallel_size,
                 distributed_timeout_minutes=-(-timeout // 60),
             )
             torch.manual_seed(seed)

@@ -12,6 +12,8 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer import ModuleSpec
 from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch import Tensor
 
@@ -54,6 +56,18 @@ def replace_dense_mlp(layer: TransformerLayerSubmodules, mlp: type[MLP]) -> None
             spec.module = mlp
     elif spec.func == MLP.as_mlp_submodule:
         layer.mlp = partial(mlp.as_mlp_submodule, *spec.args, **spec.keywords)
+
+
+def moe_of(layer: TransformerLayerSubmodules) -> MoESubmodules | None:
+    """The modules of a layer with experts, in the layer's spec; None for a dense layer."""
+    spec = layer.mlp
+    if isinstance(spec, ModuleSpec):  # 0.16
+        return spec.submodules if spec.module is MoELayer else None
+    return spec.keywords["submodules"] if spec.func is MoELayer else None
+
+
+if not hasattr(moe_utils, "te_general_gemm"):
+    moe_utils.te_general_gemm = None  # 0.16 without Transformer Engine does not define it, and asks whether it is None
 
 
 def plan_save(sharded: dict, folder: Path, threads: int) -> AsyncRequest:

@@ -14,6 +14,7 @@ from rsft_lib.model.attention import packed
 from rsft_lib.model.config import attention_window, check_layout, inverse_frequencies, padded_vocab_size
 from rsft_lib.model.layers import block_spec
 from rsft_lib.model.loss_head import Loss, Targets, weighted_loss
+from rsft_lib.model.router import Router, routers
 
 
 def resolve_backend(backend: str, precision: str = "bf16") -> str:
@@ -42,14 +43,22 @@ class ResponseModel(GPTModel):
         attention_mask: None; attention is causal within each sample.
         labels: `loss_head.Targets` for a loss; None returns logits [b, s, v / TP].
         samples: the `attention.Chunk`s of this rank; None if every row is one sample.
+        padding_mask: bool [b, s], True for padding, which routers of experts do not count.
+        loss_weight: sum of the loss weights of the micro-batch on all context-parallel ranks, for the auxiliary loss.
     """
 
     tokens_in_vocabulary: int
     """Later rows of embedding and output layer are padding and excluded from the loss."""
+    routers: tuple[Router, ...] = ()
+    """Of the layers with experts."""
     watched: tuple[int, ...] = ()
     """Tokens whose log probability is returned at every target."""
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, attention_mask=None, *, samples=None, **rest):
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, attention_mask=None, *, samples=None, loss_weight=1.0, **rest
+    ):
+        for router in self.routers:
+            router.loss_weight = loss_weight
         if samples is not None:
             for_layers = {"attention_bias": samples}
             return super().forward(input_ids, position_ids, attention_mask, extra_block_kwargs=for_layers, **rest)
@@ -61,10 +70,13 @@ class ResponseModel(GPTModel):
 
     # The methods below override private ones of megatron-core; their arguments differ between versions.
 
-    def _preprocess(self, input_ids: Tensor, position_ids: Tensor, **_) -> tuple:
+    def _preprocess(self, input_ids: Tensor, position_ids: Tensor, padding_mask: Tensor | None = None, **_) -> tuple:
         embedded = self.embedding(input_ids=input_ids, position_ids=position_ids) if self.pre_process else None
         angles = self.rotary_pos_emb(self.max_sequence_length, packed_seq=True)  # float32 [positions, 1, 1, d], cached
-        return embedded, angles[position_ids[0]], None, None, None, None
+        if padding_mask is not None and self.config.sequence_parallel:
+            group = self.pg_collection.tp
+            padding_mask = padding_mask.chunk(group.size(), dim=1)[group.rank()]
+        return embedded, angles[position_ids[0]], None, None, None, padding_mask
 
     def _postprocess(self, hidden_states: Tensor, labels: Targets | None = None, **rest) -> Tensor | Loss:
         if labels is None or not self.post_process:
@@ -98,7 +110,10 @@ def build_model(
         ValueError: the model cannot be partitioned across the ranks, or its sliding window is below `max_length`.
     """
     parts, window = config.tensor_model_parallel_size, attention_window(hf)
-    check_layout(hf, parts, config.pipeline_model_parallel_size)
+    check_layout(
+        hf, parts, config.pipeline_model_parallel_size, expert_parallel=config.expert_model_parallel_size,
+        expert_tensor_parallel=config.expert_tensor_parallel_size,
+    )  # fmt: skip
     if window is not None and window < max_length:
         raise ValueError(
             f"sequence length {max_length} exceeds the model's sliding_window={window}; set a shorter seq_length"
@@ -115,7 +130,7 @@ def build_model(
         rotary_base=hf.rope_parameters["rope_theta"],
         vp_stage=vp_stage,
     )
-    model.tokens_in_vocabulary = hf.vocab_size
+    model.tokens_in_vocabulary, model.routers = hf.vocab_size, tuple(routers([model]))
     frequencies = inverse_frequencies(hf)
     if frequencies is not None:
         model.rotary_pos_emb.inv_freq = frequencies
@@ -124,4 +139,9 @@ def build_model(
         # megatron-core would require Apex for the output layer if the config set it.
         if hasattr(module, "fuse_wgrad_accumulation"):
             module.fuse_wgrad_accumulation = True
+    for name, parameter in model.named_parameters():
+        if ".mlp.experts." in name:
+            # Reduce gradients of experts among their own replicas; by default only if expert_parallel exceeds 1, which
+            # is wrong if expert_tensor_parallel differs from tensor_parallel.
+            parameter.allreduce = False
     return model

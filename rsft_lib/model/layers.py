@@ -2,9 +2,9 @@
 
 `config.py` converts a Hugging Face `config.json` into a TransformerConfig; here it becomes layers.
 `get_gpt_decoder_block_spec` chooses Transformer Engine's modules or megatron-core's local ones. `block_spec` replaces
-the core attention by one that separates the samples of a pack (`attention.py`), and the MLP by one that saves less for
-the backward pass. To add another kind of layer, such as experts, set it in the TransformerConfig and put whatever
-megatron-core lacks into the spec in `block_spec`.
+the core attention by one that separates the samples of a pack (`attention.py`), the MLP by one that saves less for the
+backward pass, and the router of experts by one that counts tokens (`router.py`). To add another kind of layer, set it
+in the TransformerConfig and put whatever megatron-core lacks into the spec in `block_spec`.
 """
 
 from collections.abc import Callable
@@ -23,6 +23,7 @@ from torch.nn.functional import silu
 from rsft_lib.model import engine
 from rsft_lib.model.attention import TEAttention, TorchAttention
 from rsft_lib.model.cpu_shim import fused
+from rsft_lib.model.router import Router
 
 
 def block_spec(backend: str, config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
@@ -33,6 +34,9 @@ def block_spec(backend: str, config: TransformerConfig, vp_stage: int | None = N
         attention = layer.self_attention.submodules
         attention.core_attention = TEAttention if te else TorchAttention
         engine.replace_dense_mlp(layer, LeanMLP)
+        if experts := engine.moe_of(layer):
+            experts.router = Router
+            layer.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)  # the norm is not part of fc1
         if te and "layernorm" in recomputed(config):
             _separate_norm(layer)
         if not te:

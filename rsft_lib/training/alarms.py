@@ -1,13 +1,16 @@
-"""Alarms of a run: loss spikes and mode collapse (the model only answers in one mode)."""
+"""Alarms of a run: loss spikes, mode collapse (the model only answers in one mode), and dead experts."""
 
 import statistics
 from collections import defaultdict, deque
 from functools import partial
 
+from torch import Tensor
+
 WINDOW = 100  # number of previous steps in the statistics
 FEWEST = 20  # minimum number of previous steps for an alarm
 SPIKE = 6.0  # standard deviations above the mean of the window
 ONE_SIDED = 0.02  # a mode with a lower probability has collapsed
+SHOWN = 8  # experts that an alarm names
 BOTH = 0.1  # minimum share of a mode in the data for a collapse alarm
 
 
@@ -19,17 +22,23 @@ class Alarms:
     proportion of modes in a batch.
     Collapse: over the window, the model's probability of <think> or <short> is below ONE_SIDED, although its share in
     the data is at least BOTH.
+    Dead experts: experts that have not received a token in FEWEST steps; each is reported once.
     """
 
     def __init__(self):
         window = partial(deque, maxlen=WINDOW)
         self.losses, self.probabilities, self.shares = defaultdict(window), window(), window()
+        self.idle: Tensor | None = None  # [layers, experts]: steps since the last token
 
-    def look(self, record: dict) -> list[str]:
-        """Messages of the alarms after this step; usually none."""
+    def look(self, record: dict, load: Tensor | None = None) -> list[str]:
+        """Messages of the alarms after this step; usually none.
+
+        Args:
+            load: int64 [layers, experts], the tokens of each expert in this step; None for a dense model.
+        """
         losses = {name: value for name, value in record.items() if name.startswith("loss_mode_")}
         spikes = [self._spike(name, loss) for name, loss in (losses or {"loss": record["loss"]}).items()]
-        return [*filter(None, spikes), *self._collapse(record)]
+        return [*filter(None, spikes), *self._collapse(record), *self._dead(load)]
 
     def _spike(self, name: str, loss: float) -> str:
         previous, message = self.losses[name], ""
@@ -39,6 +48,14 @@ class Alarms:
                 message = f"loss spike: {name} {loss:.4f} after a mean of {mean:.4f} over {len(previous)} steps"
         previous.append(loss)
         return message
+
+    def _dead(self, load: Tensor | None) -> list[str]:
+        if load is None:
+            return []
+        self.idle = (load == 0) * (1 + (0 if self.idle is None else self.idle))
+        dead = [f"{expert} of layer {layer}" for layer, expert in (self.idle == FEWEST).nonzero().tolist()]
+        more = f" and {len(dead) - SHOWN} others" if len(dead) > SHOWN else ""
+        return [f"dead experts: no token in {FEWEST} steps for expert {', '.join(dead[:SHOWN])}{more}"] if dead else []
 
     def _collapse(self, record: dict) -> list[str]:
         share = record.get("think_share")

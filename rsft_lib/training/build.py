@@ -14,19 +14,22 @@ from megatron.core.transformer.module import Float16Module
 from transformers import PretrainedConfig
 
 from rsft_lib.model import engine
-from rsft_lib.model.config import check_layout, read_config, transformer_config
+from rsft_lib.model.config import read_config, transformer_config
 from rsft_lib.model.cpu_shim import device
 from rsft_lib.model.gpt import build_model, resolve_backend
 from rsft_lib.model.layers import recomputed
+from rsft_lib.model.router import routers
+from rsft_lib.model.weight_map import expert_count
 from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.optimizer import build_optimizer, build_schedule
+from rsft_lib.training.preflight import check_model
 from rsft_lib.training.state import TrainState
 
 
 def build_state(config: TrainConfig, checkpoint: Path) -> TrainState:
     """This rank's model chunks with gradient buffers, its shard of the optimizer, and the schedule."""
     hf = read_config(checkpoint)
-    check_layout(hf, config.tensor_parallel, config.pipeline_parallel, config.virtual_pipeline)
+    check_model(config, hf)
     mcore = model_settings(config, hf)
     if "layernorm" in recomputed(mcore):
         engine.prepare_recomputation()
@@ -50,22 +53,28 @@ def model_settings(config: TrainConfig, hf: PretrainedConfig) -> TransformerConf
         raise ValueError("precision 'fp8' needs a CUDA GPU and transformer-engine; choose 'bf16'")
     settings = transformer_config(
         hf,
+        backend,
         tensor_model_parallel_size=config.tensor_parallel,
         pipeline_model_parallel_size=config.pipeline_parallel,
         **_interleaving(config),
         context_parallel_size=config.context_parallel,
+        expert_model_parallel_size=config.expert_parallel,
+        expert_tensor_parallel_size=config.expert_tensor_parallel,
         sequence_parallel=config.sequence_parallel,
         pipeline_dtype=dtype,
         params_dtype=dtype,
         bf16=low,
         calculate_per_token_loss=True,
-        use_te_activation_func=backend == "te",
+        moe_aux_loss_coeff=config.router_aux_loss,
+        use_te_activation_func=backend == "te" and not expert_count(hf),
         apply_rope_fusion=backend == "te",
-        **_recompute(config),
+        **_recompute(config, expert_count(hf) > 0),
         **_fp8(config),
     )
     # Fuse the QKV split with the rotary embedding if nothing happens in between.
-    fusable = not settings.qk_layernorm and settings.num_query_groups >= config.tensor_parallel
+    fusable = (
+        not settings.qk_layernorm and not settings.no_rope_freq and settings.num_query_groups >= config.tensor_parallel
+    )
     settings.fused_single_qkv_rope = HAVE_FUSED_QKV_ROPE and backend == "te" and fusable
     return settings
 
@@ -81,13 +90,17 @@ def _interleaving(config: TrainConfig) -> dict:
     }
 
 
-def _recompute(config: TrainConfig) -> dict:
+def _recompute(config: TrainConfig, experts: bool) -> dict:
     if config.recompute == "full":
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     if config.recompute == "selective":
         # Transformer Engine always saves the inputs of FP8 linear layers.
         lean = resolve_backend(config.backend, config.precision) == "te" and config.precision == "bf16"
-        return {"recompute_granularity": "selective", "recompute_modules": ["layernorm" if lean else "mlp"]}
+        if experts:
+            modules = ["layernorm", "moe_act"] if lean else ["moe"]
+        else:
+            modules = ["layernorm" if lean else "mlp"]
+        return {"recompute_granularity": "selective", "recompute_modules": modules}
     return {}
 
 
@@ -101,6 +114,8 @@ def _wrapped(config: TrainConfig, mcore: TransformerConfig, hf: PretrainedConfig
     model = build_model(hf, mcore, resolve_backend(config.backend, config.precision), config.seq_length, stage).to(
         device()
     )
+    for router in routers([model]):
+        router.weight.requires_grad = not config.freeze_router
     overlap = config.overlap and config.data_parallel(torch.distributed.get_world_size()) * config.context_parallel > 1
     ddp = DistributedDataParallelConfig(
         use_distributed_optimizer=True,

@@ -16,6 +16,7 @@ import yaml
 SHAPES_THE_RUN = (  # besides model and data, which are compared by hash, and train_iters, which may grow
     "seq_length", "global_batch_size", "packing", "normalize_by", "split", "lr", "min_lr", "lr_schedule",
     "warmup_fraction", "decay_fraction", "weight_decay", "adam_beta1", "adam_beta2", "clip_grad", "seed", "precision",
+    "freeze_router", "router_aux_loss",
 )  # fmt: skip
 CHOICES = {
     "precision": ("bf16", "fp32", "fp8"),
@@ -116,6 +117,14 @@ class TrainConfig:
     """Model chunks per pipeline rank; above 1 for the interleaved schedule."""
     context_parallel: int = 1
     """Context-parallel size: ranks across which the tokens of a pack are partitioned."""
+    expert_parallel: int = 1
+    """Expert-parallel size: ranks, of different data, across which the experts of a layer are partitioned."""
+    expert_tensor_parallel: int = 1
+    """Expert-tensor-parallel size: ranks across which each expert is partitioned."""
+    router_aux_loss: float = 0.0
+    """Coefficient of the auxiliary loss that balances the experts (arXiv:2101.03961), averaged over layers; 0: none."""
+    freeze_router: bool = False
+    """Whether the routers of a model with experts keep their weights."""
     overlap: bool = True
     """Whether data-parallel communication of gradients and weights overlaps with computation."""
 
@@ -145,7 +154,7 @@ class TrainConfig:
     wandb_project: str = ""
     """Weights & Biases project; empty for none."""
     alarm_stop: bool = False
-    """Whether an alarm (loss spike, or collapse of a mode's probability) stops the run; it is logged in any case."""
+    """Whether an alarm (loss spike, mode collapse, dead experts) stops the run; it is logged in any case."""
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -224,6 +233,14 @@ class TrainConfig:
             (f"split is {self.split!r}; it must be three numbers, e.g. '999,1,0'", not _is_split(self.split)),
         ]  # fmt: skip
 
+    def layout(self) -> dict:
+        """The parallel sizes, by the names that `model.config.check_layout` gives them."""
+        names = (
+            "tensor_parallel", "pipeline_parallel", "virtual_pipeline", "expert_parallel", "expert_tensor_parallel",
+            "sequence_parallel",
+        )  # fmt: skip
+        return {name: getattr(self, name) for name in names}
+
     def data_parallel(self, world_size: int) -> int:
         """The data-parallel size (replicas of the model) on `world_size` ranks.
 
@@ -236,6 +253,12 @@ class TrainConfig:
             raise ValueError(
                 f"{world_size} ranks are not divisible by tensor_parallel={self.tensor_parallel} x "
                 f"pipeline_parallel={self.pipeline_parallel}{by_context}"
+            )
+        experts = self.pipeline_parallel * self.expert_parallel * self.expert_tensor_parallel
+        if world_size % experts:
+            raise ValueError(
+                f"{world_size} ranks are not divisible by pipeline_parallel={self.pipeline_parallel} x "
+                f"expert_parallel={self.expert_parallel} x expert_tensor_parallel={self.expert_tensor_parallel}"
             )
         replicas = world_size // model
         if self.global_batch_size % (replicas * self.micro_batch_size):

@@ -1,12 +1,14 @@
 """Model FLOPs of training without activation recomputation, as in https://arxiv.org/abs/2205.05198.
 
-Six per matmul parameter and token, including the output layer; attention counts half, since it is causal.
+Six per matmul parameter and token, including the output layer; attention counts half, since it is causal. With experts,
+the parameters are those that a token uses: the router, `num_experts_per_tok` experts and the shared one.
 """
 
 from transformers import PretrainedConfig
 
 from rsft_lib.model.config import head_dim
 from rsft_lib.model.cpu_shim import gpu
+from rsft_lib.model.weight_map import expert_count, expert_size
 
 # Dense bf16 FLOP/s from the vendor's datasheets; the first key contained in the device's name applies.
 PEAKS = {
@@ -16,17 +18,34 @@ PEAKS = {
 
 
 def matmul_parameters(hf: PretrainedConfig) -> int:
-    """Parameters used in matrix products: layers and output layer, without the embedding."""
-    width, hidden = head_dim(hf), hf.hidden_size
-    attention = hidden * width * (2 * hf.num_attention_heads + 2 * hf.num_key_value_heads)
-    layer = attention + 3 * hidden * hf.intermediate_size
-    return hf.num_hidden_layers * layer + hf.vocab_size * hidden
+    """Parameters in the matrix products of a token: layers and output layer, without the embedding."""
+    per_token = hf.num_experts_per_tok * one_expert(hf) if expert_count(hf) else 0
+    return hf.num_hidden_layers * (_outside_experts(hf) + per_token) + hf.vocab_size * hf.hidden_size
 
 
 def parameters(hf: PretrainedConfig) -> int:
     """All parameters except norms and biases."""
-    embedding = 0 if hf.tie_word_embeddings else hf.vocab_size * hf.hidden_size
-    return matmul_parameters(hf) + embedding
+    matrices = 1 if hf.tie_word_embeddings else 2
+    return layer_parameters(hf) * hf.num_hidden_layers + matrices * hf.vocab_size * hf.hidden_size
+
+
+def layer_parameters(hf: PretrainedConfig) -> int:
+    """Parameters of a layer except norms and biases, with all experts."""
+    return _outside_experts(hf) + expert_count(hf) * one_expert(hf)
+
+
+def one_expert(hf: PretrainedConfig) -> int:
+    """Parameters of one expert of one layer."""
+    return 3 * hf.hidden_size * expert_size(hf)
+
+
+def _outside_experts(hf: PretrainedConfig) -> int:
+    """Parameters of a layer that every token uses: attention, and the MLP, or router and shared expert."""
+    attention = hf.hidden_size * head_dim(hf) * (2 * hf.num_attention_heads + 2 * hf.num_key_value_heads)
+    if not expert_count(hf):
+        return attention + 3 * hf.hidden_size * hf.intermediate_size
+    shared = getattr(hf, "shared_expert_intermediate_size", 0)
+    return attention + hf.hidden_size * (expert_count(hf) + 3 * shared + (1 if shared else 0))
 
 
 def training_flops(hf: PretrainedConfig, tokens: float, squares: float) -> float:

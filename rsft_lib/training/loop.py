@@ -17,7 +17,8 @@ from rsft_lib.common.paths import require_path, resolve
 from rsft_lib.data.packed import PackedDataset
 from rsft_lib.model.config import read_config
 from rsft_lib.model.cpu_shim import device
-from rsft_lib.training import loss_stats, optimizer, watchdog
+from rsft_lib.model.router import expert_load
+from rsft_lib.training import expert_stats, loss_stats, optimizer, watchdog
 from rsft_lib.training.alarms import Alarms
 from rsft_lib.training.batches import Loader, run_batch
 from rsft_lib.training.build import build_state
@@ -101,13 +102,13 @@ class Run:
     def step(self) -> None:
         """One optimizer step, followed by evaluation, metrics, log and checkpoint where due."""
         config, state, began = self.config, self.state, time.perf_counter()
-        record = self._train(began)
+        record, load = self._train(began)
         last = state.iteration == config.train_iters
         if self.data.held_out and (last or state.iteration % config.eval_interval == 0):
             record |= evaluate(state, config, self.data.held_out, "eval_")
         if self.data.test and last:
             record |= evaluate(state, config, self.data.test, "test_")
-        self._look_for_alarms(record)
+        self._look_for_alarms(record, load)
         self._write(record, last)
         self._agree(time.perf_counter() - began)
         if last or self.stopped or state.iteration % config.save_interval == 0:
@@ -126,8 +127,8 @@ class Run:
             if self.stopped:
                 print("run again to resume", flush=True)
 
-    def _train(self, began: float) -> dict:
-        """Update the model with one global batch and return the record of the step."""
+    def _train(self, began: float) -> tuple[dict, torch.Tensor | None]:
+        """Update the model with one global batch; return the record of the step and the load of the experts."""
         config, state, data = self.config, self.state, self.data.train
         packs, following = (data.step(state.iteration + i, config.global_batch_size) for i in range(2))
         waited = self.loader.waited
@@ -147,6 +148,7 @@ class Run:
             "grad_norm": done.norm,
             "trained_tokens": trained,
             "samples_sha256": data.samples_sha256(packs),
+            **expert_stats.metrics(done.load),
             **self._speed(packs, trained, ended - began),
             "epoch": state.iteration * config.global_batch_size / len(data),
             "seconds_data": waited,
@@ -154,7 +156,7 @@ class Run:
             "seconds_optimizer": ended - done.computed,
         }
         state.scheduler.step(increment=1)
-        return record
+        return record, done.load
 
     def _speed(self, packs: list[int], trained: int, seconds: float) -> dict:
         tokens = self.config.global_batch_size * self.config.seq_length
@@ -170,8 +172,8 @@ class Run:
             speed["mfu"] = flops / seconds / peak / torch.distributed.get_world_size()
         return speed
 
-    def _look_for_alarms(self, record: dict) -> None:
-        alarms = self.alarms.look(record)
+    def _look_for_alarms(self, record: dict, load: torch.Tensor | None) -> None:
+        alarms = self.alarms.look(record, load)
         if alarms:
             record["alarms"] = alarms
             if self.first:
@@ -220,6 +222,8 @@ class Update(NamedTuple):
     """Global L2 norm of the gradient, before clipping."""
     computed: float
     """The `time.perf_counter` when the gradient was computed."""
+    load: torch.Tensor | None
+    """Tokens of each expert, int64 [layers, experts] on the CPU; None for a dense model."""
 
     def finite(self) -> bool:
         """Whether loss and gradient are finite; otherwise nothing was updated."""
@@ -236,7 +240,8 @@ def update(state: TrainState, loader: Loader, packs: list[int], following: list[
     norm = optimizer.gradient_norm(state.optimizer)
     counts = counted.tolist()
     denominator = loss_stats.weight_sum(counts)
-    done = Update(counts, norm / denominator, time.perf_counter())
+    load = expert_load(state.chunks)
+    done = Update(counts, norm / denominator, time.perf_counter(), load)
     if done.finite():
         optimizer.step(state.optimizer, done.norm, denominator, loader.config.clip_grad)
     return done

@@ -27,6 +27,10 @@ class MicroBatch(NamedTuple):
     kinds: Tensor
     """int64 [n], the kind of each target."""
     chunks: tuple[Chunk, ...]
+    padding: Tensor
+    """bool [1, t], True at positions that belong to no sample."""
+    weight: Tensor
+    """Scalar float32, sum of the loss weights on all context-parallel ranks."""
 
     def each(self, function: Callable[[Tensor], Tensor]) -> "MicroBatch":
         """Apply `function` to every tensor."""
@@ -39,13 +43,17 @@ def micro_batch(batch: dict[str, Tensor], rank: int, size: int) -> MicroBatch:
     positions = own["loss_mask"][0].nonzero()[:, 0]
     targets = Targets(positions, own["labels"][0, positions], own["loss_mask"][0, positions])
     chunks = chunks_of(batch["cu_seqlens"].tolist(), rank, size)
-    return MicroBatch(own["tokens"], own["position_ids"], targets, own["kinds"][0, positions], chunks)
+    kinds, weight = own["kinds"][0, positions], batch["loss_mask"].sum()
+    return MicroBatch(own["tokens"], own["position_ids"], targets, kinds, chunks, own["padding"], weight)
 
 
 def forward_step(batches: Iterator[MicroBatch], model):
     """Run one micro-batch through this rank's part of the model; called by megatron-core's schedules."""
     batch = next(batches).each(lambda tensor: tensor.to(device(), non_blocking=True))
-    output = model(batch.tokens, batch.position_ids, None, labels=batch.targets, samples=batch.chunks)
+    output = model(
+        batch.tokens, batch.position_ids, None, labels=batch.targets, samples=batch.chunks,
+        padding_mask=batch.padding, loss_weight=batch.weight,
+    )  # fmt: skip
     return output, partial(total_and_tally, weights=batch.targets.weights, kinds=batch.kinds)
 
 

@@ -173,7 +173,8 @@ def _record(line: bytes) -> dict:
 
 
 def _is_known(name: str, value) -> bool:
-    return _is_number(value) or isinstance(value, {"alarms": list, "samples_sha256": str}.get(name, ()))
+    kinds = {"alarms": list, "expert_load": list, "samples_sha256": str}
+    return _is_number(value) or isinstance(value, kinds.get(name, ()))
 
 
 def _is_number(value) -> bool:

@@ -5,15 +5,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import torch
 from transformers import PretrainedConfig
 
 from rsft_lib.common.paths import require_path, resolve
 from rsft_lib.model.config import check_layout, head_dim, read_config
 from rsft_lib.model.cpu_shim import gpu
 from rsft_lib.model.loss_head import CHUNK
+from rsft_lib.model.weight_map import expert_count, expert_size
 from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.datasets import Datasets, open_datasets
-from rsft_lib.training.flops import matmul_parameters, parameters, peak_flops, training_flops
+from rsft_lib.training.flops import (
+    layer_parameters,
+    matmul_parameters,
+    one_expert,
+    parameters,
+    peak_flops,
+    training_flops,
+)
 
 EXPECTED_MFU = 0.45  # assumed for GPUs; measured runs reach 0.5 and more with packs of 16,384 tokens
 GIB = 2**30
@@ -45,6 +54,27 @@ def preflight(config: TrainConfig, nproc: int) -> str:
     return describe(config, read_config(require_path(config.checkpoint, "checkpoint")), open_datasets(config), nproc)
 
 
+def check_model(config: TrainConfig, hf: PretrainedConfig) -> None:
+    """Check that the settings fit the model and this machine.
+
+    Raises:
+        ValueError: they do not.
+    """
+    check_layout(hf, **config.layout())
+    for name in ("freeze_router", "router_aux_loss"):
+        if getattr(config, name) and not expert_count(hf):
+            raise ValueError(f"{name} is set, but {hf.model_type} has no experts and no routers")
+    if config.freeze_router and config.router_aux_loss:
+        raise ValueError(
+            f"router_aux_loss={config.router_aux_loss:g} has no effect with freeze_router: set one of them"
+        )
+    if min(config.expert_parallel, config.expert_tensor_parallel) > 1 and not torch.cuda.is_available():
+        raise ValueError(
+            "expert_parallel and expert_tensor_parallel together need GPUs: on CPUs, gloo cannot gather an unequal "
+            "number of tokens from each rank"
+        )
+
+
 def _require_rows(hf: PretrainedConfig, data: Datasets) -> None:
     """Refuse data with tokens for which the model has no embedding row."""
     store = data.train.store
@@ -57,7 +87,7 @@ def _require_rows(hf: PretrainedConfig, data: Datasets) -> None:
 
 def describe(config: TrainConfig, hf: PretrainedConfig, data: Datasets, ranks: int) -> str:
     """The text of `preflight`, which also starts the log of a run."""
-    check_layout(hf, config.tensor_parallel, config.pipeline_parallel, config.virtual_pipeline)
+    check_model(config, hf)
     _require_rows(hf, data)
     given, config = config, config.for_packs(len(data.train))
     overridden = given.train_iters != config.train_iters
@@ -65,6 +95,7 @@ def describe(config: TrainConfig, hf: PretrainedConfig, data: Datasets, ranks: i
     per_epoch = len(data.train) / config.global_batch_size
     lines = {
         "model": f"{parameters(hf):,} parameters, {matmul_parameters(hf):,} of them in matrix products",
+        **_experts_line(config, hf),
         "ranks": _layout(config, ranks),
         "memory": _memory_line(config, hf, ranks),
         "step": f"{config.global_batch_size * config.seq_length:,} tokens in {config.global_batch_size} packs",
@@ -81,18 +112,23 @@ def memory(config: TrainConfig, hf: PretrainedConfig, ranks: int) -> Memory:
     """Memory of the rank that needs most: the first or the last pipeline stage."""
     tensor, pipeline, context = config.tensor_parallel, config.pipeline_parallel, config.context_parallel
     ends = 1 if pipeline > 1 or hf.tie_word_embeddings else 2  # embedding and output layer on one rank
-    layers = matmul_parameters(hf) - hf.vocab_size * hf.hidden_size
+    experts = hf.num_hidden_layers * expert_count(hf) * one_expert(hf)
+    layers = hf.num_hidden_layers * layer_parameters(hf) - experts
     held = (layers / pipeline + ends * hf.vocab_size * hf.hidden_size) / tensor
+    across = pipeline * config.expert_parallel * config.expert_tensor_parallel
+    held_experts = experts / across
     low = config.precision != "fp32"
     moments = 2 * (2 if config.moments == "bf16" else 4)
     shards = config.data_parallel(ranks) * context
+    sharded = held / shards + held_experts / (ranks // across)
+    held += held_experts
     width = _width(config)
     tokens = config.seq_length * config.micro_batch_size / context
     vocabulary = hf.vocab_size / tensor
     return Memory(
         weights=held * width,
         gradients=held * (2 if config.gradients == "bf16" else 4),
-        optimizer=held * (moments + (2 if low else 0)) / shards,
+        optimizer=sharded * (moments + (2 if low else 0)),
         activations=_activations(config, hf) * tokens * width,
         loss=min(CHUNK, tokens) * vocabulary * width + 2 * tokens * hf.hidden_size * width,
     )
@@ -104,7 +140,14 @@ def _activations(config: TrainConfig, hf: PretrainedConfig) -> float:
     across = config.tensor_parallel if config.sequence_parallel else 1
     hidden, inner = hf.hidden_size / across, 2 * hf.intermediate_size / config.tensor_parallel
     attention = 2 * (heads + groups) * width / config.tensor_parallel
-    layer = {"none": 2 * hidden + attention + inner, "selective": 2 * hidden + attention, "full": hidden}
+    kept = 0.0  # by the MLP with selective recomputation
+    if expert_count(hf):
+        # Inputs, the two products and the activation of each chosen expert; the last is what is recomputed.
+        sizes = (hf.hidden_size + 2 * expert_size(hf), expert_size(hf))
+        chosen, activation = (hf.num_experts_per_tok * size / across for size in sizes)
+        kept = chosen + 3 * getattr(hf, "shared_expert_intermediate_size", 0) / config.tensor_parallel
+        inner = kept + activation
+    layer = {"none": 2 * hidden + attention + inner, "selective": 2 * hidden + attention + kept, "full": hidden}
     saved = layer[config.recompute] * hf.num_hidden_layers / config.pipeline_parallel
     in_flight = config.pipeline_parallel * (1 + (config.virtual_pipeline > 1))  # micro-batches of the first stage
     live = 1.5 * inner + 4 * hidden
@@ -120,7 +163,19 @@ def _layout(config: TrainConfig, ranks: int) -> str:
         "tensor": config.tensor_parallel, "pipeline": config.pipeline_parallel, "context": config.context_parallel,
         "data": config.data_parallel(ranks),
     }  # fmt: skip
-    return f"{ranks} = " + " x ".join(f"{size} {name}" for name, size in sizes.items() if size > 1 or name == "data")
+    text = f"{ranks} = " + " x ".join(f"{size} {name}" for name, size in sizes.items() if size > 1 or name == "data")
+    return text + (f"; {config.expert_parallel} of them with different experts" if config.expert_parallel > 1 else "")
+
+
+def _experts_line(config: TrainConfig, hf: PretrainedConfig) -> dict[str, str]:
+    if not expert_count(hf):
+        return {}
+    pretrained = getattr(hf, "router_aux_loss_coef", 0.0)
+    because = f" (router_aux_loss_coef={pretrained:g} in config.json is not used)" if pretrained else ""
+    return {
+        "experts": f"{expert_count(hf)} per layer, {hf.num_experts_per_tok} per token, none dropped; router in float32"
+        f"{', frozen' if config.freeze_router else ''}; router_aux_loss {config.router_aux_loss:g}{because}"
+    }
 
 
 def _memory_line(config: TrainConfig, hf: PretrainedConfig, ranks: int) -> str:

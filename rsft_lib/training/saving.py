@@ -210,7 +210,12 @@ def _bytes(checkpoint: Path) -> int:
 
 def _comparable(common: dict) -> dict:
     """The non-tensor contents that must be the same on all ranks, without the optimizer's per-rank `param_state`."""
-    return {**common, "optimizer": {k: v for k, v in common["optimizer"].items() if k != "param_state"}}
+    return {**common, "optimizer": _without(common["optimizer"], "param_state")}
+
+
+def _without(entry, name: str):
+    """Nested dictionaries without the key `name`; with experts there is a dictionary for each of two optimizers."""
+    return {k: _without(v, name) for k, v in entry.items() if k != name} if isinstance(entry, dict) else entry
 
 
 def _rank_0() -> bool:

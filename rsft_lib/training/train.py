@@ -23,6 +23,7 @@ def run(config: TrainConfig) -> None:
     with ranks(
         config.tensor_parallel, config.pipeline_parallel, config.seed,
         context_parallel_size=config.context_parallel, virtual_pipeline_size=config.virtual_pipeline,
+        expert_parallel_size=config.expert_parallel, expert_tensor_parallel_size=config.expert_tensor_parallel,
         timeout=max(START, config.save_timeout),
     ):  # fmt: skip
         train(config)

@@ -487,11 +487,8 @@ DAMAGE = {
     "biases on every projection": (
         lambda m: edit_config(m, model_type="llama", attention_bias=True), "attention_bias is True",
     ),
-    "scaling of attention": (
-        lambda m: edit_config(
-            m, rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
-        ),
-        "rope_type is 'yarn'",
+    "rotary frequencies that depend on the length": (
+        lambda m: edit_config(m, rope_scaling={"rope_type": "dynamic", "factor": 4.0}), "rope_type is 'dynamic'",
     ),
 }  # fmt: skip
 

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support import TESTS, all_tensors, random_store, settings, tiny_model
+from families import tiny_family
+from support import TESTS, VOCAB, all_tensors, random_store, settings, tiny_model
 
 from rsft_lib.checkpoint.convert import convert
 from rsft_lib.checkpoint.run_checkpoints import newest
@@ -119,7 +120,7 @@ def attention(kind: type, context: int = 1):
     """The module as a function of query, key and value [t, heads, d] and samples -> [t, heads * d]."""
     config = SimpleNamespace(
         context_parallel_size=context, tensor_model_parallel_size=1, num_attention_heads=12, num_query_groups=2,
-        kv_channels=128,
+        kv_channels=128, softmax_scale=None, no_rope_freq=None,
     )  # fmt: skip
     module = kind(config, 1, None, "self")
     if context > 1:
@@ -209,6 +210,29 @@ def test_both_backends_and_fp8_follow_float32(inputs, tmp_path):
         assert found == pytest.approx(losses["fp32"], rel=0.03 if name.startswith("fp8") else 0.01), name
 
 
+@pytest.fixture(scope="module")
+def experts(inputs, tmp_path_factory) -> dict[str, str]:
+    """The inputs with a model of eight experts per layer."""
+    folder = tmp_path_factory.mktemp("experts")
+    shape = {"hidden_size": 256, "moe_intermediate_size": 128, "head_dim": 64, "vocab_size": VOCAB}
+    tiny_family(folder / "hf", "qwen3_moe", **shape)
+    convert(folder / "hf", folder / "megatron")
+    return inputs | {"checkpoint": str(folder / "megatron")}
+
+
+def test_grouped_experts_follow_sequential_ones_in_float32(experts, tmp_path):
+    variants = {"fp32": {"precision": "fp32", "backend": "torch"}, "torch": {"backend": "torch"}}
+    if HAS_TE:
+        variants |= {"te": {"backend": "te"}, "selective": {"recompute": "selective"}, "full": {"recompute": "full"}}
+        variants |= {"low": {"moments": "bf16", "gradients": "bf16"}, "frozen": {"freeze_router": True}}
+        variants |= {"fp8": {"precision": "fp8", "fp8_recipe": "delayed"}}
+    metrics = run(experts, tmp_path, variants)
+    expected = [r["loss"] for r in metrics["fp32"]]
+    for name, records in metrics.items():
+        assert [r["loss"] for r in records] == pytest.approx(expected, rel=0.03 if name == "fp8" else 0.01), name
+        assert [sum(r["expert_load"]) for r in records] == pytest.approx([8] * len(records), rel=1e-2), name
+
+
 def test_a_run_resumes_bit_for_bit_with_deterministic_kernels(inputs, tmp_path, monkeypatch):
     monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
     straight = run(inputs, tmp_path, {"straight": {}})["straight"]
@@ -258,6 +282,38 @@ def test_two_gpus_follow_one_with_transformer_engine(precision, inputs, tmp_path
     variants["pp2-selective"] = variants["pp2"] | {"recompute": "selective"}
     for name, metrics in run(inputs, tmp_path, variants, nproc=2).items():
         assert [r["loss"] for r in metrics] == pytest.approx(whole, rel=2e-3 if precision == "bf16" else 0.02), name
+
+
+EXPERT_LAYOUTS = {
+    "ep2": {"expert_parallel": 2},
+    "tp2-sp": LAYOUTS["tp2-sp"],
+    "tp2-sp-ep2": LAYOUTS["tp2-sp"] | {"expert_parallel": 2},
+    "tp2-sp-etp2": LAYOUTS["tp2-sp"] | {"expert_tensor_parallel": 2},
+    "pp2": {"pipeline_parallel": 2},
+    "cp2-ep2": {"context_parallel": 2, "expert_parallel": 2},
+}
+
+
+@TWO
+@pytest.mark.parametrize("kind", [{"precision": "fp32", "backend": "torch"}, {"backend": "te"}], ids=["fp32", "te"])
+def test_two_gpus_match_one_with_experts_in_every_layout(kind, experts, tmp_path):
+    if kind["backend"] == "te" and not HAS_TE:
+        pytest.skip("Transformer Engine is not installed")
+    whole = [r["loss"] for r in run(experts, tmp_path, {"one": kind})["one"]]
+    found = run(experts, tmp_path, {name: kind | changes for name, changes in EXPERT_LAYOUTS.items()}, nproc=2)
+    for name, metrics in found.items():
+        tolerance = 1e-4 if kind["backend"] == "torch" else 5e-3
+        assert [r["loss"] for r in metrics] == pytest.approx(whole, rel=tolerance), name
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 4, reason="torch finds fewer than four GPUs")
+def test_experts_may_be_partitioned_and_distributed_at_once(experts, tmp_path):
+    kind = {"precision": "fp32", "backend": "torch"}
+    whole = [r["loss"] for r in run(experts, tmp_path, {"one": kind})["one"]]
+    four = kind | LAYOUTS["tp2-sp"] | {"expert_parallel": 2, "expert_tensor_parallel": 2}
+    assert [r["loss"] for r in run(experts, tmp_path, {"four": four}, nproc=4)["four"]] == pytest.approx(
+        whole, rel=1e-4
+    )
 
 
 @TWO

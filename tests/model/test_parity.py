@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+from families import FAMILIES, tiny_family
 from support import VOCAB, by_hf_name, differing_tensors, logit_difference, random_store, settings, tiny_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
+from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from rsft_lib.checkpoint.convert import convert
 from rsft_lib.checkpoint.sharded import load_weights, sharded_weights
@@ -17,9 +19,10 @@ from rsft_lib.evaluation.score import TokenLosses, score
 from rsft_lib.model import loss_head
 from rsft_lib.model.config import read_config
 from rsft_lib.model.distributed import ranks
+from rsft_lib.model.router import expert_load, routers
 from rsft_lib.training.batches import Loader, run_batch
 from rsft_lib.training.build import build_state
-from rsft_lib.training.loop import update
+from rsft_lib.training.loop import evaluate, update
 from rsft_lib.training.loss import forward_step, micro_batch
 from rsft_lib.training.loss_stats import trained_tokens, weight_sum
 
@@ -29,6 +32,16 @@ def models(request, tmp_path_factory):
     """(folder, the Hugging Face model, a store of samples)"""
     folder = tmp_path_factory.mktemp("parity")
     hf = tiny_model(folder / "hf", tie_word_embeddings=request.param)
+    convert(folder / "hf", folder / "megatron")
+    random_store(folder / "store", samples=30)
+    return folder, hf, TokenStore(folder / "store")
+
+
+@pytest.fixture(scope="module")
+def family(request, tmp_path_factory):
+    """The same for a model of each family."""
+    folder, wide = tmp_path_factory.mktemp(request.param), {"sliding_window": 512} if request.param == "mistral" else {}
+    hf = tiny_family(folder / "hf", request.param, vocab_size=VOCAB, **wide)
     convert(folder / "hf", folder / "megatron")
     random_store(folder / "store", samples=30)
     return folder, hf, TokenStore(folder / "store")
@@ -58,9 +71,11 @@ def test_a_converted_checkpoint_has_every_tensor_and_the_logits_of_transformers(
     assert logit_difference(folder / "hf", folder / "megatron") < 1e-4
 
 
-@pytest.mark.parametrize("normalize_by", ["token", "sample"])
-def test_packed_loss_and_gradients_match_transformers_sample_by_sample(models, normalize_by):
-    folder, hf, store = models
+@pytest.mark.parametrize(
+    ("family", "normalize_by"), [*((name, "token") for name in FAMILIES), ("qwen2", "sample")], indirect=["family"]
+)
+def test_packed_loss_and_gradients_match_transformers_sample_by_sample(family, normalize_by):
+    folder, hf, store = family
     hf.zero_grad()
     masks = [torch.from_numpy(store[i][1][1:]) for i in range(len(store))]
     sums = [(losses * mask).sum() for losses, mask in zip(losses_by_transformers(hf, store), masks, strict=True)]
@@ -79,16 +94,65 @@ def test_packed_loss_and_gradients_match_transformers_sample_by_sample(models, n
         state.chunks[0].zero_grad_buffer()
         counts = run_batch(state, Loader(data, config), packs).tolist()
         gradients = gradients_by_hf_name(state.chunks[0].module, folder)
+        load = expert_load(state.chunks)
 
     denominator = weight_sum(counts)
     assert denominator == pytest.approx(len(store) if normalize_by == "sample" else sum(trained), rel=1e-6)
     assert trained_tokens(counts) == sum(trained)
     assert counts[0] / denominator == pytest.approx(expected.item(), abs=1e-5)
-    wanted = dict(hf.named_parameters())
+    wanted = by_file_name({name: weight.grad for name, weight in hf.named_parameters()}, hf.config)
     assert gradients.keys() == wanted.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(
-            gradient / denominator, wanted[name].grad, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+            gradient / denominator, wanted[name], atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    if load is not None:
+        assert load.sum(dim=1).tolist() == routed(store, hf.config)
+
+
+def routed(store, config) -> list[int]:
+    """For each layer, the sum of the experts' tokens if none is dropped and padding is not counted."""
+    return [config.num_experts_per_tok * (int(store.lengths.sum()) - len(store))] * config.num_hidden_layers
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe"], indirect=True)
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_tokens_of_experts_are_counted_once_in_training_and_not_in_evaluation(family, recompute):
+    folder, hf, store = family
+    with ranks():
+        config, state = loaded_state(folder, recompute=recompute)
+        data = PackedDataset(store, config.seq_length, seed=0)
+        packs = list(range(len(data)))
+        for chunk in state.chunks:
+            chunk.zero_grad_buffer()
+        run_batch(state, Loader(data, config), packs)
+        assert expert_load(state.chunks).sum(dim=1).tolist() == routed(store, hf.config)
+        evaluate(state, config, data, "eval_")
+        assert not expert_load(state.chunks).any()
+        assert not any(router.to_recompute for router in routers(state.chunks))
+
+
+def test_the_auxiliary_loss_of_routers_has_the_gradient_of_that_of_transformers(tmp_path):
+    hf = tiny_family(tmp_path / "hf", "qwen3_moe", vocab_size=VOCAB, num_hidden_layers=1)  # theirs pools the layers
+    convert(tmp_path / "hf", tmp_path / "megatron")
+    store = TokenStore(random_store(tmp_path / "store", samples=3, longest=30))
+    masks = [torch.from_numpy(store[i][1][1:]) for i in range(3)]
+    losses = [(x * mask).sum() for x, mask in zip(losses_by_transformers(hf, store), masks, strict=True)]
+    inputs = [torch.from_numpy(store[i][0][:-1]).long()[None] for i in range(3)]
+    gates = torch.cat([hf(ids, output_router_logits=True).router_logits[0] for ids in inputs])
+    imbalance = load_balancing_loss_func((gates,), num_experts=8, top_k=2)
+    (sum(losses) / sum(int(mask.sum()) for mask in masks) + 0.7 * imbalance).backward()
+    with ranks():
+        config, state = loaded_state(tmp_path, router_aux_loss=0.7)
+        data = PackedDataset(store, config.seq_length, seed=0)
+        assert len(data) == 1
+        state.chunks[0].zero_grad_buffer()
+        counts = run_batch(state, Loader(data, config), [0]).tolist()
+        gradients = gradients_by_hf_name(state.chunks[0].module, tmp_path)
+    wanted = by_file_name({name: weight.grad for name, weight in hf.named_parameters()}, hf.config)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(
+            gradient / weight_sum(counts), wanted[name], atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
         )
 
 
@@ -129,8 +193,28 @@ def gradients_by_hf_name(model, folder) -> dict[str, torch.Tensor]:
     parameters = dict(model.named_parameters())
     # fc1 is saved in two halves, so its entry has no key yet
     keys = {name: getattr(entry, "key", name) for name, entry in sharded_weights(model).items() if name in parameters}
-    ours = {key: parameters[name].main_grad.clone() for name, key in keys.items()}
-    return by_hf_name(ours, read_config(folder / "megatron"))
+    ours: dict[str, list[torch.Tensor]] = {}
+    for name, key in keys.items():
+        ours.setdefault(key, []).append(parameters[name].main_grad.clone())
+    stacked = {key: torch.stack(found) if ".experts." in key else found[0] for key, found in ours.items()}
+    return by_hf_name(stacked, read_config(folder / "megatron"))
+
+
+def by_file_name(named: dict[str, torch.Tensor], config) -> dict[str, torch.Tensor]:
+    """Tensors by their names in transformers' modules, which stack experts -> by those in its files."""
+    place, gate, up, down = "mlp", "gate_proj", "up_proj", "down_proj"
+    if config.model_type == "mixtral":
+        place, gate, up, down = "block_sparse_moe", "w1", "w3", "w2"
+    found = {}
+    for name, tensor in named.items():
+        if ".mlp.experts." not in name:
+            found[name.replace(".mlp.", f".{place}.")] = tensor
+            continue
+        parts = [gate, up] if name.endswith("gate_up_proj") else [down]
+        for expert, matrices in enumerate(tensor):
+            for part, matrix in zip(parts, matrices.chunk(len(parts)), strict=True):
+                found[f"{name.split('.mlp.')[0]}.{place}.experts.{expert}.{part}.weight"] = matrix
+    return found
 
 
 def test_scores_match_the_loss_of_transformers_at_every_trained_token(models, tmp_path):

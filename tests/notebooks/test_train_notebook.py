@@ -27,7 +27,9 @@ DECLARED = declared_parameters(NOTEBOOK)
 FILES = sorted((ROOT / "notebooks" / "params").glob("*.yaml"))
 SETTINGS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
 PLACES = {"checkpoint", "data", "eval_data", "output"}
-FOR_MEMORY = {"recompute", "moments", "gradients", "tensor_parallel", "sequence_parallel", "pipeline_parallel"}
+FOR_MEMORY = {
+    "recompute", "moments", "gradients", "tensor_parallel", "sequence_parallel", "pipeline_parallel", "expert_parallel",
+}  # fmt: skip
 SECRETS = {"HF_TOKEN": "hf_" + "S" * 34, "WANDB_API_KEY": "5ec7e7" * 6 + "beef"}
 
 

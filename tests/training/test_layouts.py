@@ -10,7 +10,8 @@ import shutil
 import forked
 import pytest
 import torch
-from support import all_tensors, random_store, settings, tiny_model
+from families import tiny_family
+from support import VOCAB, all_tensors, random_store, settings, tiny_model
 
 from rsft_lib.checkpoint.convert import convert
 from rsft_lib.checkpoint.run_checkpoints import newest
@@ -86,6 +87,48 @@ def test_every_layout_matches_the_losses_and_weights_of_one_rank(layout, inputs,
         a, b = ([r[key] for r in records if key in r] for records in (metrics, expected_metrics))
         assert a == (b if key == "samples_sha256" else pytest.approx(b, rel=1e-5, abs=0)), key
     same(tensors, expected)
+
+
+@pytest.fixture(scope="module")
+def with_experts(inputs, tmp_path_factory):
+    """(inputs with a Qwen3-MoE, the result of training it on one rank)"""
+    folder = tmp_path_factory.mktemp("experts")
+    tiny_family(folder / "hf", "qwen3_moe", vocab_size=VOCAB)
+    convert(folder / "hf", folder / "megatron")
+    changed = inputs | {"checkpoint": str(folder / "megatron"), "router_aux_loss": 0.5}
+    return changed, run(changed, folder / "one")
+
+
+TP2_SP = {"tensor_parallel": 2, "sequence_parallel": True}
+EXPERT_LAYOUTS = {
+    "dp2": (2, {}),
+    "ep2": (2, {"expert_parallel": 2}),
+    "ep4 full recomputation": (4, {"expert_parallel": 4, "recompute": "full"}),
+    "ep2 dp2": (4, {"expert_parallel": 2}),
+    "tp2 sp": (2, TP2_SP),
+    "tp2 sp etp2": (2, {**TP2_SP, "expert_tensor_parallel": 2}),
+    "tp2 sp ep2 pp2": (4, {**TP2_SP, "expert_parallel": 2, "pipeline_parallel": 2}),
+    "cp2 ep2": (2, {"context_parallel": 2, "expert_parallel": 2}),
+    "pp2 vpp2 ep2": (4, {"pipeline_parallel": 2, "virtual_pipeline": 2, "expert_parallel": 2}),
+    "selective recomputation": (1, {"recompute": "selective"}),
+}
+
+
+@pytest.mark.parametrize("layout", EXPERT_LAYOUTS)
+def test_a_model_with_experts_matches_one_rank_in_every_layout(layout, with_experts, tmp_path):
+    nproc, changes = EXPERT_LAYOUTS[layout]
+    given, (expected_metrics, expected) = with_experts
+    metrics, tensors = run(given, tmp_path / "run", nproc, **changes)
+    for key in ("loss", "grad_norm", "eval_loss", "expert_load", "expert_load_max", "dead_experts"):
+        a, b = ([r[key] for r in records if key in r] for records in (metrics, expected_metrics))
+        assert a == (b if "expert" in key else pytest.approx(b, rel=1e-5, abs=0)), key
+    same(tensors, expected)
+
+
+def test_experts_in_bf16_follow_fp32(with_experts, tmp_path):
+    given, (expected, _) = with_experts
+    metrics, _ = run(given, tmp_path / "run", 2, precision="bf16", expert_parallel=2)
+    assert [r["loss"] for r in metrics] == pytest.approx([r["loss"] for r in expected], rel=0.01)
 
 
 TIED = {"pp2 dp2": (4, {"pipeline_parallel": 2})}

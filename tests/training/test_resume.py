@@ -13,7 +13,8 @@ import killing
 import nfs
 import pytest
 import torch
-from support import all_tensors, random_store, settings, tiny_model
+from families import tiny_family
+from support import VOCAB, all_tensors, random_store, settings, tiny_model
 
 from rsft_lib import launch
 from rsft_lib.checkpoint.any_format import identity
@@ -105,6 +106,43 @@ def test_a_run_resumes_in_another_layout_with_the_samples_in_the_same_order(chan
     tensors, expected = all_tensors(newest(tmp_path / "run")), all_tensors(newest(straight[0]))
     for name, tensor in tensors.items():
         torch.testing.assert_close(tensor, expected[name], atol=1e-4, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+EXPERTS = {
+    "as before": ((1, {}), (1, {})),
+    "two to two, bf16": (
+        (2, {"expert_parallel": 2, "precision": "bf16"}),
+        (2, {"expert_parallel": 2, "precision": "bf16"}),
+    ),
+    "two to two, router frozen": ((2, {"expert_parallel": 2}), (2, {"expert_parallel": 2})),
+    "one to expert-parallel": ((1, {}), (2, {"expert_parallel": 2})),
+    "expert-parallel to tensor, pipeline": (
+        (2, {"expert_parallel": 2}),
+        (4, {"tensor_parallel": 2, "sequence_parallel": True, "pipeline_parallel": 2}),
+    ),
+}
+
+
+@pytest.mark.parametrize("change", EXPERTS)
+def test_a_model_with_experts_resumes_at_any_expert_parallel_size(change, inputs, tmp_path):
+    tiny_family(tmp_path / "hf", "qwen3_moe", vocab_size=VOCAB)
+    convert(tmp_path / "hf", tmp_path / "megatron")
+    given = {"checkpoint": str(tmp_path / "megatron"), "freeze_router": "frozen" in change}
+    (before, layout), (after, other) = EXPERTS[change]
+    whole = run(inputs | given, tmp_path / "whole", before, **layout)
+    again = stopped_half_way(tmp_path / "whole", tmp_path / "again")
+    exact = layout == other
+    same(run(inputs | given, again, after, **other), whole, tolerance=0.0 if exact else 1e-5)
+    start, found, expected = (
+        all_tensors(f) for f in (tmp_path / "megatron", newest(again), newest(tmp_path / "whole"))
+    )
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        if exact:
+            assert torch.equal(tensor, expected[name]), name
+        torch.testing.assert_close(tensor, expected[name], atol=1e-4, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+    unchanged = {name for name, tensor in start.items() if (tensor == found[name]).all()}
+    assert unchanged == {name for name in start if given["freeze_router"] and ".router." in name}
 
 
 def test_a_damaged_checkpoint_is_skipped_and_reported(inputs, straight, tmp_path):

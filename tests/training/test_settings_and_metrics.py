@@ -12,16 +12,17 @@ import psutil
 import pytest
 import torch
 import yaml
+from families import tiny_family
 from support import ROOT, random_store, settings, tiny_model
-from transformers import Qwen2Config
+from transformers import Qwen2Config, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from rsft_lib.checkpoint.convert import convert
 from rsft_lib.launch import LaunchOptions
 from rsft_lib.model import engine
 from rsft_lib.model.config import check_layout, read_config
 from rsft_lib.notebook import declared_parameters
-from rsft_lib.training import alarms, flops, metrics
-from rsft_lib.training.alarms import Alarms
+from rsft_lib.training import alarms, expert_stats, flops, metrics
+from rsft_lib.training.alarms import FEWEST, Alarms
 from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.datasets import split
 from rsft_lib.training.metrics import FILE, MetricsWriter, open_writers, read_metrics
@@ -327,6 +328,62 @@ def test_preflight_estimates_the_cost_of_a_run(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="num_hidden_layers=4 is not divisible by pipeline_parallel=3"):
         preflight(dataclasses.replace(run, pipeline_parallel=3), nproc=3)
     assert not (tmp_path / "run").exists()
+
+
+QWEN3_30B_A3B = {
+    "vocab_size": 151_936, "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768,
+    "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128,
+    "num_experts_per_tok": 8, "norm_topk_prob": True,
+}  # fmt: skip
+
+
+def test_the_parameters_of_a_model_with_experts_are_those_that_its_authors_state():
+    model = Qwen3MoeConfig(**QWEN3_30B_A3B)
+    assert flops.parameters(model) == pytest.approx(30.5e9, rel=2e-3)
+    active = flops.matmul_parameters(model) + model.vocab_size * model.hidden_size
+    assert active == pytest.approx(3.3e9, rel=2e-2)  # "3.3B activated", with the embedding
+    with torch.device("meta"):
+        weights = dict(Qwen3MoeForCausalLM(model).named_parameters())
+    assert flops.parameters(model) == sum(w.numel() for name, w in weights.items() if "norm" not in name)
+    run = settings(checkpoint="c", data="d", output="o", precision="bf16", seq_length=16_384, global_batch_size=16)
+    given = yaml.safe_load((ROOT / "notebooks" / "params" / "qwen3-30b-a3b.yaml").read_text(encoding="utf-8"))
+    preset = TrainConfig(**{field: value for field, value in given.items() if field in TrainConfig.__annotations__})
+    assert memory(preset, model, given["nproc"]).total < 60e9  # of 80; loads of experts are unequal
+    eight, sixteen = (memory(dataclasses.replace(run, expert_parallel=ep), model, ranks=16) for ep in (8, 16))
+    experts = 48 * 128 * 3 * 2048 * 768
+    assert eight.weights - sixteen.weights == pytest.approx(2 * experts / 16)
+    assert eight.optimizer == pytest.approx(sixteen.optimizer)  # sharded over all ranks either way
+
+
+def test_preflight_reports_the_experts_and_the_auxiliary_loss_that_is_not_used(tmp_path):
+    tiny_family(tmp_path / "hf", "qwen3_moe", vocab_size=256)
+    random_store(tmp_path / "store")
+    run = settings(checkpoint=str(tmp_path / "hf"), data=str(tmp_path / "store"), output=str(tmp_path / "run"))
+    text = preflight(dataclasses.replace(run, expert_parallel=2, freeze_router=True), nproc=4)
+    assert "8 per layer, 2 per token, none dropped; router in float32, frozen; router_aux_loss 0 (router_aux" in text
+    assert "4 = 4 data; 2 of them with different experts" in text
+    with pytest.raises(ValueError, match="number of experts=8 is not divisible by expert_parallel=3"):
+        preflight(dataclasses.replace(run, expert_parallel=3, global_batch_size=6), nproc=3)
+    with pytest.raises(ValueError, match="3 ranks are not divisible by pipeline_parallel=1 x expert_parallel=2"):
+        preflight(dataclasses.replace(run, expert_parallel=2, global_batch_size=6), nproc=3)
+
+
+def test_experts_without_a_token_in_twenty_steps_raise_one_alarm():
+    alarms, record = Alarms(), {"loss": 1.0}
+    load = torch.tensor([[3, 0, 5], [4, 4, 0]])
+    assert not any(alarms.look(record, load) for _ in range(FEWEST - 1))
+    assert alarms.look(record, load) == [
+        f"dead experts: no token in {FEWEST} steps for expert 1 of layer 0, 2 of layer 1"
+    ]
+    assert not any(alarms.look(record, load) for _ in range(FEWEST))
+    alarms.look(record, load + 1)
+    assert not any(alarms.look(record, load) for _ in range(FEWEST - 1)) and alarms.look(record, load)
+
+
+def test_the_metrics_of_experts_are_relative_to_equal_loads():
+    found = expert_stats.metrics(torch.tensor([[4, 0, 2, 2], [2, 2, 2, 2]]))
+    assert found == {"expert_load_max": 2.0, "dead_experts": 1, "expert_load": [1.5, 0.5, 1, 1]}
+    assert expert_stats.metrics(None) == {}
 
 
 @pytest.mark.skipif(

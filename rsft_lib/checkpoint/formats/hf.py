@@ -13,7 +13,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from rsft_lib.checkpoint.lazy_weights import Piece, Weights, data_of, refusal, refuse, return_freed_memory, rows
+from rsft_lib.checkpoint.lazy_weights import (
+    Piece,
+    Weights,
+    as_expert,
+    data_of,
+    of_expert,
+    refusal,
+    refuse,
+    return_freed_memory,
+    rows,
+)
 from rsft_lib.common.artifact import WRITERS, write_json
 from rsft_lib.common.hashing_writer import HashedFile
 from rsft_lib.model.weight_map import hf_shapes, row_map
@@ -105,11 +115,13 @@ def as_hf(weights: Weights, config: PretrainedConfig) -> Weights:
 def _renamed(weights: Weights, config: PretrainedConfig, to_hf: bool) -> Weights:
     pieces: dict[str, list[Piece]] = {}
     for ours, origins in row_map(config).items():
-        for theirs, start, count, at in origins:
+        for theirs, start, count, at, expert in origins:
             if to_hf:
-                pieces.setdefault(theirs, []).extend(rows(weights.pieces[ours], at, at + count, at=start))
+                stored = weights.pieces[ours] if expert is None else of_expert(weights.pieces[ours], expert)
+                pieces.setdefault(theirs, []).extend(rows(stored, at, at + count, at=start))
             else:
-                pieces.setdefault(ours, []).extend(rows(weights.pieces[theirs], start, start + count, at=at))
+                moved = rows(weights.pieces[theirs], start, start + count, at=at)
+                pieces.setdefault(ours, []).extend(moved if expert is None else as_expert(moved, expert))
     return Weights(pieces, weights.dtype)
 
 

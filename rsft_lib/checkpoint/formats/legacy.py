@@ -20,7 +20,7 @@ from transformers import PretrainedConfig
 
 from rsft_lib.checkpoint.lazy_weights import Box, Piece, Weights, data_of, refusal, refuse
 from rsft_lib.model.config import check_layout, padded_vocab_size
-from rsft_lib.model.weight_map import EMBEDDING, HEAD, split_axis, weight_map
+from rsft_lib.model.weight_map import EMBEDDING, HEAD, expert_count, split_axis, weight_map
 
 TRACKER, FILE = "latest_checkpointed_iteration.txt", "model_optim_rng.pt"
 VOCAB_MULTIPLE = 128  # Megatron-LM's --make-vocab-size-divisible-by, times tensor parallel
@@ -44,6 +44,15 @@ def rank_folder(tp_rank: int, pp_rank: int, pipeline_parallel: int) -> str:
 def rows_of_vocabulary(vocab_size: int, tensor_parallel: int) -> int:
     """Number of embedding rows after Megatron-LM's padding."""
     return padded_vocab_size(vocab_size, VOCAB_MULTIPLE * tensor_parallel)
+
+
+def refuse_experts(config: PretrainedConfig) -> None:
+    """Raise ValueError for a model with experts, for which Megatron-LM's names depend on the expert-parallel size."""
+    if expert_count(config):
+        raise ValueError(
+            f"format 'legacy' has no experts, and model_type is {config.model_type!r}: use format 'torch_dist', which "
+            "Megatron-LM reads as well"
+        )
 
 
 class RankFile(NamedTuple):
@@ -173,6 +182,7 @@ def open_weights(folder: Path, config: PretrainedConfig) -> Weights:
         raise FileNotFoundError(f"{folder} has no mp_rank_*/{FILE}")
     ranks = {path: _rank(path.name) for path in iteration.glob("mp_rank_*")}
     tensor_parallel, pipeline_parallel = (max(rank) + 1 for rank in zip(*ranks.values(), strict=True))
+    refuse_experts(config)
     check_layout(config, tensor_parallel, pipeline_parallel)
     pieces: dict[str, list[Piece]] = {}
     steps = {}

@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from rsft_lib.common.paths import resolve
 from rsft_lib.common.temporary import new_file
 from rsft_lib.display.html import Table, caption
-from rsft_lib.display.metric_styles import HEALTH, METRICS, ONE_MODE
+from rsft_lib.display.metric_styles import EXPERTS, HEALTH, METRICS, ONE_MODE
 from rsft_lib.display.plot_style import BLACK, line_style, plain_numbers, smoothed, thinned, tidy
 from rsft_lib.display.runs.csv_curve import LINES, Published
 from rsft_lib.display.runs.runs import BY, Run
@@ -87,21 +87,23 @@ def _plot_each(runs: list[Run], metrics: list[str], by: str, smoothing: float) -
 
 
 def plot_health(runs: list[Run], by: str = "step", smoothing: float = 0.9) -> Figure:
-    """Gradient norm, learning rate, throughput and memory.
+    """Gradient norm, learning rate, throughput and memory; with experts, their load too.
 
     Raises:
         ValueError: as `plot_losses`.
     """
     _check(by, smoothing)
-    figure, axes = plt.subplots(-(-len(HEALTH) // 2), 2, figsize=(11, 6.2), layout="constrained")
-    for place, metric in zip(axes.flat, HEALTH, strict=False):
+    panels = HEALTH + [metric for metric in EXPERTS if any(len(run.line(metric, by)[0]) for run in runs)]
+    rows = -(-len(panels) // 2)
+    figure, axes = plt.subplots(rows, 2, figsize=(11, 3.1 * rows), layout="constrained")
+    for place, metric in zip(axes.flat, panels, strict=False):
         for number, run in enumerate(runs):
             _draw(place, run, metric, by, 0 if metric in ("lr", "memory_gib") else smoothing, number)
         if metric != "grad_norm":
             place.set_ylim(bottom=0)
-    for place in axes.flat[len(HEALTH) :]:
+    for place in axes.flat[len(panels) :]:
         place.remove()
-    _finish(figure, dict(zip(axes.flat, map(_title, HEALTH), strict=False)), runs, by)
+    _finish(figure, dict(zip(axes.flat, map(_title, panels), strict=False)), runs, by)
     return figure
 
 
