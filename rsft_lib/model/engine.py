@@ -9,12 +9,14 @@ from pathlib import Path
 import torch
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.optimizer import clip_grads
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer import ModuleSpec
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from megatron.core.utils import local_multi_tensor_l2_norm
 from torch import Tensor
 
 VERSION = version("megatron-core")
@@ -68,6 +70,17 @@ def moe_of(layer: TransformerLayerSubmodules) -> MoESubmodules | None:
 
 if not hasattr(moe_utils, "te_general_gemm"):
     moe_utils.te_general_gemm = None  # 0.16 without Transformer Engine does not define it, and asks whether it is None
+
+
+def _norm(_chunk_size, _overflow, tensors: list[list[Tensor]], _per_tensor: bool) -> tuple[Tensor, None]:
+    """The L2 norm of all tensors, float32 [1]."""
+    return torch.stack(torch._foreach_norm(tensors[0])).norm().view(1), None
+
+
+if clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:
+    # Without Transformer Engine, and in 0.19 with a version older than its `multi_tensor_scale_tensor`, megatron-core
+    # waits for the GPU once per tensor.
+    clip_grads.l2_norm_impl = _norm
 
 
 def plan_save(sharded: dict, folder: Path, threads: int) -> AsyncRequest:

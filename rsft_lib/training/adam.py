@@ -13,6 +13,7 @@ from rsft_lib.model.cpu_shim import fused
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MASTER = "master_param"  # megatron-core's name; here int16, the lower bits of the float32 weight
+LONGEST = 2**30  # elements of a run of tensors, so that a kernel can index them with 32 bits
 
 
 class AdamW:
@@ -22,25 +23,37 @@ class AdamW:
         self.param_groups, self.betas, self.eps = groups, betas, eps
         self.state: dict[Tensor, dict[str, Tensor]] = {}
         self.steps, self.scale = 0, 1.0
-        for weight in self._weights():
-            state = {name: torch.zeros_like(weight, dtype=moments) for name in MOMENTS}
-            if weight.dtype == torch.bfloat16:
-                state[MASTER] = torch.zeros_like(weight, dtype=torch.int16)
-            self.state[weight] = state
+        for group in self.param_groups:
+            weights = group["params"]
+            self.state |= {weight: {} for weight in weights}
+            for name in MOMENTS:
+                self._add_state(weights, name, moments)
+            self._add_state([weight for weight in weights if weight.dtype == torch.bfloat16], MASTER, torch.int16)
+
+    def _add_state(self, weights: list[Tensor], name: str, dtype: torch.dtype) -> None:
+        """Zeros for each weight, one after the other in memory."""
+        sizes = [weight.numel() for weight in weights]
+        flat = torch.zeros(sum(sizes), dtype=dtype, device=weights[0].device if weights else None)
+        for weight, part in zip(weights, flat.split(sizes), strict=True):
+            self.state[weight][name] = part.view(weight.shape)
 
     @torch.no_grad()
     def step(self) -> None:
-        """One update with the gradients multiplied by `scale`."""
+        """One update with the gradients multiplied by `scale`.
+
+        Weights that lie one after the other in memory, as megatron-core's buffers have them, are updated together: a
+        model with experts has thousands of small ones.
+        """
         self.steps += 1
         for group in self.param_groups:
             weights = [weight for weight in group["params"] if weight.numel()]
             if not weights:  # all are on other ranks
                 continue
             factors = self._factors(group["lr"], group["weight_decay"]).to(weights[0].device)
-            for weight in weights:
-                grad = weight.decoupled_grad if weight.dtype == torch.bfloat16 else weight.grad
-                state = self.state[weight]
-                adamw_(weight, state.get(MASTER), grad, state["exp_avg"], state["exp_avg_sq"], factors)
+            rows = [(weight, self._gradient(weight), *self.state[weight].values()) for weight in weights]
+            for run in runs(rows):
+                weight, grad, first, second, *rest = map(joined, zip(*run, strict=True))
+                adamw_(weight, rest[0] if rest else None, grad, first, second, factors)
 
     def _factors(self, lr: float, weight_decay: float) -> Tensor:
         """The factors of one step, for `adamw_`."""
@@ -48,6 +61,10 @@ class AdamW:
         rate, correction = lr / (1 - beta1**self.steps), 1 / (1 - beta2**self.steps)
         factors = [self.scale, 1 - lr * weight_decay, rate, correction, beta1, 1 - beta1, beta2, 1 - beta2, self.eps]
         return torch.tensor(factors)
+
+    @staticmethod
+    def _gradient(weight: Tensor) -> Tensor:
+        return weight.decoupled_grad if weight.dtype == torch.bfloat16 else weight.grad
 
     def _weights(self) -> list[Tensor]:
         return [weight for group in self.param_groups for weight in group["params"]]
@@ -102,6 +119,30 @@ def adamw_(weight: Tensor, rest: Tensor | None, grad: Tensor, first: Tensor, sec
         weight.copy_(whole)
     else:
         split_(whole, weight, rest)
+
+
+def runs(rows: list[tuple[Tensor, ...]]) -> list[list[tuple[Tensor, ...]]]:
+    """Group consecutive rows whose tensors all begin where those of the row before end."""
+    found: list[list[tuple[Tensor, ...]]] = []
+    size = 0
+    for row in rows:
+        size += row[0].numel()
+        if found and size <= LONGEST and all(map(_follows, row, found[-1][-1])):
+            found[-1].append(row)
+        else:
+            found.append([row])
+            size = row[0].numel()
+    return found
+
+
+def _follows(tensor: Tensor, before: Tensor) -> bool:
+    same = tensor.untyped_storage().data_ptr() == before.untyped_storage().data_ptr()
+    return same and tensor.storage_offset() == before.storage_offset() + before.numel() and before.is_contiguous()
+
+
+def joined(tensors: tuple[Tensor, ...]) -> Tensor:
+    """A flat view of tensors that lie one after the other in memory."""
+    return tensors[0].as_strided((sum(tensor.numel() for tensor in tensors),), (1,))
 
 
 def join(weight: Tensor, rest: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from rsft_lib.training.adam import MASTER, AdamW, join, split_
+from rsft_lib.training import adam as adam_module
+from rsft_lib.training.adam import MASTER, AdamW, adamw_, join, split_
 
 
 def group(*weights: torch.Tensor, decay: float = 0.1) -> dict:
@@ -78,3 +79,25 @@ def test_states_survive_saving_and_loading():
         again.set_scaled_state(other, name, value)
     assert again.steps == 1 and torch.equal(other, weight)
     assert all(torch.equal(again.state[other][name], value) for name, value in adam.state[weight].items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_side_by_side_in_memory_are_updated_as_if_alone(dtype, monkeypatch):
+    """Two runs of weights with a gap between them; the gradients of the last one lie elsewhere."""
+    sizes, name = (6, 4, 2, 8, 5), "grad" if dtype == torch.float32 else "decoupled_grad"
+    memory, gradients = torch.randn(40).to(dtype), torch.randn(40)
+    kept = (0, 1, 3, 4)
+    weights = [memory.split([*sizes, 15])[i] for i in kept]
+    alone = [weight.clone() for weight in weights]
+    grads = [gradients.split([*sizes, 15])[i] for i in kept[:-1]] + [torch.randn(5)]
+    updates = []
+    monkeypatch.setattr(adam_module, "adamw_", lambda *given: (updates.append(given[0].numel()), adamw_(*given)))
+    for together in (weights, alone):
+        for weight, grad in zip(together, grads, strict=True):
+            setattr(weight, name, grad if together is weights else grad.clone())
+        adam = AdamW([group(*together)], (0.9, 0.95), 1e-8, torch.float32)
+        adam.step()
+        adam.step()
+        assert updates == ([10, 8, 5] if together is weights else [6, 4, 8, 5]) * 2
+        updates.clear()
+    assert all(map(torch.equal, weights, alone))
