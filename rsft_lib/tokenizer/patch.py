@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from rsft_lib.common.artifact import file_hash, new_folder
 from rsft_lib.common.paths import require_path, resolve
 from rsft_lib.common.visible import visible
-from rsft_lib.tokenizer.chat import END_THINK, MODES
+from rsft_lib.tokenizer.dialect import SHORT, THINKLESS, dialect_of
 from rsft_lib.tokenizer.templates import patch_template, template_diff
 
 TOKENIZER, CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
@@ -45,6 +45,7 @@ def patch_tokenizer(
     trailing_newline: bool = False,
     template: str | Path = "",
     overwrite: bool = False,
+    dialect: str = THINKLESS.name,
 ) -> dict:
     """Copy a tokenizer to a new folder with tokens renamed and the chat template prepared for training.
 
@@ -56,6 +57,8 @@ def patch_tokenizer(
         trailing_newline: see `templates.patch_template`.
         template: a file with a chat template to use unchanged in place of the edited one.
         overwrite: also replace a `destination` made from another tokenizer or template.
+        dialect: which control tokens must exist, so whether `replacements` may be empty (`tokenizer.dialect`). That of
+            Qwen3 also has an edited template write the empty think block for `enable_thinking=False`.
 
     Returns:
         The manifest: `ids` of all control tokens, `vocab_size`, `edits` of the template with their reasons,
@@ -67,7 +70,8 @@ def patch_tokenizer(
         ValueError: a token to replace does not exist or is in use, a new token already exists, the template cannot
             be edited, or a file that cannot be edited contains a token to replace.
     """
-    if not replacements:
+    forms = dialect_of({"dialect": dialect})
+    if not replacements and SHORT in forms.tags:
         raise ValueError("replacements is empty; expected at least one, such as {'<|quad_start|>': '<short>'}")
     source = require_path(Path(source) / TOKENIZER, "tokenizer of the model").parent
     before = load_tokenizer(source)
@@ -75,7 +79,8 @@ def patch_tokenizer(
     expected = _expected_ids(source, replacements, raw, before.special_tokens_map)
     own = require_path(template, "template").read_text(encoding="utf-8") if str(template) else ""
     stock = _template(before, source, own)
-    patched, edits = (own, []) if own else patch_template(stock, trailing_newline)
+    patched, edits = (own, []) if own else patch_template(stock.removesuffix(forms.hard_switch), trailing_newline)
+    patched += "" if own else forms.hard_switch
     for old, new in replacements.items():
         patched = patched.replace(old, new)
     facts = {
@@ -95,7 +100,7 @@ def patch_tokenizer(
             if (source / name).is_file():
                 _copy(source / name, folder / name, replacements)
         _write_template(folder, patched)
-        facts["ids"] = _check_patched(folder, expected, facts["vocab_size"])
+        facts["ids"] = _check_patched(folder, expected, facts["vocab_size"], forms.tags)
     return facts
 
 
@@ -226,7 +231,7 @@ def _write_template(folder: Path, template: str) -> None:
         (folder / TEMPLATE).write_text(template, encoding="utf-8")
 
 
-def _check_patched(folder: Path, expected: dict[str, int], size: int) -> dict[str, int]:
+def _check_patched(folder: Path, expected: dict[str, int], size: int, tags: list[str]) -> dict[str, int]:
     """Reload the folder, check that every control token is a single token with its expected id, and return the ids."""
     after = load_tokenizer(folder)
     if differing := disagreements(folder, after):
@@ -237,7 +242,7 @@ def _check_patched(folder: Path, expected: dict[str, int], size: int) -> dict[st
             f"{CONFIG} or another file names {', '.join(map(repr, new))}, which {TOKENIZER} does not have: remove it "
             "there, or replace it by a token of the vocabulary"
         )
-    encoded = {t: after(t, add_special_tokens=False)["input_ids"] for t in [*MODES.values(), END_THINK, *expected]}
+    encoded = {t: after(t, add_special_tokens=False)["input_ids"] for t in [*tags, *expected]}
     for token, ids in encoded.items():
         if len(ids) != 1:
             raise ValueError(
