@@ -43,8 +43,8 @@ BY_SWITCH = """End the
 user's message with {switches}: the answer begins with a chain of thought between `<think>` and `</think>`, or with an
 empty think block. {block}"""
 BLOCK = {  # by whether it is masked
-    False: "The model writes that block itself; `enable_thinking=False` has the chat template write it into the prompt.",
-    True: "The block was not trained: for short answers set `enable_thinking=False` too, which writes it into the prompt.",
+    False: "The model writes the block itself; `enable_thinking=False` has the chat template write it into the prompt.",
+    True: "The block was not trained: for short answers set `enable_thinking=False`, which writes it into the prompt.",
 }
 PLAIN = "A model fine-tuned from `{base}` on responses only."
 OMITTED = ("checkpoint", "data", "eval_data", "output")  # paths on the machine of the training

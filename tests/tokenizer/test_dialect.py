@@ -58,7 +58,7 @@ def random_chat(rng: random.Random) -> tuple[list[dict], list[str]]:
 
 
 def trained_by_hand(text: str, block: str) -> list[bool]:
-    """Whether each character of a rendered R1 conversation is trained: from the header to EOS, without a masked block."""
+    """Whether each character of a rendered R1 conversation is trained: from header to EOS, without a masked block."""
     trained, place = [False] * len(text), 0
     while (place := text.find(HEADER, place)) >= 0:
         place += len(HEADER)
@@ -110,7 +110,7 @@ def test_the_mask_is_that_of_a_second_implementation_and_every_view_knows_the_mo
         (["Why? /think", EMPTY + "4"], "asks for '/think', but the answer is in mode short"),
         (["Why? /think", "4"], "in mode other"),
         (["Why?\n/no_think\n", "4"], "in mode other"),
-        (["Why? /no_think", EMPTY + "4", "And?", "<think>\nhm\n</think>\n\n4"], "message 3: the user asks for '/no_think'"),
+        (["Why? /no_think", EMPTY + "4", "And?", "<think>\nhm\n</think>\n\n4"], "message 3: the user asks"),
         (["Why?", "<think></think>4"], "must be exactly"),
         (["Why?", "<think>\n</think>\n\n4"], "must be exactly"),
         (["Why?", EMPTY + "\n4"], "must be exactly"),
@@ -152,7 +152,7 @@ def test_a_prompt_asks_by_the_switch_and_contains_the_block_only_if_it_was_maske
     ("text", "plain", "mode"),
     [
         ("Why? /think", "Why?", "think"), ("Why? /no_think \n", "Why?", "short"), ("Why?\n/think", "Why?", "think"),
-        ("/no_think", "", "short"), ("cd bin/think", "cd bin/think", None), ("Why? /no_thinking", "Why? /no_thinking", None),
+        ("/no_think", "", "short"), ("cd bin/think", "cd bin/think", None), ("a /no_thinking", "a /no_thinking", None),
         ("Why /think so", "Why /think so", None), ("", "", None), (" code\n", " code\n", None),
     ],
 )  # fmt: skip
