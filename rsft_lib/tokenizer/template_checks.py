@@ -57,7 +57,7 @@ def check_template(folder: Path, tokenizer, dialect: Dialect = THINKLESS) -> Che
     return _check_elsewhere(folder, dialect)
 
 
-def _check(tokenizer, dialect: Dialect) -> Checks:
+def _check(tokenizer, dialect: Dialect = THINKLESS) -> Checks:
     checks = Checks()
     if checks.run("template renders", _renders, tokenizer):
         checks.run("same at any time", _same_at_any_time, tokenizer)

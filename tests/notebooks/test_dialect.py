@@ -9,11 +9,13 @@ from support import ROOT
 from rsft_lib import demo
 from rsft_lib.data.records import read_records
 from rsft_lib.data.store import TokenStore
+from rsft_lib.evaluation.generate import trained_dialect
 from rsft_lib.notebook import run
+from rsft_lib.tokenizer.dialect import QWEN3
 from rsft_lib.tokenizer.patch import load_tokenizer
 
 EMPTY = "<think>\n\n</think>\n\n"
-STEPS, QUESTIONS = 60, 40
+STEPS, QUESTIONS = 50, 40
 
 
 @pytest.fixture(scope="module")
@@ -73,5 +75,6 @@ def test_the_exported_model_is_served_by_the_soft_and_the_hard_switch(done):
         for given in ({}, {"enable_thinking": False})
     )
     assert off == plain + EMPTY and plain.endswith("2 + 2 ? /no_think<｜Assistant｜>")
+    assert trained_dialect(folder / "out") == QWEN3, "recorded, so that it is asked in the dialect of its data"
     card = (folder / "out" / "README.md").read_text()
     assert "What is 17 times 23? /no_think" in card and "`/think` or `/no_think`" in card and "<short>" not in card
