@@ -119,7 +119,7 @@ def _ids_kept(tokenizer, manifest: dict) -> str:
         raise ValueError(f"found {moved}, expected { ({new: expected[new] for new in moved}) }")
     if left := [old for old in replacements if old in tokenizer.get_added_vocab()]:
         raise ValueError(f"{left} are still tokens")
-    return ", ".join(f"{new} has {found[new]} from {old}" for old, new in replacements.items())
+    return ", ".join(f"{new} has {found[new]} from {old}" for old, new in replacements.items()) or "none was renamed"
 
 
 def _vocabulary_kept(tokenizer, manifest: dict) -> str:
