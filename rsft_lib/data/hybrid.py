@@ -70,8 +70,8 @@ def build_hybrid(
         cut_short: also cut short answers for the problems that `short` lacks.
         tokenizer: folder of the tokenizer that measures lengths; empty to measure characters.
         columns: field -> its name in the inputs, e.g. {'prompt': 'question', 'response': 'answer'}.
-        dialect: how prompts ask for a mode and answers begin in it, a name in `tokenizer.dialect.DIALECTS`; the last
-            question and its answer are written so, earlier turns are copied.
+        dialect: how prompts ask for a mode and answers begin in it, a name in `tokenizer.dialect.DIALECTS`; earlier
+            turns without a mode are copied.
         empty_think: accept an empty chain of thought.
         on_disagreement: 'drop' or 'error', for answers to one problem with different final answers.
         reject_limit: maximum fraction of unusable records.

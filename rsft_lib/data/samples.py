@@ -110,7 +110,8 @@ def _read(row: Row, columns: dict[str, str], style: Style, mode_of) -> Sample:
     record = parse(row.content)
     messages, tools, unused = conversation(record, columns)
     system, turns = _in_turns(messages)
-    *history, (question, answer) = turns
+    *earlier, (question, answer) = turns
+    history = [_earlier_turn(*turn, style.dialect) for turn in earlier]
     kept = {name: record[name] for name in COPIED if name in unused and not isinstance(record[name], Exception)}
     left_out = [name for name in (*unused, *_left_out(messages)) if name not in kept]
     mode, answer = mode_of(answer)
@@ -128,7 +129,7 @@ def _read(row: Row, columns: dict[str, str], style: Style, mode_of) -> Sample:
         left_out += ["answer"] * ("answer" in sample)
         sample["answer"] = final
     context = "\n\n".join([*([system] if system else []), *(text for turn in history for text in turn), asking])
-    prompt = [" ".join(text.split()) for text in (system, *(text for turn in history for text in turn), question)]
+    prompt = [" ".join(text.split()) for text in (system, *(text for turn in earlier for text in turn), question)]
     problem = json.dumps([*prompt, tools], default=str)  # independent of white space
     claim = normalized(final or stated or "")
     facts = {
@@ -141,6 +142,15 @@ def _read(row: Row, columns: dict[str, str], style: Style, mode_of) -> Sample:
         "wrong": bool(final and stated and normalized(final) != normalized(stated)),
     }
     return Sample(sample, _line(sample), context, facts, tuple(left_out))
+
+
+def _earlier_turn(question: str, answer: str, dialect: Dialect) -> list[str]:
+    """A question and its answer, written in the dialect if the answer is in a mode."""
+    mode, tags = "short" if answer.startswith(SHORT) else dialect.mode_of(answer), TAGS.findall(answer)
+    if mode == "other" or tags not in ([THINK, END_THINK], [SHORT]):
+        return [question, answer]
+    thoughts, _, rest = answer.removeprefix(tags[0]).rpartition(END_THINK)
+    return [dialect.ask(question, mode), dialect.write(mode, thoughts, rest)]
 
 
 def _left_out(messages: list[dict]) -> list[str]:

@@ -95,7 +95,7 @@ class Dialect:
 
     def mode_of(self, answer: str) -> str:
         """The mode of an answer by its beginning, in which any white space equals any other: one of MODE_NAMES."""
-        matching = [mode for mode, form in self.forms.items() if _loosely(form.opening).match(answer)]
+        matching = [mode for mode in self.forms if self._begins(mode).match(answer)]
         return max(matching, key=lambda mode: len(self.forms[mode].opening), default="other")
 
     def write(self, mode: str, thoughts: str, answer: str) -> str:
@@ -122,6 +122,11 @@ class Dialect:
             elif message["role"] == "assistant" and content and message.get("train", True):
                 mode = "think" if any(message.get(name) for name in reasoning) else self.mode_of(content)
                 self._check_answer(f"message {turn}", content, mode, asked)
+
+    def _begins(self, mode: str) -> re.Pattern:
+        """What answers in a mode begin with; where another mode is an empty think block, the thoughts are not blank."""
+        opening = r"\s*".join(map(re.escape, self.forms[mode].opening.split()))
+        return re.compile(opening + (r"\s*\S" if self.empty_block not in ("", mode) else ""))
 
     def _check_answer(self, place: str, answer: str, mode: str, asked: str | None) -> None:
         if asked and mode != asked:
@@ -222,10 +227,6 @@ def modes_of(tokens: np.ndarray, first: np.ndarray, openings: Iterable[Opening])
         if ids:
             modes[inside & found] = mode
     return modes
-
-
-def _loosely(opening: str) -> re.Pattern:
-    return re.compile(r"\s*".join(map(re.escape, opening.split())))
 
 
 def _ids(tokenizer, text: str) -> list[int]:

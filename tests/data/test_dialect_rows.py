@@ -91,14 +91,23 @@ def test_a_long_answer_without_thoughts_is_no_long_answer(tmp_path):
         build(tmp_path, "qwen", long=[("a", "<think>\nhm\n</think>\n\n2")])
 
 
-def test_earlier_turns_are_copied_and_the_split_ignores_switches(tmp_path):
-    history = [{"role": "user", "content": "Hi /think"}, {"role": "assistant", "content": "<think>\nx\n</think>\n\nHi"}]
-    last = [{"role": "user", "content": "1 + 1 ?"}, {"role": "assistant", "content": "<short>2"}]
-    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": [*history, *last]}) + "\n")
-    build_hybrid("", "", tmp_path / "out", 0, 0, hybrid=tmp_path / "chats.jsonl", dialect="qwen3")
+EARLIER = [
+    ("Hi", "<think>x</think>Hi"), ("How?", "<short>So"), ("Plain?", "Plain"), ("a /no_think", EMPTY + "b"),
+    ("Cut?", "<think>hm"),
+]  # fmt: skip
+IN_QWEN3 = [
+    ["Hi /think", "<think>\nx\n</think>\n\nHi"], ["How? /no_think", EMPTY + "So"], ["Plain?", "Plain"],
+    ["a /no_think", EMPTY + "b"], ["Cut?", "<think>hm"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("dialect", "expected"), [("qwen3", IN_QWEN3), ("thinkless", [list(t) for t in EARLIER])])
+def test_earlier_turns_are_written_in_the_dialect_where_their_answers_are_in_a_mode(tmp_path, dialect, expected):
+    rows = [{"instruction": "1 + 1 ?", "output": "<short>2", "history": [list(turn) for turn in EARLIER]}]
+    (tmp_path / "chats.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    build_hybrid("", "", tmp_path / "out", 0, 0, hybrid=tmp_path / "chats.jsonl", dialect=dialect)
     ((_, row),) = read_records(tmp_path / "out" / "train.jsonl")
-    assert row["history"] == [[message["content"] for message in history]]
-    assert (row["instruction"], row["output"]) == ("1 + 1 ? /no_think", EMPTY + "2")
+    assert row["history"] == expected
 
 
 def test_a_dataset_is_not_tokenized_in_another_dialect(tmp_path):

@@ -115,6 +115,7 @@ def test_a_model_is_asked_in_the_dialect_and_with_the_block_that_its_export_reco
         ("<think>\nhm\n</think>\n\n", "think", False),
         ("<think>\n\n</think>\n\n", "short", False),
         ("<think>\nhm", "think", False),
+        ("<think>\n\n", "neither", False),
         ("4", "neither", False),
         ("<short>4", "neither", False),
         ("<think>\n\n</think>\n\n<think>\nhm\n</think>\n\n4", "short", False),
