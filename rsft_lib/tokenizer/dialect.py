@@ -71,7 +71,7 @@ class Dialect:
         if not self.empty_block:
             return ""
         block = self.forms[self.empty_block].opening.replace("\n", r"\n")
-        condition = "add_generation_prompt and enable_thinking is defined and not enable_thinking"
+        condition = "add_generation_prompt and enable_thinking is defined and enable_thinking is false"
         return f"{{%- if {condition} %}}{{{{- '{block}' }}}}{{%- endif %}}"
 
     def tags_of(self, mode: str) -> list[str]:
