@@ -16,6 +16,7 @@ from rsft_lib.common.artifact import (
     MANIFEST,
     file_hash,
     new_folder,
+    own_manifest,
     read_manifest,
     reusable,
 )
@@ -138,7 +139,7 @@ def _identity(checkpoint: Path) -> str:
 
 def _dialect(checkpoint: Path) -> dict[str, str]:
     """The settings that name the dialect of the training data, so that the model is asked in it."""
-    options = data_options(read_manifest(checkpoint)) if (checkpoint / MANIFEST).is_file() else {}
+    options = data_options(own_manifest(checkpoint))
     return {name: options[name] for name in ("dialect", "empty_block") if name in options}
 
 

@@ -110,12 +110,12 @@ def _read(row: Row, columns: dict[str, str], style: Style, mode_of) -> Sample:
     record = parse(row.content)
     messages, tools, unused = conversation(record, columns)
     system, turns = _in_turns(messages)
-    *earlier, (question, answer) = turns
-    history = [_earlier_turn(*turn, style.dialect) for turn in earlier]
+    *earlier, last = turns
+    history = [_earlier_turn(question, answer, style.dialect) for question, answer in earlier]
     kept = {name: record[name] for name in COPIED if name in unused and not isinstance(record[name], Exception)}
     left_out = [name for name in (*unused, *_left_out(messages)) if name not in kept]
-    mode, answer = mode_of(answer)
-    question, asked = style.dialect.without_switch(question)
+    mode, answer = mode_of(last[1])
+    question, asked = style.dialect.without_switch(last[0])
     if asked not in (None, mode):
         raise ValueError(f"the question asks for mode {asked}, but the answer is in mode {mode}: {answer[:20]!r}")
     asking = style.dialect.ask(question, mode if mode != "other" else None)

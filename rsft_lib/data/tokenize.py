@@ -10,7 +10,7 @@ from dataclasses import asdict
 from itertools import chain, islice
 from pathlib import Path
 
-from rsft_lib.common.artifact import MANIFEST, new_folder, read_manifest, reusable
+from rsft_lib.common.artifact import new_folder, own_manifest, read_manifest, reusable
 from rsft_lib.common.cores import usable_cores
 from rsft_lib.common.paths import resolve
 from rsft_lib.common.progress import progress
@@ -22,7 +22,7 @@ from rsft_lib.data.store import StoreWriter, is_a_part
 from rsft_lib.data.worker import Block, Job, Options
 from rsft_lib.tokenizer.chat import ChatTemplate
 from rsft_lib.tokenizer.contract import require_contract
-from rsft_lib.tokenizer.dialect import MODES, THINKLESS, choice_of, dialect_of, openings_of
+from rsft_lib.tokenizer.dialect import MODES, THINKLESS, choice_of, openings_of
 from rsft_lib.tokenizer.patch import fingerprint, load_tokenizer
 
 COMPARED_ROWS = 256  # rows of the dataset on which encoders are compared
@@ -95,11 +95,8 @@ def tokenize(
 
 def _refuse_another_dialect(source: Source, options: Options) -> None:
     """Refuse a dataset that notebook 03 built for another dialect: its answers would count as those of other modes."""
-    manifest = Path(source.name).parent / MANIFEST
-    if source.split or not manifest.is_file():
-        return
-    facts = read_manifest(manifest.parent)
-    built = dialect_of({"dialect": facts.get("dialect", THINKLESS.name)}).name
+    facts = {} if source.split else own_manifest(Path(source.name).parent)
+    built = facts.get("dialect", THINKLESS.name)
     if facts.get("made_by") == "build_hybrid" and built != options.dialect:
         raise ValueError(
             f"{source} was built for the dialect {built}, but dialect is {options.dialect!r}: set it to {built!r}, or "

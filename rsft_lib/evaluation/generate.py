@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rsft_lib.common.artifact import MANIFEST, read_manifest
+from rsft_lib.common.artifact import own_manifest
 from rsft_lib.common.paths import require_path
 from rsft_lib.data.answers import final_answer, normalized
 from rsft_lib.evaluation.inference_engines import BATCH, Sampling, open_engine
@@ -76,8 +76,7 @@ def generate_modes(
 
 def trained_dialect(model: str | Path) -> Dialect:
     """The dialect that the export of a model recorded; Thinkless for a model that was not exported by this kit."""
-    manifest = Path(model) / MANIFEST
-    return dialect_of(read_manifest(manifest.parent) if manifest.is_file() else {})
+    return dialect_of(own_manifest(Path(model)))
 
 
 def _prompt_ids(tokenizer, prompt: str | Question, mode: str | None, dialect: Dialect) -> list[int]:

@@ -118,5 +118,10 @@ def test_a_dataset_is_not_tokenized_in_another_dialect(tmp_path):
         with pytest.raises(ValueError, match=f"was built for the dialect {dialect}, but dialect is '{other}'"):
             tokenize(data, tmp_path / "tokenizer", tmp_path / "tokens", workers=0, dialect=other)
         assert not (tmp_path / "tokens").exists()
+        (tmp_path / "manifest.json").write_text('{"of": "another tool"}')  # beside a file that is not of this kit
+        lone = tmp_path / "lone.jsonl"
+        lone.write_bytes(data.read_bytes())
         facts = tokenize(data, tmp_path / "tokenizer", tmp_path / dialect, workers=0, dialect=dialect)
         assert {mode: n["written"] for mode, n in facts["modes"].items()} == {"think": 1, "short": 1}
+        again = tokenize(lone, tmp_path / "tokenizer", tmp_path / f"lone-{dialect}", workers=0, dialect=dialect)
+        assert again["modes"] == facts["modes"]
