@@ -7,12 +7,15 @@ from chain import chained, outputs
 from support import ROOT
 
 from rsft_lib import demo
+from rsft_lib.checkpoint.convert import convert
 from rsft_lib.data.records import read_records
 from rsft_lib.data.store import TokenStore
 from rsft_lib.evaluation.generate import trained_dialect
+from rsft_lib.launch import launch_training
 from rsft_lib.notebook import run
 from rsft_lib.tokenizer.dialect import QWEN3
 from rsft_lib.tokenizer.patch import load_tokenizer
+from rsft_lib.training.config import TrainConfig
 
 EMPTY = "<think>\n\n</think>\n\n"
 STEPS, QUESTIONS = 50, 40
@@ -20,20 +23,26 @@ STEPS, QUESTIONS = 50, 40
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory) -> tuple[Path, dict[str, tuple[Path, dict]]]:
-    """(folder, executed notebook and status of 01 to 05 and 07)."""
+    """(folder, executed notebook and status of 01, 03, 04 and 07)."""
     folder = tmp_path_factory.mktemp("dialect")
     demo.make_model(folder / "model", seed=1)
     demo.make_sources(folder / "sources", 800, seed=1)
-    given = {name: parameters for name, parameters in chained(folder).items() if name[:2] not in ("06", "08")}
-    for name in ("01_patch_tokenizer", "03_build_dataset", "04_tokenize_and_inspect"):
-        given[name]["dialect"] = "qwen3"
-    given["01_patch_tokenizer"]["replacements"] = ""
-    given["05_train"] |= demo.TINY | {"seq_length": 256, "train_iters": STEPS, "eval_interval": STEPS, "nproc": 1}
-    given["04_tokenize_and_inspect"]["max_length"] = 257
-    for name in ("data", "eval_data"):
-        given["05_train"][name] = given["05_train"][name].replace("-513", "-257")
+    given, steps = chained(folder), {}
+    given["01_patch_tokenizer"] |= {"dialect": "qwen3", "replacements": ""}
+    given["03_build_dataset"]["dialect"] = given["04_tokenize_and_inspect"]["dialect"] = "qwen3"
     given["07_export_and_generate"] |= {"questions": QUESTIONS, "verify": False}
-    return folder, {name: run(ROOT / "notebooks" / f"{name}.ipynb", folder / "executed", given[name]) for name in given}
+    for name in ("01_patch_tokenizer", "03_build_dataset", "04_tokenize_and_inspect", "07_export_and_generate"):
+        if name.startswith("07"):
+            train_model(folder, steps["04_tokenize_and_inspect"][1]["folders"])
+        steps[name] = run(ROOT / "notebooks" / f"{name}.ipynb", folder / "executed", given[name])
+    return folder, steps
+
+
+def train_model(folder: Path, data: dict[str, str]) -> None:
+    convert(folder / "model", folder / "megatron")
+    places = {"checkpoint": str(folder / "megatron"), "output": str(folder / "run")}
+    short = demo.TINY | {"seq_length": 512, "global_batch_size": 2, "train_iters": STEPS, "eval_interval": STEPS}
+    launch_training(TrainConfig(**short, **places, data=data["train"], eval_data=data["heldout"]), 1)
 
 
 def test_the_rows_are_those_of_the_sources_in_the_dialect(done):
