@@ -15,11 +15,12 @@ from rsft_lib.common.cores import usable_cores
 from rsft_lib.common.paths import resolve
 from rsft_lib.common.progress import progress
 from rsft_lib.data.conversation import RULES
+from rsft_lib.data.options import Options
 from rsft_lib.data.pool import InProcess, Pool, pool_for
 from rsft_lib.data.records import Row, Source, blocks, source_of
 from rsft_lib.data.rejects import Rejects
 from rsft_lib.data.store import StoreWriter, is_a_part
-from rsft_lib.data.worker import Block, Job, Options
+from rsft_lib.data.worker import Block, Job
 from rsft_lib.tokenizer.chat import ChatTemplate
 from rsft_lib.tokenizer.contract import require_contract
 from rsft_lib.tokenizer.dialect import MODES, THINKLESS, choice_of, openings_of
