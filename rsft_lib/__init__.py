@@ -13,7 +13,7 @@ In the order in which they are used:
     train             train or resume on `nproc` ranks of this machine
     read_metrics      the metrics of a run folder
     export            a run -> a Hugging Face folder
-    generate          answers of an exported model with `<think>`, with `<short>`, or as it chooses
+    generate          answers of an exported model with thoughts, short, or as it chooses
 
 Relative paths start at the working directory. The notebooks are these calls with words and pictures between them.
 """

@@ -10,12 +10,13 @@ from rsft_lib.checkpoint import any_format
 from rsft_lib.checkpoint.convert import DTYPES, GENERATION, config_bytes, origin
 from rsft_lib.checkpoint.formats import hf
 from rsft_lib.checkpoint.lazy_weights import Weights, resized
-from rsft_lib.checkpoint.model_card import model_card
+from rsft_lib.checkpoint.model_card import data_options, model_card
 from rsft_lib.checkpoint.run_checkpoints import is_run, last_checkpoint
 from rsft_lib.common.artifact import (
     MANIFEST,
     file_hash,
     new_folder,
+    own_manifest,
     read_manifest,
     reusable,
 )
@@ -87,7 +88,7 @@ def export(
     if facts["checkpoint_sha256"] and reusable(destination, facts, unchanged=same_config):
         return facts
     size = sum(weights.empty(name).nbytes for name in weights)
-    listing = facts | origin(checkpoint)
+    listing = facts | origin(checkpoint) | _dialect(checkpoint)
     with new_folder(destination, listing, size, ["origin", "base"], overwrite) as folder:
         with progress("export", "B", size) as bar:
             listing["files"] = hf.write(folder, weights, max_shard_size, bar.update)
@@ -134,6 +135,12 @@ def _weights(checkpoint: Path, config: PretrainedConfig, dtype: str, original: P
 def _identity(checkpoint: Path) -> str:
     """The hash of a checkpoint's manifest; '' if this kit did not write the checkpoint."""
     return file_hash(checkpoint / MANIFEST) if (checkpoint / MANIFEST).is_file() else ""
+
+
+def _dialect(checkpoint: Path) -> dict[str, str]:
+    """The settings that name the dialect of the training data, so that the model is asked in it."""
+    options = data_options(own_manifest(checkpoint))
+    return {name: options[name] for name in ("dialect", "empty_block") if name in options}
 
 
 def _of(tokenizer: Path) -> list[str]:

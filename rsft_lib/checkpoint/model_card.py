@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rsft_lib.common.artifact import MANIFEST, file_hash
 from rsft_lib.common.paths import resolve
-from rsft_lib.tokenizer.chat import MODES
+from rsft_lib.tokenizer.dialect import MODES, Dialect, dialect_of
 
 CARD = """---
 library_name: transformers
@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 model = AutoModelForCausalLM.from_pretrained("{name}", device_map="auto")
-question = [{{"role": "user", "content": "What is 17 times 23?"}}]
+question = [{{"role": "user", "content": "What is 17 times 23?{switch}"}}]
 prompt = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True){mode}
 ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(model.device)
 print(tokenizer.decode(model.generate(**ids, max_new_tokens=512)[0]))
@@ -36,8 +36,16 @@ print(tokenizer.decode(model.generate(**ids, max_new_tokens=512)[0]))
 
 The data, its licence and what was excluded from it; evaluation{in_modes}; limitations; the licence of this model.
 """
-HYBRID = """A reasoning model that answers in two modes, fine-tuned from `{base}` on responses only. The first token of
+HYBRID = """A reasoning model that answers in two modes, fine-tuned from `{base}` on responses only. {usage}"""
+BY_TOKEN = """The first token of
 an answer is its mode: {modes}. The model chooses the mode itself; append a token to the prompt to set it."""
+BY_SWITCH = """End the
+user's message with {switches}: the answer begins with a chain of thought between `<think>` and `</think>`, or with an
+empty think block. {block}"""
+BLOCK = {  # by whether it is masked
+    False: "The model writes the block itself; `enable_thinking=False` has the chat template write it into the prompt.",
+    True: "The block was not trained: for short answers set `enable_thinking=False`, which writes it into the prompt.",
+}
 PLAIN = "A model fine-tuned from `{base}` on responses only."
 OMITTED = ("checkpoint", "data", "eval_data", "output")  # paths on the machine of the training
 
@@ -54,12 +62,27 @@ def model_card(name: str, checkpoint: Path, weights: dict) -> str:
     facts = {"steps": manifest.get("iteration"), **settings, "data_sha256": data, **weights}
     lines = [f"| {key} | {value} |" for key, value in facts.items() if value not in (None, "")]
     training = "\n".join(["| | |", "|---|---|", *lines])
-    modes = " or ".join(f"`{token}`" for token in MODES.values())
     hybrid, base = _knows_modes(manifest), base_model(checkpoint) or "not recorded"
+    dialect = dialect_of(data_options(manifest))
+    switch, given = (dialect.forms["short"].switch, dialect.opening("short")) if hybrid else ("", "")
     return CARD.format(
-        name=name, base=base, training=training, what=(HYBRID if hybrid else PLAIN).format(base=base, modes=modes),
-        mode=f' + "{MODES["short"]}"' if hybrid else "", in_modes=" in both modes" if hybrid else "",
+        name=name, base=base, training=training,
+        what=(HYBRID if hybrid else PLAIN).format(base=base, usage=_usage(dialect)), switch=switch,
+        mode=f" + {json.dumps(given)}" if given else "", in_modes=" in both modes" if hybrid else "",
     )  # fmt: skip
+
+
+def data_options(manifest: dict) -> dict:
+    """The options with which the data of a training checkpoint was tokenized; empty if unknown."""
+    return manifest.get("data", {}).get("options", {})
+
+
+def _usage(dialect: Dialect) -> str:
+    """How a prompt asks for a mode."""
+    switches = " or ".join(f"`{form.switch.strip()}`" for form in dialect.forms.values() if form.switch)
+    if switches:
+        return BY_SWITCH.format(switches=switches, block=BLOCK[dialect.masked])
+    return BY_TOKEN.format(modes=" or ".join(f"`{form.opening}`" for form in dialect.forms.values()))
 
 
 def _knows_modes(manifest: dict) -> bool:

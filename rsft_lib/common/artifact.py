@@ -240,6 +240,19 @@ def verify_files(folder: Path, names: Collection[str]) -> None:
             )
 
 
+def own_manifest(folder: Path) -> dict:
+    """The manifest of a folder that this kit wrote; empty for another, also with another tool's `manifest.json`.
+
+    Raises:
+        ValueError: the manifest is this kit's, and damaged.
+    """
+    try:
+        content = json.loads((Path(folder) / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return read_manifest(folder) if isinstance(content, dict) and "manifest_sha256" in content else {}
+
+
 def reusable(
     folder: Path, facts: dict, *, nested: bool = False, unchanged: Callable[[], bool] = lambda: True
 ) -> dict | None:

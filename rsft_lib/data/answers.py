@@ -4,7 +4,7 @@ import re
 import unicodedata
 from fractions import Fraction
 
-from rsft_lib.tokenizer.chat import END_THINK, SHORT
+from rsft_lib.tokenizer.dialect import END_THINK, SHORT
 
 MARKS = re.compile(r"^####(?!#)|\bAnswer\**:\**|\\boxed\s*\{", re.M)
 TAIL = 2000  # characters at the end of a text that are searched for the final answer

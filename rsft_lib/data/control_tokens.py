@@ -3,32 +3,33 @@
 If the chain of thought is in a separate field, the content must not contain them either. The forms of an answer are
 
 <think> thoughts </think> answer     <short> answer     answer
+
+and those of another dialect are the same with its tags, see `tokenizer.dialect`.
 """
 
 import re
 from collections.abc import Collection
 
 from rsft_lib.data.conversation import strings
-from rsft_lib.tokenizer.chat import END_THINK, REASONING, SHORT, THINK
-
-TAGS = (THINK, END_THINK, SHORT)
-TAGS_PATTERN = re.compile("|".join(TAGS))
-FORMS: tuple[list[str], ...] = ([], [THINK, END_THINK], [SHORT])  # the tags of an answer; the first one begins it
+from rsft_lib.tokenizer.chat import REASONING
+from rsft_lib.tokenizer.dialect import TAGS, THINKLESS, Dialect
 
 
-def well_formed(answer: str) -> bool:
-    """Whether an answer has one of the forms above."""
-    tags = list(TAGS_PATTERN.finditer(answer))
-    return [match[0] for match in tags] in FORMS and all(match.start() == 0 for match in tags[:1])
+def well_formed(answer: str, dialect: Dialect = THINKLESS) -> bool:
+    """Whether an answer has one of the forms above; its first tag begins it."""
+    tags = list(TAGS.finditer(answer))
+    forms = [[], *map(dialect.tags_of, dialect.forms)]
+    return [match[0] for match in tags] in forms and all(match.start() == 0 for match in tags[:1])
 
 
 class ControlTokens:
     """The added tokens of a vocabulary, which must not occur in text by accident."""
 
-    def __init__(self, tokens: Collection[str]):
+    def __init__(self, tokens: Collection[str], dialect: Dialect = THINKLESS):
         """`tokens`: the added tokens of a tokenizer, which it matches anywhere in text."""
         tokens = {token for token in tokens if token.strip()}
-        self.text, self.answer = _any_of(tokens), _any_of(tokens - {*TAGS})
+        foreign = {*THINKLESS.tags} - {*dialect.tags}  # tags of data for another dialect, tokens or not
+        self.text, self.answer = _any_of(tokens), _any_of((tokens | foreign) - {*dialect.tags})
 
     def refuse(self, messages: list[dict], tools: list[dict] | None) -> None:
         """Check every string of a conversation, including tool calls and separate chains of thought.
@@ -50,7 +51,7 @@ def _any_of(tokens: set[str]) -> re.Pattern:
 
 
 def _refuse_second(place: str, content: str | None) -> None:
-    if tags := TAGS_PATTERN.findall(content or ""):
+    if tags := TAGS.findall(content or ""):
         raise ValueError(f"{place} has {' '.join(tags)} in its content and also a separate chain of thought; keep one")
 
 

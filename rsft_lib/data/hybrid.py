@@ -1,5 +1,8 @@
 """Build a hybrid dataset: long answers that begin with <think> and short ones that begin with <short>.
 
+In Qwen3's dialect the question asks for a mode, and a short answer begins with an empty think block
+(`tokenizer.dialect`).
+
 Two passes keep memory low for a million long traces. The first reads, checks and measures the records and writes them
 to a scratch file, keeping about 50 bytes of each in memory (`pairs.ROW`). The second copies the kept ones, shuffled and
 split. The scratch file needs as much disk as the dataset and is removed at the end.
@@ -21,9 +24,9 @@ from rsft_lib.data.encoder import Encoder, Tokens, best_encoder
 from rsft_lib.data.pairs import OTHER, balance, coverage, disagreeing, held_back, not_shorter
 from rsft_lib.data.records import Source, source_of
 from rsft_lib.data.rejects import Reject, Rejects, reject
-from rsft_lib.data.samples import Sample, cut_sample, declared_sample, long_sample, short_sample
+from rsft_lib.data.samples import Sample, Style, cut_sample, declared_sample, long_sample, short_sample
 from rsft_lib.data.scratch import Scratch
-from rsft_lib.tokenizer.chat import END_THINK, SHORT, THINK
+from rsft_lib.tokenizer.dialect import TAGS, THINKLESS, Dialect, dialect_of
 from rsft_lib.tokenizer.patch import load_tokenizer
 
 FINDINGS = "findings.jsonl"
@@ -41,6 +44,7 @@ def build_hybrid(
     cut_short: bool = False,
     tokenizer: str | Path = "",
     columns: dict[str, str] | None = None,
+    dialect: str = THINKLESS.name,
     empty_think: bool = False,
     on_disagreement: str = "drop",
     reject_limit: float = 0.001,
@@ -57,14 +61,17 @@ def build_hybrid(
     Args:
         long: records whose answers are `<think>` thoughts `</think>` answer; a file, or a dataset on the Hub by name,
             `org/name` or `org/name:split@revision`.
-        short: records with concise answers; `<short>` is prepended to them. Empty: they are cut from `long`, as the
-            text after `</think>`.
+        short: records with concise answers; `<short>`, or what the dialect writes, is prepended to them. Empty: they
+            are cut from `long`, as the text after `</think>`.
         held_out: fraction of the questions in the held-out set; 0 for no `heldout.jsonl`.
-        hybrid: records whose answers already begin with `<think>` or `<short>`, in place of `long` and `short`. A
-            dataset without control tokens is accepted too: all of its samples have the mode 'other'.
+        hybrid: records whose answers already begin with `<think>` or `<short>`, or as in the dialect, in place of
+            `long` and `short`. A dataset without control tokens is accepted too: all of its samples have the mode
+            'other'.
         cut_short: also cut short answers for the problems that `short` lacks.
         tokenizer: folder of the tokenizer that measures lengths; empty to measure characters.
         columns: field -> its name in the inputs, e.g. {'prompt': 'question', 'response': 'answer'}.
+        dialect: how prompts ask for a mode and answers begin in it, a name in `tokenizer.dialect.DIALECTS`; earlier
+            turns without a mode are copied.
         empty_think: accept an empty chain of thought.
         on_disagreement: 'drop' or 'error', for answers to one problem with different final answers.
         reject_limit: maximum fraction of unusable records.
@@ -82,6 +89,9 @@ def build_hybrid(
     """
     if not 0 <= held_out < 1 or on_disagreement not in ("drop", "error"):
         raise ValueError(f"{held_out=} must be at least 0 and below 1, and {on_disagreement=} 'drop' or 'error'")
+    forms = dialect_of({"dialect": dialect})
+    if empty_think and forms.empty_block:
+        raise ValueError(f"empty_think: in the dialect {dialect} an empty chain of thought is the short mode")
     if hybrid and cut_short:
         raise ValueError("cut_short is for `long`: from a hybrid dataset no short answers are cut")
     given = [(long, long_sample), *([(short, short_sample)] if short else [])]
@@ -92,7 +102,8 @@ def build_hybrid(
         "made_by": "build_hybrid", "rules": RULES,
         "sources": {str(source): source.facts()["data_sha256"] for source in sources},
         "held_out": held_out, "seed": seed, "cut_short": cut_short, "columns": columns or {},
-        "empty_think": empty_think, "on_disagreement": on_disagreement, "unit": "tokens" if tokenizer else "characters",
+        "dialect": dialect, "empty_think": empty_think,
+        "on_disagreement": on_disagreement, "unit": "tokens" if tokenizer else "characters",
         "tokenizer_sha256": _tokenizer_hash(tokenizer),
     }  # fmt: skip
     destination = resolve(folder)
@@ -106,10 +117,10 @@ def build_hybrid(
         Rejects(destination, reject_limit) as rejects,
     ):
         scratch = Scratch(file, sources)
-        reader = Reader(inputs, columns or {}, empty_think, rejects)
-        scratch.fill(reader.samples(cut_short or not (short or hybrid)), _measure(tokenizer))
+        reader = Reader(inputs, columns or {}, Style(forms, empty_think), rejects)
+        scratch.fill(reader.samples(cut_short or not (short or hybrid)), _measure(tokenizer, forms))
         reader.refuse_empty()
-        _refuse_undeclared(scratch, rejects, reader.read.total())
+        _refuse_undeclared(scratch, rejects, reader.read.total(), forms)
         rejects.settle(reader.read.total())
         kept, findings = _consistent(scratch, on_disagreement)
         facts["records"] = _counts(scratch.rows, kept, rejects.count)
@@ -134,12 +145,12 @@ def _estimate(sources: list[Source], written: int) -> int:
     return 2 * sum(path.stat().st_size for path in files) if plain else 0
 
 
-def _measure(tokenizer: str | Path) -> Callable[[list[str]], list[int]]:
+def _measure(tokenizer: str | Path, dialect: Dialect) -> Callable[[list[str]], list[int]]:
     """A function that returns the lengths of texts, in tokens, or in characters without a tokenizer."""
     if not tokenizer:
         return lambda texts: [len(text) for text in texts]
     loaded = load_tokenizer(tokenizer)
-    split = [tag for tag in (THINK, END_THINK, SHORT) if len(loaded.encode(tag, add_special_tokens=False)) != 1]
+    split = [tag for tag in dialect.tags if len(loaded.encode(tag, add_special_tokens=False)) != 1]
     if split:
         raise ValueError(f"{tokenizer}: {', '.join(split)} is not one token; patch it (notebook 01_patch_tokenizer)")
     tokenizer_json = loaded.backend_tokenizer.to_str()
@@ -163,11 +174,9 @@ def _length(tokens: Tokens | ValueError) -> int:
 class Reader:
     """Reads sources as samples and counts records; a record that raises any exception is rejected."""
 
-    def __init__(
-        self, inputs: list[tuple[Source, Callable]], columns: dict[str, str], empty_think: bool, rejects: Rejects
-    ):
+    def __init__(self, inputs: list[tuple[Source, Callable]], columns: dict[str, str], style: Style, rejects: Rejects):
         self.inputs = inputs
-        self.columns, self.empty_think, self.rejects = columns, empty_think, rejects
+        self.columns, self.style, self.rejects = columns, style, rejects
         self.read: Counter[int] = Counter()
         self.used: Counter[int] = Counter()
         self.unused: Counter[str] = Counter()
@@ -183,14 +192,14 @@ class Reader:
                 if self.inputs[number][1] is short_sample:
                     answered.add(sample.facts["problem"])
                 elif sample.facts["problem"] not in answered:
-                    yield cut_sample(sample)
+                    yield cut_sample(sample, self.style.dialect)
 
     def _of(self, number: int) -> Iterator[Sample]:
         source, make = self.inputs[number]
         for row in source.rows():
             self.read[number] += 1
             try:
-                sample = make(row, self.columns, self.empty_think)
+                sample = make(row, self.columns, self.style)
             except Exception as error:
                 self.rejects.add([reject(str(source), row, error)], seen=self.read.total())
                 continue
@@ -213,12 +222,14 @@ class Reader:
                 raise ValueError(f"{INPUT_NAMES[make]}: all {self.read[number]:,} records of {source} are rejected")
 
 
-def _refuse_undeclared(scratch: Scratch, rejects: Rejects, read: int) -> None:
+def _refuse_undeclared(scratch: Scratch, rejects: Rejects, read: int, dialect: Dialect) -> None:
     """Reject answers without a mode if other answers declare one: they would train a third mode."""
     others = scratch.rows["mode"] == OTHER
     if others.all() or not others.any():
         return
-    reason = f"the answer begins with neither {THINK} nor {SHORT}, as {(~others).sum():,} others of this dataset do"
+    first = dict.fromkeys(TAGS.findall(form.opening)[0] for form in dialect.forms.values())
+    begins = f"begins with neither {' nor '.join(first)}" if len(first) > 1 else f"does not begin with {[*first][0]}"
+    reason = f"the answer {begins}, as {(~others).sum():,} others of this dataset do"
     for number in np.flatnonzero(others).tolist():
         row = scratch.rows[number]
         rejected = Reject(str(scratch.sources[row["source"]]), int(row["line"]), reason, scratch.line(number).decode())

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from rsft_lib.tokenizer.chat import MODE_NAMES
+from rsft_lib.tokenizer.dialect import MODE_NAMES
 
 ROW = np.dtype(
     [

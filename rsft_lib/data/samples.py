@@ -5,10 +5,10 @@ import json
 from typing import NamedTuple
 
 from rsft_lib.data.answers import final_answer, normalized
-from rsft_lib.data.control_tokens import TAGS_PATTERN
 from rsft_lib.data.conversation import conversation, is_empty
 from rsft_lib.data.records import Row, parse
-from rsft_lib.tokenizer.chat import END_THINK, MODE_NAMES, REASONING, SHORT, THINK
+from rsft_lib.tokenizer.chat import REASONING
+from rsft_lib.tokenizer.dialect import END_THINK, MODE_NAMES, SHORT, TAGS, THINK, Dialect
 
 COPIED = ("id", "answer")  # fields copied from the record to the sample, unless they are its question or answer
 
@@ -26,54 +26,60 @@ class Sample(NamedTuple):
     """Names of the record's non-empty fields that are not in the sample."""
 
 
-def long_sample(row: Row, columns: dict[str, str], empty_think: bool) -> Sample:
+class Style(NamedTuple):
+    """How samples are written."""
+
+    dialect: Dialect
+    empty_think: bool = False
+    """Whether an empty chain of thought is accepted."""
+
+
+def long_sample(row: Row, columns: dict[str, str], style: Style) -> Sample:
     """A sample whose answer is `<think>` thoughts `</think>` answer.
 
     Raises:
         ValueError: the answer has another form, or the record cannot be used.
     """
-    return _read(row, columns, lambda answer: ("think", _long(answer, empty_think)))
+    return _read(row, columns, style, lambda answer: ("think", _long(answer, style)))
 
 
-def short_sample(row: Row, columns: dict[str, str], empty_think: bool) -> Sample:
-    """A sample with a concise answer, to which `<short>` is prepended.
+def short_sample(row: Row, columns: dict[str, str], style: Style) -> Sample:
+    """A sample with a concise answer, written as the dialect does: `<short>` or an empty think block before it.
 
     Raises:
         ValueError: the answer contains a chain of thought, or the record cannot be used.
     """
-    return _read(row, columns, lambda answer: ("short", _short(answer)))
+    return _read(row, columns, style, lambda answer: ("short", _short(answer, style)))
 
 
-def declared_sample(row: Row, columns: dict[str, str], empty_think: bool) -> Sample:
-    """A sample whose mode is given by the control token that begins its answer; 'other' without one.
+def declared_sample(row: Row, columns: dict[str, str], style: Style) -> Sample:
+    """A sample whose mode is given by the beginning of its answer, in the dialect or with `<short>`; 'other' without.
 
     Raises:
         ValueError: the answer contains a control token elsewhere, or the record cannot be used.
     """
 
     def mode_of(answer: str) -> tuple[str, str]:
-        if answer.startswith(THINK):
-            return "think", _long(answer, empty_think)
-        if answer.startswith(SHORT):
-            return "short", _short(answer)
-        if tags := TAGS_PATTERN.findall(answer):
+        mode = "short" if answer.startswith(SHORT) else style.dialect.mode_of(answer)
+        if mode == "other" and (tags := TAGS.findall(answer)):
             raise ValueError(f"an answer contains {' '.join(tags)} but begins with {answer[:20]!r}")
-        return "other", answer
+        read = {"think": _long, "short": _short}.get(mode, lambda answer, style: answer)
+        return mode, read(answer, style)
 
-    return _read(row, columns, mode_of)
+    return _read(row, columns, style, mode_of)
 
 
-def cut_sample(sample: Sample) -> Sample:
+def cut_sample(sample: Sample, dialect: Dialect) -> Sample:
     """A short sample with the text after the chain of thought of a long one."""
-    answer = SHORT + sample.record["output"].partition(END_THINK)[2].strip()
-    record = sample.record | {"output": answer, "mode": "short"}
-    return Sample(
-        record, _line(record), sample.context, sample.facts | {"mode": MODE_NAMES.index("short"), "cut": True}
-    )
+    question = dialect.ask(sample.record["instruction"], "short")
+    answer = dialect.write("short", "", sample.record["output"].partition(END_THINK)[2].strip())
+    record = sample.record | {"instruction": question, "output": answer, "mode": "short"}
+    context = sample.context.removesuffix(sample.record["instruction"]) + question
+    return Sample(record, _line(record), context, sample.facts | {"mode": MODE_NAMES.index("short"), "cut": True})
 
 
-def _long(answer: str, empty_think: bool) -> str:
-    tags = TAGS_PATTERN.findall(answer)
+def _long(answer: str, style: Style) -> str:
+    tags = TAGS.findall(answer)
     if tags != [THINK, END_THINK] or not answer.startswith(THINK):
         raise ValueError(
             f"a long answer must begin with {THINK} and contain {END_THINK} once, before the final answer; found "
@@ -82,29 +88,38 @@ def _long(answer: str, empty_think: bool) -> str:
     thoughts, _, rest = answer.removeprefix(THINK).partition(END_THINK)
     if not rest.strip():
         raise ValueError(f"empty answer after {END_THINK}")
-    if not thoughts.strip() and not empty_think:
-        raise ValueError(f"nothing between {THINK} and {END_THINK}; set empty_think to accept this")
-    return answer
+    if not thoughts.strip() and not style.empty_think:
+        hint = "such an answer is a short one" if style.dialect.empty_block else "set empty_think to accept this"
+        raise ValueError(f"nothing between {THINK} and {END_THINK}; {hint}")
+    return style.dialect.write("think", thoughts, rest)
 
 
-def _short(answer: str) -> str:
-    answer = answer.removeprefix(SHORT)
-    if tags := TAGS_PATTERN.findall(answer):
+def _short(answer: str, style: Style) -> str:
+    opening = SHORT
+    if not answer.startswith(SHORT) and style.dialect.mode_of(answer) == "short":
+        opening = answer[: answer.index(END_THINK) + len(END_THINK)]
+    answer = answer.removeprefix(opening)
+    if tags := TAGS.findall(answer):
         raise ValueError(f"a short answer must not contain {' '.join(tags)}")
     if not answer.strip():
-        raise ValueError(f"empty answer after {SHORT}")
-    return SHORT + answer
+        raise ValueError(f"empty answer after {opening}")
+    return style.dialect.write("short", "", answer)
 
 
-def _read(row: Row, columns: dict[str, str], mode_of) -> Sample:
+def _read(row: Row, columns: dict[str, str], style: Style, mode_of) -> Sample:
     record = parse(row.content)
     messages, tools, unused = conversation(record, columns)
     system, turns = _in_turns(messages)
-    *history, (question, answer) = turns
+    *earlier, last = turns
+    history = [_earlier_turn(question, answer, style.dialect) for question, answer in earlier]
     kept = {name: record[name] for name in COPIED if name in unused and not isinstance(record[name], Exception)}
     left_out = [name for name in (*unused, *_left_out(messages)) if name not in kept]
-    mode, answer = mode_of(answer)
-    sample = {"instruction": question, "output": answer, "mode": mode}
+    mode, answer = mode_of(last[1])
+    question, asked = style.dialect.without_switch(last[0])
+    if asked not in (None, mode):
+        raise ValueError(f"the question asks for mode {asked}, but the answer is in mode {mode}: {answer[:20]!r}")
+    asking = style.dialect.ask(question, mode if mode != "other" else None)
+    sample = {"instruction": asking, "output": answer, "mode": mode}
     sample |= {"system": system} if system else {}
     sample |= {"history": history} if history else {}
     sample |= {"tools": tools} if tools else {}
@@ -113,20 +128,29 @@ def _read(row: Row, columns: dict[str, str], mode_of) -> Sample:
     if final and stated is None:
         left_out += ["answer"] * ("answer" in sample)
         sample["answer"] = final
-    context = "\n\n".join([*([system] if system else []), *(text for turn in history for text in turn), question])
-    prompt = [" ".join(text.split()) for text in (system, *(text for turn in history for text in turn), question)]
+    context = "\n\n".join([*([system] if system else []), *(text for turn in history for text in turn), asking])
+    prompt = [" ".join(text.split()) for text in (system, *(text for turn in earlier for text in turn), question)]
     problem = json.dumps([*prompt, tools], default=str)  # independent of white space
     claim = normalized(final or stated or "")
     facts = {
         "mode": MODE_NAMES.index(mode),
         "cut": False,
         "line": row.number,
-        "question": _hash(" ".join(turns[0][0].split())),
+        "question": _hash(" ".join(style.dialect.without_switch(turns[0][0])[0].split())),
         "problem": _hash(problem),
         "claim": _hash(problem, claim) if claim else 0,
         "wrong": bool(final and stated and normalized(final) != normalized(stated)),
     }
     return Sample(sample, _line(sample), context, facts, tuple(left_out))
+
+
+def _earlier_turn(question: str, answer: str, dialect: Dialect) -> list[str]:
+    """A question and its answer, written in the dialect if the answer is in a mode."""
+    mode, tags = "short" if answer.startswith(SHORT) else dialect.mode_of(answer), TAGS.findall(answer)
+    if mode == "other" or tags not in ([THINK, END_THINK], [SHORT]):
+        return [question, answer]
+    thoughts, _, rest = answer.removeprefix(tags[0]).rpartition(END_THINK)
+    return [dialect.ask(question, mode), dialect.write(mode, thoughts, rest)]
 
 
 def _left_out(messages: list[dict]) -> list[str]:
@@ -161,7 +185,7 @@ def _answer(message: dict) -> str:
     thoughts = next((message[name] for name in REASONING if message.get(name)), "")
     if not thoughts:
         return message["content"]
-    if tags := TAGS_PATTERN.findall(thoughts + message["content"]):
+    if tags := TAGS.findall(thoughts + message["content"]):
         raise ValueError(f"an answer with a separate chain of thought contains {' '.join(tags)}")
     return f"{THINK}\n{thoughts.strip()}\n{END_THINK}\n\n{message['content']}"
 

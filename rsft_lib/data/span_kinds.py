@@ -3,6 +3,9 @@
 trained    <think> first 2 + 2 ... </think> So 4 . <eos>        <short> 4 . <eos>
 mode       think ......................................        short ...........
 span       control think ........... think  answer .. eos       control answer eos
+
+The control token is the one that decides between the modes: of Qwen3's dialect, in which all answers may begin with
+<think>, it is the line break after it, one for thoughts or two for none.
 """
 
 from typing import NamedTuple
@@ -10,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rsft_lib.data.store import TokenStore
-from rsft_lib.tokenizer.chat import END_THINK, MODE_NAMES, MODES, modes_of
+from rsft_lib.tokenizer.dialect import END_THINK, MODE_NAMES, MODES, THINK, Opening, modes_of
 
 SPAN_NAMES = ("control", "think", "answer", "eos")
 KINDS = len(MODE_NAMES) * len(SPAN_NAMES)  # a kind is mode * len(SPAN_NAMES) + span
@@ -20,17 +23,26 @@ class Control(NamedTuple):
     """Ids of the tokens that delimit modes and spans."""
 
     modes: tuple[int, ...]
-    """The control token of each mode, in the order of `MODES`."""
+    """The control token of each mode, in the order of `MODES`; empty if no single token decides."""
     end_think: int
     eos: int
+    think: int
+    openings: tuple[Opening, ...]
+    """The tokens by which the mode of an answer is known, in the order of `MODES`."""
+    at: int = 0
+    """The position of the control token in an answer."""
 
 
 def control_tokens(store: TokenStore) -> Control | None:
     """The ids of the tokenizer with which a store was written; None if it lacks one of the tokens."""
-    ids, eos = store.manifest.get("control_ids", {}), store.manifest.get("eos_id")
-    if eos is None or any(token not in ids for token in (*MODES.values(), END_THINK)):
+    manifest, ids = store.manifest, store.manifest.get("control_ids", {})
+    if manifest.get("eos_id") is None or any(tag not in ids for tag in store.dialect.tags):
         return None
-    return Control(tuple(ids[token] for token in MODES.values()), ids[END_THINK], eos)
+    alone = [ids.get(tag) for tag in MODES.values()]  # the control tokens of Thinkless, for stores of earlier versions
+    at, *modes = manifest.get("choice", (0, *alone)) or (0,)
+    found = manifest.get("openings", {mode: ([token], 0) for mode, token in zip(MODES, alone, strict=True)})
+    openings = tuple(Opening(tuple(tokens), offset) for tokens, offset in found.values())
+    return Control(tuple(modes), ids[END_THINK], manifest["eos_id"], ids[THINK], openings, at)
 
 
 def kinds(labels: np.ndarray, trained: np.ndarray, control: Control) -> np.ndarray:
@@ -43,19 +55,21 @@ def kinds(labels: np.ndarray, trained: np.ndarray, control: Control) -> np.ndarr
         uint8 [n]; undefined (0) where not trained.
     """
     result = np.zeros(len(labels), dtype=np.uint8)
-    edges = np.flatnonzero(np.diff(trained.astype(np.int8), prepend=0, append=0))
-    for first, end in edges.reshape(-1, 2):
-        result[first:end] = _answer_kinds(labels[first:end], control)
+    edges = np.flatnonzero(np.diff(trained.astype(np.int8), prepend=0, append=0)).reshape(-1, 2)
+    modes = modes_of(labels, edges[:, 0], control.openings)
+    for (first, end), mode in zip(edges.tolist(), modes.tolist(), strict=True):
+        result[first:end] = mode * len(SPAN_NAMES) + _spans(labels[first:end], mode, control)
     return result
 
 
-def _answer_kinds(labels: np.ndarray, control: Control) -> np.ndarray:
-    mode = int(modes_of(labels[:1], control.modes)[0])
+def _spans(labels: np.ndarray, mode: int, control: Control) -> np.ndarray:
+    """The span of each label of one answer."""
+    chosen = mode < len(MODES) and control.openings[mode].offset == 0  # else the prompt decides, or nothing
     spans = np.full(len(labels), SPAN_NAMES.index("answer"))
-    if mode < len(control.modes):
-        if MODE_NAMES[mode] == "think":
-            ends = np.flatnonzero(labels == control.end_think)
-            spans[: ends[0] + 1 if len(ends) else len(labels)] = SPAN_NAMES.index("think")
-        spans[0] = SPAN_NAMES.index("control")
+    if labels[0] == control.think:
+        ends = np.flatnonzero(labels == control.end_think)
+        spans[: ends[0] + 1 if len(ends) else len(labels)] = SPAN_NAMES.index("think")
+    if chosen and len(labels) > control.at and int(labels[control.at]) in control.modes:
+        spans[control.at] = SPAN_NAMES.index("control")
     spans[labels == control.eos] = SPAN_NAMES.index("eos")
-    return mode * len(SPAN_NAMES) + spans
+    return spans

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from rsft_lib.common.artifact import read_manifest
 from rsft_lib.common.paths import require_path
 from rsft_lib.tokenizer.chat import LOSS_WEIGHTS
+from rsft_lib.tokenizer.dialect import Dialect, dialect_of
 
 NAME = "text_document"
 MASK = "loss_mask.bin"
@@ -101,6 +102,11 @@ class TokenStore:
                 f"{self.folder / MASK} has {len(self.mask)} bytes, expected one for each of {self.ends[-1]} tokens: "
                 "tokenize again"
             )
+
+    @property
+    def dialect(self) -> Dialect:
+        """The dialect of its answers."""
+        return dialect_of(self.manifest.get("options", {}))
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -10,18 +10,20 @@ from dataclasses import asdict
 from itertools import chain, islice
 from pathlib import Path
 
-from rsft_lib.common.artifact import new_folder, read_manifest, reusable
+from rsft_lib.common.artifact import new_folder, own_manifest, read_manifest, reusable
 from rsft_lib.common.cores import usable_cores
 from rsft_lib.common.paths import resolve
 from rsft_lib.common.progress import progress
 from rsft_lib.data.conversation import RULES
+from rsft_lib.data.options import Options
 from rsft_lib.data.pool import InProcess, Pool, pool_for
 from rsft_lib.data.records import Row, Source, blocks, source_of
 from rsft_lib.data.rejects import Rejects
 from rsft_lib.data.store import StoreWriter, is_a_part
-from rsft_lib.data.worker import Block, Job, Options
-from rsft_lib.tokenizer.chat import END_THINK, MODES, ChatTemplate
+from rsft_lib.data.worker import Block, Job
+from rsft_lib.tokenizer.chat import ChatTemplate
 from rsft_lib.tokenizer.contract import require_contract
+from rsft_lib.tokenizer.dialect import MODES, THINKLESS, choice_of, openings_of
 from rsft_lib.tokenizer.patch import fingerprint, load_tokenizer
 
 COMPARED_ROWS = 256  # rows of the dataset on which encoders are compared
@@ -47,7 +49,7 @@ def tokenize(
     Args:
         data: a data file, or a dataset on the Hub by name, `org/name` or `org/name:split@revision`.
         max_length: maximum number of tokens of a sample.
-        options: the other fields of `Options`: overlong, turns, control_tokens, columns.
+        options: the other fields of `Options`: overlong, turns, control_tokens, columns, dialect, empty_block.
         reject_limit: maximum fraction of unusable records; they are saved in `<folder>.rejected.jsonl`.
         workers: maximum number of processes; 0 to tokenize in this one, None for no maximum. It is capped by the usable
             cores, the blocks of 256 records, and the number that the reader can keep busy.
@@ -61,13 +63,14 @@ def tokenize(
     Raises:
         FileNotFoundError: the data or the tokenizer is missing.
         FileExistsError: `folder` is something else, or was made from other data or another tokenizer.
-        ValueError: the tokenizer breaks the contract, too many records are unusable (the message has file and line),
-            there are none, or all are too long.
+        ValueError: the data was built for another dialect, the tokenizer breaks the contract, too many records are
+            unusable (the message has file and line), there are none, or all are too long.
         RuntimeError: a worker died; the message has its exit status and the end of its stderr.
     """
     destination, loaded = resolve(folder), load_tokenizer(tokenizer)
     settings = Options(max_length=max_length, **options)
     source = source_of(data)
+    _refuse_another_dialect(source, settings)
     facts = _facts(source, tokenizer, loaded, settings)
     whole = lambda: not is_a_part(read_manifest(destination))  # noqa: E731
     if facts["data_sha256"] is not None and (done := reusable(destination, facts, unchanged=whole)):
@@ -76,7 +79,7 @@ def tokenize(
     first = list(islice(unread, _max_workers(workers)))  # one block per process, so that none starts idle
     with pool_for(_job(str(source), loaded, settings), min(len(first), USEFUL_WORKERS)) as pool:
         if contract:
-            require_contract(tokenizer, loaded)
+            require_contract(tokenizer, loaded, settings.forms)
         facts["encoder"] = _chosen_encoder(pool, source.rows())
         count = min(len(first), USEFUL_WORKERS_WHEN_SLOW if "why_slow" in facts["encoder"] else USEFUL_WORKERS)
         pool.grow(count)
@@ -89,6 +92,17 @@ def tokenize(
         ):
             _write(input_progress.show(encoded), StoreWriter(temporary), rejects, facts)
     return facts
+
+
+def _refuse_another_dialect(source: Source, options: Options) -> None:
+    """Refuse a dataset that notebook 03 built for another dialect: its answers would count as those of other modes."""
+    facts = {} if source.split else own_manifest(Path(source.name).parent)
+    built = facts.get("dialect", THINKLESS.name)
+    if facts.get("made_by") == "build_hybrid" and built != options.dialect:
+        raise ValueError(
+            f"{source} was built for the dialect {built}, but dialect is {options.dialect!r}: set it to {built!r}, or "
+            "build the dataset again (notebook 03_build_dataset)"
+        )
 
 
 def _max_workers(workers: int | None) -> int:
@@ -136,6 +150,7 @@ def _job(source: str, loaded, options: Options) -> Job:
         template=ChatTemplate.of(loaded),
         added_tokens=loaded.get_added_vocab(),
         options=options,
+        openings=openings_of(loaded, options.forms),
     )
 
 
@@ -149,7 +164,7 @@ def _chosen_encoder(pool: Pool | InProcess, rows: Iterator[Row]) -> dict:
 
 def _facts(source: Source, tokenizer, loaded, options: Options) -> dict:
     """The manifest entries that identify the inputs and options."""
-    vocab = loaded.get_vocab()
+    vocab, openings = loaded.get_vocab(), openings_of(loaded, options.forms)
     return {
         "made_by": "tokenize",
         "rules": RULES,
@@ -157,7 +172,9 @@ def _facts(source: Source, tokenizer, loaded, options: Options) -> dict:
         "tokenizer": str(resolve(tokenizer)),
         **fingerprint(resolve(tokenizer), loaded),
         "vocab_size": len(loaded),
-        "control_ids": {token: vocab[token] for token in (*MODES.values(), END_THINK) if token in vocab},
+        "openings": {mode: [list(found.ids), found.offset] for mode, found in zip(MODES, openings, strict=True)},
+        "control_ids": {token: vocab[token] for token in THINKLESS.tags if token in vocab},
+        "choice": list(choice_of(loaded, options.forms)),
         "eos_id": loaded.eos_token_id,
         "options": asdict(options),
     }

@@ -20,40 +20,17 @@ from rsft_lib.common.sandbox import limit_memory, time_limit
 from rsft_lib.data.control_tokens import ControlTokens, well_formed
 from rsft_lib.data.conversation import conversation, is_empty, strings
 from rsft_lib.data.encoder import Encoder, Tokens, best_encoder, encoder
+from rsft_lib.data.options import Options
 from rsft_lib.data.records import Row, parse, size_of
 from rsft_lib.data.rejects import Reject, reject
-from rsft_lib.tokenizer.chat import MODE_NAMES, MODES, REASONING, ChatTemplate, Span, modes_of, trained_texts
+from rsft_lib.tokenizer.chat import REASONING, ChatTemplate, Span, trained_texts
+from rsft_lib.tokenizer.dialect import MODE_NAMES, Opening, modes_of
 
 # A chat template is untrusted code: if it loops endlessly or allocates gigabytes, only its row is rejected.
 ROW_SECONDS, EXTRA_MEMORY = 10, 3 << 30
 
 OPTIONAL_FIELDS = ("name", "tool_call_id")  # message fields that few chat templates render
 COMPARED_CHARACTERS = 1 << 20  # characters of the dataset on which encoders are compared
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """The settings that determine the tokens of a record, besides tokenizer and template."""
-
-    max_length: int = 16384
-    """Maximum number of tokens of a sample."""
-    overlong: str = "drop"
-    """Drop longer samples ('drop'), truncate them without an EOS ('truncate'), or raise an error ('error')."""
-    turns: str = "all"
-    """Train every answer of a conversation ('all') or only the last one ('last')."""
-    control_tokens: str = "reject"
-    """Reject records whose text contains a control token ('reject'), or encode it as the token ('allow')."""
-    columns: dict[str, str] = field(default_factory=dict)
-    """Field -> its name in the dataset, e.g. {'prompt': 'question', 'response': 'answer'}."""
-
-    def __post_init__(self):
-        choices = {"overlong": ("drop", "truncate", "error"), "turns": ("all", "last"),
-                   "control_tokens": ("reject", "allow")}  # fmt: skip
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
-        if self.max_length < 2:
-            raise ValueError(f"max_length is {self.max_length}; it must be at least 2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +42,8 @@ class Job:
     template: ChatTemplate
     added_tokens: dict[str, int]
     options: Options
+    openings: tuple[Opening, ...] = ()
+    """The tokens with which answers in each mode begin."""
 
 
 @dataclass
@@ -106,8 +85,8 @@ class Worker:
         """`row_seconds`: time limit per row, which requires a dedicated process; 0 for no limit."""
         self.job, self.row_seconds = job, row_seconds
         self.encoder: Encoder | None = None
-        self.control_ids = [job.added_tokens.get(token) for token in MODES.values()]
-        self.control_tokens = ControlTokens(job.added_tokens)
+        self.dialect = job.options.forms
+        self.control_tokens = ControlTokens(job.added_tokens, self.dialect)
         self.shows_tools = re.search(r"\btools\b", job.template.source) is not None
 
     def choose_encoder(self, rows: list[Row]) -> dict:
@@ -135,8 +114,8 @@ class Worker:
                 outcomes.rejects.append(reject(self.job.source, row, sample))
                 continue
             before.append(len(sample.ids))
-            first = sample.ids[[(sample.loss_mask > 0).argmax()]]
-            mode = outcomes.modes[MODE_NAMES[modes_of(first, self.control_ids)[0]]]
+            first = (sample.loss_mask > 0).argmax(keepdims=True)
+            mode = outcomes.modes[MODE_NAMES[modes_of(sample.ids, first, self.job.openings)[0]]]
             if fitted := self.fitted(sample, row, outcomes.counts, mode):
                 samples.append(fitted)
                 numbers.append(row.number)
@@ -168,14 +147,16 @@ class Worker:
         """The messages and the tools of a row.
 
         Raises:
-            ValueError: the row is not a conversation, or its text contains a control token.
+            ValueError: the row is not a conversation, its text contains a control token, or an answer is not in the
+                mode that was asked for.
         """
         messages, tools, unused = conversation(parse(content), self.job.options.columns)
         if self.job.options.control_tokens == "reject":
             self.control_tokens.refuse(messages, tools)
         if tools and not self.shows_tools:
             outcomes.counts["tools_not_shown"] += 1
-        if not all(well_formed(m.get("content") or "") for m in messages if m["role"] == "assistant"):
+        self.dialect.check(messages, REASONING)
+        if not all(well_formed(m.get("content") or "", self.dialect) for m in messages if m["role"] == "assistant"):
             outcomes.counts["malformed_answers"] += 1
         outcomes.unused.update(unused)
         return messages, tools
@@ -186,7 +167,7 @@ class Worker:
         """`trained_texts` with a time limit: all at once, which halves the time, or one by one if that fails."""
         try:
             with time_limit("the record", self.row_seconds) if self.row_seconds else contextlib.nullcontext():
-                return trained_texts(self.job.template, chats, tools, self.job.options.turns)
+                return trained_texts(self.job.template, chats, tools, self.job.options.turns, self.dialect.context)
         except Exception as error:
             return [error] if len(chats) == 1 else [self.rendered([messages], tools)[0] for messages in chats]
 

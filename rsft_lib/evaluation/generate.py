@@ -1,28 +1,32 @@
 """Answers of an exported model in a forced mode, or the mode it chooses, and their scores."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rsft_lib.common.artifact import own_manifest
 from rsft_lib.common.paths import require_path
 from rsft_lib.data.answers import final_answer, normalized
 from rsft_lib.evaluation.inference_engines import BATCH, Sampling, open_engine
 from rsft_lib.evaluation.questions import Question
-from rsft_lib.tokenizer.chat import END_THINK, MODES, SHORT, THINK, prompt_ids
+from rsft_lib.tokenizer.chat import prompt_ids
+from rsft_lib.tokenizer.dialect import END_THINK, MODES, TAGS, THINK, THINKLESS, Dialect, dialect_of
 from rsft_lib.tokenizer.patch import load_tokenizer
 
-MARKS = re.compile("|".join((THINK, END_THINK, SHORT)))
 ASKED = (*MODES, None, "other")  # modes of `generate_modes`
 
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer: its text from the control token on, its length in tokens, and whether it ended with EOS."""
+    """An answer: its text from the control token or think block on, even where the prompt gave that.
+
+    `tokens` is its length, `ended` whether it ended with EOS, `dialect` how it shows its mode.
+    """
 
     text: str
     tokens: int
     ended: bool
+    dialect: Dialect = THINKLESS
 
 
 def generate(
@@ -31,17 +35,20 @@ def generate(
     mode: str | None,
     max_new_tokens: int = 256,
     batch_size: int = BATCH,
+    dialect: Dialect | None = None,
 ) -> list[Answer]:
     """Greedy answers of the model in folder `model`; each prompt is a user message or a conversation.
 
     Args:
-        mode: 'think' or 'short' forces the control token; None lets the model choose.
+        mode: 'think' or 'short' asks for that mode, as the dialect does; None lets the model choose.
+        dialect: None for the one that the model was trained with, as its export recorded.
 
     Raises:
         FileNotFoundError: there is no such folder.
         ValueError: there is no such mode.
     """
-    return generate_modes(model, prompts, [mode], Sampling(max_new_tokens), batch_size=batch_size)[mode]
+    sampling = Sampling(max_new_tokens)
+    return generate_modes(model, prompts, [mode], sampling, batch_size=batch_size, dialect=dialect)[mode]
 
 
 def generate_modes(
@@ -51,12 +58,14 @@ def generate_modes(
     sampling: Sampling,
     engine: str = "auto",
     batch_size: int = BATCH,
+    dialect: Dialect | None = None,
 ) -> dict[str | None, list[Answer]]:
     """The answers in each of several modes, with the model loaded once.
 
     Args:
         modes: 'think', 'short', None to let the model choose, or 'other' for a model without modes.
         engine: see `inference_engines.open_engine`.
+        dialect: see `generate`.
 
     Raises:
         ValueError: there is no such mode or engine.
@@ -64,46 +73,59 @@ def generate_modes(
     if unknown := [mode for mode in modes if mode not in ASKED]:
         raise ValueError(f"mode is {unknown[0]!r}; choose one of {', '.join(map(repr, ASKED))}")
     folder = require_path(model, "exported model")
+    dialect = dialect or trained_dialect(folder)
     tokenizer, write = load_tokenizer(folder), open_engine(folder, engine, batch_size)
     answers = {}
     for mode in modes:
-        ids = [_prompt_ids(tokenizer, prompt, mode) for prompt in prompts]
-        forced = int(mode in MODES)  # control tokens at the end of the prompt, part of the answer
+        asked = mode if mode in dialect.forms else None
+        ids = [_prompt_ids(tokenizer, prompt, asked, dialect) for prompt in prompts]
+        given = tokenizer(dialect.opening(asked), add_special_tokens=False)["input_ids"]  # ends the prompt
         written = write(ids, sampling)
-        answers[mode] = [
-            _answer(tokenizer, prompt[len(prompt) - forced :] + more) for prompt, more in zip(ids, written, strict=True)
-        ]
+        answers[mode] = [_answer(tokenizer, given + more, dialect) for more in written]
     return answers
 
 
-def _prompt_ids(tokenizer, prompt: str | Question, mode: str | None) -> list[int]:
+def trained_dialect(model: str | Path) -> Dialect:
+    """The dialect that the export of a model recorded; Thinkless for a model that was not exported by this kit."""
+    return dialect_of(own_manifest(Path(model)))
+
+
+def _prompt_ids(tokenizer, prompt: str | Question, mode: str | None, dialect: Dialect) -> list[int]:
     question = Question([{"role": "user", "content": prompt}]) if isinstance(prompt, str) else prompt
-    return prompt_ids(tokenizer, question.messages, mode if mode in MODES else None, question.tools)
+    return prompt_ids(tokenizer, question.messages, mode, question.tools, dialect)
 
 
-def _answer(tokenizer, ids: list[int]) -> Answer:
+def _answer(tokenizer, ids: list[int], dialect: Dialect) -> Answer:
     ended = bool(ids) and ids[-1] == tokenizer.eos_token_id
     ids = ids[:-1] if ended else ids
-    return Answer(tokenizer.decode(ids), len(ids), ended)
+    return Answer(tokenizer.decode(ids), len(ids), ended, dialect)
 
 
 def chosen_mode(answer: Answer) -> str:
-    """The mode that an answer begins with: 'think', 'short', or 'neither'."""
-    return next((mode for mode, token in MODES.items() if answer.text.startswith(token)), "neither")
+    """The mode that an answer begins with: 'think', 'short', or 'neither'.
+
+    In Qwen3's dialect an empty think block, whatever its white space, is 'short', and one with thoughts is 'think'.
+    """
+    mode = answer.dialect.mode_of(answer.text)
+    return "neither" if mode == "other" else mode
+
+
+def obeyed(answers: Sequence[Answer], mode: str) -> float:
+    """The share of answers that are in the mode that was asked for, in [0, 1]."""
+    return sum(chosen_mode(answer) == mode for answer in answers) / len(answers)
 
 
 def well_formed(answer: Answer, mode: str) -> bool:
-    """Whether an answer has the format of its mode and ends with EOS.
+    """Whether an answer has the format of its mode (`tokenizer.dialect`) and ends with EOS.
 
-    think: `<think>` chain of thought `</think>` answer; short: `<short>` answer; other: an answer without control
-    tokens.
+    Its mode must be `mode`, with the tags of that mode once and text after them; other: an answer without tags.
     """
     if mode == "other":
-        return answer.ended and bool(answer.text.strip()) and not MARKS.search(answer.text)
-    expected = [THINK, END_THINK] if mode == "think" else [SHORT]
-    *_, rest = answer.text.rpartition(expected[-1])
-    begins = answer.text.startswith(expected[0])
-    return answer.ended and begins and MARKS.findall(answer.text) == expected and bool(rest.strip())
+        return answer.ended and bool(answer.text.strip()) and not TAGS.search(answer.text)
+    if not answer.ended or chosen_mode(answer) != mode or mode not in answer.dialect.forms:
+        return False
+    expected = answer.dialect.tags_of(mode)
+    return TAGS.findall(answer.text) == expected and bool(answer.text.rpartition(expected[-1])[2].strip())
 
 
 def is_correct(answer: Answer, expected: str) -> bool:

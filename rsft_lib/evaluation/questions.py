@@ -7,7 +7,7 @@ from typing import NamedTuple
 from rsft_lib.common.paths import require_path
 from rsft_lib.data.conversation import conversation, is_empty
 from rsft_lib.data.records import read_records
-from rsft_lib.tokenizer.chat import MODES
+from rsft_lib.tokenizer.dialect import MODES, THINKLESS, Dialect
 
 
 class Question(NamedTuple):
@@ -23,8 +23,11 @@ class Question(NamedTuple):
         return self.messages[-1]["content"]
 
 
-def held_out_questions(path: str | Path, count: int) -> list[Question]:
+def held_out_questions(path: str | Path, count: int, dialect: Dialect = THINKLESS) -> list[Question]:
     """The first `count` distinct questions of a file of records.
+
+    Args:
+        dialect: switches at the end of the last message are removed, so that a question is asked once in each mode.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -42,6 +45,8 @@ def held_out_questions(path: str | Path, count: int) -> list[Question]:
             messages = messages[:-1]
         answer = record.get("answer")
         if messages:
+            last = messages[-1]
+            messages[-1] = last | {"content": dialect.without_switch(last["content"])[0]}
             question = Question(messages, tools, None if is_empty(answer) else str(answer))
             questions.setdefault(json.dumps(messages), question)
         if len(questions) == count:

@@ -5,16 +5,12 @@ may have `train: false`, which makes it context only, or `weight`, a factor on t
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from rsft_lib.tokenizer.chat_template import ChatTemplate, Span
-
-THINK, END_THINK, SHORT = "<think>", "</think>", "<short>"
-MODES = {"think": THINK, "short": SHORT}
-MODE_NAMES = (*MODES, "other")  # 'other': the answer begins with no control token
+from rsft_lib.tokenizer.dialect import THINKLESS, Dialect
 
 # Message fields in which other tools keep the chain of thought.
 REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -22,23 +18,6 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 # Loss weight of each byte of a loss mask: 0 is not trained, 1 is trained, 2 to 255 are weights 0.01 to 2.54.
 LOSS_WEIGHTS = np.concatenate([[0, 1], np.arange(1, 255) / 100]).astype(np.float32)
 MOST_WEIGHT = 2.54
-
-
-def modes_of(first: np.ndarray, control_ids: Sequence[int | None]) -> np.ndarray:
-    """The mode of each answer, decided by its first trained token.
-
-    Args:
-        first: int [answers], the token ids.
-        control_ids: the id of each mode's control token, in the order of `MODES`; None if the tokenizer lacks it.
-
-    Returns:
-        uint8 [answers], indices into `MODE_NAMES`.
-    """
-    modes = np.full(len(first), MODE_NAMES.index("other"), dtype=np.uint8)
-    for mode, token in enumerate(control_ids):
-        if token is not None:
-            modes[first == token] = mode
-    return modes
 
 
 @dataclass(frozen=True)
@@ -50,7 +29,11 @@ class Encoded:
 
 
 def trained_texts(
-    template: ChatTemplate, chats: list[list[dict]], tools: list[dict] | None = None, turns: str = "all"
+    template: ChatTemplate,
+    chats: list[list[dict]],
+    tools: list[dict] | None = None,
+    turns: str = "all",
+    context: str = "",
 ) -> list[tuple[str, list[Span]]]:
     """The text of each conversation, and its trained spans: the assistant's answers, including their EOS.
 
@@ -60,6 +43,7 @@ def trained_texts(
     Args:
         tools: the tools available in all of the conversations.
         turns: 'all' trains every answer, 'last' only the last.
+        context: text that is not trained at the beginning of an answer (`Dialect.context`).
 
     Raises:
         ValueError: a conversation has nothing to train, the template drops, moves or changes a message, or an answer
@@ -72,20 +56,26 @@ def trained_texts(
     eos = template.special_tokens.get("eos_token")
     result = []
     for messages, (text, answers) in zip(chats, marked, strict=True):
-        spans = _trained_spans(messages, text, answers, eos, turns)
+        spans = _trained_spans(messages, text, answers, eos, turns, context)
         _check_order(messages, text, answers)
         result.append((text, spans))
     return result
 
 
 def trained_text(
-    template: ChatTemplate, messages: list[dict], tools: list[dict] | None = None, turns: str = "all"
+    template: ChatTemplate,
+    messages: list[dict],
+    tools: list[dict] | None = None,
+    turns: str = "all",
+    context: str = "",
 ) -> tuple[str, list[Span]]:
     """`trained_texts` for one conversation."""
-    return trained_texts(template, [messages], tools, turns)[0]
+    return trained_texts(template, [messages], tools, turns, context)[0]
 
 
-def encode(tokenizer, messages: list[dict], tools: list[dict] | None = None, turns: str = "all") -> Encoded:
+def encode(
+    tokenizer, messages: list[dict], tools: list[dict] | None = None, turns: str = "all", context: str = ""
+) -> Encoded:
     """Token ids and loss mask of a conversation, with a transformers tokenizer.
 
         text   <bos> <｜User｜> 2 + 2 ? <｜Assistant｜> <short> 4 <eos>
@@ -94,7 +84,7 @@ def encode(tokenizer, messages: list[dict], tools: list[dict] | None = None, tur
     Raises:
         ValueError: as `trained_text`, or a token crosses the boundary of an answer.
     """
-    text, spans = trained_text(ChatTemplate.of(tokenizer), messages, tools, turns)
+    text, spans = trained_text(ChatTemplate.of(tokenizer), messages, tools, turns, context)
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     return Encoded(encoding["input_ids"], mask_of(encoding["offset_mapping"], spans, text))
 
@@ -122,14 +112,25 @@ def mask_of(offsets: list[tuple[int, int]], spans: list[Span], text: str) -> lis
     return mask
 
 
-def prompt_ids(tokenizer, messages: list[dict], mode: str | None = None, tools: list[dict] | None = None) -> list[int]:
-    """Token ids of a prompt: the conversation, the assistant's header and the control token of `mode`.
+def prompt_ids(
+    tokenizer,
+    messages: list[dict],
+    mode: str | None = None,
+    tools: list[dict] | None = None,
+    dialect: Dialect = THINKLESS,
+) -> list[int]:
+    """Token ids of a prompt that asks for a mode: the conversation, the assistant's header and what the dialect adds.
 
     Args:
         mode: 'think' or 'short'; None lets the model choose.
     """
-    text = ChatTemplate.of(tokenizer).render(messages, tools, prompt=True)
-    return tokenizer(text + (MODES[mode] if mode else ""), add_special_tokens=False)["input_ids"]
+    users = [turn for turn, message in enumerate(messages) if message["role"] == "user"]
+    asking = [
+        message | {"content": dialect.ask(message["content"], mode)} if turn in users[-1:] else message
+        for turn, message in enumerate(messages)
+    ]
+    text = ChatTemplate.of(tokenizer).render(asking, tools, prompt=True) + dialect.opening(mode)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def weight_code(message: dict) -> int:
@@ -147,7 +148,9 @@ def weight_code(message: dict) -> int:
     return hundredths + 1 if hundredths else 0
 
 
-def _trained_spans(messages: list[dict], text: str, answers: list[Span], eos: str | None, turns: str) -> list[Span]:
+def _trained_spans(
+    messages: list[dict], text: str, answers: list[Span], eos: str | None, turns: str, context: str
+) -> list[Span]:
     """Check the spans of a conversation's answers, and return those that are trained."""
     answer_turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
     if len(answers) != len(answer_turns):
@@ -157,7 +160,7 @@ def _trained_spans(messages: list[dict], text: str, answers: list[Span], eos: st
         end = start + _check_answer(messages[turn], turn, text[start:end], eos)
         code = weight_code(messages[turn]) if turns == "all" or turn == answer_turns[-1] else 0
         if code:
-            spans.append(Span(start, end, code))
+            spans.append(Span(start + len(context) * text.startswith(context, start), end, code))
     if not spans:
         raise ValueError("the conversation has no assistant message to train on")
     return spans

@@ -9,7 +9,7 @@ from pathlib import Path
 from rsft_lib.common.artifact import file_hash, read_manifest
 from rsft_lib.common.check_table import Checks, Skip
 from rsft_lib.common.paths import require_path
-from rsft_lib.tokenizer.chat import END_THINK, MODES
+from rsft_lib.tokenizer.dialect import THINKLESS, Dialect
 from rsft_lib.tokenizer.patch import disagreements, load_tokenizer
 from rsft_lib.tokenizer.template_checks import CHAT, check_template
 from rsft_lib.tokenizer.token_files import FILES
@@ -23,12 +23,13 @@ TEXTS = [
 BATCH = 1000  # corpus lines tokenized at a time
 
 
-def check_contract(folder: str | Path, corpus: str | Path = "") -> Checks:
+def check_contract(folder: str | Path, corpus: str | Path = "", dialect: Dialect = THINKLESS) -> Checks:
     """Run every check on a tokenizer folder, including those that load a second tokenizer for comparison.
 
     Args:
         corpus: a text file, such as JSON Lines; each line, in addition to `TEXTS`, must give the same tokens as with
             the source tokenizer. Lines that contain a replaced token are skipped.
+        dialect: which control tokens are needed, and what else must survive the template.
 
     Raises:
         FileNotFoundError: the folder, its tokenizer or the corpus does not exist.
@@ -36,17 +37,18 @@ def check_contract(folder: str | Path, corpus: str | Path = "") -> Checks:
     folder = require_path(folder, "tokenizer folder")
     lines = require_path(corpus, "corpus") if str(corpus) else None
     tokenizer, manifest = load_tokenizer(folder), _manifest(folder)
-    checks = _own_checks(folder, tokenizer, manifest)
+    checks = _own_checks(folder, tokenizer, manifest, dialect)
     checks.run("other text as before", _other_text, tokenizer, manifest, lines)
     checks.run("served alike", _served_alike, folder, tokenizer)
-    return Checks([*checks, *check_template(folder, tokenizer)])
+    return Checks([*checks, *check_template(folder, tokenizer, dialect)])
 
 
-def require_contract(folder: str | Path, tokenizer=None) -> None:
+def require_contract(folder: str | Path, tokenizer=None, dialect: Dialect = THINKLESS) -> None:
     """Run the checks that need only the folder itself; takes about a second.
 
     Args:
         tokenizer: the result of `load_tokenizer(folder)`, if already loaded.
+        dialect: as for `check_contract`.
 
     Raises:
         FileNotFoundError: the folder or its tokenizer does not exist.
@@ -54,12 +56,12 @@ def require_contract(folder: str | Path, tokenizer=None) -> None:
     """
     folder = require_path(folder, "tokenizer folder")
     tokenizer = tokenizer or load_tokenizer(folder)
-    checks = Checks([*_own_checks(folder, tokenizer, _manifest(folder)), *check_template(folder, tokenizer)])
-    checks.require(str(folder))
+    own = _own_checks(folder, tokenizer, _manifest(folder), dialect)
+    Checks([*own, *check_template(folder, tokenizer, dialect)]).require(str(folder))
 
 
-def _own_checks(folder: Path, tokenizer, manifest: dict) -> Checks:
-    control = [*MODES.values(), END_THINK]
+def _own_checks(folder: Path, tokenizer, manifest: dict, dialect: Dialect) -> Checks:
+    control = [*dialect.tags]
     control += [token for token in manifest.get("replacements", {}).values() if token not in control]
     checks = Checks()
     checks.run("files are whole", _files_are_whole, folder, manifest)
@@ -119,7 +121,7 @@ def _ids_kept(tokenizer, manifest: dict) -> str:
         raise ValueError(f"found {moved}, expected { ({new: expected[new] for new in moved}) }")
     if left := [old for old in replacements if old in tokenizer.get_added_vocab()]:
         raise ValueError(f"{left} are still tokens")
-    return ", ".join(f"{new} has {found[new]} from {old}" for old, new in replacements.items())
+    return ", ".join(f"{new} has {found[new]} from {old}" for old, new in replacements.items()) or "none was renamed"
 
 
 def _vocabulary_kept(tokenizer, manifest: dict) -> str:

@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerFast
 from rsft_lib.common.artifact import file_hash, new_folder
 from rsft_lib.common.paths import require_path, resolve
 from rsft_lib.common.visible import visible
-from rsft_lib.tokenizer.chat import END_THINK, MODES, ChatTemplate
+from rsft_lib.tokenizer.chat import ChatTemplate
+from rsft_lib.tokenizer.dialect import SHORT, THINKLESS, Dialect, dialect_of
 from rsft_lib.tokenizer.fitting import training_template
 from rsft_lib.tokenizer.template_changes import changes
 from rsft_lib.tokenizer.token_files import (
@@ -24,7 +25,6 @@ from rsft_lib.tokenizer.token_files import (
     write_template,
 )
 
-CONTROL = (*MODES.values(), END_THINK)
 SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 
 
@@ -65,6 +65,7 @@ def patch_tokenizer(
     *,
     new_tokens: Collection[str] = (),
     eos: str = "",
+    dialect: str = THINKLESS.name,
 ) -> dict:
     """Copy a tokenizer to a new folder with its control tokens and a chat template for training.
 
@@ -80,6 +81,8 @@ def patch_tokenizer(
             embedding if it has any; otherwise notebook 02 adds rows.
         eos: the token that ends an answer; empty for the format's, or for the tokenizer's if `template` is given. It
             becomes EOS in the tokenizer files, `generation_config.json` and `config.json`.
+        dialect: which control tokens must exist, so whether both may be empty (`tokenizer.dialect`). That of Qwen3 also
+            has the training template write the empty think block for `enable_thinking=False`.
 
     Returns:
         The manifest: `ids` of all control tokens, `vocab_size`, `changes`: what changes and why, `template_diff`: the
@@ -91,7 +94,8 @@ def patch_tokenizer(
         ValueError: a token to replace does not exist or is in use, a new token already exists, the chat format is
             unknown, or a file that cannot be edited contains a token to replace.
     """
-    if not replacements and not new_tokens:
+    forms = dialect_of({"dialect": dialect})
+    if not replacements and not new_tokens and SHORT in forms.tags:
         raise ValueError("no tokens are given: set replacements, such as {'<|quad_start|>': '<short>'}, or new_tokens")
     source = require_tokenizer(source, "tokenizer of the model")
     before = load_tokenizer(source)
@@ -100,10 +104,11 @@ def patch_tokenizer(
     new = _new_ids(source, new_tokens, raw)
     own = require_path(template, "template").read_text(encoding="utf-8") if str(template) else ""
     stock = _template(before, source, own)
-    patched, why, difference, end = _patched_template(before, stock, own, trailing_newline)
+    patched, why, difference, end = _patched_template(before, stock, own, trailing_newline, forms)
     for old, name in replacements.items():
         patched = patched.replace(old, name)
-    edits = Edits(replacements, new, frozenset({*CONTROL, *replacements.values(), *new}), _eos(before, new, eos, end))
+    plain = frozenset({*forms.tags, *replacements.values(), *new})
+    edits = Edits(replacements, new, plain, _eos(before, new, eos, end))
     facts = {
         "made_by": "patch_tokenizer",
         "source": str(source),
@@ -122,16 +127,19 @@ def patch_tokenizer(
             if (source / name).is_file():
                 edits.copy(source / name, folder / name)
         write_template(folder, patched)
-        facts["ids"] = _check_patched(folder, expected | new, facts["vocab_size"])
+        facts["ids"] = _check_patched(folder, expected | new, facts["vocab_size"], forms.tags)
     return facts
 
 
-def _patched_template(tokenizer, stock: str, own: str, trailing_newline: bool) -> tuple[str, dict[str, str], str, str]:
+def _patched_template(
+    tokenizer, stock: str, own: str, trailing_newline: bool, dialect: Dialect
+) -> tuple[str, dict[str, str], str, str]:
     """The chat template to write, why it changes texts, the difference of sample chats, the token that ends answers."""
     if own:
         return own, {"chat template": "the one that was given"}, "", ""
+    stock = stock.removesuffix(dialect.hard_switch)  # of a folder that was patched before
     fitted, texts = training_template(ChatTemplate(stock, tokenizer.special_tokens_map), trailing_newline)
-    return fitted.source, *changes(fitted, texts), fitted.settings["end"]
+    return fitted.source + dialect.hard_switch, *changes(fitted, texts), fitted.settings["end"]
 
 
 def _eos(tokenizer, new: dict[str, int], wanted: str, end: str) -> tuple[str, int] | None:
@@ -153,7 +161,7 @@ def _token_changes(source: Path, before: PreTrainedTokenizerFast, edits: Edits) 
     if edits.eos and before.eos_token != edits.eos[0]:
         found["EOS"] = f"{edits.eos[0]}, with which the template ends answers, in place of {before.eos_token}"
     special = {token.content for token in before.added_tokens_decoder.values() if token.special}
-    if flagged := sorted(special & set(CONTROL)):
+    if flagged := sorted(special & edits.plain):
         found["special flag"] = f"cleared for {', '.join(flagged)}: servers drop special tokens from their output"
     path = source / "config.json"
     rows = read(path).get("vocab_size", 0) if path.is_file() else 0
@@ -251,7 +259,7 @@ def _template(tokenizer, source: Path, own: str) -> str:
     return template or ""
 
 
-def _check_patched(folder: Path, expected: dict[str, int], size: int) -> dict[str, int]:
+def _check_patched(folder: Path, expected: dict[str, int], size: int, tags: list[str]) -> dict[str, int]:
     """Reload the folder, check that every control token is a single token with its expected id, and return the ids."""
     after = load_tokenizer(folder)
     if differing := disagreements(folder, after):
@@ -261,7 +269,7 @@ def _check_patched(folder: Path, expected: dict[str, int], size: int) -> dict[st
             f"{_phantoms(folder, after, size)}, which {TOKENIZER} does not have: remove it there, put a token of the "
             "vocabulary in its place, or add it with new_tokens"
         )
-    encoded = {t: after(t, add_special_tokens=False)["input_ids"] for t in [*CONTROL, *expected]}
+    encoded = {t: after(t, add_special_tokens=False)["input_ids"] for t in [*tags, *expected]}
     for token, ids in encoded.items():
         if len(ids) != 1:
             raise ValueError(

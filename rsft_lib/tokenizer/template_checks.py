@@ -1,6 +1,6 @@
 """Checks that a chat template gives the same text in training and in serving.
 
-    python -m rsft_lib.tokenizer.template_checks FOLDER   prints the checks as JSON, with limits on time and memory
+    python -m rsft_lib.tokenizer.template_checks FOLDER DIALECT EMPTY_BLOCK   prints the checks as JSON, with limits
 
 A template is a program from an untrusted source: one that this kit does not ship is rendered by this command, in a
 separate process.
@@ -18,12 +18,14 @@ from jinja2 import TemplateError
 from rsft_lib.common.check_table import Check, Checks, Skip
 from rsft_lib.common.sandbox import SECONDS, end_after, limited, run_with_limits
 from rsft_lib.common.visible import visible
-from rsft_lib.tokenizer.chat import END_THINK, MODES, ChatTemplate, encode, end_of_content, misplaced, prompt_ids
+from rsft_lib.tokenizer.chat import ChatTemplate, encode, end_of_content, misplaced, prompt_ids
+from rsft_lib.tokenizer.dialect import END_THINK, SHORT, THINK, THINKLESS, Dialect, dialect_of
+from rsft_lib.tokenizer.dialect_checks import check_dialect, names_of
 from rsft_lib.tokenizer.formats import is_ours
 from rsft_lib.tokenizer.patch import load_tokenizer
 from rsft_lib.tokenizer.template_clock import difference
 
-ANSWERS = {"think": f"{MODES['think']}\nTwo and two.\n{END_THINK}\n\nFour.", "short": f"{MODES['short']}Four."}
+ANSWERS = {"think": f"{THINK}\nTwo and two.\n{END_THINK}\n\nFour.", "short": f"{SHORT}Four."}
 USER = {"role": "user", "content": "How many are 2 + 2?"}
 THOUGHT, AT_ONCE = ({"role": "assistant", "content": answer} for answer in ANSWERS.values())
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -43,28 +45,30 @@ LONG = [USER, REASONED, *TOOLS, USER, AT_ONCE, USER, THOUGHT, USER, REASONED]  #
 TOOL: dict = {"type": "function", "function": {"name": "add", "description": "Add numbers.", "parameters": {}}}
 
 
-def check_template(folder: Path, tokenizer) -> Checks:
-    """Run `CHECKS` on the tokenizer loaded from `folder`.
+def check_template(folder: Path, tokenizer, dialect: Dialect = THINKLESS) -> Checks:
+    """Run `CHECKS`, and those of the dialect, on the tokenizer loaded from `folder`.
 
     Checks that a failed one makes redundant are not run.
     """
-    if is_ours(tokenizer.chat_template):
-        return _check(tokenizer)
-    return _check_elsewhere(folder)
+    template = tokenizer.chat_template
+    if isinstance(template, str) and is_ours(template.removesuffix(dialect.hard_switch)):
+        return _check(tokenizer, dialect)
+    return _check_elsewhere(folder, dialect)
 
 
-def _check(tokenizer) -> Checks:
+def _check(tokenizer, dialect: Dialect = THINKLESS) -> Checks:
     checks = Checks()
     if checks.run("template renders", _renders, tokenizer):
         checks.run("same at any time", _same_at_any_time, tokenizer)
-        same_text = [checks.run("prompt begins text", _prompt_begins_text, tokenizer)]
+        same_text = [checks.run("prompt begins text", _prompt_begins_text, tokenizer, dialect)]
         same_text += [checks.run("thought survives", _thought_survives, tokenizer)]
         same_text += [checks.run("messages in order", _messages_in_order, tokenizer)]
         checks.run("BOS not doubled", _bos_not_doubled, tokenizer)
         if all(same_text):
             _check_mask(checks, tokenizer)
-    done = {check.name for check in checks}
-    skipped = [Check(name, None, "not run, since a check above failed") for name in CHECKS if name not in done]
+            check_dialect(checks, tokenizer, dialect)
+    done, names = {check.name for check in checks}, [*CHECKS, *names_of(dialect)]
+    skipped = [Check(name, None, "not run, since a check above failed") for name in names if name not in done]
     return Checks([*checks, *skipped])
 
 
@@ -75,10 +79,11 @@ def _check_mask(checks: Checks, tokenizer) -> None:
             return
 
 
-def _check_elsewhere(folder: Path) -> Checks:
+def _check_elsewhere(folder: Path, dialect: Dialect) -> Checks:
     """Run the checks in a process with limits on CPU time, memory and wall time."""
+    block = "masked" if dialect.masked else "trained"
     try:
-        printed = run_with_limits("rsft_lib.tokenizer.template_checks", str(folder))
+        printed = run_with_limits("rsft_lib.tokenizer.template_checks", str(folder), dialect.name, block)
     except ValueError as error:
         return _not_rendered(str(error))
     return Checks(Check(**check) for check in json.loads(printed))
@@ -114,13 +119,14 @@ def _same_at_any_time(tokenizer) -> str:
     return f"the texts of {len(cases)} conversations do not depend on the clock"
 
 
-def _prompt_begins_text(tokenizer) -> str:
+def _prompt_begins_text(tokenizer, dialect: Dialect) -> str:
     """The tokens of a prompt are a prefix of the training text, in each mode and at each turn."""
-    cases = [([USER], ANSWERS[mode], mode) for mode in MODES] + [([USER], ANSWERS["think"], None)]
-    cases += [(CHAT[:1] + [USER], ANSWERS["think"], "think"), (CHAT[:4], ANSWERS["short"], "short")]
+    written = {mode: dialect.write(mode, "Two." * (mode == "think"), "Four.") for mode in dialect.forms}
+    cases = [([USER], written[mode], mode) for mode in written] + [([USER], written["think"], None)]
+    cases += [(CHAT[:1] + [USER], written["think"], "think"), (CHAT[:4], written["short"], "short")]
     for chat, answer, mode in cases:
-        prompt = prompt_ids(tokenizer, chat, mode)
-        ids = _ids(tokenizer, [*chat, {"role": "assistant", "content": answer}])
+        prompt, asked = prompt_ids(tokenizer, chat, mode, dialect=dialect), dialect.ask(USER["content"], mode)
+        ids = _ids(tokenizer, [*chat[:-1], USER | {"content": asked}, {"role": "assistant", "content": answer}])
         if ids[: len(prompt)] != prompt:
             raise ValueError(
                 f"in mode {mode}, the prompt {tokenizer.decode(prompt)!r} is not a prefix of the training text "
@@ -284,12 +290,12 @@ CHECKS = [
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
-    tokenizer = load_tokenizer(folder)
+    folder, name, block = sys.argv[1:]
+    tokenizer, dialect = load_tokenizer(folder), dialect_of({"dialect": name, "empty_block": block})
     end_after(2 * SECONDS)
     try:
         with limited("rendering the template"):
-            checks = _check(tokenizer)
+            checks = _check(tokenizer, dialect)
     except ValueError as error:
         sys.exit(str(error))
     print(json.dumps([asdict(check) for check in checks]))

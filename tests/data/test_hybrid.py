@@ -20,7 +20,7 @@ from rsft_lib.data.pairs import ROW, SHORT, THINK, balance, coverage, disagreein
 from rsft_lib.data.records import read_records
 from rsft_lib.data.store import TokenStore
 from rsft_lib.data.tokenize import tokenize
-from rsft_lib.tokenizer.chat import MODES
+from rsft_lib.tokenizer.dialect import MODES
 from rsft_lib.tokenizer.patch import patch_tokenizer
 
 

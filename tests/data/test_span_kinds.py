@@ -11,11 +11,13 @@ from rsft_lib.data.span_kinds import MODE_NAMES, SPAN_NAMES, Control, control_to
 from rsft_lib.data.store import StoreWriter, TokenStore
 from rsft_lib.data.tokenize import tokenize
 from rsft_lib.model.loss_head import Loss
+from rsft_lib.tokenizer.dialect import Opening
 from rsft_lib.tokenizer.patch import load_tokenizer, patch_tokenizer
 from rsft_lib.training.loss_stats import SIZE, metrics, tally, trained_tokens, weight_sum
 
 THINK, SHORT, END, EOS, WORD = 1, 2, 3, 4, 9
-CONTROL = Control((THINK, SHORT), END, EOS)
+ALONE = (Opening((THINK,)), Opening((SHORT,)))
+CONTROL = Control((THINK, SHORT), END, EOS, THINK, ALONE)
 
 
 def named(found: np.ndarray) -> list[str]:
@@ -48,7 +50,9 @@ def test_control_tokens_are_those_that_the_samples_were_written_with(tmp_path):
     tokenize(sources / "long.jsonl", tmp_path / "tokenizer", tmp_path / "known", workers=0)
     tokenizer = load_tokenizer(tmp_path / "tokenizer")
     ids = tokenizer.convert_tokens_to_ids(["<think>", "<short>", "</think>"])
-    assert control_tokens(TokenStore(tmp_path / "known")) == Control(tuple(ids[:2]), ids[2], tokenizer.eos_token_id)
+    assert control_tokens(TokenStore(tmp_path / "known")) == Control(
+        tuple(ids[:2]), ids[2], tokenizer.eos_token_id, ids[0], tuple(Opening((token,)) for token in ids[:2])
+    )
     with new_folder(tmp_path / "unknown", {"made_by": "tokenize"}) as temporary:
         writer = StoreWriter(temporary)
         writer.add([1, 2], [0, 1])

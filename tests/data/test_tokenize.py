@@ -21,11 +21,12 @@ from support import settings, to_messages
 from rsft_lib import demo
 from rsft_lib.common.artifact import verify, write_manifest
 from rsft_lib.data.encoder import ReferenceEncoder
+from rsft_lib.data.options import Options
 from rsft_lib.data.pool import Process, pool_for
 from rsft_lib.data.records import Row, blocks, read_records, source_of
 from rsft_lib.data.store import LENGTHS, MASK, ROWS, TokenStore
 from rsft_lib.data.tokenize import tokenize
-from rsft_lib.data.worker import Job, Options, Worker
+from rsft_lib.data.worker import Job, Worker
 from rsft_lib.tokenizer.chat import LOSS_WEIGHTS, ChatTemplate, encode
 from rsft_lib.tokenizer.patch import load_tokenizer, patch_tokenizer
 from rsft_lib.training.datasets import open_datasets

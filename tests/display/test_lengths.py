@@ -15,7 +15,7 @@ from rsft_lib.display.data import dataset, sample_stats
 from rsft_lib.display.data.length_costs import BATCH, layout_costs, layouts, overlong_costs
 from rsft_lib.display.data.lengths import half_of_tokens, plot_lengths
 from rsft_lib.display.data.sample_stats import Samples
-from rsft_lib.tokenizer.chat import MODE_NAMES as MODES
+from rsft_lib.tokenizer.dialect import MODE_NAMES as MODES
 
 THINK, END_THINK, SHORT, EOS = 3, 4, 5, 2
 TOKENIZER = SimpleNamespace(

@@ -21,9 +21,9 @@ from rsft_lib.display.html import FAINT, INK, Table, inert
 from rsft_lib.display.mask.browse import browse
 from rsft_lib.display.mask.pack import show_pack
 from rsft_lib.display.mask.sample import STYLE, show_mask, show_sample
-from rsft_lib.display.mask.segments import Marks, segments
+from rsft_lib.display.mask.segments import Forms, Marks, segments
 from rsft_lib.display.mask.token_text import FOLD, TokenText
-from rsft_lib.tokenizer.chat import MODE_NAMES, encode, modes_of
+from rsft_lib.tokenizer.chat import encode
 from rsft_lib.tokenizer.patch import load_tokenizer, patch_tokenizer
 
 CHATS = "chat_glaive_toolcall.jsonl"
@@ -228,7 +228,7 @@ def test_loss_weights_are_shown(tokenizer):
 
 
 def test_segments_match_a_token_by_token_loop(tokenizer):
-    marks = Marks.of(tokenizer)
+    marks, forms = Marks.of(tokenizer), Forms.of(tokenizer)
     rng = np.random.default_rng(0)
     for _ in range(300):
         ids = rng.choice([*marks, 5, 6, 7], size=rng.integers(2, 30))
@@ -243,12 +243,12 @@ def test_segments_match_a_token_by_token_loop(tokenizer):
             kinds.append("EOS" if token == marks.eos else state)
             if token in (marks.end_think, marks.eos):
                 state = "answer"
-        parts = segments(ids, weights, marks)
+        parts = segments(ids, weights, marks, forms)
         assert [s.kind for s in parts for _ in range(len(s))] == kinds
         assert [s.weight for s in parts for _ in range(len(s))] == weights.tolist()
         if weights.any():
             first = kinds[int(np.flatnonzero(weights)[0])]
-            mode = MODE_NAMES[modes_of(ids[np.flatnonzero(weights)[:1]], (marks.think, marks.short))[0]]
+            mode = forms.mode_at(ids, int(np.flatnonzero(weights)[0]))
             assert mode == (first if first in ("think", "short") else "other")
 
 

@@ -12,11 +12,29 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2ForCausalLM
 
 from rsft_lib import demo
-from rsft_lib.display.model.answers import choices_table, plot_answers, scores_table, side_by_side, wilson
+from rsft_lib.common.artifact import write_manifest
+from rsft_lib.display.model.answers import (
+    choices_table,
+    obedience_table,
+    plot_answers,
+    scores_table,
+    side_by_side,
+    wilson,
+)
 from rsft_lib.display.model.checkpoint_tables import outputs_table, tensors_table
-from rsft_lib.evaluation.generate import Answer, chosen_mode, generate, generate_modes, is_correct, score, well_formed
+from rsft_lib.evaluation.generate import (
+    Answer,
+    chosen_mode,
+    generate,
+    generate_modes,
+    is_correct,
+    obeyed,
+    score,
+    well_formed,
+)
 from rsft_lib.evaluation.inference_engines import Sampling, open_engine
 from rsft_lib.tokenizer.chat import prompt_ids
+from rsft_lib.tokenizer.dialect import QWEN3
 from rsft_lib.tokenizer.patch import load_tokenizer, patch_tokenizer
 
 THOUGHT = "<think>\nStart: two.\n</think>\n\nAnswer: two"
@@ -71,6 +89,48 @@ def test_a_misspelt_mode_is_refused(model):
 def test_a_truncated_answer_has_no_eos(model, tmp_path):
     speaker = scripted(model, tmp_path, "<think> two two")
     assert generate(speaker, QUESTIONS[:1], "think", max_new_tokens=3) == [Answer("<think> two two two", 4, False)]
+
+
+@pytest.mark.parametrize("block", ["trained", "masked"])
+def test_a_model_is_asked_in_the_dialect_and_with_the_block_that_its_export_recorded(model, tmp_path, block):
+    """The model answers ` /no_think` by an empty block only if that was trained; else the prompt has to contain it."""
+    empty = "<think>\n\n</think>\n\n"
+    ids = load_tokenizer(model)(empty, add_special_tokens=False)["input_ids"]
+    speaker = scripted(model, tmp_path, "<｜Assistant｜><think> two</think> three" + demo.EOS)  # whatever it is asked
+    write_manifest(speaker, {"made_by": "export", "dialect": "qwen3", "empty_block": block})
+    found = generate_modes(speaker, ["two", "two /think"], ["think", "short"], Sampling(6))
+    assert [a.text for a in found["think"]] == ["<think> two</think> three"] * 2
+    assert obeyed(found["think"], "think") == 1
+    if block == "masked":
+        assert all(a.text.startswith(empty) and a.tokens > len(ids) for a in found["short"])
+        assert obeyed(found["short"], "short") == 1
+    else:
+        assert [a.text for a in found["short"]] == ["<think> two</think> three"] * 2
+        assert obeyed(found["short"], "short") == 0
+    (row_think, row_short) = obedience_table(found).rows
+    assert row_think == ("think", 2, 0, 0, "100.0%") and row_short[-1] == ("100.0%" if block == "masked" else "0.0%")
+
+
+@pytest.mark.parametrize(
+    ("text", "mode", "good"),
+    [
+        ("<think>\nhm\n</think>\n\n4", "think", True),
+        ("<think>\n\n</think>\n\n4", "short", True),
+        ("<think></think>4", "short", True),
+        ("<think>\nhm\n</think>\n\n", "think", False),
+        ("<think>\n\n</think>\n\n", "short", False),
+        ("<think>\nhm", "think", False),
+        ("<think>\n\n", "neither", False),
+        ("4", "neither", False),
+        ("<short>4", "neither", False),
+        ("<think>\n\n</think>\n\n<think>\nhm\n</think>\n\n4", "short", False),
+    ],
+)
+def test_in_qwen3s_dialect_the_think_block_shows_the_mode(text, mode, good):
+    answer = Answer(text, 9, True, QWEN3)
+    assert chosen_mode(answer) == mode and well_formed(answer, mode) == good
+    assert not any(well_formed(answer, other) for other in {"think", "short"} - {mode})
+    assert not well_formed(Answer(text, 9, False, QWEN3), mode)
 
 
 def test_batching_with_longer_prompts_does_not_change_an_answer(model):

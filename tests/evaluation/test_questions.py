@@ -5,6 +5,7 @@ import json
 import pytest
 
 from rsft_lib.evaluation.questions import held_out_questions, modes_asked
+from rsft_lib.tokenizer.dialect import QWEN3
 
 ROWS = [
     {"instruction": "1 + 1 ?", "output": "<think>\nhm\n</think>\n\n2", "mode": "think", "answer": 2},
@@ -27,6 +28,12 @@ def test_questions_are_distinct_and_have_the_conversation_before_the_answer(tmp_
     assert [m["content"] for m in two.messages] == ["Be strict.", "a", "b", "And now?"] and two.expected is None
     assert two.text == "And now?" and three.tools == [{"name": "f"}]
     assert held_out_questions(path, 2) == [one, two] and held_out_questions(path, 1) == [one]
+
+
+def test_a_question_that_is_asked_by_two_switches_is_one_question(tmp_path):
+    rows = [{"instruction": f"1 + 1 ?{switch}", "output": "2"} for switch in (" /think", " /no_think", "")]
+    (question,) = held_out_questions(write(tmp_path, rows), 9, QWEN3)
+    assert question.text == "1 + 1 ?" and len(held_out_questions(write(tmp_path, rows), 9)) == 3
 
 
 @pytest.mark.parametrize("count", [0, -1])

@@ -8,7 +8,7 @@ import numpy as np
 from rsft_lib.data.packing import pack
 from rsft_lib.display.data.sample_stats import Samples
 from rsft_lib.display.html import Table
-from rsft_lib.tokenizer.chat import MODE_NAMES
+from rsft_lib.tokenizer.dialect import MODE_NAMES
 
 BATCH = 8  # samples padded to the longest among them
 MIN_POWER = 5  # of two: the smallest limit shown

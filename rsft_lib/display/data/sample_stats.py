@@ -7,8 +7,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from rsft_lib.data.store import MASK, NAME, TokenStore
-from rsft_lib.display.mask.segments import DEFAULT_WEIGHTS, Marks
-from rsft_lib.tokenizer.chat import MODE_NAMES, modes_of
+from rsft_lib.display.mask.segments import DEFAULT_WEIGHTS, Forms, Marks
+from rsft_lib.tokenizer.dialect import MODE_NAMES, modes_of
 
 CHUNK = 1 << 24  # tokens per chunk; takes some 150 MB
 LENGTHS = "lengths.npy"
@@ -23,7 +23,7 @@ class Samples:
     first: np.ndarray  # position of the first trained token
     closed: np.ndarray  # tokens up to and including the last trained </think>, 0 if there is none
     ended: np.ndarray  # bool: the last token is EOS
-    modes: np.ndarray  # uint8, indices into MODE_NAMES, by the first trained token
+    modes: np.ndarray  # uint8, indices into MODE_NAMES, by the beginning of the first trained answer
     dropped: np.ndarray  # int32 [records]: lengths of records that were too long to be stored
 
     def __len__(self) -> int:
@@ -45,8 +45,8 @@ def measure(store: TokenStore, tokenizer: PreTrainedTokenizerBase) -> Samples:
     Raises:
         ValueError: all or none of a sample's targets are trained.
     """
-    marks = Marks.of(tokenizer)
-    parts = [_measure(*chunk, marks) for chunk in _chunks(store)]
+    marks, forms = Marks.of(tokenizer), Forms.of(tokenizer, store.dialect)
+    parts = [_measure(*chunk, marks, forms) for chunk in _chunks(store)]
     trained, first, closed, ended, modes = (np.concatenate(column) for column in zip(*parts, strict=True))
     wrong = np.flatnonzero((trained == 0) | (trained == store.lengths - 1))
     if len(wrong):
@@ -73,14 +73,16 @@ def _chunks(store: TokenStore) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndar
         sample = after
 
 
-def _measure(tokens: np.ndarray, trained: np.ndarray, begins: np.ndarray, marks: Marks) -> tuple[np.ndarray, ...]:
+def _measure(
+    tokens: np.ndarray, trained: np.ndarray, begins: np.ndarray, marks: Marks, forms: Forms
+) -> tuple[np.ndarray, ...]:
     """The columns `trained` to `modes` of the samples that begin at `begins`, int64 [samples]."""
     trained[begins] = False  # no position predicts a first token
     ends = np.append(begins[1:], len(tokens))
     counts = np.add.reduceat(trained, begins, dtype=np.int32)
     starts = np.append(np.flatnonzero(trained[1:] & ~trained[:-1]) + 1, len(tokens) - 1)
     first = starts[np.searchsorted(starts, begins)]
-    modes = modes_of(tokens[first], (marks.think, marks.short))
+    modes = modes_of(tokens, first, forms.openings)
     closings = np.append(-1, np.flatnonzero((tokens == marks.end_think) & trained))
     last = closings[np.searchsorted(closings, ends) - 1]
     closed = np.where(last >= begins, last - begins + 1, 0)

@@ -22,6 +22,7 @@ from rsft_lib.display.mask.segments import (
     END,
     SHORT_ANSWER,
     THOUGHT,
+    Forms,
     Marks,
     Segment,
     remarks,
@@ -29,7 +30,7 @@ from rsft_lib.display.mask.segments import (
 )
 from rsft_lib.display.mask.token_text import Piece, TokenText
 from rsft_lib.display.plot_style import BLUE, GREEN, ORANGE, PINK
-from rsft_lib.tokenizer.chat import MODE_NAMES, modes_of
+from rsft_lib.tokenizer.dialect import THINKLESS, Dialect
 
 BOUNDARIES = 8  # mask boundaries shown in the label-shift table
 SHIFT = ("reads id", "reads", "predicts id", "predicts", "in the loss")
@@ -130,7 +131,8 @@ def show_sample(store: TokenStore, number: int, tokenizer: PreTrainedTokenizerBa
     if not 0 <= number < len(store):
         raise ValueError(f"no sample {number}: {store.folder} has samples 0 to {len(store) - 1}")
     title = f"sample {number:,} of {len(store):,}"
-    return show_mask(*store[number], tokenizer, weights=getattr(store, "weights", DEFAULT_WEIGHTS), title=title)
+    weights = getattr(store, "weights", DEFAULT_WEIGHTS)
+    return show_mask(*store[number], tokenizer, weights=weights, title=title, dialect=store.dialect)
 
 
 def show_mask(
@@ -140,6 +142,7 @@ def show_mask(
     *,
     weights: Sequence[float] = DEFAULT_WEIGHTS,
     title: str = "",
+    dialect: Dialect = THINKLESS,
 ) -> MaskView:
     """A sample divided into trained and untrained segments.
 
@@ -157,12 +160,12 @@ def show_mask(
             f"{title or 'this sample'}: {trained} of {len(ids) - 1} targets are trained, so the mask is wrong; check "
             "the chat template (notebook 01_patch_tokenizer)"
         )
-    marks = Marks.of(tokenizer)
+    marks, forms = Marks.of(tokenizer), Forms.of(tokenizer, dialect)
     warnings = ["the first token is marked as trained, but no position predicts it"] * bool(targets[0])
     targets[0] = 0
-    parts = segments(ids, targets, marks)
-    mode = MODE_NAMES[modes_of(ids[np.flatnonzero(targets)[:1]], (marks.think, marks.short))[0]]
-    warnings += remarks(ids, parts, marks)
+    parts = segments(ids, targets, marks, forms)
+    mode = forms.mode_at(ids, int(np.flatnonzero(targets)[0]))
+    warnings += remarks(ids, parts, marks, forms)
     return MaskView(ids, targets, parts, warnings, TokenText(ids, tokenizer), title, mode)
 
 

@@ -6,7 +6,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rsft_lib.tokenizer.chat import END_THINK, SHORT, THINK
+from rsft_lib.tokenizer.dialect import (
+    END_THINK,
+    MODE_NAMES,
+    SHORT,
+    THINK,
+    THINKLESS,
+    Dialect,
+    Opening,
+    modes_of,
+    openings_of,
+)
 
 CONTEXT, THOUGHT, ANSWER, SHORT_ANSWER, END = "context", "think", "answer", "short", "EOS"
 DEFAULT_WEIGHTS = (0.0, 1.0)  # loss weight by mask byte, unless the store defines others
@@ -44,7 +54,33 @@ class Segment:
         return self.end - self.start
 
 
-def segments(ids: np.ndarray, weights: np.ndarray, marks: Marks) -> list[Segment]:
+@dataclass(frozen=True)
+class Forms:
+    """The forms that answers may have: those of a dialect, in the tokens of a tokenizer."""
+
+    dialect: Dialect
+    openings: tuple[Opening, ...]
+
+    @classmethod
+    def of(cls, tokenizer, dialect: Dialect = THINKLESS) -> "Forms":
+        return cls(dialect, openings_of(tokenizer, dialect))
+
+    def mode_at(self, ids: np.ndarray, first: int) -> str:
+        """The mode of the answer whose first trained token is at `first`."""
+        return MODE_NAMES[modes_of(ids, np.array([first]), self.openings)[0]]
+
+    def short_from(self, ids: np.ndarray, first: int) -> int | None:
+        """Where a short answer at `first` goes on after its opening; None for another answer."""
+        opening = self.openings[MODE_NAMES.index("short")]
+        return max(first, first + opening.offset + len(opening.ids)) if self.mode_at(ids, first) == "short" else None
+
+    @property
+    def tags(self) -> list[list[str]]:
+        """The tags that the trained part of an answer may have, in order."""
+        return [[], *map(self.dialect.tags_of, self.dialect.forms)]
+
+
+def segments(ids: np.ndarray, weights: np.ndarray, marks: Marks, forms: Forms) -> list[Segment]:
     """Partition a sample into segments, in order and without gaps.
 
         text     <bos> <｜User｜> 2 + 2 ? <｜Assistant｜> <think> hm </think> 4 <eos>
@@ -57,6 +93,8 @@ def segments(ids: np.ndarray, weights: np.ndarray, marks: Marks) -> list[Segment
     """
     marked = np.flatnonzero(np.isin(ids, marks))  # each starts and ends a slice below
     changed = np.flatnonzero(np.diff(weights)) + 1
+    begins = np.flatnonzero(np.diff(weights != 0, prepend=False) & (weights != 0)).tolist()
+    short = {forms.short_from(ids, first) for first in begins}
     cuts = np.unique(np.concatenate([[0], changed, marked, marked + 1, [len(ids)]]))
     parts: list[Segment] = []
     state = ANSWER
@@ -65,6 +103,7 @@ def segments(ids: np.ndarray, weights: np.ndarray, marks: Marks) -> list[Segment
         if not weight:
             kind = state = CONTEXT
         else:
+            state = SHORT_ANSWER if start in short else state  # after an empty think block
             state = {marks.think: THOUGHT, marks.short: SHORT_ANSWER}.get(token, state)
             state = ANSWER if state == CONTEXT else state
             kind = END if token == marks.eos else state
@@ -77,17 +116,17 @@ def segments(ids: np.ndarray, weights: np.ndarray, marks: Marks) -> list[Segment
     return parts
 
 
-def remarks(ids: np.ndarray, parts: list[Segment], marks: Marks) -> list[str]:
+def remarks(ids: np.ndarray, parts: list[Segment], marks: Marks, forms: Forms) -> list[str]:
     """Warnings about malformed answers and missing EOS; empty for a well-formed sample."""
     warnings = []
     for start, end in _answers(parts):
-        tags = [token for token in ids[start:end].tolist() if token in marks[:3]]
-        if tags not in ([marks.think, marks.end_think], [marks.short], []):
-            names = dict(zip(marks, (THINK, END_THINK, SHORT), strict=False))
-            have = " ".join(names[tag] for tag in tags)
-            warnings.append(f"the answer at {start:,} contains {have}; expected {THINK} {END_THINK} or {SHORT}, once")
-        if tags[:2] == [marks.think, marks.end_think]:
-            opened, closed = (start + ids[start:end].tolist().index(tag) for tag in tags[:2])
+        names = dict(zip(marks, (THINK, END_THINK, SHORT), strict=False))
+        tags = [names[token] for token in ids[start:end].tolist() if token in marks[:3]]
+        if tags not in forms.tags:
+            expected = " or ".join(dict.fromkeys(" ".join(tags) for tags in forms.tags[1:]))
+            warnings.append(f"the answer at {start:,} contains {' '.join(tags)}; expected {expected}, once")
+        if tags[:2] == [THINK, END_THINK] and forms.mode_at(ids, start) != forms.dialect.empty_block:
+            opened, closed = (start + ids[start:end].tolist().index(token) for token in marks[:2])
             if closed - opened <= 2:  # at most a line break
                 warnings.append(f"empty chain of thought at {opened:,}")
         if end < len(ids) and ids[end] == marks.eos:

@@ -1,5 +1,6 @@
 """Answers of a model by mode: side by side, accuracy, length, and the mode that the model chooses itself."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,8 +14,8 @@ from rsft_lib.common.visible import visible
 from rsft_lib.display.html import BLOCK, FAINT, PANEL, Table, escaped, inert
 from rsft_lib.display.mask.sample import STYLE, chip
 from rsft_lib.display.stacked_bars import EDGE, LOOK
-from rsft_lib.evaluation.generate import Answer, chosen_mode, is_correct, well_formed
-from rsft_lib.tokenizer.chat import END_THINK, MODES, THINK
+from rsft_lib.evaluation.generate import Answer, chosen_mode, is_correct, obeyed, well_formed
+from rsft_lib.tokenizer.dialect import END_THINK, MODES, THINK
 
 SHOWN = 3000  # most characters shown of a text, half of them from its end
 Answers = dict[str | None, list[Answer]]  # by requested mode; None if the model chose
@@ -89,6 +90,16 @@ def scores_table(answers: Answers, expected: Sequence[str | None]) -> Table:
         ))  # fmt: skip
     columns = ("mode", "accuracy", "95 % interval", "well-formed", "with EOS", "tokens, mean", "median", "max")
     return Table(f"answers to {len(given):,} questions", columns, rows)
+
+
+def obedience_table(answers: Answers) -> Table:
+    """The modes of the answers by the mode that was asked for; empty for a model without modes."""
+    rows = []
+    for mode in (mode for mode in answers if mode in MODES):
+        counts = Counter(map(chosen_mode, answers[mode]))
+        rows.append((mode, *(counts[chosen] for chosen in (*MODES, "neither")), f"{obeyed(answers[mode], mode):.1%}"))
+    columns = ("asked for", *(f"answers in {mode}" for mode in MODES), "in neither", "as asked")
+    return Table("modes asked for and answered in" if rows else "the model has no modes to ask for", columns, rows)
 
 
 def choices_table(answers: Answers, expected: Sequence[str | None]) -> Table:

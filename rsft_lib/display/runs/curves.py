@@ -36,7 +36,9 @@ def plot_curves(run: str | Path, smoothing: float = 0.9) -> Figure:
         _draw_lines(next(places), opened, ONE_MODE, "loss by span", smoothing)
     else:
         _draw_lines(next(places), opened, BY_MODE + BY_SPAN, "loss by mode (lines) and span (dots)", smoothing)
-        _draw_lines(next(places), opened, CHOICES, "probability of <think> vs. <short>", smoothing)
+        # Qwen3's dialect has such a token only if the tokenizer has one for two line breaks (`dialect.choice_of`).
+        none = "no single token chooses the mode"
+        _draw_lines(next(places), opened, CHOICES, "probability of <think> vs. <short>", smoothing, none)
     _draw(next(places), opened, "grad_norm", smoothing)
     _draw(next(places), opened, "lr", 0)
     _draw(next(places), opened, "tokens_per_second", smoothing, note=_mfu(opened))
@@ -100,8 +102,10 @@ def _draw(axes: Axes, run: Run, metric: str, smoothing: float, note: str = "") -
     axes.set_title(METRICS[metric].title + note, loc="left")
 
 
-def _draw_lines(axes: Axes, run: Run, metrics: list[str], title: str, smoothing: float) -> None:
-    """Several metrics in one panel; a step without tokens of a kind has no value for it."""
+def _draw_lines(
+    axes: Axes, run: Run, metrics: list[str], title: str, smoothing: float, none: str = "the data has no modes"
+) -> None:
+    """Several metrics in one panel; a step without tokens of a kind has no value for it. `none`: text without any."""
     for metric in metrics:
         steps, values = run.line(metric, "step")
         if len(steps):
@@ -111,7 +115,7 @@ def _draw_lines(axes: Axes, run: Run, metrics: list[str], title: str, smoothing:
     if axes.lines:
         axes.legend(fontsize="small", framealpha=0.85, edgecolor="none")
     else:
-        axes.text(0.5, 0.5, "the data has no modes", ha="center", transform=axes.transAxes)
+        axes.text(0.5, 0.5, none, ha="center", transform=axes.transAxes)
 
 
 def _mfu(run: Run) -> str:
