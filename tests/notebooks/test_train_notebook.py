@@ -89,7 +89,7 @@ def papermill(folder: Path, notebook: Path, parameters: dict) -> subprocess.Pope
 def test_rerun_after_a_killed_kernel_it_reattaches_and_records_the_training(run, tmp_path):
     output = Path(run["output"])
     first = papermill(tmp_path, NOTEBOOK, run)
-    wait_until(lambda: read_metrics(output), 300, "a step", output / "train.log")
+    wait_until(lambda: output.exists() and read_metrics(output), 300, "a step", output / "train.log")
     (kernel,) = psutil.Process(first.pid).children()
     kernel.kill()
     assert first.wait(timeout=300) != 0 and not (output / "status.json").exists()

@@ -190,7 +190,8 @@ def test_a_line_that_is_being_written_is_not_read(tmp_path):
     with (tmp_path / FILE).open("a") as file:
         file.write('{"iteration": 2, "lo')
     assert read_metrics(tmp_path) == [{"iteration": 1, "loss": 2.5}]
-    assert read_metrics(tmp_path / "elsewhere") == []
+    (tmp_path / "no step yet").mkdir()
+    assert read_metrics(tmp_path / "no step yet") == []
 
 
 def test_nan_and_infinity_become_null(tmp_path):

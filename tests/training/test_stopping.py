@@ -49,7 +49,9 @@ def straight(inputs, tmp_path_factory) -> Path:
 
 
 def wait_for_steps(output: Path, steps: int) -> None:
-    wait_until(lambda: len(read_metrics(output)) >= steps, 300, f"{steps} steps", output / "train.log")
+    wait_until(
+        lambda: output.exists() and len(read_metrics(output)) >= steps, 300, f"{steps} steps", output / "train.log"
+    )
 
 
 @pytest.mark.parametrize(("name", "ranks"), [("SIGTERM", (0, 1)), ("SIGINT", (1,))])
