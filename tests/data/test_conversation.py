@@ -247,7 +247,8 @@ REFUSED = {
         "a system message must be the first of the conversation",
     ),
     "a system prompt beside another": (
-        {"system": "ONE", "messages": [{"role": "system", "content": "TWO"}, *ASKED]}, "message 0 (system)",
+        {"system": "ONE", "messages": [{"role": "system", "content": "TWO"}, *ASKED]},
+        "a system message must be the first of the conversation",
     ),
     "a role that is a list": ({"messages": [{"role": ["user"], "content": "x"}, ASKED[1]]}, "role is ['user'], ex"),
     "a role that is an object": ({"messages": [{"role": {"a": 1}, "content": "x"}]}, "role is {'a': 1}, expected"),

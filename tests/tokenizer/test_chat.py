@@ -12,7 +12,6 @@ from rsft_lib import demo
 from rsft_lib.data.encoder import FastEncoder, ReferenceEncoder, best_encoder, gigatoken
 from rsft_lib.tokenizer.chat import (
     LOSS_WEIGHTS,
-    MODES,
     ChatTemplate,
     Span,
     encode,
@@ -22,6 +21,7 @@ from rsft_lib.tokenizer.chat import (
     trained_texts,
     weight_code,
 )
+from rsft_lib.tokenizer.dialect import MODES
 from rsft_lib.tokenizer.patch import load_tokenizer, patch_tokenizer
 
 SHORT = {"<|quad_start|>": "<short>"}

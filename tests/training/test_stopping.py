@@ -139,7 +139,7 @@ def test_an_alarm_is_recorded_and_stops_the_run_if_configured(inputs, tmp_path):
 
 
 def _alarmed(run) -> None:
-    loop.Alarms.look = lambda self, record: ["on fire"] if record["iteration"] == 3 else []
+    loop.Alarms.look = lambda self, record, load: ["on fire"] if record["iteration"] == 3 else []
     forked.train_as_rank(run)
 
 
