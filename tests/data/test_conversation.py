@@ -1,6 +1,7 @@
 """How every field of a row is converted, tokenized and built into a dataset."""
 
 import json
+import re
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
@@ -290,8 +291,15 @@ def test_deep_nesting_is_trained_or_rejects_only_its_row(patched, tmp_path, name
 
 
 def test_a_message_is_looked_for_at_its_place_and_not_in_another_message(patched, tmp_path):
+    """The template leaves out every system message after the first."""
+    template = (patched / "chat_template.jinja").read_text()
+    shorter = re.sub(r"\{\{- raise_exception\('a ' \+ message.role.*?\}\}", "", template)
+    assert shorter != template
+    (tmp_path / "own.jinja").write_text(shorter)
+    forgetful = tmp_path / "forgetful"
+    patch_tokenizer(patched, forgetful, {"<|quad_start|>": "<short>"}, template=tmp_path / "own.jinja")
     rows = [{"messages": [{"role": "system", "content": "2"}, {"role": "system", "content": "Be brief."}, *ASKED]}]
-    assert "message 1 (system)" in Tokenized(write(tmp_path, [GOOD, *rows]), patched).rejects[2]
+    assert "message 1 (system)" in Tokenized(write(tmp_path, [GOOD, *rows]), forgetful).rejects[2]
 
 
 # What Parquet has and JSON has not

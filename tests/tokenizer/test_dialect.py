@@ -194,7 +194,7 @@ def with_template(folder: Path, out: Path, edit) -> Path:
 
 
 def no_switch(template: str) -> str:
-    return template.replace("+ message['content'] }}", "+ message['content'].removesuffix(' /no_think') }}", 1)
+    return template.replace("+ message.content }}", "+ message.content.removesuffix(' /no_think') }}", 1)
 
 
 def no_hard_switch(template: str) -> str:
@@ -207,7 +207,8 @@ def no_block(template: str) -> str:
 
 def always_given(template: str) -> str:
     """A prompt that contains the block whether it is wanted or not."""
-    return no_hard_switch(template).replace("{{'<｜Assistant｜>'}}", "{{'<｜Assistant｜><think>\\n\\n</think>\\n\\n'}}")
+    before, header, after = no_hard_switch(template).rpartition("{{- settings.header }}")
+    return before + header + "{{- '<think>\\n\\n</think>\\n\\n' }}" + after
 
 
 @pytest.mark.parametrize(
