@@ -62,7 +62,9 @@ def test_the_examples_train_and_read_logits_with_paths_relative_to_the_working_d
     (tmp_path / "data.jsonl").write_text("\n".join(rows) + "\n")
     where = {"PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"}
     said = python(tmp_path, EXAMPLES / "train.py", "tiny", "data.jsonl", "out", **where)
-    assert "<think>" in said and re.search(r"^step +\d+/\d+ +loss ", said, re.MULTILINE)
+    steps = [int(step) for step in re.findall(r"^step +(\d+)/\d+ +loss ", said, re.MULTILINE)]
+    assert "<think>" in said and steps and steps == sorted(set(steps))  # each printed once
+    assert " packs" not in said  # of the estimate at the start
     assert {"megatron", "tokens", "run", "exported"} <= {path.name for path in (tmp_path / "out").iterdir()}
     said = python(tmp_path, EXAMPLES / "logits.py", "out/exported", "out/megatron", "1 + 1 =", **where)
     values = [float(line.split()[0]) for line in said.splitlines()[-5:]]

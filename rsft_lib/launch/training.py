@@ -1,5 +1,6 @@
 """Start a training in a run folder, attach to a running one, or recognize a finished one."""
 
+import re
 import shutil
 import socket
 import time
@@ -111,7 +112,7 @@ def _steps_printed(log: Path) -> Callable[[], None]:
                 complete = file.read().rpartition(b"\n")[0]
             position += len(complete)
             for line in complete.decode(errors="replace").splitlines():
-                if line.startswith("step "):
+                if re.match(r"step +\d+/", line):  # not the "step" of the estimate before it
                     print(line, flush=True)
 
     return poll
