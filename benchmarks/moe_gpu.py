@@ -3,8 +3,8 @@
     RSFT_REAL_DATA=FOLDER python benchmarks/moe_gpu.py --output OUT [--gpus 1] [--ep 1] [--layers 8] [--variants ...]
 
 The model has the shape of Qwen3-30B-A3B with fewer layers and random weights; its router chooses freely. A micro-batch
-is a pack of 16,384 tokens of real traces, an optimizer step has 8 of them over all GPUs. Each variant runs in processes
-of its own, for 75 s at most; a failure is reported and the next one runs. Each writes OUT/<variant>.json.
+is a pack of 16,384 tokens of real traces, an optimizer step has 8 of them per GPU. Each variant runs in processes of
+its own, for SECONDS at most; a failure is reported and the next one runs. Each writes OUT/<variant>.json and .log.
 
     MFU = 6 (N t + L n d S) / (seconds x GPUs x 989e12)
 
@@ -14,6 +14,7 @@ L layers with n heads of dimension d; S: sum of squared sample lengths (attentio
 
 import argparse
 import dataclasses
+import faulthandler
 import json
 import os
 import statistics
@@ -48,11 +49,14 @@ PREDICTED = {  # MFU, before the first measurement: 8 layers on one H200
     "floor": 0.55, "ours": 0.38, "selective": 0.36, "megatron": 0.30, "transformers": 0.15,
 }  # fmt: skip
 STEPS = 3
+ALONE = "floor", "transformers"  # on one GPU
 
 
 def ours(config: TrainConfig) -> dict:
     """The kit's training step."""
-    return measure(config, STEPS)
+    result = measure(config, STEPS)
+    load = torch.tensor(result.pop("load"), dtype=torch.float64).unflatten(1, (config.expert_parallel, -1)).sum(dim=2)
+    return result | {"busiest_gpu": (load.max(dim=1).values / load.mean(dim=1)).mean().item()}
 
 
 def selective(config: TrainConfig) -> dict:
@@ -115,13 +119,14 @@ def megatron(config: TrainConfig) -> dict:
 
 
 def transformers(config: TrainConfig) -> dict:
-    """transformers with grouped matrix products, torch's varlen attention and fused AdamW; all states in bf16."""
+    """transformers with grouped matrix products, torch's varlen attention and fused AdamW; all states in bf16.
+
+    On one GPU only, since it does not partition the experts of a model in training.
+    """
     from gpu_peers import _forward_backward, varlen
     from transformers import AutoModelForCausalLM
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    if torch.distributed.get_world_size() > 1:
-        raise RuntimeError("one GPU only: the model is not partitioned")
     ALL_ATTENTION_FUNCTIONS["varlen"] = varlen
     hf = read_config(config.checkpoint)
     hf._attn_implementation = "varlen"
@@ -144,7 +149,7 @@ def timed(config: TrainConfig, step) -> dict:
     """Median time of `step` over this rank's packs of the step that `measure` uses, with its formula of MFU."""
     world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     data = PackedDataset(TokenStore(config.data), LENGTH, 0)
-    packs = usual_step(data)
+    packs = usual_step(data, config.global_batch_size)
     batches, seconds = [data.batch([pack]) for pack in packs[rank::world]], []
     torch.cuda.reset_peak_memory_stats()
     for _ in range(WARM + STEPS):
@@ -158,7 +163,7 @@ def timed(config: TrainConfig, step) -> dict:
     taken = statistics.median(seconds[WARM:])
     flops = training_flops(read_config(config.checkpoint), LENGTH * len(packs), sum(map(data.cost, packs)))
     return {
-        "ms_per_micro_batch": 1000 * taken / MICRO_BATCHES, "tokens_per_second": LENGTH * len(packs) / taken,
+        "ms_per_micro_batch": 1000 * taken / len(packs), "tokens_per_second": LENGTH * len(packs) / taken,
         "mfu": flops / taken / PEAK, "peak_gib": torch.cuda.max_memory_allocated() / GIB,
     }  # fmt: skip
 
@@ -197,7 +202,7 @@ VARIANTS = {
 
 def run_here(name: str, config: TrainConfig, output: Path) -> None:
     """Run a variant on this process's GPU; the first rank writes the result, or the error."""
-    with ranks(expert_parallel_size=1 if name == "floor" else config.expert_parallel):
+    with ranks(expert_parallel_size=1 if name in ALONE else config.expert_parallel):
         world, first = torch.distributed.get_world_size(), torch.distributed.get_rank() == 0
         try:
             result = VARIANTS[name](config)
@@ -215,11 +220,11 @@ def run_here(name: str, config: TrainConfig, output: Path) -> None:
     os._exit("error" in result)  # without cleanup, which may hang after an error
 
 
-def run_variant(name: str, arguments: argparse.Namespace, seconds: float) -> None:
-    """Run a variant in processes of its own, at most `seconds` long."""
+def run_variant(name: str, arguments: argparse.Namespace) -> None:
+    """Run a variant in processes of its own."""
     given = [f"--{key}={value}" for key, value in vars(arguments).items() if key not in ("variants", "here")]
     start = [sys.executable]
-    if arguments.gpus > 1 and name != "floor":
+    if arguments.gpus > 1 and name not in ALONE:
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={arguments.gpus}"]
     command, began = [*start, __file__, *given, "--here", name], time.time()
     (arguments.output / f"{name}.json").unlink(missing_ok=True)
@@ -228,9 +233,10 @@ def run_variant(name: str, arguments: argparse.Namespace, seconds: float) -> Non
             command, stdout=log, stderr=subprocess.STDOUT, env={**ENVIRONMENT, **os.environ}, start_new_session=True
         )
         try:
-            process.wait(max(1, seconds))
+            process.wait(arguments.seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
+            process.terminate()  # torchrun ends its ranks, which have sessions of their own
+            process.wait()
     print(f"{name}: {time.time() - began:.0f} s", flush=True)
 
 
@@ -254,7 +260,7 @@ def table(output: Path, model: Path) -> str:
             f"{result.get('peak_gib', nan):8.1f}{result.get('tokens_per_second', nan):11,.0f}"
         )
         if "expert_load_max" in result:
-            lines[-1] += f"  busiest expert {result['expert_load_max']:.1f} x the mean"
+            lines[-1] += f"  busiest expert {result['expert_load_max']:.1f} x the mean, GPU {result['busiest_gpu']:.2f}"
     return "\n".join(lines)
 
 
@@ -266,17 +272,19 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=0, help="8 per GPU by default")
     parser.add_argument("--moments", default="fp32", help="dtype of AdamW's moments: fp32 or bf16")
     parser.add_argument("--gradients", default="fp32", help="dtype of gradients: fp32 or bf16")
-    parser.add_argument("--seconds", type=int, default=235, help="time limit of all variants together")
+    parser.add_argument("--seconds", type=int, default=150, help="time limit of each variant")
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--here", choices=list(VARIANTS), help="run in this process")
-    arguments, began = parser.parse_args(), time.time()
+    arguments = parser.parse_args()
     arguments.output = arguments.output.resolve()
     inputs = arguments.output / "inputs"
     config = settings(
         inputs, backend="te", expert_parallel=arguments.ep or arguments.gpus, moments=arguments.moments,
         gradients=arguments.gradients,
+        global_batch_size=MICRO_BATCHES * (1 if arguments.here in ALONE else arguments.gpus),
     )  # fmt: skip
     if arguments.here:
+        faulthandler.dump_traceback_later(0.8 * arguments.seconds)  # where it is, should it be too slow
         run_here(arguments.here, config, arguments.output)
     inputs.mkdir(parents=True, exist_ok=True)
     make_traces(inputs)
@@ -284,7 +292,7 @@ def main() -> None:
     shape = SHAPE | {"num_hidden_layers": arguments.layers or 8 * arguments.gpus}
     (inputs / "model" / "config.json").write_text(json.dumps(shape))
     for name in arguments.variants:
-        run_variant(name, arguments, min(75, began + arguments.seconds - time.time()))
+        run_variant(name, arguments)
     print(table(arguments.output, inputs / "model"))
 
 

@@ -119,7 +119,7 @@ def measure(config: TrainConfig, steps: int = STEPS, single: bool = False) -> di
     state = build_state(config, Path(config.checkpoint))
     randomize(state)
     gc.freeze()  # as the training loop does
-    packs, loader = usual_step(data), Loader(data, config)
+    packs, loader = usual_step(data, config.global_batch_size), Loader(data, config)
     seconds, rates, losses, trained = [], [], [], []
     for _ in range(WARM + steps):
         torch.cuda.synchronize()
@@ -135,9 +135,9 @@ def measure(config: TrainConfig, steps: int = STEPS, single: bool = False) -> di
         state.scheduler.step(increment=1)
     step = statistics.median(seconds[WARM:])
     return {
-        "ms_per_micro_batch": 1000 * step / MICRO_BATCHES,
-        "epoch_s": len(data) * step / MICRO_BATCHES,
-        "spread_ms": 1000 * (max(seconds[WARM:]) - min(seconds[WARM:])) / MICRO_BATCHES,
+        "ms_per_micro_batch": 1000 * step / len(packs),
+        "epoch_s": len(data) * step / len(packs),
+        "spread_ms": 1000 * (max(seconds[WARM:]) - min(seconds[WARM:])) / len(packs),
         "tokens_per_second": config.global_batch_size * config.seq_length / step,
         "trained_tokens_per_second": statistics.median(trained[WARM:]),
         "mfu": statistics.median(rates[WARM:]) / PEAK,
@@ -145,6 +145,7 @@ def measure(config: TrainConfig, steps: int = STEPS, single: bool = False) -> di
         "reserved_gib": torch.cuda.max_memory_reserved() / GIB,
         "losses": losses,
         **expert_stats.metrics(done.load),
+        "load": done.load if done.load is None else done.load.tolist(),
     }
 
 
@@ -154,10 +155,10 @@ def _joined(column):
     return numpy.concatenate(column)
 
 
-def usual_step(data: PackedDataset) -> list[int]:
+def usual_step(data: PackedDataset, size: int = MICRO_BATCHES) -> list[int]:
     """The packs of the step whose attention cost is closest to the mean; every section is timed on these."""
-    steps = [data.step(number, MICRO_BATCHES) for number in range(len(data) // MICRO_BATCHES)]
-    mean = sum(map(data.cost, range(len(data)))) / len(data) * MICRO_BATCHES
+    steps = [data.step(number, size) for number in range(len(data) // size)]
+    mean = sum(map(data.cost, range(len(data)))) / len(data) * size
     return min(steps, key=lambda packs: abs(sum(map(data.cost, packs)) - mean))
 
 

@@ -1,5 +1,6 @@
 """Sharded state dicts of a built model and its optimizer: names in checkpoints, and loading."""
 
+import re
 from pathlib import Path
 
 import torch
@@ -24,8 +25,13 @@ def sharded_weights(model: torch.nn.Module) -> dict:
     return {
         name: entry
         for name, entry in entries.items()
-        if not (isinstance(entry, ShardedObject) and name.endswith("_extra_state"))
+        if not (isinstance(entry, ShardedObject) and _is_extra_state(name))
     }
+
+
+def _is_extra_state(name: str) -> bool:
+    """Whether it is a state of Transformer Engine; grouped experts number theirs: `_extra_state`, `_extra_state1`."""
+    return re.fullmatch(r"_extra_state\d*", name.rpartition(".")[2]) is not None
 
 
 def set_weights(model: torch.nn.Module, loaded: dict) -> None:
@@ -33,7 +39,7 @@ def set_weights(model: torch.nn.Module, loaded: dict) -> None:
     while not isinstance(model, GPTModel):  # the bf16 wrapper's load_state_dict does not report missing keys
         model = model.module
     result = model.load_state_dict(loaded, strict=False)
-    missing = [name for name in result.missing_keys if not name.endswith("_extra_state")]
+    missing = [name for name in result.missing_keys if not _is_extra_state(name)]
     assert not missing and not result.unexpected_keys, (missing, result.unexpected_keys)
 
 

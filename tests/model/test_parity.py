@@ -1,10 +1,12 @@
 """megatron-core compared with transformers, tensor by tensor."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from families import FAMILIES, tiny_family
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from support import VOCAB, by_hf_name, differing_tensors, logit_difference, random_store, settings, tiny_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
@@ -187,6 +189,14 @@ def test_the_loss_curve_matches_transformers_with_torch_adamw(models):
         adam.zero_grad()
         expected.append(loss.item())
     assert losses == pytest.approx(expected, rel=1e-4) and losses[-1] < 0.9 * losses[0]
+
+
+def test_a_checkpoint_has_no_extra_states_of_transformer_engine():
+    """Grouped experts number theirs, and megatron-core refuses to save some of them without the others."""
+    states = {name: ShardedObject(name, None, (1,), (0,)) for name in ("experts._extra_state", "experts._extra_state1")}
+    weight = ShardedTensor.from_rank_offsets("experts.weight", torch.ones(1))
+    model = SimpleNamespace(sharded_state_dict=lambda metadata: {**states, "experts.weight0": weight})
+    assert sharded_weights(model) == {"experts.weight0": weight}
 
 
 def gradients_by_hf_name(model, folder) -> dict[str, torch.Tensor]:
