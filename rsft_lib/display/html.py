@@ -21,7 +21,9 @@ BLOCK = (
     "margin:0;padding:3px 8px;white-space:pre-wrap;word-break:normal;overflow-wrap:anywhere;unicode-bidi:plaintext;"
     "font-size:12px;line-height:1.45;font-family:monospace"
 )
-CELL = "text-align:left;vertical-align:top;padding:2px 14px 2px 0;border:0"
+# JupyterLab gives tables the text colour of its theme, which may be white, whatever the colour around them.
+TABLE = f"border-collapse:collapse;margin:2px 0;background:#ffffff;color:{INK}"
+CELL = f"text-align:left;vertical-align:top;padding:2px 14px 2px 0;border:0;color:{INK}"
 RIGHT = ";text-align:right"
 ONE_LINE, SHORT = ";white-space:nowrap", 24  # cells of up to SHORT characters do not wrap
 
@@ -71,9 +73,7 @@ class Table:
         right = self._right()
         head = self._row_html("th", self.columns, right, ";border-bottom:1px solid #8c959f")
         body = "".join(self._row_html("td", row, right) for row in self.rows)
-        table = (
-            f"<table style='border-collapse:collapse;margin:2px 0'><thead>{head}</thead><tbody>{body}</tbody></table>"
-        )
+        table = f"<table style='{TABLE}'><thead>{head}</thead><tbody>{body}</tbody></table>"
         note = f"<div style='color:{FAINT};margin-top:4px'>{inert(self.note)}</div>" if self.note else ""
         return (
             f"<div style='background:#ffffff;color:{INK};padding:4px 0;font-size:13px'><b>{inert(self.title)}</b>"

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 from browser import CHROMIUM, PATIENCE, Browser, copy_project, install_trusted, jupyterlab, missing, set_defaults
 from chain import STEPS, chained, outputs, pictures
+from contrast import ENOUGH, texts
 from support import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -136,6 +137,14 @@ def test_an_executed_notebook_shows_its_pictures_and_runs_no_script_of_the_data(
         assert book.count_pictures() == pictures({"00_quickstart": quickstart[1], **steps.executed}[name])
         assert_nothing_hostile_ran(book.page)
         assert not hostile or book.page.get_by_text(HOSTILE).count() > 0
+
+
+@in_browser
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_every_text_of_every_notebook_is_legible_in_both_themes(lab, steps, quickstart, theme):
+    for executed in (quickstart[1], *steps.executed.values()):
+        shown = texts(lab.context, executed, theme)
+        assert shown and [text for text in shown if text["contrast"] < ENOUGH] == [], executed.name
 
 
 @pytest.fixture(scope="module")
