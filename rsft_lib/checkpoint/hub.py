@@ -26,16 +26,16 @@ WEIGHTS = [  # by the precedence of transformers; only the first match is downlo
 ]
 
 
-def model_folder(name: str, revision: str = "main", token: str | None = None) -> Path:
+def model_folder(name: str, revision: str = "main") -> Path:
     """The folder of a Hugging Face model, downloaded to `assets/checkpoints/<org_name>` if necessary.
 
-    A complete download is reused without contacting the Hub; an interrupted one resumes with the missing files.
+    A complete download is reused without contacting the Hub; an interrupted one resumes with the missing files. A
+    gated model needs HF_TOKEN in the environment, or `hf auth login`.
 
     Args:
         name: a folder, or a name on the Hub such as
             'deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B'.
         revision: branch, tag or commit on the Hub.
-        token: for gated models; HF_TOKEN of the environment, or that of `hf auth login`, by default.
 
     Raises:
         FileExistsError: the target folder exists, but was not downloaded by this kit.
@@ -52,7 +52,7 @@ def model_folder(name: str, revision: str = "main", token: str | None = None) ->
     if not _downloaded(folder, name, revision):
         with alone(_unfinished(folder)):
             if not _downloaded(folder, name, revision):
-                _download(name, revision, token, folder)
+                _download(name, revision, folder)
     return folder
 
 
@@ -72,17 +72,17 @@ def _downloaded(folder: Path, name: str, revision: str) -> bool:
     return same and all(path.is_file() and path.stat().st_size == size for path, size in files)
 
 
-def _download(name: str, revision: str, token: str | None, folder: Path) -> None:
+def _download(name: str, revision: str, folder: Path) -> None:
     """Download the required files into a temporary folder, verify them, and rename it to `folder`."""
     temporary = _unfinished(folder)
     with _download_errors(name, revision):
-        info = HfApi(token=token).model_info(name, revision=revision, files_metadata=True)
+        info = HfApi().model_info(name, revision=revision, files_metadata=True)
     files = _needed(info)
 
     def fetch(names: list[str]) -> None:
         with _download_errors(name, revision):
             patterns = [glob.escape(file) for file in names]
-            snapshot_download(name, revision=info.sha, local_dir=temporary, allow_patterns=patterns, token=token)
+            snapshot_download(name, revision=info.sha, local_dir=temporary, allow_patterns=patterns)
 
     fetch([CONFIG])
     _refuse_what_cannot_be_trained(name, temporary)

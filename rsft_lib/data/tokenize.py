@@ -77,7 +77,11 @@ def tokenize(
         return done
     unread = blocks(source.rows())
     first = list(islice(unread, _max_workers(workers)))  # one block per process, so that none starts idle
-    with pool_for(_job(str(source), loaded, settings), min(len(first), USEFUL_WORKERS)) as pool:
+    job = Job(
+        source=str(source), tokenizer_json=loaded.backend_tokenizer.to_str(), template=ChatTemplate.of(loaded),
+        added_tokens=loaded.get_added_vocab(), options=settings, openings=openings_of(loaded, settings.forms),
+    )  # fmt: skip
+    with pool_for(job, min(len(first), USEFUL_WORKERS)) as pool:
         if contract:
             require_contract(tokenizer, loaded, settings.forms)
         facts["encoder"] = _chosen_encoder(pool, source.rows())
@@ -140,17 +144,6 @@ def _nothing_written(counts: Counter, facts: dict) -> str:
     return (
         f"{source}: none of {read - counts['rejected']} usable records fits into max_length "
         f"{facts['options']['max_length']} tokens; raise max_length"
-    )
-
-
-def _job(source: str, loaded, options: Options) -> Job:
-    return Job(
-        source=source,
-        tokenizer_json=loaded.backend_tokenizer.to_str(),
-        template=ChatTemplate.of(loaded),
-        added_tokens=loaded.get_added_vocab(),
-        options=options,
-        openings=openings_of(loaded, options.forms),
     )
 
 

@@ -60,7 +60,7 @@ class TokenLosses:
         return np.array(self.values[end - self.store.lengths[index] : end])
 
 
-def score(checkpoint: str | Path, data: str | Path, output: str | Path, backend: str = "auto") -> Path | None:
+def score(checkpoint: str | Path, data: str | Path, output: str | Path) -> Path | None:
     """Write the losses of all trained tokens, with packs distributed over ranks.
 
     Returns:
@@ -72,7 +72,7 @@ def score(checkpoint: str | Path, data: str | Path, output: str | Path, backend:
     """
     checkpoint, store = require_path(checkpoint, "checkpoint"), TokenStore(require_path(data, "data"))
     longest = int(store.lengths.max()) - 1
-    model = _model(checkpoint, longest, backend)
+    model = _model(checkpoint, longest)
     dataset = PackedDataset(store, longest, seed=0)
     rank, world = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     losses = torch.full((int(store.ends[-1]),), torch.nan)
@@ -97,10 +97,10 @@ def score(checkpoint: str | Path, data: str | Path, output: str | Path, backend:
     return resolve(output)
 
 
-def _model(checkpoint: Path, longest: int, backend: str) -> ResponseModel:
+def _model(checkpoint: Path, longest: int) -> ResponseModel:
     hf, cuda = read_config(checkpoint), torch.cuda.is_available()
     dtype = torch.bfloat16 if cuda else torch.float32
-    backend = resolve_backend(backend)
+    backend = resolve_backend("auto")
     settings = transformer_config(hf, backend, params_dtype=dtype, bf16=cuda)
     model = build_model(hf, settings, backend, longest).to(device(), dtype)
     load_weights(model, checkpoint)
@@ -134,11 +134,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("checkpoint", "data", "output"):
         parser.add_argument(f"--{name}", required=True, help="a folder")
-    parser.add_argument("--backend", default="auto", help="te, torch or auto")
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with ranks():
-        score(arguments.checkpoint, arguments.data, arguments.output, arguments.backend)
+        score(arguments.checkpoint, arguments.data, arguments.output)
 
 
 if __name__ == "__main__":

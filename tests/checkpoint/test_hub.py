@@ -113,11 +113,12 @@ def test_a_file_damaged_in_the_download_is_refused_and_downloaded_again(server, 
     verify(hub.model_folder(NAME))
 
 
-def test_a_model_that_asks_for_a_token_gets_it(server):
+def test_a_model_that_asks_for_a_token_gets_it(server, monkeypatch):
     server.token = "hf_secret"
     with pytest.raises(FileNotFoundError, match="set HF_TOKEN"):
         hub.model_folder(NAME)
-    folder = hub.model_folder(NAME, token="hf_secret")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    folder = hub.model_folder(NAME)
     assert "hf_secret" not in (folder / "manifest.json").read_text()
 
 

@@ -56,14 +56,13 @@ def plot_modes(runs: list[Run], by: str = "step", smoothing: float = 0.9) -> Fig
     """
     _check(by, smoothing)
     if all(run.of_one_mode for run in runs):
-        return _plot_each(runs, ONE_MODE, by, smoothing)
+        figure, axes = plt.subplots(1, len(ONE_MODE), figsize=(11, 3.9), layout="constrained")
+        _draw_each(axes, ONE_MODE, runs, by, smoothing)
+        _finish(figure, dict(zip(axes, map(_title, ONE_MODE), strict=True)), runs, by)
+        return figure
     figure, axes = plt.subplots(2, 2, figsize=(11, 7.4), layout="constrained")
     *losses, choice = axes.flat
-    for place, metric in zip(losses, MODES, strict=True):
-        for number, run in enumerate(runs):
-            _draw(place, run, metric, by, smoothing, number)
-        place.set_yscale("log")
-        plain_numbers(place)
+    _draw_each(losses, MODES, runs, by, smoothing)
     for number, run in enumerate(runs):
         for metric, strength in STRENGTH.items():
             x, values = run.line(metric, by)
@@ -71,18 +70,6 @@ def plot_modes(runs: list[Run], by: str = "step", smoothing: float = 0.9) -> Fig
     choice.set_ylim(-0.03, 1.03)
     title = "P(<think>) for <think> samples (strong) and <short> samples (faint)"
     _finish(figure, dict(zip(axes.flat, [*map(_title, MODES), title], strict=True)), runs, by)
-    return figure
-
-
-def _plot_each(runs: list[Run], metrics: list[str], by: str, smoothing: float) -> Figure:
-    """One panel per metric, side by side."""
-    figure, axes = plt.subplots(1, len(metrics), figsize=(11, 3.9), layout="constrained")
-    for place, metric in zip(axes, metrics, strict=True):
-        for number, run in enumerate(runs):
-            _draw(place, run, metric, by, smoothing, number)
-        place.set_yscale("log")
-        plain_numbers(place)
-    _finish(figure, dict(zip(axes, map(_title, metrics), strict=True)), runs, by)
     return figure
 
 
@@ -130,6 +117,15 @@ def _check(by: str, smoothing: float) -> None:
         raise ValueError(f"by is {by!r}; choose one of {', '.join(BY)}")
     if not 0 <= smoothing < 1:
         raise ValueError(f"smoothing is {smoothing}; expected a value in [0, 1)")
+
+
+def _draw_each(panels: Iterable[Axes], metrics: list[str], runs: list[Run], by: str, smoothing: float) -> None:
+    """One loss per panel, on a logarithmic axis."""
+    for axes, metric in zip(panels, metrics, strict=True):
+        for number, run in enumerate(runs):
+            _draw(axes, run, metric, by, smoothing, number)
+        axes.set_yscale("log")
+        plain_numbers(axes)
 
 
 def _draw(axes: Axes, run: Run, metric: str, by: str, smoothing: float, number: int) -> None:
