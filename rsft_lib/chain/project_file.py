@@ -90,7 +90,7 @@ def locate(project: str | Path) -> Project:
         return Project(path.name, path / "project.yaml", path, {})
     if path.name == "project.yaml":
         return Project(path.parent.name, path, path.parent, {})
-    inside = path.parent == root / "projects"
+    inside = path.parent.resolve() == root / "projects"
     return Project(path.stem, path, root / "outputs" / path.stem if inside else path.with_suffix(""), {})
 
 

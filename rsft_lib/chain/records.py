@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from functools import lru_cache
 from pathlib import Path
 
 from rsft_lib.checkpoint.run_checkpoints import checkpoints
@@ -10,6 +9,7 @@ from rsft_lib.common.artifact import MANIFEST, file_hash, own_manifest
 from rsft_lib.common.paths import resolve
 
 STATUS_FILE = "status.json"
+HASHED = 2**26
 INPUTS = {  # parameters that name an input
     "model", "template", "long", "short", "hybrid", "tokenizer", "data", "checkpoint", "eval_data", "runs", "run",
     "held_out", "before",
@@ -25,29 +25,21 @@ def identities(parameters: dict) -> dict[str, str]:
 def identity(path: str) -> str:
     """A hash that changes with the content of a file or folder; empty if there is none.
 
-    That of a folder of this kit is its manifest's, that of a run its newest checkpoint's. In another folder, names,
-    sizes and times of its files are compared: a model may have hundreds of gigabytes.
+    That of a folder of this kit is its manifest's, that of a run its newest checkpoint's. Elsewhere only files of up to
+    `HASHED` bytes are read, and of larger ones, such as weights, the size and the time of the last change are compared.
     """
     place = resolve(path)
     if not path or not place.exists():
         return ""
-    if place.is_file():
-        return _content(place, *_state(place))
     saved = checkpoints(place)
     folder = saved[-1] if saved else place
     if own_manifest(folder):
         return file_hash(folder / MANIFEST)
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    listed = [(path.relative_to(folder).as_posix(), *_state(path)) for path in files]
+    files = sorted(path for path in place.rglob("*") if path.is_file()) if place.is_dir() else [place]
+    listed = [(path.relative_to(place).as_posix(), *_content(path)) for path in files]
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
-def _state(file: Path) -> tuple[int, int]:
-    """Size in bytes, and time of the last change in nanoseconds."""
+def _content(file: Path) -> tuple[int, int | str]:
     status = file.stat()
-    return status.st_size, status.st_mtime_ns
-
-
-@lru_cache(maxsize=64)
-def _content(file: Path, size: int, changed: int) -> str:
-    return file_hash(file)
+    return status.st_size, file_hash(file) if status.st_size <= HASHED else status.st_mtime_ns
