@@ -10,8 +10,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraint
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,--extra-index-url https://download.pytorch.org/whl/cpu)
 
 LONGEST := $(patsubst %,tests/%.py,notebooks/test_notebooks notebooks/test_other_data launch/test_slurm \
-  training/test_stopping training/test_start notebooks/test_train_notebook launch/test_orphans data/test_real_input \
-  model/test_families tokenizer/test_contract)
+  notebooks/test_project_chain training/test_stopping training/test_start notebooks/test_train_notebook \
+  launch/test_orphans data/test_real_input model/test_families tokenizer/test_contract)
 
 # What depends on the version of megatron-core; `make test-engine VENV=.venv-3.12 PYTHON=python3.12` runs it with another.
 ENGINE := tests/model tests/training $(patsubst %,tests/%.py,checkpoint/test_conversion notebooks/test_demo)

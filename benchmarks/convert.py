@@ -20,7 +20,7 @@ import threading
 import time
 from pathlib import Path
 
-from rsft_lib.notebook import project_root
+from rsft_lib.common.paths import project_root
 
 SHAPES = {
     "1.5b": {"hidden_size": 1536, "intermediate_size": 8960, "heads": 12, "groups": 2, "layers": 28},

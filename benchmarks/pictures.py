@@ -10,12 +10,11 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-from rsft_lib.common.paths import require_path
+from rsft_lib.common.paths import project_root, require_path
 from rsft_lib.data.store import TokenStore
 from rsft_lib.display.mask.sample import show_sample
 from rsft_lib.display.runs.compare_runs import plot_modes
 from rsft_lib.display.runs.runs import find_runs
-from rsft_lib.notebook import project_root
 from rsft_lib.tokenizer.patch import load_tokenizer
 
 IMAGES = project_root() / "notebooks" / "images"

@@ -23,9 +23,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import yaml
 from megatron.core import dist_checkpointing
 
+from rsft_lib.chain.project_file import MEMORY
 from rsft_lib.checkpoint.run_checkpoints import newest
 from rsft_lib.data.hybrid import build_hybrid
 from rsft_lib.data.packed import PackedDataset
@@ -34,7 +34,6 @@ from rsft_lib.data.tokenize import tokenize
 from rsft_lib.launch.job import ENVIRONMENT
 from rsft_lib.model.config import read_config
 from rsft_lib.model.distributed import ranks
-from rsft_lib.notebook import project_root
 from rsft_lib.tokenizer.patch import patch_tokenizer
 from rsft_lib.training import expert_stats
 from rsft_lib.training.batches import Loader
@@ -162,16 +161,10 @@ def usual_step(data: PackedDataset, size: int = MICRO_BATCHES) -> list[int]:
     return min(steps, key=lambda packs: abs(sum(map(data.cost, packs)) - mean))
 
 
-def preset_of(name: str) -> dict:
-    """The memory settings in notebooks/params/<name>.yaml."""
-    given = yaml.safe_load((project_root() / "notebooks" / "params" / f"{name}.yaml").read_text(encoding="utf-8"))
-    return {setting: value for setting, value in given.items() if setting in ("recompute", "moments", "gradients")}
-
-
-def ours(preset: str = "r1-1.5b", **changes):
+def ours(memory: str = "", **changes):
     def section(folder: Path, output: Path) -> dict:
         with ranks():
-            return measure(settings(folder, **{**preset_of(preset), **changes}))
+            return measure(settings(folder, **{**MEMORY[memory], **changes}))
 
     return section
 
@@ -337,8 +330,8 @@ SECTIONS = {
     "head": head,
     "profile": profile,
     "bf16": ours(),
-    "saving": ours("r1-1.5b-saving"),
-    "smallest": ours("r1-1.5b-smallest"),
+    "saving": ours("saving"),
+    "smallest": ours("smallest"),
     "fp8-delayed": ours(precision="fp8", fp8_recipe="delayed"),
     "fp8-tensorwise": ours(precision="fp8", fp8_recipe="tensorwise"),
     "fp8-blockwise": ours(precision="fp8", fp8_recipe="blockwise"),

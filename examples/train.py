@@ -1,7 +1,7 @@
 """The chain of the notebooks as a script: python examples/train.py MODEL DATA OUTPUT [EPOCHS]
 
 MODEL is a Hugging Face folder or Hub name, DATA a file with `<think>` and `<short>` answers. For a real model raise
-`seq_length` and `max_length` (see notebooks/params) and give `train` the number of GPUs. For data in Qwen3's dialect
+`seq_length` and `max_length` (see projects/) and give `train` the number of GPUs. For data in Qwen3's dialect
 (questions that end with `/think` or `/no_think`) give `patch_tokenizer` and `tokenize` the argument `dialect="qwen3"`.
 """
 

@@ -1,4 +1,4 @@
-"""Notebooks as runs: type-checked parameters, and a status that only the last cell writes.
+"""Notebooks as runs: checked parameters with their origins, and a status that only the last cell writes.
 
 papermill alone only warns of an unknown parameter, keeps `1e-5` from YAML as a string, and marks every cell completed
 if the kernel was killed. Run headless with either of
@@ -12,33 +12,24 @@ exits with 1 in that case.
 
 import argparse
 import ast
-import difflib
-import json
 import os
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
 
-import yaml
 from IPython.display import display
 from tqdm import tqdm
 
+from rsft_lib.chain.parameters import checked, committed_parameters, declared_parameters, read_yaml
+from rsft_lib.chain.project_file import ProjectError, notebook_file, open_project
+from rsft_lib.chain.records import STATUS_FILE, identities
+from rsft_lib.chain.steps import GIVEN, Value, folder_of, resolved
 from rsft_lib.common.artifact import write_json
-from rsft_lib.common.paths import require_path, resolve
+from rsft_lib.common.paths import project_root, require_path, resolve
 from rsft_lib.display.live.kernel_events import somebody_looks
 
 STATUS = "application/vnd.rsft.status+json"
-STATUS_FILE = "status.json"
-KINDS = {"int": int, "float": float, "str": str, "bool": bool}
-
-
-class Parameter(NamedTuple):
-    """A declared parameter: the name of its type in KINDS, and its default."""
-
-    kind: str
-    default: Any
 
 
 class Stopped(RuntimeError):
@@ -58,58 +49,74 @@ class _AboveProgressBar:
         sys.stdout.flush()
 
 
-def project_root() -> Path:
-    """The checkout that this library is part of.
-
-    Raises:
-        FileNotFoundError: the library is installed without one.
-    """
-    root = Path(__file__).resolve().parents[1]
-    if not (root / "notebooks").is_dir():
-        raise FileNotFoundError(
-            f"the notebooks need a checkout of the project, but rsft_lib is installed in {root}: clone the project and "
-            "run `pip install -e .` in it"
-        )
-    return root
-
-
 def begin(namespace: dict, name: str, status: str = "") -> SimpleNamespace:
     """Check the parameters of a running notebook, print them with their origin, and return them.
 
-    Call it in the cell after the parameters as `begin(globals(), "05_train")`. It removes the `status.json` of any
-    earlier run. From here on relative paths start at the project root, wherever the notebook lies.
+    Call it in the cell after the parameters as `begin(globals(), "05_train")`. Parameters that are not given by hand
+    come from the project, from its earlier notebooks, or are the defaults. It removes the `status.json` of any earlier
+    run. From here on relative paths start at the project root, wherever the notebook lies.
 
     Args:
-        status: the parameter that names the folder passed to `finish`; `outputs/<name>` if empty.
+        status: the parameter that names the notebook's own folder, for notebooks that write nothing else into their
+            output.
+
+    Returns:
+        The parameters; besides them `folder`, the notebook's own one, and `record`, what `finish` writes of them. An
+        `output` given by hand is not part of the project, and neither is this run of the notebook.
 
     Raises:
+        ProjectError: there is no such project, or an input is missing or stale and a notebook has to be run first.
         ValueError: parameters are unknown or have the wrong type; the message lists all of them.
     """
     os.chdir(project_root())
-    declared = declared_parameters(project_root() / "notebooks" / f"{name}.ipynb")
-    given = {name: namespace[name] for name in _injected(namespace.get("In", []))}
-    given |= {name: namespace[name] for name in declared if namespace[name] != declared[name].default}
-    values = {name: parameter.default for name, parameter in declared.items()} | checked(given, declared)
-    (resolve(values[status] if status else f"outputs/{name}") / STATUS_FILE).unlink(missing_ok=True)
+    given = _given(namespace, name)
+    declared = declared_parameters(notebook_file(name))
+    folder = Path("outputs", name)
+    if "project" in declared:
+        project = open_project(given.get("project", declared["project"].default))
+        values = resolved(project, name, given)
+        folder = folder if values["output"].origin == GIVEN else folder_of(project, name)
+    else:
+        values = {key: Value(given[key], GIVEN) if key in given else Value(declared[key].default) for key in declared}
+    plain = {key: value.value for key, value in values.items()}
+    folder = resolve(plain[status] if status else folder)
+    (folder / STATUS_FILE).unlink(missing_ok=True)
+    _print(values)
+    record = {"parameters": plain, "given": list(given), "inputs": identities(plain)}
+    return SimpleNamespace(**plain, folder=folder, record=record)
+
+
+def _given(namespace: dict, name: str) -> dict:
+    """The parameters given by hand: injected by papermill, or typed into their cell."""
+    declared, committed = declared_parameters(notebook_file(name)), committed_parameters(notebook_file(name))
+    typed = [key for key in declared if namespace[key] != committed.get(key, declared[key]).default]
+    injected = _injected(namespace.get("In", []))
+    return checked({key: namespace[key] for key in dict.fromkeys([*injected, *typed])}, declared)
+
+
+def _print(values: dict[str, Value]) -> None:
     width = max(map(len, values))
-    for name, value in values.items():
-        print(f"{name:<{width}}  {value!r}{'  (given)' if name in given else ''}")
-    return SimpleNamespace(**values)
+    for name, (value, origin) in values.items():
+        print(f"{name:<{width}}  {value!r}{f'  ({origin})' if origin else ''}")
 
 
-def finish(folder: str | Path, **facts) -> None:
-    """Write `status.json` into `folder` to record that the notebook ran to its end. Call it in the last cell.
+def finish(parameters: SimpleNamespace, **facts) -> None:
+    """Write `status.json` into the notebook's folder: it ran to its end. Call it in the last cell.
 
     Args:
+        parameters: as `begin` returned them.
         facts: results of the run. The headless runner prints `summary`, a string. A `status` of "stopped" marks a run
             that is not done, and `hint` explains how to resume it.
 
     Raises:
         Stopped: the run was stopped and is headless, so that the exit code is not 0.
     """
-    path = resolve(folder) / STATUS_FILE
+    path = parameters.folder / STATUS_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    status = {"status": "done", "finished": datetime.now(UTC).isoformat(timespec="seconds"), **facts}
+    record = dict(parameters.record)
+    record["inputs"] = identities(record["parameters"]) | record["inputs"]  # the tiny model was made meanwhile
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    status = {"status": "done", "finished": now, **record, **facts}
     write_json(path, status)
     lines = [facts.get("summary", ""), facts.get("hint", ""), f"{status['status']}: {path}"]
     display({STATUS: status, "text/plain": "\n".join(filter(None, lines))}, raw=True)
@@ -125,7 +132,7 @@ def run(notebook: str | Path, folder: str | Path, parameters: dict) -> tuple[Pat
         "stopped".
 
     Raises:
-        ValueError: a parameter is unknown or has the wrong type; nothing was run.
+        ValueError: a parameter is unknown or has the wrong type, and nothing was run; or an input is missing or stale.
         RuntimeError: a cell failed, or the last cell was not reached.
     """
     # Imported here, because every notebook kernel imports this module and these imports are slow.
@@ -149,6 +156,8 @@ def run(notebook: str | Path, folder: str | Path, parameters: dict) -> tuple[Pat
     except PapermillExecutionError as error:
         if error.ename == RunStopped.__name__:
             return executed, {"status": "stopped", "hint": error.evalue}
+        if error.ename == ProjectError.__name__:
+            raise ProjectError(error.evalue) from None
         if error.ename != Stopped.__name__:
             raise RuntimeError(
                 f"cell {error.exec_count} of {notebook.name} failed with {error.ename}: {error.evalue}\n"
@@ -161,46 +170,6 @@ def run(notebook: str | Path, folder: str | Path, parameters: dict) -> tuple[Pat
         if STATUS in output.get("data", {}):
             return executed, output["data"][STATUS]
     raise RuntimeError(f"{notebook.name} did not reach its last cell; was its kernel killed? See {executed}")
-
-
-def declared_parameters(notebook: Path) -> dict[str, Parameter]:
-    """The parameters declared in a notebook's tagged cell, one `name: type = default  # help` per line.
-
-    Raises:
-        ValueError: a line is something else.
-    """
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    tagged = ["".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
-    return dict(map(_declared, ast.parse("\n".join(tagged)).body))
-
-
-def _declared(line: ast.stmt) -> tuple[str, Parameter]:
-    match line:
-        case ast.AnnAssign(target=ast.Name(id=name), annotation=kind, value=ast.expr() as default):
-            return name, Parameter(ast.unparse(kind), ast.literal_eval(default))
-    raise ValueError(f"found {ast.unparse(line)!r} among the parameters, expected `name: type = default`")
-
-
-def checked(given: dict, declared: dict[str, Parameter]) -> dict:
-    """`given` with every value converted to its declared type.
-
-    Raises:
-        ValueError: names are unknown or values have the wrong type; the message has one line for each.
-    """
-    values, problems = {}, []
-    for name, value in given.items():
-        if name not in declared:
-            near = difflib.get_close_matches(name, declared, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(declared)}"
-            problems.append(f"unknown parameter {name!r}; {hint}")
-            continue
-        try:
-            values[name] = _as(declared[name].kind, value)
-        except ValueError:
-            problems.append(f"parameter {name} is {value!r} ({type(value).__name__}), expected {declared[name].kind}")
-    if problems:
-        raise ValueError("\n".join(problems))
-    return values
 
 
 def pairs(text: str) -> dict[str, str]:
@@ -219,19 +188,6 @@ def pairs(text: str) -> dict[str, str]:
     return dict(parts)
 
 
-def _as(kind: str, value):
-    """`value` as the type `kind`; strings are parsed, since YAML reads 1e-5 as a string."""
-    if kind == "bool" and isinstance(value, str) and value.lower() in ("true", "false"):
-        return value.lower() == "true"
-    if isinstance(value, KINDS[kind]) and not (kind == "int" and isinstance(value, bool)):
-        return value
-    if kind in ("int", "float") and isinstance(value, str):
-        return KINDS[kind](value)
-    if kind == "float" and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    raise ValueError
-
-
 def _injected(executed_cells: list[str]) -> list[str]:
     """Names assigned in the cell that papermill injects, which begins with a fixed comment."""
     names = []
@@ -242,16 +198,6 @@ def _injected(executed_cells: list[str]) -> list[str]:
     return names
 
 
-def _read_parameters(file: Path) -> dict:
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{file} is not YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} contains a {type(values).__name__}, expected lines of the form `name: value`")
-    return values
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description="Run a notebook headless, with checked parameters.")
     parser.add_argument("notebook", help="notebook to run")
@@ -260,7 +206,7 @@ def main() -> int:
     parser.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     arguments = parser.parse_args()
     try:
-        from_file = _read_parameters(arguments.file) if arguments.file else {}
+        from_file = read_yaml(arguments.file) if arguments.file else {}
         executed, status = run(arguments.notebook, arguments.folder, from_file | dict(arguments.parameter))
     except (OSError, ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)

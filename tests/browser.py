@@ -40,10 +40,13 @@ def missing() -> str:
 
 
 def copy_project(folder: Path) -> Path:
-    """Copy library and notebooks to `folder`, so that default outputs of notebooks stay in it."""
-    for name in ("rsft_lib", "notebooks"):
+    """Copy library, notebooks and projects to `folder`, a git repository: outputs stay in it, and edits are seen."""
+    for name in ("rsft_lib", "notebooks", "projects"):
         ignored = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    somebody = ["-c", "user.name=somebody", "-c", "user.email=somebody@example.org"]
+    for command in (["init", "-q"], ["add", "."], [*somebody, "commit", "-qm", "copied"]):
+        subprocess.run(["git", *command], cwd=folder, check=True)
     return folder
 
 

@@ -9,14 +9,17 @@ STEPS = 6
 
 def chained(folder: Path) -> dict[str, dict]:
     """Parameters of notebooks 01 to 08; each uses the outputs of earlier ones in `folder`."""
-    place = {name: str(folder / name) for name in ("model", "tokenizer", "megatron", "hybrid", "run", "out", "lab")}
-    tokens = {split: f"{place['hybrid']}/Tokenized-{split}-tokenizer-513" for split in ("train", "heldout")}
+    names = ("model", "tokenizer", "megatron", "hybrid", "tokens", "run", "out", "lab")
+    place = {name: str(folder / name) for name in names}
+    tokens = {split: f"{place['tokens']}/Tokenized-{split}-tokenizer-513" for split in ("train", "heldout")}
     sources = {name: str(folder / "sources" / f"{name}.jsonl") for name in ("long", "short")}
     return {
         "01_patch_tokenizer": {"model": place["model"], "output": place["tokenizer"]},
         "02_convert_checkpoint": {"model": place["model"], "output": place["megatron"]},
         "03_build_dataset": {**sources, "output": place["hybrid"], "tokenizer": place["tokenizer"]},
-        "04_tokenize_and_inspect": {"data": place["hybrid"], "tokenizer": place["tokenizer"], "max_length": 513},
+        "04_tokenize_and_inspect": {
+            "data": place["hybrid"], "tokenizer": place["tokenizer"], "output": place["tokens"],
+        },
         "05_train": {
             "checkpoint": place["megatron"], "data": tokens["train"], "eval_data": tokens["heldout"],
             "output": place["run"], "train_iters": STEPS, "eval_interval": 3, "nproc": 2,

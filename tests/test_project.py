@@ -12,7 +12,8 @@ import yaml
 from packaging.requirements import Requirement
 from support import ROOT
 
-from rsft_lib.notebook import KINDS, declared_parameters
+from rsft_lib.chain.parameters import KINDS, declared_parameters
+from rsft_lib.chain.project_file import NOTEBOOKS as CHAIN
 
 NOTEBOOKS = [
     "00_quickstart", "01_patch_tokenizer", "02_convert_checkpoint", "03_build_dataset",
@@ -22,6 +23,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 PYTHONS = ("3.11", "3.12", "3.13")
 FOLDERS = [
     "common", "tokenizer", "data", "model", "checkpoint", "training", "launch", "evaluation", "display",
+    "chain",
 ]  # fmt: skip
 
 
@@ -65,7 +67,7 @@ def imported(path: Path) -> set[str]:
 def test_a_folder_imports_only_from_those_before_it():
     library = ROOT / "rsft_lib"
     assert {path.name for path in library.iterdir() if path.is_dir() and path.name != "__pycache__"} == set(FOLDERS)
-    assert {path.stem for path in library.glob("*.py")} == {"__init__", "notebook", "demo"}
+    assert {path.stem for path in library.glob("*.py")} == {"__init__", "notebook", "project", "demo"}
     for number, folder in enumerate(FOLDERS):
         for path in (library / folder).rglob("*.py"):
             assert imported(path) <= set(FOLDERS[: number + 1]), path
@@ -98,6 +100,12 @@ def test_papermill_sees_every_parameter_with_its_type_and_help(notebook):
         name: parameter["inferred_type_name"] for name, parameter in seen.items()
     }
     assert [name for name, parameter in seen.items() if not parameter["help"]] == []
+
+
+def test_every_notebook_of_the_chain_begins_with_its_project(notebook):
+    first, (kind, default) = next(iter(declared_parameters(notebook).items()))
+    assert (first, kind, default) == ("project", "str", "tiny") or notebook.stem == NOTEBOOKS[0]
+    assert (notebook.stem in CHAIN) == (notebook.stem != NOTEBOOKS[0])
 
 
 def test_every_default_has_its_declared_type(notebook):

@@ -17,6 +17,21 @@ MAKERS = {  # missing input -> the notebook that makes it
 }  # fmt: skip
 
 
+def project_root() -> Path:
+    """The checkout that this library is part of.
+
+    Raises:
+        FileNotFoundError: the library is installed without one.
+    """
+    root = Path(__file__).resolve().parents[2]
+    if not (root / "notebooks").is_dir():
+        raise FileNotFoundError(
+            f"the notebooks need a checkout of the project, but rsft_lib is installed in {root}: clone the project and "
+            "run `pip install -e .` in it"
+        )
+    return root
+
+
 def resolve(path: str | Path) -> Path:
     """`path` as an absolute one, `~` expanded; links are not followed."""
     return Path(path).expanduser().absolute()

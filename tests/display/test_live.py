@@ -134,7 +134,13 @@ def test_a_click_on_the_button_stops_the_job_while_the_cell_waits(kernel, tmp_pa
 
 
 def test_stopping_interactively_ends_without_an_error(kernel, tmp_path):
-    finish = f"from rsft_lib import notebook\nnotebook.finish({str(tmp_path)!r}, status='stopped', hint='run again')"
+    finish = f"""
+from pathlib import Path
+from types import SimpleNamespace
+from rsft_lib import notebook
+p = SimpleNamespace(folder=Path({str(tmp_path)!r}), record={{"parameters": {{}}, "inputs": {{}}}})
+notebook.finish(p, status='stopped', hint='run again')
+"""
     published = kernel.outputs(kernel.run(finish))
     (shown,) = (m["content"]["data"]["text/plain"] for m in published if m["msg_type"] == "display_data")
     assert shown.startswith("run again\nstopped: ") and "error" not in {m["msg_type"] for m in published}

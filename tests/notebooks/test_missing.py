@@ -78,9 +78,21 @@ def test_the_error_names_the_notebook_to_run(inputs, what):
         use(inputs)
 
 
-WITHOUT = [("08_loss_lab", {"before": "none"}, "checkpoint: .*none does not exist: run notebook 02_convert_checkpoint")]
+WITHOUT = [
+    (
+        "08_loss_lab",
+        dict.fromkeys(("before", "run", "data"), "none"),
+        "checkpoint: .*none does not exist: run notebook 02_convert_checkpoint",
+    )
+]
 if LONG:
-    WITHOUT += [("07_export_and_generate", {"run": "empty"}, "empty has no intact checkpoint: run notebook 05_train")]
+    WITHOUT += [
+        (
+            "07_export_and_generate",
+            {"run": "empty", "tokenizer": "none", "held_out": "none"},
+            "empty has no intact checkpoint: run notebook 05_train",
+        )
+    ]
 
 
 @pytest.mark.parametrize(("notebook", "given", "needed"), WITHOUT)

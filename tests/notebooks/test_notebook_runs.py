@@ -6,7 +6,8 @@ import sys
 import nbformat
 import pytest
 
-from rsft_lib.notebook import Parameter, checked, declared_parameters, pairs, run
+from rsft_lib.chain.parameters import Parameter, checked, declared_parameters
+from rsft_lib.notebook import pairs, run
 
 DECLARED = {
     "lr": Parameter("float", 1e-3),
@@ -17,12 +18,11 @@ DECLARED = {
 PARAMETERS = "\n".join(f"{name}: {kind} = {default!r}  # help" for name, (kind, default) in DECLARED.items())
 
 
-def write_notebook(folder, *cells, last="notebook.finish(FOLDER, **vars(p), summary='all is well')"):
+def write_notebook(folder, *cells, last="notebook.finish(p, steps=p.steps, summary='all is well')"):
     """A notebook with the parameters above, `begin`, `cells`, and the cell that calls `finish`."""
     path = folder / "small.ipynb"
-    # An absolute path, so that `begin` reads this notebook and not one of the project.
-    begin = f"from rsft_lib import notebook\n\nFOLDER = {str(folder / 'out')!r}\n"
-    begin += f"p = notebook.begin(globals(), {str(path.with_suffix(''))!r})"
+    # An absolute path, so that `begin` reads this notebook and not one of the project; its status goes to folder/small.
+    begin = f"from rsft_lib import notebook\n\np = notebook.begin(globals(), {str(path.with_suffix(''))!r})"
     code = [nbformat.v4.new_code_cell(source) for source in (PARAMETERS, begin, *cells, last)]
     code[0].metadata.tags = ["parameters"]
     book = nbformat.v4.new_notebook(cells=code)
@@ -89,7 +89,7 @@ def test_plain_papermill_uses_the_declared_types(tmp_path):
     check = "assert (p.lr, p.steps, p.flag) == (1e-5, 7, True), p\nassert type(p.lr) is float"
     done = papermill(write_notebook(tmp_path, check), "-y", "lr: 1e-5", "-p", "steps", "7", "-p", "flag", "true")
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out" / "status.json").is_file()
+    assert (tmp_path / "small" / "status.json").is_file()
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_plain_papermill_uses_the_declared_types(tmp_path):
 def test_plain_papermill_fails_on_an_invalid_parameter(tmp_path, arguments, message):
     done = papermill(write_notebook(tmp_path), *arguments)
     assert done.returncode != 0 and message in done.stderr
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "small").exists()
 
 
 def test_begin_can_run_again_after_later_cells_made_variables(tmp_path):
@@ -132,7 +132,7 @@ def test_a_progress_bar_in_a_notebook_does_not_write_to_stderr(tmp_path):
     assert {output.name for output in streams} == {"stdout"}
 
 
-STOPPED = "notebook.finish(FOLDER, status='stopped', hint='run again', summary='half of it')"
+STOPPED = "notebook.finish(p, status='stopped', hint='run again', summary='half of it')"
 
 
 def test_a_stopped_run_has_a_nonzero_exit_code_with_either_command(tmp_path):
@@ -140,7 +140,7 @@ def test_a_stopped_run_has_a_nonzero_exit_code_with_either_command(tmp_path):
     plain, ours = papermill(notebook), strict(notebook, tmp_path / "executed")
     assert plain.returncode == 1 and "\nnot done: run again" in plain.stderr
     assert ours.returncode == 75 and ours.stderr.endswith("not done: run again\n") and "half of it" in ours.stdout
-    assert '"status": "stopped"' in (tmp_path / "out" / "status.json").read_text()
+    assert '"status": "stopped"' in (tmp_path / "small" / "status.json").read_text()
     for executed in (tmp_path / "executed.ipynb", tmp_path / "executed" / "small.ipynb"):
         last = nbformat.read(executed, 4).cells[-1].outputs
         assert [output.output_type for output in last] == ["display_data", "error"]
@@ -152,7 +152,7 @@ def test_a_training_stopped_before_its_first_step_has_the_same_exit_code(tmp_pat
     stopped = "from rsft_lib.launch import RunStopped\nraise RunStopped('run again to resume')"
     done = strict(write_notebook(tmp_path, stopped), tmp_path / "executed")
     assert done.returncode == 75 and done.stderr.endswith("not done: run again to resume\n")
-    assert not (tmp_path / "out" / "status.json").exists()
+    assert not (tmp_path / "small" / "status.json").exists()
 
 
 def test_a_killed_kernel_is_an_error(tmp_path):
@@ -177,7 +177,7 @@ def test_the_command_line_prints_summary_and_path(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "WARNING" not in done.stderr
     assert "all is well" in done.stdout and str(tmp_path / "executed" / "small.ipynb") in done.stdout
-    assert '"steps": 4' in (tmp_path / "out" / "status.json").read_text()
+    assert '"steps": 4' in (tmp_path / "small" / "status.json").read_text()
 
 
 def test_the_command_line_shows_a_failing_cell_without_papermills_traceback(tmp_path):

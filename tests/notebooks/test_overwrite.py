@@ -8,6 +8,7 @@ import pytest
 from support import ROOT
 
 from rsft_lib import demo
+from rsft_lib.chain.parameters import declared_parameters
 from rsft_lib.checkpoint.convert import convert
 from rsft_lib.checkpoint.export import export
 from rsft_lib.common.artifact import read_manifest, verify, write_manifest
@@ -15,7 +16,7 @@ from rsft_lib.data.exclude import exclude
 from rsft_lib.data.hybrid import build_hybrid
 from rsft_lib.data.store import TokenStore
 from rsft_lib.data.tokenize import tokenize
-from rsft_lib.notebook import declared_parameters, run
+from rsft_lib.notebook import run
 from rsft_lib.tokenizer.patch import patch_tokenizer
 
 SHORT = {"<|quad_start|>": "<short>"}

@@ -10,23 +10,22 @@ from pathlib import Path
 import nbformat
 import psutil
 import pytest
-import yaml
 from processes import survivors, wait_until
 from support import ROOT, TESTS, random_store, settings, tiny_model
 
 from rsft_lib import demo, launch
+from rsft_lib.chain.parameters import declared_parameters
+from rsft_lib.chain.project_file import open_project
 from rsft_lib.checkpoint.convert import convert
 from rsft_lib.checkpoint.run_checkpoints import newest
 from rsft_lib.common import provenance
-from rsft_lib.notebook import checked, declared_parameters
 from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.metrics import read_metrics
 
 NOTEBOOK = ROOT / "notebooks" / "05_train.ipynb"
 DECLARED = declared_parameters(NOTEBOOK)
-FILES = sorted((ROOT / "notebooks" / "params").glob("*.yaml"))
+PROJECTS = sorted(path.stem for path in (ROOT / "projects").glob("*.yaml"))
 SETTINGS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
-PLACES = {"checkpoint", "data", "eval_data", "output"}
 FOR_MEMORY = {
     "recompute", "moments", "gradients", "tensor_parallel", "sequence_parallel", "pipeline_parallel", "expert_parallel",
 }  # fmt: skip
@@ -35,27 +34,34 @@ SECRETS = {"HF_TOKEN": "hf_" + "S" * 34, "WANDB_API_KEY": "5ec7e7" * 6 + "beef"}
 
 def test_the_parameters_are_all_settings_and_launch_options():
     options = {field.name: field.default for field in dataclasses.fields(launch.LaunchOptions)}
-    assert set(DECLARED) == {"nproc", *SETTINGS, *options}
+    assert set(DECLARED) == {"project", "nproc", *SETTINGS, *options}
     assert {name: DECLARED[name].default for name in options} == options
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_a_parameter_file_is_valid_and_its_named_defaults_are_the_defaults(path):
-    given = checked(yaml.safe_load(path.read_text(encoding="utf-8")), DECLARED)
-    values = {name: parameter.default for name, parameter in DECLARED.items()} | given
-    TrainConfig(**{name: values[name] for name in SETTINGS}).data_parallel(values["nproc"] * values["slurm_nodes"])
-    _, _, defaults = path.read_text(encoding="utf-8").partition("# defaults of Reasoning-SFT's launch script\n")
-    named = yaml.safe_load(defaults) or {}
-    assert named == {name: SETTINGS[name] for name in named} and bool(named) == (path.stem != "tiny")
-    if named:  # nothing that a model of another size learns by differs from the original's
-        changed = {name for name, value in given.items() if name in SETTINGS and value != SETTINGS[name]}
-        assert changed <= PLACES | FOR_MEMORY
-    assert PLACES <= set(given) and path.read_text().startswith("# ")
+def test_the_defaults_are_those_of_the_library_where_they_are_not_taken_from_the_project():
+    taken = {name for name, parameter in DECLARED.items() if parameter.default in ("", 0) and SETTINGS.get(name)}
+    assert taken == {"checkpoint", "data", "output", "seq_length"}
+    assert [name for name in SETTINGS.keys() - taken if DECLARED[name].default != SETTINGS[name]] == []
 
 
-def test_the_tiny_file_has_the_settings_of_the_demo():
-    given = checked(yaml.safe_load((ROOT / "notebooks" / "params" / "tiny.yaml").read_text()), DECLARED)
+@pytest.mark.parametrize("name", PROJECTS)
+def test_a_project_of_the_kit_sets_what_a_training_can_run_with(name):
+    given = open_project(name).parameters["05_train"]
+    place = {"checkpoint": "c", "data": "d", "output": "o"}
+    values = {name: parameter.default for name, parameter in DECLARED.items()} | given | place
+    settings = {name: values[name] for name in SETTINGS} | {"seq_length": 16_384}
+    TrainConfig(**settings).data_parallel(values["nproc"] * values["slurm_nodes"])
+    if name != "tiny":  # nothing that a model of another size learns by differs from the original's
+        assert {key for key in given if key in SETTINGS} <= FOR_MEMORY
+    assert (ROOT / "projects" / f"{name}.yaml").read_text().startswith("# ")
+
+
+def test_the_tiny_project_has_the_settings_of_the_demo():
+    tiny = open_project("tiny").parameters
+    given = tiny["05_train"] | tiny["04_tokenize_and_inspect"]
     assert {name: given[name] for name in demo.TINY} == demo.TINY
+    assert tiny["01_patch_tokenizer"]["model"] == demo.MODEL
+    assert tiny["03_build_dataset"]["long"] == f"{demo.SOURCES}/long.jsonl"
 
 
 @pytest.fixture

@@ -11,16 +11,16 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-import yaml
 from families import tiny_family
 from support import ROOT, random_store, settings, tiny_model
 from transformers import Qwen2Config, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from rsft_lib.chain.parameters import declared_parameters
+from rsft_lib.chain.project_file import MEMORY, open_project
 from rsft_lib.checkpoint.convert import convert
 from rsft_lib.launch import LaunchOptions
 from rsft_lib.model import engine
 from rsft_lib.model.config import check_layout, read_config
-from rsft_lib.notebook import declared_parameters
 from rsft_lib.training import alarms, expert_stats, flops, metrics
 from rsft_lib.training.alarms import FEWEST, Alarms
 from rsft_lib.training.config import TrainConfig
@@ -58,7 +58,9 @@ def test_every_setting_is_documented_and_the_training_notebook_has_it_as_a_param
         assert source[line + 1].strip().startswith('"""'), name
     declared = declared_parameters(ROOT / "notebooks" / "05_train.ipynb")
     options = {field.name: field.type.__name__ for field in dataclasses.fields(LaunchOptions)}
-    assert {name: parameter.kind for name, parameter in declared.items() if name != "nproc"} == fields | options
+    assert {
+        name: parameter.kind for name, parameter in declared.items() if name not in ("project", "nproc")
+    } == fields | options
 
 
 @pytest.mark.parametrize(
@@ -279,12 +281,16 @@ def test_the_memory_estimate_is_that_of_the_ledger():
     full = memory(TrainConfig(checkpoint="c", data="d", output="o"), R1, ranks=1)
     assert full.weights + full.gradients + full.optimizer == pytest.approx(16 * 1_776_943_104)
     assert full.total / GIB == pytest.approx(50, abs=3)
-    for name, expected in (("r1-1.5b", 52), ("r1-1.5b-saving", 30), ("r1-1.5b-smallest", 22)):
-        given = yaml.safe_load((ROOT / "notebooks" / "params" / f"{name}.yaml").read_text(encoding="utf-8"))
-        run = TrainConfig(**{field: value for field, value in given.items() if field in TrainConfig.__annotations__})
+    for name, expected in (("", 52), ("saving", 30), ("smallest", 22)):
+        run = TrainConfig(checkpoint="c", data="d", output="o", **MEMORY[name])
         assert memory(run, R1, ranks=1).total / GIB < expected, name
     shared = memory(TrainConfig(checkpoint="c", data="d", output="o"), R1, ranks=8)
     assert shared.optimizer == pytest.approx(full.optimizer / 8)
+
+
+def settings_of(given: dict) -> TrainConfig:
+    settings = {name: value for name, value in given.items() if name in TrainConfig.__annotations__}
+    return TrainConfig(checkpoint="c", data="d", output="o", **settings)
 
 
 @pytest.mark.parametrize(("name", "hidden", "ffn", "layers", "heads", "groups"), [
@@ -295,8 +301,8 @@ def test_the_larger_models_fit_on_the_gpus_that_their_files_name(name, hidden, f
         vocab_size=152_064, hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=groups, tie_word_embeddings=False,
     )  # fmt: skip
-    given = yaml.safe_load((ROOT / "notebooks" / "params" / f"{name}.yaml").read_text(encoding="utf-8"))
-    run = TrainConfig(**{field: value for field, value in given.items() if field in TrainConfig.__annotations__})
+    given = open_project(name).parameters["05_train"]
+    run = settings_of(given)
     ranks = given["nproc"] * given.get("slurm_nodes", 1)
     assert memory(run, model, ranks).total < 60e9  # of 80; what is not counted needs room too
 
@@ -347,9 +353,8 @@ def test_the_parameters_of_a_model_with_experts_are_those_that_its_authors_state
         weights = dict(Qwen3MoeForCausalLM(model).named_parameters())
     assert flops.parameters(model) == sum(w.numel() for name, w in weights.items() if "norm" not in name)
     run = settings(checkpoint="c", data="d", output="o", precision="bf16", seq_length=16_384, global_batch_size=16)
-    given = yaml.safe_load((ROOT / "notebooks" / "params" / "qwen3-30b-a3b.yaml").read_text(encoding="utf-8"))
-    preset = TrainConfig(**{field: value for field, value in given.items() if field in TrainConfig.__annotations__})
-    assert memory(preset, model, given["nproc"]).total < 60e9  # of 80; loads of experts are unequal
+    given = open_project("qwen3-30b-a3b").parameters["05_train"]
+    assert memory(settings_of(given), model, given["nproc"]).total < 60e9  # of 80; loads of experts are unequal
     eight, sixteen = (memory(dataclasses.replace(run, expert_parallel=ep), model, ranks=16) for ep in (8, 16))
     experts = 48 * 128 * 3 * 2048 * 768
     assert eight.weights - sixteen.weights == pytest.approx(2 * experts / 16)
