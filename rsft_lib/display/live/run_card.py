@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from rsft_lib.display.html import BLOCK, FAINT, PANEL, escaped, inert, one_line, warning
 from rsft_lib.display.live.metrics_tail import Follower
 from rsft_lib.display.metric_styles import CHOICES, LOSSES, METRICS
-from rsft_lib.display.plot_style import BLACK, plain_numbers, smoothed, thinned, tidy
+from rsft_lib.display.plot_style import NEUTRAL, plain_numbers, smoothed, thinned, tidy
 
 LOG_LINES, LOG_WIDTH = 6, 160  # shown of the end of the log
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -117,7 +117,7 @@ def plot_live(run: Follower, train_iters: int) -> Figure:
     _draw(losses, run, LOSSES, faint=True)
     steps, values = run.lines["eval_loss"]
     if steps:
-        losses.plot(*thinned(steps, values), "o", color=BLACK, markersize=4, label="held-out", clip_on=False)
+        losses.plot(*thinned(steps, values), "o", color=NEUTRAL, markersize=4, label="held-out", clip_on=False)
     losses.set_yscale("log")
     plain_numbers(losses)
     losses.set_title("loss per trained token" + ", by mode" * modes, loc="left")
