@@ -46,7 +46,17 @@ def origin_table(built: dict) -> Table:
         *((names[modes], count) for modes, count in built["problems"].items()),
         *((f"finding: {what}", count) for what, count in built["findings"].items()),
     ]
-    return Table("origin of the samples", ("", "count"), rows)
+    return Table("origin of the samples", ("", "count"), rows, _unpaired(built["problems"]))
+
+
+def _unpaired(problems: dict[str, int]) -> str:
+    """A warning if no problem has both modes; empty for a dataset without modes."""
+    if problems.get("both", 1):
+        return ""
+    return (
+        "! No problem is answered in both modes: the model may learn to take the mode from the topic, and its modes "
+        "are never compared on the same problem. Give long and short answers to the same problems, or set cut_short."
+    )
 
 
 def counts_table(facts: dict[str, dict]) -> Table:
