@@ -18,7 +18,8 @@ def progress(what: str, unit: str, total: int | None = None) -> Iterator[tqdm]:
     """
     cell, terminal = _in_notebook(), sys.stderr.isatty()
     with tqdm(
-        desc=what, total=total, unit=unit, unit_scale=True, delay=DELAY, leave=cell, ncols=80 if cell else None,
+        desc=what, total=total, unit=unit, unit_scale=True, delay=DELAY,
+        leave=cell, ascii=False, ncols=80 if cell else None,
         file=_Cell() if cell else sys.stderr if terminal else sys.stdout,  # type: ignore[arg-type]
         mininterval=1 if cell or terminal else 10,  # a log keeps all states
     ) as bar:  # fmt: skip

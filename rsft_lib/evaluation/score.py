@@ -34,6 +34,7 @@ from rsft_lib.model.gpt import ResponseModel, build_model, resolve_backend
 from rsft_lib.model.loss_head import Targets
 
 FILE = "token_loss.bin"
+POSITIONS = 2048  # of a pack, at least: many short samples at once
 SCORED = "scored {} of {} packs"  # printed once a second
 
 
@@ -73,9 +74,9 @@ def score(checkpoint: str | Path, data: str | Path, output: str | Path, backend:
         FileExistsError: `output` was not made by scoring, or has losses of other data or another checkpoint.
     """
     checkpoint, store = require_path(checkpoint, "checkpoint"), TokenStore(require_path(data, "data"))
-    longest = int(store.lengths.max()) - 1
-    model = _model(checkpoint, longest, backend)
-    dataset = PackedDataset(store, longest, seed=0)
+    positions = max(int(store.lengths.max()) - 1, POSITIONS)
+    model = _model(checkpoint, positions, backend)
+    dataset = PackedDataset(store, positions, seed=0)
     rank, world = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     losses, shown = torch.full((int(store.ends[-1]),), torch.nan), 0.0
     for index in range(rank, len(dataset), world):

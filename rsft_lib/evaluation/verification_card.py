@@ -96,4 +96,4 @@ def _hashes(model: Path) -> dict[str, str]:
 def _number(value: float | None) -> str:
     if value is None:
         return "–"
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.3f}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"

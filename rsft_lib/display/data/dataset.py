@@ -11,6 +11,7 @@ from rsft_lib.common.paths import resolve
 from rsft_lib.data.hybrid import FINDINGS
 from rsft_lib.data.records import read_records
 from rsft_lib.display.html import Table, one_line
+from rsft_lib.display.plot_style import finished
 from rsft_lib.display.stacked_bars import draw_bars
 
 CHARACTERS = 60  # shown of a text
@@ -80,8 +81,7 @@ def plot_balance(built: dict) -> Figure:
     figure, axes = plt.subplots(figsize=(9, 2.6), layout="constrained")
     draw_bars(axes, {label: {mode: n[name] for mode, n in modes.items()} for name, label in names.items()})
     axes.set_title("modes in the training split", loc="left")
-    plt.close(figure)  # else the notebook shows it twice
-    return figure
+    return finished(figure)
 
 
 def findings_table(folder: str | Path, count: int = 5) -> Table:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from rsft_lib.display.html import BLOCK, FAINT, PANEL, escaped, inert, one_line, warning
 from rsft_lib.display.live.metrics_tail import Follower
 from rsft_lib.display.metric_styles import CHOICES, LOSSES, METRICS
-from rsft_lib.display.plot_style import NEUTRAL, plain_numbers, smoothed, thinned, tidy
+from rsft_lib.display.plot_style import NEUTRAL, finished, plain_numbers, smoothed, thinned, tidy
 
 LOG_LINES, LOG_WIDTH = 6, 160  # shown of the end of the log
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -130,8 +130,7 @@ def plot_live(run: Follower, train_iters: int) -> Figure:
         tidy(axes)
         if axes.lines:
             axes.legend(fontsize="small", framealpha=0.85, edgecolor="none")
-    plt.close(figure)  # else the notebook shows it twice
-    return figure
+    return finished(figure)
 
 
 def _draw(axes: Axes, run: Follower, metrics: list[str], faint: bool = False) -> None:

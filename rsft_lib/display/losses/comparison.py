@@ -16,7 +16,7 @@ from rsft_lib.data.span_kinds import MODE_NAMES, SPAN_NAMES
 from rsft_lib.display.html import Table
 from rsft_lib.display.losses.token_loss_map import around
 from rsft_lib.display.mask.token_text import TokenText
-from rsft_lib.display.plot_style import NEUTRAL, plain_numbers
+from rsft_lib.display.plot_style import NEUTRAL, finished, plain_numbers
 from rsft_lib.display.stacked_bars import EDGE, LOOK
 from rsft_lib.evaluation.loss_comparison import REASONS, Comparison, Suspect, hardest_spans
 
@@ -48,8 +48,7 @@ def plot_comparison(losses: Comparison, suspects: list[Suspect]) -> Figure:
     _draw_samples(points, losses, suspects)
     for axes in (bars, points):
         axes.spines[["top", "right"]].set_visible(False)
-    plt.close(figure)  # else the notebook shows it twice
-    return figure
+    return finished(figure)
 
 
 def hardest_table(losses: Comparison, tokenizer: PreTrainedTokenizerBase, count: int = 8, width: int = 4) -> Table:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rsft_lib.common.visible import visible
 from rsft_lib.data.store import TokenStore
-from rsft_lib.display.html import BLOCK, FAINT, GAP, PANEL, Table, bar, escaped, inert, warning
+from rsft_lib.display.html import BLOCK, FAINT, GAP, PANEL, PAPER, Table, bar, escaped, inert, warning
 from rsft_lib.display.mask.segments import (
     ANSWER,
     CONTEXT,
@@ -115,7 +115,7 @@ class MaskView:
             f"<div style='color:{FAINT}'>{inert(self.ends)}</div>"
             f"<div style='color:{FAINT}'>{LEGEND}</div>{''.join(warning(remark) for remark in self.remarks)}"
             f"{bar([(len(s), f'{_label(s)}, {_extent(s)}', f'background:{STYLE[s.kind][2]}') for s in self.segments])}"
-            f"{self.body()}<details><summary>{summary}</summary>{self.label_shift()._repr_html_()}</details></div>"
+            f"{self.body()}<details><summary>{summary}</summary>{self.label_shift().html(PAPER)}</details></div>"
         )
 
     def body(self) -> str:

@@ -8,12 +8,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, PercentFormatter, StrMethodFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter, StrMethodFormatter
 
 from rsft_lib.common.visible import visible
 from rsft_lib.display.html import BLOCK, FAINT, PANEL, Table, escaped, inert
 from rsft_lib.display.mask.sample import STYLE, chip
-from rsft_lib.display.plot_style import NEUTRAL
+from rsft_lib.display.plot_style import NEUTRAL, finished
 from rsft_lib.display.stacked_bars import LOOK
 from rsft_lib.evaluation.generate import Answer, chosen_mode, is_correct, obeyed, well_formed
 from rsft_lib.tokenizer.dialect import END_THINK, MODES, THINK
@@ -128,6 +128,7 @@ def plot_answers(answers: Answers, expected: Sequence[str | None]) -> Figure:
         _draw_cost(costs, mode, given, expected, marker)
     what = "correct" if any(e is not None for e in expected) else "well-formed (no answers are known)"
     costs.set(ylim=(-0.05, 1.05), xscale="log", xlabel="tokens per answer, mean")
+    costs.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     costs.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     costs.xaxis.set_minor_formatter(NullFormatter())
     costs.yaxis.set_major_formatter(PercentFormatter(1))
@@ -143,8 +144,7 @@ def plot_answers(answers: Answers, expected: Sequence[str | None]) -> Figure:
     lengths.set_title("tokens per answer; bar: median", loc="left", fontsize="medium")
     for axes in (costs, lengths):
         axes.spines[["top", "right"]].set_visible(False)
-    plt.close(figure)  # else the notebook shows it twice
-    return figure
+    return finished(figure)
 
 
 def wilson(correct: int, count: int) -> tuple[float, float]:
@@ -165,8 +165,9 @@ def _draw_cost(axes: Axes, mode: str | None, given: list[Answer], expected: Sequ
     share, (low, high), x = good / count, wilson(good, count), max(tokens.mean(), 1)
     spread = min(1.96 * tokens.std() / np.sqrt(len(tokens)), x * 0.9)
     axes.errorbar(
-        x, share, xerr=spread, yerr=[[max(share - low, 0)], [max(high - share, 0)]], fmt=marker, markersize=8,
-        color=LOOK[mode or "other"]["facecolor"], label=f"{_name(mode)}: {share:.0%}, {x:,.0f} tokens",
+        x, share, xerr=spread, yerr=[[max(share - low, 0)], [max(high - share, 0)]], fmt=marker, markersize=9,
+        color=LOOK[mode or "other"]["facecolor"], markerfacecolor=None if mode else "none",
+        label=f"{_name(mode)}: {share:.0%}, {x:,.0f} tokens",
     )  # fmt: skip
 
 

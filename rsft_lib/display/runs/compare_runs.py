@@ -13,7 +13,7 @@ from rsft_lib.common.paths import resolve
 from rsft_lib.common.temporary import new_file
 from rsft_lib.display.html import Table, caption
 from rsft_lib.display.metric_styles import EXPERTS, HEALTH, METRICS, ONE_MODE
-from rsft_lib.display.plot_style import NEUTRAL, line_style, plain_numbers, smoothed, thinned, tidy
+from rsft_lib.display.plot_style import NEUTRAL, finished, line_style, plain_numbers, smoothed, thinned, tidy
 from rsft_lib.display.runs.csv_curve import LINES, Published
 from rsft_lib.display.runs.runs import BY, Run
 
@@ -172,4 +172,4 @@ def _finish(figure: Figure, titles: dict[Axes, str], runs: list[Run], by: str) -
     handles = [Line2D([], [], label=caption(run.name), **line_style(number)) for number, run in enumerate(runs)]
     handles += [line for axes in titles for line in axes.get_legend_handles_labels()[0]]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4), frameon=False)
-    plt.close(figure)  # else the notebook shows it twice
+    finished(figure)
