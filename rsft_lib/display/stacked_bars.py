@@ -14,7 +14,7 @@ LOOK = {
     "other": {"facecolor": GREEN, "hatch": ".."},
     "trained": {"facecolor": SKY, "hatch": ""},
     "context": {"facecolor": "#b8b8b8", "hatch": "//"},
-    "padding": {"facecolor": "#ffffff", "hatch": "xx"},
+    "padding": {"facecolor": "none", "hatch": "xx"},
 }
 EDGE = {"edgecolor": NEUTRAL, "linewidth": 0.6}
 WIDE, NARROW = 0.13, 0.06  # smallest shares with room for name and percentage, and for the percentage alone

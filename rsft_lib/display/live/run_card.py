@@ -140,5 +140,5 @@ def _draw(axes: Axes, run: Follower, metrics: list[str], faint: bool = False) ->
             continue
         _, label, color, style = METRICS[metric]
         if faint:
-            axes.plot(*thinned(steps, values), color=color, alpha=0.2, linewidth=0.8)
+            axes.plot(*thinned(steps, values), color=color, alpha=0.3, linewidth=0.8)
         axes.plot(*thinned(steps, smoothed(values, SMOOTHING)), style, color=color, label=label)

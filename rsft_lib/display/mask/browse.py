@@ -29,7 +29,9 @@ def extremes_table(store: TokenStore, tokenizer: PreTrainedTokenizerBase, sample
     for mode in samples.present:
         numbers = np.flatnonzero(samples.of(mode))
         numbers = numbers[np.argsort(store.lengths[numbers], kind="stable")]
-        for name, number in zip(("shortest", "median", "longest"), numbers[[0, len(numbers) // 2, -1]], strict=True):
+        places = {"longest": -1, "median": len(numbers) // 2, "shortest": 0}
+        names = {int(numbers[place]): name for name, place in places.items()}  # each sample once
+        for number, name in reversed(names.items()):
             text = one_line(TokenText(store[number][0], tokenizer).between(0, int(store.lengths[number])))
             ends = text if len(text) <= 2 * SHOWN else f"{text[:SHOWN]} … {text[-SHOWN:]}"
             rows.append((mode, name, str(number), int(store.lengths[number]), int(samples.trained[number]), ends))

@@ -22,5 +22,5 @@ def plot_audit(audit: Audit) -> Figure:
             place.axvline(row.norm, color=color, linestyle=style, label=label)
         place.set(title=f"{title} embedding, {len(norms):,} tokens", xlabel="row norm", ylabel="tokens", yscale="log")
         if audit.rows:
-            place.legend()
+            place.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)
     return finished(figure)

@@ -137,7 +137,7 @@ def _draw(axes: Axes, run: Run, metric: str, by: str, smoothing: float, number: 
     x, values = run.line(metric, by)
     style = line_style(number)
     if smoothing:
-        axes.plot(*thinned(x, values), color=style["color"], alpha=0.18, linewidth=0.8)
+        axes.plot(*thinned(x, values), color=style["color"], alpha=0.3, linewidth=0.8)
     axes.plot(*thinned(x, smoothed(values, smoothing)), **style)
     axes.plot(*thinned(*run.line(f"eval_{metric}", by)), "o", color=style["color"], markersize=4)
 
@@ -146,7 +146,7 @@ def _draw_published(axes: Axes, published: Published, by: str, smoothing: float)
     for what in LINES:
         x, values = published.line(what, by)
         if what == "loss":
-            axes.plot(x, values, color=NEUTRAL, alpha=0.18, linewidth=0.8)
+            axes.plot(x, values, color=NEUTRAL, alpha=0.3, linewidth=0.8)
             values = smoothed(values, smoothing)
         axes.plot(
             x, values, label=caption(f"{published.name}, {LINES[what]}"), color=NEUTRAL, linewidth=1.2, **THEIRS[what]
