@@ -6,9 +6,12 @@ with its slider and 05 with its dashboard. Screenshots are saved in outputs/scre
 
 import json
 import re
+from base64 import b64decode
+from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 
+import matplotlib.pyplot as plt
 import nbformat
 import pytest
 from browser import CHROMIUM, PATIENCE, Browser, copy_project, install_trusted, jupyterlab, missing, set_defaults
@@ -24,6 +27,7 @@ from rsft_lib.notebook import run
 NOTEBOOKS = ROOT / "notebooks"
 in_browser = pytest.mark.skipif(bool(missing()), reason=missing())
 
+PARAMETERS = {"parameters", "injected-parameters"}  # tags
 # Inserted into every question and chain of thought. It must be displayed, never executed or fetched.
 HOSTILE = "<script>window.x = 1</script><img src=x onerror='window.x = 1'>"
 
@@ -146,6 +150,21 @@ def test_every_text_of_every_notebook_is_legible_in_both_themes(lab, steps, quic
     for executed in (quickstart[1], *steps.executed.values()):
         shown = texts(lab.context, executed, theme)
         assert shown and [text for text in shown if text["contrast"] < ENOUGH] == [], executed.name
+
+
+def test_figures_have_no_ground_so_that_they_fit_every_theme(steps, quickstart):
+    for executed in (quickstart[1], *steps.executed.values()):
+        for output in outputs(executed):
+            if picture := output.get("data", {}).get("image/png"):
+                pixels = plt.imread(BytesIO(b64decode(picture)))  # [height, width, RGBA]
+                assert pixels[[0, 0, -1, -1], [0, -1, 0, -1], 3].max() == 0, executed.name
+
+
+def test_no_cell_is_empty_headless(steps, quickstart):
+    for executed in (quickstart[1], *steps.executed.values()):
+        code = [cell for cell in nbformat.read(executed, 4).cells if cell.cell_type == "code"]
+        empty = [cell.source for cell in code if not cell.outputs and not PARAMETERS & {*cell.metadata.get("tags", [])}]
+        assert empty == [], executed.name
 
 
 @pytest.fixture(scope="module")
