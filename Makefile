@@ -16,7 +16,7 @@ LONGEST := $(patsubst %,tests/%.py,notebooks/test_notebooks notebooks/test_other
 # What depends on the version of megatron-core; `make test-engine VENV=.venv-3.12 PYTHON=python3.12` runs it with another.
 ENGINE := tests/model tests/training $(patsubst %,tests/%.py,checkpoint/test_conversion notebooks/test_demo)
 
-.PHONY: help demo test test-engine lint lab clean
+.PHONY: help demo gallery test test-engine lint lab clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -24,6 +24,11 @@ help:  ## list the targets
 
 demo: $(VENV)/.installed  ## run the whole method on a tiny model, 2 to 4 minutes on 2 CPU cores
 	@$(BIN)/python -m rsft_lib.notebook notebooks/00_quickstart.ipynb outputs/quickstart
+
+gallery: $(VENV)/.installed  ## all notebooks executed with the tiny model, as pages in outputs/gallery; 10 minutes
+	@for notebook in notebooks/*.ipynb; do $(BIN)/python -m rsft_lib.notebook $$notebook outputs/gallery || exit; done
+	@$(BIN)/jupyter nbconvert --log-level=WARN --to html outputs/gallery/*.ipynb
+	@ls $(CURDIR)/outputs/gallery/*.html
 
 test: lint  ## lint and all tests
 	@# Most tests wait for processes to start, so four files at a time, those that take minutes first: begun last, one of

@@ -1,6 +1,7 @@
-"""The model card (README.md) of an exported model: description, usage, training settings, and what to add by hand."""
+"""The model card (README.md) of an exported model: description, usage, training, verification, what to add by hand."""
 
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rsft_lib.common.artifact import MANIFEST, file_hash
@@ -32,10 +33,17 @@ print(tokenizer.decode(model.generate(**ids, max_new_tokens=512)[0]))
 
 {training}
 
+## Verification
+
+{begin}
+Not verified yet.
+{end}
+
 ## To be written
 
-The data, its licence and what was excluded from it; evaluation{in_modes}; limitations; the licence of this model.
+The data, its licence and what was excluded from it; limitations; the licence of this model.
 """
+BEGIN, END = "<!-- verification: begin, written by notebook 07 -->", "<!-- verification: end -->"
 HYBRID = """A reasoning model that answers in two modes, fine-tuned from `{base}` on responses only. {usage}"""
 BY_TOKEN = """The first token of
 an answer is its mode: {modes}. The model chooses the mode itself; append a token to the prompt to set it."""
@@ -60,16 +68,27 @@ def model_card(name: str, checkpoint: Path, weights: dict) -> str:
     settings = {key: value for key, value in manifest.get("config", {}).items() if key not in OMITTED}
     data = manifest.get("data", {}).get("manifest_sha256")
     facts = {"steps": manifest.get("iteration"), **settings, "data_sha256": data, **weights}
-    lines = [f"| {key} | {value} |" for key, value in facts.items() if value not in (None, "")]
-    training = "\n".join(["| | |", "|---|---|", *lines])
+    training = markdown_table(("", ""), [item for item in facts.items() if item[1] not in (None, "")])
     hybrid, base = _knows_modes(manifest), base_model(checkpoint) or "not recorded"
     dialect = dialect_of(data_options(manifest))
     switch, given = (dialect.forms["short"].switch, dialect.opening("short")) if hybrid else ("", "")
     return CARD.format(
         name=name, base=base, training=training,
         what=(HYBRID if hybrid else PLAIN).format(base=base, usage=_usage(dialect)), switch=switch,
-        mode=f" + {json.dumps(given)}" if given else "", in_modes=" in both modes" if hybrid else "",
+        mode=f" + {json.dumps(given)}" if given else "", begin=BEGIN, end=END,
     )  # fmt: skip
+
+
+def with_verification(card: str, text: str) -> str:
+    """The card with `text` between the two marks; unchanged if somebody removed them."""
+    before, begin, rest = card.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    return f"{before}{begin}\n{text}\n{end}{after}" if begin and end else card
+
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
 
 def data_options(manifest: dict) -> dict:

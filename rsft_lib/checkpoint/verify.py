@@ -17,6 +17,7 @@ from rsft_lib.checkpoint.convert import copy_along, differing
 from rsft_lib.checkpoint.export import export
 from rsft_lib.checkpoint.formats import hf, torch_dist
 from rsft_lib.checkpoint.lazy_weights import Box, Weights, grown, resized, with_row_means
+from rsft_lib.checkpoint.proofs import proofs
 from rsft_lib.checkpoint.sharded import load_weights
 from rsft_lib.common.artifact import MANIFEST, VERIFICATION, new_folder, read_manifest, write_json
 from rsft_lib.model.config import read_config, transformer_config
@@ -43,22 +44,24 @@ def verify_conversion(
 
     Returns:
         `tensors`: a row for each Hugging Face tensor with its shape, dtype, norm and whether both are bitwise equal;
-        `differing_tensors`: names of those that differ; `rounded`: whether one has a shorter dtype, in which they were
-        compared; the results of `lost_in_round_trip` and `compare_outputs`.
+        `differing_tensors`: names of those that differ; `rounded`: the dtype of the one that has a shorter dtype, to
+        which the other was rounded before anything was compared, empty if they have the same; the results of
+        `lost_in_round_trip` and `compare_outputs`; and `proofs`, as dicts, from all of these.
     """
     weights, others, rounded = _both(model, checkpoint)
     table = tensor_table(weights, others)
     rows = _rows(model, checkpoint)
     lost = {"lost_in_round_trip": lost_in_round_trip(model, checkpoint.parent, rows)} if round_trip else {}
-    return {
+    report = {
         "model": str(model),
         "checkpoint": str(checkpoint),
-        "rounded": rounded,
+        "rounded": str(rounded or "").removeprefix("torch."),
         "differing_tensors": [row["name"] for row in table if not row["same"]],
         **lost,
-        **compare_outputs(model, checkpoint, sentence, new_tokens),
+        **compare_outputs(model, checkpoint, sentence, new_tokens, rounded),
         "tensors": table,
     }
+    return {"proofs": [proof._asdict() for proof in proofs(report)], **report}
 
 
 def tensor_table(weights: Weights, others: Weights) -> list[dict]:
@@ -76,8 +79,8 @@ def tensor_table(weights: Weights, others: Weights) -> list[dict]:
     ]
 
 
-def _both(model: Path, checkpoint: Path) -> tuple[Weights, Weights, bool]:
-    """Both by Hugging Face names, and whether one was rounded to a shorter dtype, to which both are then cast."""
+def _both(model: Path, checkpoint: Path) -> tuple[Weights, Weights, torch.dtype | None]:
+    """Both by Hugging Face names, and the shorter of two dtypes, to which both are then rounded; None if equal."""
     config = read_config(model)
     weights = hf.open_weights(model, config)
     config.vocab_size = _rows(model, checkpoint)
@@ -89,8 +92,8 @@ def _both(model: Path, checkpoint: Path) -> tuple[Weights, Weights, bool]:
     dtypes = [{w.empty(name).dtype for name in w} for w in (weights, others)]
     if dtypes[0] != dtypes[1] and [len(kinds) for kinds in dtypes] == [1, 1]:
         shorter = min(dtypes[1].pop(), dtypes[0].pop(), key=lambda dtype: dtype.itemsize)
-        return Weights(weights.pieces, shorter), Weights(others.pieces, shorter), True
-    return weights, others, False
+        return Weights(weights.pieces, shorter), Weights(others.pieces, shorter), shorter
+    return weights, others, None
 
 
 def _rows(model: Path, checkpoint: Path) -> int:
@@ -136,8 +139,13 @@ def lost_in_round_trip(model: Path, scratch: Path, rows: int = 0) -> list[str]:
         return differing(perturbed, hf.open_weights(Path(place) / "exported", config))
 
 
-def compare_outputs(model: Path, checkpoint: Path, sentence: str, new_tokens: int) -> dict:
+def compare_outputs(
+    model: Path, checkpoint: Path, sentence: str, new_tokens: int, rounded: torch.dtype | None = None
+) -> dict:
     """Run one sentence through transformers (folder) and megatron-core (checkpoint), both in fp32.
+
+    Args:
+        rounded: a dtype to which the weights of both are rounded first.
 
     Returns:
         `logit_difference`: maximum absolute difference over all positions; `next_tokens`: the most likely ones with
@@ -150,8 +158,8 @@ def compare_outputs(model: Path, checkpoint: Path, sentence: str, new_tokens: in
         return logits(ids), _greedy(logits, ids, new_tokens)
 
     means, rows = _row_means(checkpoint), _rows(model, checkpoint)
-    expected, expected_tokens = with_transformers(model, generate, means, rows)
-    actual, actual_tokens = with_megatron(model, checkpoint, ids.shape[1] + new_tokens, generate)
+    expected, expected_tokens = with_transformers(model, generate, means, rows, rounded)
+    actual, actual_tokens = with_megatron(model, checkpoint, ids.shape[1] + new_tokens, generate, rounded)
     likely = expected[0, -1].topk(SHOWN).indices.tolist()
     return {
         "sentence": sentence,
@@ -171,7 +179,11 @@ def compare_outputs(model: Path, checkpoint: Path, sentence: str, new_tokens: in
 
 @torch.no_grad()
 def with_transformers(
-    model: Path, use: Callable[[Logits], object], row_means: dict[int, list[int]] | None = None, rows: int = 0
+    model: Path,
+    use: Callable[[Logits], object],
+    row_means: dict[int, list[int]] | None = None,
+    rows: int = 0,
+    rounded: torch.dtype | None = None,
 ):
     """The result of `use` on a folder's model, loaded by transformers in fp32 and released afterwards.
 
@@ -189,18 +201,32 @@ def with_transformers(
         means = {row: table[others].mean(dim=0).to(stored).float() for row, others in (row_means or {}).items()}
         for row, mean in means.items():
             table[row] = mean
+    _round(loaded, rounded)
     return use(lambda ids: loaded(ids, use_cache=False).logits)
 
 
 @torch.no_grad()
-def with_megatron(model: Path, checkpoint: Path, max_length: int, use: Callable[[Logits], object]):
+def with_megatron(
+    model: Path,
+    checkpoint: Path,
+    max_length: int,
+    use: Callable[[Logits], object],
+    rounded: torch.dtype | None = None,
+):
     """The result of `use` on a checkpoint, loaded by megatron-core in fp32 on one rank; `model` has its config."""
     config = read_config(model)
     config.vocab_size = _rows(model, checkpoint)
     with ranks():
         loaded = build_model(config, transformer_config(config), "torch", max_length).to(device()).eval()
         load_weights(loaded, checkpoint)
+        _round(loaded, rounded)
         return use(lambda ids: loaded(ids, torch.arange(ids.shape[1], device=ids.device)[None], None))
+
+
+def _round(model: torch.nn.Module, dtype: torch.dtype | None) -> None:
+    """Give every weight the precision of `dtype`, but keep it in fp32."""
+    for parameter in model.parameters() if dtype else ():
+        parameter.copy_(parameter.to(dtype))
 
 
 def _greedy(logits: Logits, ids: Tensor, new_tokens: int) -> list[int]:

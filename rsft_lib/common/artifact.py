@@ -20,7 +20,8 @@ from rsft_lib.common.temporary import beside, new_file
 
 MANIFEST = "manifest.json"
 WRITERS = min(4, usable_cores())  # files hashed or written concurrently
-VERIFICATION = "verify.json"  # may be added to a finished folder; no step reads it
+VERIFICATION, README = "verify.json", "README.md"
+FOR_READERS = {VERIFICATION, README}  # may be added to or edited in a finished folder; no step depends on them
 # Files that steps leave beside their output folder; they lie inside another output where outputs are nested.
 SIDE_FILES = re.compile(r".*\.rejected\.jsonl|\..*\.(tmp|old)-[0-9a-f]{8}(\.lock)?")
 TOOL_FILES = re.compile(r"\.ipynb_checkpoints|__pycache__|\.DS_Store|\.nfs[0-9a-f]+")  # .nfs: deleted but still open
@@ -149,7 +150,7 @@ def _listed(folder: Path) -> set[str]:
     """Names of the files expected in a folder that a step of this kit wrote; empty for any other folder."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return {*manifest["files"], MANIFEST, VERIFICATION} if "made_by" in manifest else set()
+        return {*manifest["files"], MANIFEST, *FOR_READERS} if "made_by" in manifest else set()
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return set()
 
@@ -157,9 +158,10 @@ def _listed(folder: Path) -> set[str]:
 def write_manifest(folder: Path, facts: dict) -> None:
     """Flush every file of `folder` to disk and list it in `manifest.json` with its size in bytes and SHA-256.
 
+    Those for readers (FOR_READERS) are not listed.
     `manifest_sha256` is the hash of the manifest's own text without that entry.
     """
-    names, known = _files(folder), facts.get("files", {})
+    names, known = [name for name in _files(folder) if name not in FOR_READERS], facts.get("files", {})
     for name in names:
         _fsync(folder / name)
     hashes = _hashes(folder, [name for name in names if name not in known])
@@ -217,7 +219,7 @@ def verify(folder: Path, only: Collection[str] | None = None) -> dict:
             raise ValueError(
                 f"{folder / name} has {size} bytes, expected {expected['bytes']} ({MANIFEST}): it is damaged"
             )
-    foreign = set(present) - manifest["files"].keys() - {VERIFICATION}
+    foreign = set(present) - manifest["files"].keys() - FOR_READERS
     if foreign:
         raise ValueError(f"{folder / min(foreign)} is not listed in {MANIFEST}: it was added later; remove it")
     verify_files(folder, manifest["files"] if only is None else only)

@@ -1,4 +1,4 @@
-"""Progress bars. Short tasks show none, so that saved notebooks contain no bars."""
+"""Progress bars that end at 100 %. Short tasks show none, so that most saved notebooks contain no bars."""
 
 import sys
 from collections.abc import Iterator
@@ -10,15 +10,21 @@ from transformers.utils import logging
 DELAY = 3  # seconds before anything is shown
 
 
-def progress(what: str, unit: str, total: int | None = None) -> tqdm:
-    """A bar that is cleared at the end. Without a terminal it refreshes rarely, since a headless run keeps them all.
+@contextmanager
+def progress(what: str, unit: str, total: int | None = None) -> Iterator[tqdm]:
+    """A bar, complete if the block ends without an error.
 
-    In a notebook it writes to stdout: on stderr it would leave an empty red box.
+    In a notebook it is one output, updated in place and kept; in a terminal it is cleared at the end.
     """
-    file, interval = (sys.stderr, 1) if sys.stderr.isatty() else (sys.stdout, 10)
-    return tqdm(
-        desc=what, total=total, file=file, unit=unit, unit_scale=True, mininterval=interval, delay=DELAY, leave=False
-    )
+    cell, terminal = _in_notebook(), sys.stderr.isatty()
+    with tqdm(
+        desc=what, total=total, unit=unit, unit_scale=True, delay=DELAY,
+        leave=cell, ascii=False, ncols=80 if cell else None,
+        file=_Cell() if cell else sys.stderr if terminal else sys.stdout,  # type: ignore[arg-type]
+        mininterval=1 if cell or terminal else 10,  # a log keeps all states
+    ) as bar:  # fmt: skip
+        yield bar
+        bar.n = bar.total or bar.n  # bytes between rows are not counted
 
 
 @contextmanager
@@ -31,3 +37,29 @@ def without_bars() -> Iterator[None]:
     finally:
         if enabled:
             logging.enable_progress_bar()
+
+
+class _Cell:
+    """A file for tqdm whose last line is a cell's output; a stream would keep every state of the bar."""
+
+    def __init__(self) -> None:
+        self.handle = None
+
+    def write(self, text: str) -> None:
+        from IPython.display import display
+
+        content = {"text/plain": text.strip()}
+        if not text.strip():
+            return
+        if self.handle:
+            self.handle.update(content, raw=True)
+        else:
+            self.handle = display(content, raw=True, display_id=True)
+
+    def flush(self) -> None:
+        """tqdm calls it."""
+
+
+def _in_notebook() -> bool:
+    shell = sys.modules.get("IPython") and sys.modules["IPython"].get_ipython()
+    return getattr(shell, "kernel", None) is not None

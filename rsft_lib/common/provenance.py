@@ -26,12 +26,6 @@ def made_with() -> dict[str, str]:
     }
 
 
-def listed(facts: dict[str, str]) -> str:
-    """The facts as aligned text, one per line."""
-    width = max(map(len, facts))
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in facts.items())
-
-
 def _version(package: str) -> str:
     try:
         return metadata.version(package)

@@ -21,9 +21,10 @@ BLOCK = (
     "margin:0;padding:3px 8px;white-space:pre-wrap;word-break:normal;overflow-wrap:anywhere;unicode-bidi:plaintext;"
     "font-size:12px;line-height:1.45;font-family:monospace"
 )
-# JupyterLab gives tables the text colour of its theme, which may be white, whatever the colour around them.
-TABLE = f"border-collapse:collapse;margin:2px 0;background:#ffffff;color:{INK}"
-CELL = f"text-align:left;vertical-align:top;padding:2px 14px 2px 0;border:0;color:{INK}"
+TABLE = "border-collapse:collapse;margin:2px 0"
+CELL = "text-align:left;vertical-align:top;padding:2px 14px 2px 0;border:0"
+# For every element of a table on a white card: JupyterLab gives it the text colour of its theme, which may be white.
+PAPER = f";background:#ffffff;color:{INK}"
 RIGHT = ";text-align:right"
 ONE_LINE, SHORT = ";white-space:nowrap", 24  # cells of up to SHORT characters do not wrap
 
@@ -53,7 +54,7 @@ def caption(text: str) -> str:
 
 @dataclass(frozen=True)
 class Table:
-    """A small table: text in a terminal, HTML in a notebook. Columns of numbers are right-aligned."""
+    """A small table: text in a terminal, HTML in the colours of the theme in a notebook. Numbers are right-aligned."""
 
     title: str
     columns: Sequence[str]
@@ -70,23 +71,27 @@ class Table:
         return visible("\n".join([self.title, *(lines if self.rows else []), *([self.note] if self.note else [])]))
 
     def _repr_html_(self) -> str:
+        return self.html()
+
+    def html(self, paper: str = "") -> str:
+        """The table as HTML; `paper` is PAPER on a card."""
         right = self._right()
-        head = self._row_html("th", self.columns, right, ";border-bottom:1px solid #8c959f")
-        body = "".join(self._row_html("td", row, right) for row in self.rows)
-        table = f"<table style='{TABLE}'><thead>{head}</thead><tbody>{body}</tbody></table>"
-        note = f"<div style='color:{FAINT};margin-top:4px'>{inert(self.note)}</div>" if self.note else ""
+        head = self._row_html("th", self.columns, right, f"{paper};border-bottom:1px solid #8c959f")
+        body = "".join(self._row_html("td", row, right, paper) for row in self.rows)
+        table = f"<table style='{TABLE}{paper}'><thead>{head}</thead><tbody>{body}</tbody></table>"
+        note = f"<div style='margin-top:4px'>{inert(self.note)}</div>" if self.note else ""
         return (
-            f"<div style='background:#ffffff;color:{INK};padding:4px 0;font-size:13px'><b>{inert(self.title)}</b>"
+            f"<div style='padding:4px 0;font-size:13px{paper}'><b>{inert(self.title)}</b>"
             f"{table if self.rows else ''}{note}</div>"
         )
 
-    def _row_html(self, tag: str, row: Sequence, right: list[bool], style: str = "") -> str:
+    def _row_html(self, tag: str, row: Sequence, right: list[bool], style: str) -> str:
         cells = (
             f"<{tag} style='{CELL}{RIGHT if is_right else ''}{ONE_LINE if len(text) <= SHORT else ''}{style}'>"
             f"{inert(text)}</{tag}>"
             for text, is_right in zip(map(_cell, row), right, strict=True)
         )
-        return f"<tr style='background:#ffffff'>{''.join(cells)}</tr>"
+        return f"<tr style='{style.removeprefix(';')}'>{''.join(cells)}</tr>"
 
     def _right(self) -> list[bool]:
         return [all(_cell(value)[:1].isdigit() for value in column if value != GAP) for column in self._by_column()]

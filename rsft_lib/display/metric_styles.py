@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from rsft_lib.display.plot_style import BLACK, BLUE, GREEN, ORANGE, PINK, SKY
+from rsft_lib.display.plot_style import BLUE, GREEN, NEUTRAL, ORANGE, PINK, SKY
 
 
 class Metric(NamedTuple):
@@ -15,17 +15,17 @@ class Metric(NamedTuple):
 
 
 METRICS = {
-    "loss": Metric("loss per trained token", "all", BLACK, ":"),
+    "loss": Metric("loss per trained token", "all", NEUTRAL, ":"),
     "loss_mode_think": Metric("loss of <think> answers", "<think>", BLUE, "-"),
     "loss_mode_short": Metric("loss of <short> answers", "<short>", ORANGE, "--"),
-    "loss_mode_other": Metric("loss of answers without a mode", "other", BLACK, "-"),
+    "loss_mode_other": Metric("loss of answers without a mode", "other", NEUTRAL, "-"),
     "loss_span_control": Metric("loss of the control token", "control token", PINK, ":"),
     "loss_span_think": Metric("loss of the chain of thought", "chain of thought", SKY, ":"),
     "loss_span_answer": Metric("loss of answer tokens", "answer", GREEN, ":"),
-    "loss_span_eos": Metric("loss of EOS", "EOS", BLACK, ":"),
+    "loss_span_eos": Metric("loss of EOS", "EOS", NEUTRAL, ":"),
     "p_think_when_think": Metric("P(<think>) for <think> samples", "for <think> samples", BLUE, "-"),
     "p_think_when_short": Metric("P(<think>) for <short> samples", "for <short> samples", ORANGE, "--"),
-    "think_share": Metric("share of <think> samples", "share of <think> samples", BLACK, ":"),
+    "think_share": Metric("share of <think> samples", "share of <think> samples", NEUTRAL, ":"),
     "expert_load_max": Metric("load of the busiest expert (mean: 1)", "busiest expert"),
     "dead_experts": Metric("experts without a token in a step", "experts without a token"),
     "grad_norm": Metric("gradient norm, before clipping", "gradient norm"),

@@ -1,17 +1,36 @@
-"""Colours of all plots, and helpers for line plots: line styles, smoothing, downsampling, axis format."""
+"""Colours of all plots, and helpers for line plots: line styles, smoothing, downsampling, axis format.
+
+Figures have no ground of their own, and one text colour that is legible on white and on the dark grounds of JupyterLab,
+VS Code and GitHub: nothing in a PNG can follow the reader's theme.
+"""
 
 from collections.abc import Iterable
 
+import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 from numpy.typing import ArrayLike
 
 # The Okabe-Ito palette, which is safe for colour-blind readers. The only place where these colours are defined.
-BLUE, ORANGE, GREEN, PINK, SKY, BLACK = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#000000"
+BLUE, ORANGE, GREEN, PINK, SKY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9"
+NEUTRAL = "#7a7a7a"  # in place of its black: 4.3 : 1 against white and against #111111
 GREY = "#999999"
-COLORS, DASHES = (BLUE, ORANGE, GREEN, PINK, SKY, BLACK), ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+plt.rcParams.update({
+    "axes.facecolor": "none", "legend.facecolor": "none", "text.color": NEUTRAL,
+    "axes.labelcolor": NEUTRAL, "axes.edgecolor": NEUTRAL, "xtick.color": NEUTRAL, "ytick.color": NEUTRAL,
+    "grid.color": NEUTRAL,
+})  # fmt: skip
+COLORS, DASHES = (BLUE, ORANGE, GREEN, PINK, SKY, NEUTRAL), ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 MAX_POINTS = 1000  # per line
+
+
+def finished(figure: Figure) -> Figure:
+    """The figure without its ground, and closed, since a notebook would show it twice."""
+    figure.patch.set_visible(False)
+    plt.close(figure)
+    return figure
 
 
 def line_style(number: int) -> dict:

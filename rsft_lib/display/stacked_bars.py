@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
-from rsft_lib.display.plot_style import BLUE, GREEN, ORANGE, SKY
+from rsft_lib.display.plot_style import BLUE, GREEN, NEUTRAL, ORANGE, SKY
 
 # The hatches distinguish the parts in greyscale.
 LOOK = {
@@ -13,10 +13,10 @@ LOOK = {
     "short": {"facecolor": ORANGE, "hatch": "//"},
     "other": {"facecolor": GREEN, "hatch": ".."},
     "trained": {"facecolor": SKY, "hatch": ""},
-    "context": {"facecolor": "#d0d0d0", "hatch": "//"},
-    "padding": {"facecolor": "#ffffff", "hatch": "xx"},
+    "context": {"facecolor": "#b8b8b8", "hatch": "//"},
+    "padding": {"facecolor": "none", "hatch": "xx"},
 }
-EDGE = {"edgecolor": "#404040", "linewidth": 0.6}
+EDGE = {"edgecolor": NEUTRAL, "linewidth": 0.6}
 WIDE, NARROW = 0.13, 0.06  # smallest shares with room for name and percentage, and for the percentage alone
 
 
@@ -30,7 +30,7 @@ def draw_bars(axes: Axes, rows: Mapping[str, Mapping[str, float]]) -> None:
             if share >= NARROW:
                 box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5}
                 label = f"{name} {share:.1%}" if share >= WIDE else f"{share:.1%}"
-                axes.text(left + share / 2, y, label, ha="center", va="center", fontsize=9, bbox=box)
+                axes.text(left + share / 2, y, label, ha="center", va="center", fontsize=9, bbox=box, color="#1f2328")
             left += share
     axes.set_yticks(range(len(rows)), rows)
     axes.invert_yaxis()

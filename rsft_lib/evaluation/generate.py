@@ -1,13 +1,15 @@
 """Answers of an exported model in a forced mode, or the mode it chooses, and their scores."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
 
 from rsft_lib.common.artifact import own_manifest
 from rsft_lib.common.paths import require_path
 from rsft_lib.data.answers import final_answer, normalized
-from rsft_lib.evaluation.inference_engines import BATCH, Sampling, open_engine
+from rsft_lib.evaluation.inference_engines import BATCH, Engine, Sampling, open_engine
 from rsft_lib.evaluation.questions import Question
 from rsft_lib.tokenizer.chat import prompt_ids
 from rsft_lib.tokenizer.dialect import END_THINK, MODES, TAGS, THINK, THINKLESS, Dialect, dialect_of
@@ -72,17 +74,48 @@ def generate_modes(
     """
     if unknown := [mode for mode in modes if mode not in ASKED]:
         raise ValueError(f"mode is {unknown[0]!r}; choose one of {', '.join(map(repr, ASKED))}")
+    speaker = open_speaker(model, engine, batch_size, dialect)
+    return {mode: speaker.answers([(prompt, mode) for prompt in prompts], sampling) for mode in modes}
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A loaded model that answers in its dialect."""
+
+    tokenizer: PreTrainedTokenizerBase
+    dialect: Dialect
+    write: Engine
+
+    def answers(
+        self,
+        asked: Sequence[tuple[str | Question, str | None]],
+        sampling: Sampling,
+        seen: Callable[[list[Answer]], bool] | None = None,
+    ) -> list[Answer]:
+        """The answer to each question in its mode.
+
+        Args:
+            seen: called after each token with the answers so far, if all are in one batch; returns whether to stop.
+        """
+        forms = [mode if mode in self.dialect.forms else None for _, mode in asked]
+        by_form = zip((question for question, _ in asked), forms, strict=True)
+        prompts = [_prompt_ids(self.tokenizer, question, form, self.dialect) for question, form in by_form]
+        openings = [self.dialect.opening(form) for form in forms]  # the answer's tokens that end the prompt
+        given = [self.tokenizer(opening, add_special_tokens=False)["input_ids"] for opening in openings]
+
+        def read(written: list[list[int]]) -> list[Answer]:
+            return [_answer(self.tokenizer, [*g, *w], self.dialect) for g, w in zip(given, written, strict=True)]
+
+        show = (lambda written: seen(read(written))) if seen else None
+        return read(self.write(prompts, sampling, show))
+
+
+def open_speaker(
+    model: str | Path, engine: str = "auto", batch_size: int = BATCH, dialect: Dialect | None = None
+) -> Speaker:
+    """Load an exported model; for the arguments and errors see `generate_modes`."""
     folder = require_path(model, "exported model")
-    dialect = dialect or trained_dialect(folder)
-    tokenizer, write = load_tokenizer(folder), open_engine(folder, engine, batch_size)
-    answers = {}
-    for mode in modes:
-        asked = mode if mode in dialect.forms else None
-        ids = [_prompt_ids(tokenizer, prompt, asked, dialect) for prompt in prompts]
-        given = tokenizer(dialect.opening(asked), add_special_tokens=False)["input_ids"]  # ends the prompt
-        written = write(ids, sampling)
-        answers[mode] = [_answer(tokenizer, given + more, dialect) for more in written]
-    return answers
+    return Speaker(load_tokenizer(folder), dialect or trained_dialect(folder), open_engine(folder, engine, batch_size))
 
 
 def trained_dialect(model: str | Path) -> Dialect:
@@ -136,16 +169,18 @@ def is_correct(answer: Answer, expected: str) -> bool:
     return final is not None and normalized(final) == normalized(final_answer(expected) or expected)
 
 
-def score(answers: list[Answer], expected: list[str], mode: str | None) -> dict[str, float]:
-    """Accuracy, share of well-formed answers (both in [0, 1]), and mean length in tokens.
+def score(answers: Sequence[Answer], expected: Sequence[str | None], mode: str | None) -> dict[str, float]:
+    """Accuracy and share of well-formed answers (both in [0, 1]), mean length in tokens, and how many were cut off.
+
+    Accuracy is that of questions with a known answer, and is left out without any.
 
     Args:
         mode: the mode of all answers; None for the one that each chose.
     """
-    n = len(answers)
-    correct = sum(is_correct(a, e) for a, e in zip(answers, expected, strict=True))
-    return {
-        "accuracy": correct / n,
+    n, known = len(answers), [(a, e) for a, e in zip(answers, expected, strict=True) if e is not None]
+    accuracy = {"accuracy": sum(is_correct(a, e) for a, e in known) / len(known)} if known else {}
+    return accuracy | {
         "well_formed": sum(well_formed(a, mode or chosen_mode(a)) for a in answers) / n,
         "tokens": sum(a.tokens for a in answers) / n,
+        "cut_off": sum(not a.ended for a in answers),
     }

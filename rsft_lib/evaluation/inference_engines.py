@@ -7,11 +7,11 @@ import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteria
 
 from rsft_lib.common.progress import progress, without_bars
 from rsft_lib.tokenizer.patch import load_tokenizer
@@ -28,7 +28,16 @@ class Sampling(NamedTuple):
     seed: int = 0
 
 
-Engine = Callable[[list[list[int]], Sampling], list[list[int]]]  # prompt ids -> ids of each continuation, EOS included
+Seen = Callable[[list[list[int]]], bool]  # ids of each continuation so far -> whether to stop
+
+
+class Engine(Protocol):
+    """Prompt ids -> ids of each continuation, EOS included.
+
+    transformers calls `seen`, if given, after each token of a single batch; vLLM only at the end.
+    """
+
+    def __call__(self, prompts: list[list[int]], sampling: Sampling, seen: Seen | None = None) -> list[list[int]]: ...
 
 
 def open_engine(folder: str | Path, engine: str = "auto", batch_size: int = BATCH) -> Engine:
@@ -60,7 +69,7 @@ def _transformers(folder: Path, batch_size: int) -> Engine:
     model.to(device).eval()
 
     @torch.no_grad()
-    def write(prompts: list[list[int]], sampling: Sampling) -> list[list[int]]:
+    def write(prompts: list[list[int]], sampling: Sampling, seen: Seen | None = None) -> list[list[int]]:
         torch.manual_seed(sampling.seed)
         # Sorted by length, longest first: little padding, and an out-of-memory error comes at once.
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
@@ -68,14 +77,32 @@ def _transformers(folder: Path, batch_size: int) -> Engine:
         with progress("answers", "questions", len(prompts)) as bar:
             for start in range(0, len(order), batch_size):
                 numbers = order[start : start + batch_size]
-                written |= zip(numbers, _batch(model, tokenizer, [prompts[i] for i in numbers], sampling), strict=True)
+                watch = _in_order(seen, numbers) if seen else None
+                batch = _batch(model, tokenizer, [prompts[i] for i in numbers], sampling, watch)
+                written |= zip(numbers, batch, strict=True)
                 bar.update(len(numbers))
         return [written[i] for i in range(len(prompts))]
 
     return write
 
 
-def _batch(model, tokenizer, prompts: list[list[int]], sampling: Sampling) -> list[list[int]]:
+def _in_order(seen: Seen, numbers: list[int]) -> Seen:
+    """`seen` for a batch whose rows are the prompts `numbers`."""
+    return lambda rows: seen([row for _, row in sorted(zip(numbers, rows, strict=True))])
+
+
+class _Watch(StoppingCriteria):
+    """Shows each new token of a batch; `width` is the length of its prompts."""
+
+    def __init__(self, width: int, eos: int, seen: Seen):
+        self.width, self.eos, self.seen = width, eos, seen
+
+    def __call__(self, input_ids, scores, **kwargs):
+        rows = [_up_to_eos(row, self.eos) for row in input_ids[:, self.width :].tolist()]
+        return torch.full(input_ids.shape[:1], self.seen(rows), device=input_ids.device)
+
+
+def _batch(model, tokenizer, prompts: list[list[int]], sampling: Sampling, seen: Seen | None = None) -> list[list[int]]:
     width = max(map(len, prompts))  # left padding, so that all prompts end at the same position
     # Padding is masked, so any id will do. The pad token may be missing, or have no embedding row.
     pad = tokenizer.eos_token_id
@@ -90,6 +117,7 @@ def _batch(model, tokenizer, prompts: list[list[int]], sampling: Sampling) -> li
         max_new_tokens=sampling.max_new_tokens,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=pad,
+        stopping_criteria=[_Watch(width, tokenizer.eos_token_id, seen)] if seen else None,
         **options,
     )
     return [_up_to_eos(row, tokenizer.eos_token_id) for row in output[:, width:].tolist()]
@@ -116,12 +144,15 @@ def _vllm(folder: Path) -> Engine:
     eos = load_tokenizer(folder).eos_token_id
     model = LLM(model=str(folder), dtype=precision(folder))  # "auto" would load an fp32 model in bf16
 
-    def write(prompts: list[list[int]], sampling: Sampling) -> list[list[int]]:
+    def write(prompts: list[list[int]], sampling: Sampling, seen: Seen | None = None) -> list[list[int]]:
         params = SamplingParams(
             temperature=sampling.temperature, seed=sampling.seed, max_tokens=sampling.max_new_tokens,
             stop_token_ids=[eos], detokenize=False,
         )  # fmt: skip
         outputs = model.generate([{"prompt_token_ids": ids} for ids in prompts], params)
-        return [_up_to_eos(list(request.outputs[0].token_ids), eos) for request in outputs]
+        written = [_up_to_eos(list(request.outputs[0].token_ids), eos) for request in outputs]
+        if seen:
+            seen(written)
+        return written
 
     return write

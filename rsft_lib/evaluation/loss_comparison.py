@@ -1,6 +1,7 @@
 """Losses of all trained tokens before and after a training: by sample, by kind (mode and span), and suspect samples.
 
-A suspect is a sample whose losses hint at a data error; REASONS lists the criteria.
+A suspect is a sample whose losses hint at a data error; REASONS lists the criteria. They leave out the control token:
+its loss only tells that nothing in a question determines the mode, ln 2 for equally frequent modes.
 """
 
 import hashlib
@@ -18,12 +19,18 @@ CHUNK = 1 << 23  # tokens per chunk; takes some 500 MB
 OUTLIER = 4.0  # robust z-score of a sample's log loss within its mode, above which it is suspect
 MIN_SPREAD = 0.05  # smallest standard deviation assumed for the log losses of a mode
 ROSE = 1.05  # ratio of the loss after to the loss before, above which it has risen
+GAP = 0.1  # nats per token by which a suspect's loss must differ: among tiny losses, large ratios mean nothing
+SURPRISE = 3.0  # nats by which the worst token of a suspect must exceed the median of its mode
+CONTROL = SPAN_NAMES.index("control")
 TINY = 1e-4  # nats, so that the logarithm of a zero loss is finite
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One entry per sample of a store: float32 or int [samples], losses in nats per trained token."""
+    """One entry per sample of a store: float32 or int [samples], losses in nats per trained token.
+
+    The losses of samples leave out the control token.
+    """
 
     before: TokenLosses
     after: TokenLosses
@@ -31,7 +38,7 @@ class Comparison:
     trained: np.ndarray  # trained tokens
     loss_before: np.ndarray
     loss_after: np.ndarray
-    worst: np.ndarray  # highest token loss after the training
+    worst: np.ndarray  # highest token loss after the training; -inf without any
     worst_at: np.ndarray  # its position
     modes: np.ndarray  # indices into MODE_NAMES
     same_as: np.ndarray  # first sample with the same tokens: its own index unless it is a duplicate
@@ -82,12 +89,13 @@ def compare(before: TokenLosses, after: TokenLosses) -> Comparison:
 
 def suspects(comparison: Comparison) -> list[Suspect]:
     """The suspect samples: those whose loss rose first, then by decreasing z-score."""
-    high, surprise = (_z_scores(comparison, losses) for losses in (comparison.loss_after, comparison.worst))
+    after, change = comparison.loss_after, comparison.loss_after - comparison.loss_before
+    (high, above), (surprise, over) = (_deviations(comparison, losses) for losses in (after, comparison.worst))
     applies = {
-        "rose": comparison.loss_after > ROSE * comparison.loss_before,
-        "outlier": high > OUTLIER,
-        "surprise": surprise > OUTLIER,
-        "memorised": high < -OUTLIER,
+        "rose": (after > ROSE * comparison.loss_before) & (change > GAP),
+        "outlier": (high > OUTLIER) & (above > GAP),
+        "surprise": (surprise > OUTLIER) & (over > SURPRISE),
+        "memorised": (high < -OUTLIER) & (above < -GAP),
         "twice": comparison.same_as < np.arange(len(comparison)),
     }
     assert applies.keys() == REASONS.keys()
@@ -118,12 +126,13 @@ def typical(comparison: Comparison) -> list[int]:
 def hardest_spans(comparison: Comparison, count: int, width: int) -> list[tuple[int, int]]:
     """(sample, position) of the `count` spans of `width` trained tokens with the highest mean loss after the training.
 
-    At most one span per sample.
+    At most one span per sample, without the control token.
     """
     best = np.zeros((0, 3))  # mean loss, sample, position
     for first, last in _chunks(comparison.store):
         begins, values = _values(comparison.after, first, last)
         known = np.isfinite(values)
+        known &= _kinds(comparison.store, first, last, known) % len(SPAN_NAMES) != CONTROL
         sums = np.cumsum(np.concatenate([[0.0], np.where(known, values, 0)]), dtype=np.float64)
         counts = np.cumsum(np.concatenate([[0], known]))
         means = np.full(len(values), -np.inf)
@@ -158,14 +167,16 @@ def _part(before: TokenLosses, after: TokenLosses, first: int, last: int) -> tup
     begins, later = _values(after, first, last)
     earlier, known = _values(before, first, last)[1], np.isfinite(later)
     lengths, counts = after.store.lengths[first:last], np.add.reduceat(known, begins, dtype=np.int64)
+    token_kinds = _kinds(after.store, first, last, known)
+    judged = known & (token_kinds % len(SPAN_NAMES) != CONTROL)
+    number = np.maximum(np.add.reduceat(judged, begins, dtype=np.int64), 1)
     means = [
-        (np.add.reduceat(np.where(known, v, 0), begins, dtype=np.float64) / np.maximum(counts, 1)).astype(np.float32)
+        (np.add.reduceat(np.where(judged, v, 0), begins, dtype=np.float64) / number).astype(np.float32)
         for v in (earlier, later)
     ]
-    filled = np.where(known, later, -np.inf)
+    filled = np.where(judged, later, -np.inf)
     worst = np.maximum.reduceat(filled, begins)
     worst_at = _first_places(filled == np.repeat(worst, lengths), begins) - begins
-    token_kinds = _kinds(after.store, first, last, known)
     first_trained = np.minimum(_first_places(known, begins), len(known) - 1)
     modes = np.where(counts > 0, token_kinds[first_trained] // len(SPAN_NAMES), len(MODE_NAMES) - 1)
     sums = [np.bincount(token_kinds[known], w, minlength=KINDS) for w in (None, earlier[known], later[known])]
@@ -193,14 +204,15 @@ def _first_places(wanted: np.ndarray, begins: np.ndarray) -> np.ndarray:
     return places[np.searchsorted(places, begins)]
 
 
-def _z_scores(comparison: Comparison, losses: np.ndarray) -> np.ndarray:
-    """Robust z-score of each sample's log loss within its mode, float [samples].
+def _deviations(comparison: Comparison, losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How far each sample is from the median of its mode, float [samples]: robust z-score of its log loss, and nats.
 
     The scale is the median absolute deviation, which is 0.6745 standard deviations of a normal distribution.
     """
-    logs, scores = np.log(np.maximum(losses, TINY)), np.zeros(len(losses))
+    logs, scores, nats = np.log(np.maximum(losses, TINY)), np.zeros(len(losses)), np.zeros(len(losses))
     for mode in np.unique(comparison.modes):
         chosen = comparison.modes == mode
         off = logs[chosen] - np.median(logs[chosen])
         scores[chosen] = off / max(np.median(np.abs(off)) / 0.6745, MIN_SPREAD)
-    return scores
+        nats[chosen] = losses[chosen] - np.median(losses[chosen])
+    return scores, nats

@@ -1,13 +1,19 @@
 """Evaluation questions: the distinct prompts of held-out records, with their full conversation."""
 
 import json
+import math
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
 
 from rsft_lib.common.paths import require_path
 from rsft_lib.data.conversation import conversation, is_empty
 from rsft_lib.data.records import read_records
 from rsft_lib.tokenizer.dialect import MODES, THINKLESS, Dialect
+
+MEASURED = 2000  # records whose answers are measured
 
 
 class Question(NamedTuple):
@@ -54,6 +60,23 @@ def held_out_questions(path: str | Path, count: int, dialect: Dialect = THINKLES
     if not questions:
         raise ValueError(f"{path} contains no questions")
     return list(questions.values())
+
+
+def room_for_answers(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> int:
+    """A limit for answers in tokens: a quarter more than the longest one in the first records of a file, with EOS.
+
+    Raises:
+        ValueError: the records have no answers.
+    """
+    longest = 0
+    for _, record in islice(read_records(require_path(path, "held-out records")), MEASURED):
+        for message in conversation(record).messages:
+            if message["role"] == "assistant":
+                text = (message.get("reasoning_content") or "") + (message.get("content") or "")
+                longest = max(longest, len(tokenizer(text, add_special_tokens=False)["input_ids"]))
+    if not longest:
+        raise ValueError(f"{path} has no answers whose lengths could limit the model's: set max_new_tokens")
+    return math.ceil(1.25 * (longest + 1))
 
 
 def modes_asked(path: str | Path) -> list[str | None]:

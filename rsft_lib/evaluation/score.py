@@ -13,6 +13,7 @@ if __name__ == "__main__":
 
 import argparse
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,8 @@ from rsft_lib.model.gpt import ResponseModel, build_model, resolve_backend
 from rsft_lib.model.loss_head import Targets
 
 FILE = "token_loss.bin"
+POSITIONS = 2048  # of a pack, at least: many short samples at once
+SCORED = "scored {} of {} packs"  # printed once a second
 
 
 class TokenLosses:
@@ -71,12 +74,15 @@ def score(checkpoint: str | Path, data: str | Path, output: str | Path) -> Path 
         FileExistsError: `output` was not made by scoring, or has losses of other data or another checkpoint.
     """
     checkpoint, store = require_path(checkpoint, "checkpoint"), TokenStore(require_path(data, "data"))
-    longest = int(store.lengths.max()) - 1
-    model = _model(checkpoint, longest)
-    dataset = PackedDataset(store, longest, seed=0)
+    positions = max(int(store.lengths.max()) - 1, POSITIONS)
+    model = _model(checkpoint, positions)
+    dataset = PackedDataset(store, positions, seed=0)
     rank, world = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    losses = torch.full((int(store.ends[-1]),), torch.nan)
+    losses, shown = torch.full((int(store.ends[-1]),), torch.nan), 0.0
     for index in range(rank, len(dataset), world):
+        if rank == 0 and time.monotonic() > shown + 1:
+            print(SCORED.format(index, len(dataset)), flush=True)
+            shown = time.monotonic()
         places, values = _pack_losses(model, dataset, index)
         losses[places] = values
     # Each loss is finite on one rank and NaN on the others.

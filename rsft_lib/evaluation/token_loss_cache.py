@@ -1,6 +1,7 @@
 """Token losses, cached by checkpoint and data."""
 
 import hashlib
+import time
 from pathlib import Path
 
 from rsft_lib.common.artifact import MANIFEST, verify
@@ -22,7 +23,9 @@ def scored(checkpoint: str | Path, data: str | Path, folder: str | Path, nproc: 
         verify(folder)
         print(f"{folder}: using cached losses of this checkpoint and data")
     except (OSError, ValueError):
+        began = time.monotonic()
         launch_scoring(checkpoint, data, folder, nproc)
+        print(f"{folder}: losses computed in {time.monotonic() - began:,.0f} s")
     return TokenLosses(folder)
 
 

@@ -8,11 +8,12 @@ from typing import TypedDict
 from rsft_lib.checkpoint.run_checkpoints import checkpoints
 from rsft_lib.common.artifact import write_json
 from rsft_lib.launch.failure import failure
-from rsft_lib.launch.log import read_end
+from rsft_lib.launch.log import read_end, without_report
 from rsft_lib.training.metrics import scan_metrics
 from rsft_lib.training.run_folder import JOB, LOG, STOPPING, how_it_ended, read_ended, read_record
 
 TRAIN = "rsft_lib.training.train"
+REPORTED = 2**16  # bytes of a log's end that torchrun may fill with its report of failed ranks
 Types = type | tuple[type, ...]
 COMMON: dict[str, Types] = {"launcher": str, "train_iters": int, "on_interrupt": str, "patience": (int, float)}
 """Fields of every job."""
@@ -94,8 +95,8 @@ class Job:
             raise failure(TRAIN, self.log, self.state, self.stopping and not self.ended)
 
     def tail(self, lines: int = 15) -> str:
-        """The last lines of the log; only the end of the file is read."""
-        return "\n".join(read_end(self.log, 400 * lines).splitlines()[-lines:])
+        """The last lines that the ranks logged; only the end of the file is read."""
+        return "\n".join(without_report(read_end(self.log, REPORTED + 400 * lines)).splitlines()[-lines:])
 
     def status(self) -> dict:
         """Whether it is done, for `notebook.finish`: `status` is "done", or "stopped" with a `hint` how to resume."""

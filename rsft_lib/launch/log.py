@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 MARK = "=== run"
+REPORT = re.compile(r"^E\d{4} .*elastic/multiprocessing/api\.py.*\Z", re.MULTILINE | re.DOTALL)
 _LINE = re.compile(rf"^{MARK} .*$\n?", re.MULTILINE)
 
 
@@ -22,3 +23,8 @@ def read_end(log: Path, size: int) -> str:
     with log.open("rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - size))
         return _LINE.split(file.read(size).decode("utf-8", errors="replace"))[-1]
+
+
+def without_report(text: str) -> str:
+    """The output of the ranks, without torchrun's report that one failed, which it writes of stopped ones, too."""
+    return REPORT.sub("", text)

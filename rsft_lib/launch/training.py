@@ -14,7 +14,7 @@ from rsft_lib.common.paths import require_path, resolve
 from rsft_lib.launch import local, slurm
 from rsft_lib.launch.failure import ERRORS
 from rsft_lib.launch.job import Common, Job, read_job
-from rsft_lib.launch.local import LocalJob, launch
+from rsft_lib.launch.local import LocalJob
 from rsft_lib.launch.options import HERE, LaunchOptions
 from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.run_folder import CONFIG, ENDED, LOG, STOPPING, read_ended, read_record
@@ -116,19 +116,6 @@ def _steps_printed(log: Path) -> Callable[[], None]:
                     print(line, flush=True)
 
     return poll
-
-
-def launch_scoring(checkpoint: str | Path, data: str | Path, output: str | Path, nproc: int) -> None:
-    """Write the loss of every trained token of tokenized data under a checkpoint into the folder `output`.
-
-    `evaluation.score.TokenLosses` reads it.
-
-    Raises:
-        RunFailed: the scoring failed; the message starts with the traceback.
-    """
-    folder = resolve(output)
-    arguments = ["--checkpoint", str(checkpoint), "--data", str(data), "--output", str(folder)]
-    launch("rsft_lib.evaluation.score", arguments, nproc, folder.with_name(f"{folder.name}.log"))
 
 
 def _refuse_others(job: Job, config: TrainConfig) -> None:

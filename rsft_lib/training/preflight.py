@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import psutil
 import torch
@@ -23,7 +24,9 @@ from rsft_lib.training.flops import (
     peak_flops,
     training_flops,
 )
+from rsft_lib.training.metrics import scan_metrics
 
+MEASURED = 100  # last steps of a run whose time is expected of the next
 EXPECTED_MFU = 0.45  # assumed for GPUs; measured runs reach 0.5 and more with packs of 16,384 tokens
 GIB = 2**30
 
@@ -229,6 +232,9 @@ def _first_existing(folder: Path) -> Path:
 
 
 def _time_line(config: TrainConfig, hf: PretrainedConfig, data: Datasets, ranks: int) -> str:
+    if done := scan_metrics(resolve(config.output)).records[-MEASURED:]:
+        step, left = median(record["seconds"] for record in done), max(0, config.train_iters - done[-1]["iteration"])
+        return f"{step:.3g} s per step as measured before; {left:,} more steps take {step * left / 60:,.1f} minutes"
     peak = peak_flops()
     if peak is None:
         return "unknown for this device until the first steps are done"

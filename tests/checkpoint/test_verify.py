@@ -15,8 +15,9 @@ from rsft_lib.checkpoint.convert import convert
 from rsft_lib.checkpoint.export import export
 from rsft_lib.checkpoint.formats import hf
 from rsft_lib.checkpoint.lazy_weights import Piece, Weights
+from rsft_lib.checkpoint.proofs import require_proofs
 from rsft_lib.checkpoint.verify import lost_in_round_trip, verify_conversion
-from rsft_lib.display.model.checkpoint_tables import tensors_table
+from rsft_lib.display.model.checkpoint_tables import proofs_table, tensors_table
 
 SENTENCE = "one two three two one"
 
@@ -44,6 +45,8 @@ def test_verifying_a_correct_conversion_compares_every_tensor_and_the_outputs(mo
         tensor = tensors[row["name"]]
         assert (row["shape"], row["dtype"], row["same"]) == (list(tensor.shape), "float32", True)
         assert row["norm"] == pytest.approx(tensor.norm().item(), rel=1e-5)
+    assert [proof["passed"] for proof in report["proofs"]] == [True, True, True]
+    require_proofs(report)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "megatron"]
 
 
@@ -67,6 +70,8 @@ def test_a_tensor_that_changed_is_named(model, tmp_path):
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     report = verify_conversion(model, tmp_path / "megatron", SENTENCE, new_tokens=1)
     assert report["differing_tensors"] == ["model.layers.2.self_attn.k_proj.bias"]
+    with pytest.raises(ValueError, match="bit-identical in both: .* of .* tensors: model.layers.2.self_attn.k_proj"):
+        require_proofs(report)
 
 
 def test_an_export_with_biases_of_the_original_is_detected(model, tmp_path, monkeypatch):
@@ -102,13 +107,21 @@ def test_tensors_swapped_in_both_directions_are_detected_by_the_logits(model, tm
     report = verify_conversion(model, tmp_path / "megatron", SENTENCE, new_tokens=1)
     assert report["differing_tensors"] == report["lost_in_round_trip"] == []
     assert report["logit_difference"] > 0.01
+    assert [proof["passed"] for proof in report["proofs"]] == [True, True, False]
+    assert proofs_table(report).rows[2][0] == "FAIL"
+    with pytest.raises(ValueError, match="same logits: they differ by at most .*; tolerance 1e-03"):
+        require_proofs(report)
 
 
 def test_an_export_is_verified_against_its_checkpoint_in_its_own_dtype(model, tmp_path):
     convert(model, tmp_path / "megatron")
     export(tmp_path / "megatron", model, tmp_path / "out", dtype="bfloat16")
     report = verify_conversion(tmp_path / "out", tmp_path / "megatron", SENTENCE, new_tokens=1, round_trip=False)
-    assert report["differing_tensors"] == [] and report["rounded"] and "lost_in_round_trip" not in report
+    assert report["differing_tensors"] == [] and report["rounded"] == "bfloat16"
+    assert report["logit_difference"] < 1e-4  # both have the rounded weights
+    assert [(proof["passed"], proof["tolerance"]) for proof in report["proofs"]] == [
+        (True, "none"), (True, "1e-03, in fp32"),
+    ]  # fmt: skip
     assert {row["dtype"] for row in report["tensors"]} == {"bfloat16"}
 
 

@@ -18,12 +18,13 @@ from rsft_lib.data.records import read_records
 from rsft_lib.data.store import StoreWriter, TokenStore
 from rsft_lib.display.data.sample_stats import measure
 from rsft_lib.display.html import FAINT, INK, Table, inert
-from rsft_lib.display.mask.browse import browse
+from rsft_lib.display.mask.browse import extremes_table, slider
 from rsft_lib.display.mask.pack import show_pack
-from rsft_lib.display.mask.sample import STYLE, show_mask, show_sample
+from rsft_lib.display.mask.sample import STYLE, literal_example, show_mask, show_sample
 from rsft_lib.display.mask.segments import Forms, Marks, segments
 from rsft_lib.display.mask.token_text import FOLD, TokenText
 from rsft_lib.tokenizer.chat import encode
+from rsft_lib.tokenizer.dialect import DIALECTS
 from rsft_lib.tokenizer.patch import load_tokenizer, patch_tokenizer
 
 CHATS = "chat_glaive_toolcall.jsonl"
@@ -310,13 +311,28 @@ def test_a_pack_is_shown_as_its_training_batch(tokenizer, tmp_path):
         show_pack(store, [0, 1], tokenizer, 20)
 
 
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_five_literal_messages_show_every_token_with_its_mask(tokenizer, dialect):
+    rows = literal_example(tokenizer, DIALECTS[dialect]).rows
+    assert [kind for kind, *_ in rows] == ["○ context", "● trained"] * 2
+    for kind, _, mask in rows:
+        assert set(mask.split()) == {"1" if kind == "● trained" else "0"}
+    assert all(rows[i][1].endswith(repr(tokenizer.eos_token)) for i in (1, 3))
+    assert sum(len(mask.split()) for *_, mask in rows) > 30
+
+
 def test_widgets_filter_by_mode_and_length_and_show_the_static_view(tokenizer, tmp_path):
     store = write_store(
         tmp_path / "store",
         tokenizer,
         [conversation(THOUGHT), conversation("<short>four"), conversation("<short>a" * 1)],
     )
-    box = browse(store, tokenizer, measure(store, tokenizer))
+    samples = measure(store, tokenizer)
+    rows = extremes_table(store, tokenizer, samples).rows
+    assert [row[:4] for row in rows] == [
+        ("think", "shortest", "0", 22), ("short", "shortest", "2", 10), ("short", "median", "1", 12),
+    ]  # fmt: skip
+    box = slider(store, tokenizer, samples)
     (mode_of, lengths), (back, place, forth), html = box.children[0].children, box.children[1].children, box.children[2]
     assert "3 of 3 samples" in html.value and show_sample(store, 0, tokenizer)._repr_html_() in html.value
     mode_of.value = "short"

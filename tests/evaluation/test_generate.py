@@ -29,6 +29,7 @@ from rsft_lib.evaluation.generate import (
     generate_modes,
     is_correct,
     obeyed,
+    open_speaker,
     score,
     well_formed,
 )
@@ -186,7 +187,11 @@ def test_a_score_has_accuracy_well_formed_share_and_mean_length():
     right, wrong = Answer("<short>Answer: two", 3, True), Answer("<short>Answer: three", 3, True)
     endless, silent = Answer("<short>Answer: two two", 8, False), Answer("<short>two", 2, True)
     scores = score([right, wrong, endless, silent], ["two"] * 4, "short")
-    assert scores == {"accuracy": 0.25, "well_formed": 0.75, "tokens": 4.0}
+    assert scores == {"accuracy": 0.25, "well_formed": 0.75, "tokens": 4.0, "cut_off": 1}
+    half_known = score([right, wrong, endless, silent], ["two", None, None, "two"], "short")
+    assert half_known == scores | {"accuracy": 0.5}
+    unknown = score([right, wrong, endless, silent], [None] * 4, "short")
+    assert unknown == {name: value for name, value in scores.items() if name != "accuracy"}
 
 
 def test_answers_and_references_must_be_equally_many():
@@ -207,6 +212,20 @@ def test_all_modes_are_answered_with_the_model_loaded_once(model, tmp_path, monk
     assert found["think"] == found[None] == [Answer("<think> two</think> three", 4, True)] * 3
     assert found["short"] == [Answer("<short> four", 2, True)] * 3
     assert len(loads) == 1
+
+
+def test_answers_are_seen_while_they_are_written_side_by_side_and_can_be_stopped(model, tmp_path):
+    speaker = open_speaker(
+        scripted(model, tmp_path, f"<think> two two</think> three{demo.EOS}", f"<short> four{demo.EOS}")
+    )
+    asked, seen = [("two", "think"), ("two plus three", "short")], []
+    answers = speaker.answers(asked, Sampling(20), lambda found: seen.append(found) or False)
+    assert answers[1].text == "<short> four" and answers == [speaker.answers([one], Sampling(20))[0] for one in asked]
+    assert seen[-1] == answers and [len({a.tokens for a in pair}) for pair in seen[:1]] == [1]
+    texts = [pair[0].text for pair in seen]
+    assert all(later.startswith(earlier) for earlier, later in zip(texts, texts[1:], strict=False)) and len(texts) > 2
+    stopped = speaker.answers(asked, Sampling(20), lambda found: True)
+    assert [answer.tokens for answer in stopped] == [2, 2]
 
 
 def test_sampling_is_reproducible_and_its_frequencies_follow_the_temperature(model):
@@ -333,7 +352,7 @@ EXPECTED = ["two", "two"]
 def test_both_modes_are_shown_side_by_side_as_text(model):
     page = side_by_side(["How <b>many</b>?", "And $x$?"], ANSWERS, 1, EXPECTED)._repr_html_()
     assert "<script" not in page and "&lt;script&gt;alert(1)&lt;/script&gt; 解" in page and "$x$" not in page
-    assert "no EOS" in page and "not well-formed" in page and "free choice" in page
+    assert "cut off" in page and "not well-formed" in page and "free choice" in page
     first = side_by_side(["How <b>many</b>?", "And $x$?"], ANSWERS, 0, EXPECTED)
     assert "<b>many" not in first._repr_html_() and "How <b>many</b>?" in repr(first)
     assert [mark for mark in re.findall("✓ correct|✗ wrong", repr(first))] == ["✓ correct", "✗ wrong", "✓ correct"]
@@ -356,7 +375,7 @@ def test_a_very_long_answer_is_shortened_in_the_middle():
 
 def test_scores_and_choices_are_listed_by_mode():
     rows = {row[0]: row[1:] for row in scores_table(ANSWERS, EXPECTED).rows}
-    assert rows["think"][0] == "50.0%" and rows["think"][2:] == (0.5, 0.5, "9.5", 9, 12)
+    assert rows["think"][0] == "50.0%" and rows["think"][2:] == (0.5, 1, "9.5", 9, 12)
     assert rows["free choice"][0] == "100.0%" and rows["free choice"][2] == 0.5
     assert scores_table(ANSWERS, [None, None]).rows[0][1:3] == ("–", "–")
     assert [row[:3] for row in choices_table(ANSWERS, EXPECTED).rows] == [
@@ -374,14 +393,21 @@ def test_a_model_without_modes_is_asked_once_and_its_tables_have_one_row(model):
     assert row[0] == "answers" and row[3] == 0.5, "a plain answer must not contain a control token"
     assert choices_table(answers, EXPECTED).rows == [] and "has no modes" in repr(choices_table(answers, EXPECTED))
     assert "free choice" not in side_by_side(["q", "q"], answers, 0, EXPECTED)._repr_html_()
-    assert [t.get_text() for t in plot_answers(answers, EXPECTED).axes[0].get_yticklabels()] == ["answers"]
+    (text,) = plot_answers(answers, EXPECTED).axes[0].get_legend().texts
+    assert text.get_text() == "answers: 100%, 4 tokens"
 
 
-def test_the_plot_has_a_row_for_each_mode_with_and_without_references():
-    shares, lengths = plot_answers(ANSWERS, EXPECTED).axes
-    assert [t.get_text() for t in shares.get_yticklabels()] == ["think", "short", "free choice"]
-    assert len(lengths.collections) == 3 and len(shares.patches) == 6
-    assert len(plot_answers(ANSWERS, [None, None]).axes[0].patches) == 3
+def test_the_plot_has_accuracy_against_tokens_for_each_mode_or_form_without_references():
+    costs, lengths = plot_answers(ANSWERS, EXPECTED).axes
+    assert len(lengths.collections) == 3 and [t.get_text() for t in lengths.get_yticklabels()][0] == "think"
+    points = {bar.get_label(): bar.lines[0].get_xydata()[0].tolist() for bar in costs.containers}
+    assert points == {
+        "think: 50%, 10 tokens": [9.5, 0.5], "short: 50%, 3 tokens": [3.0, 0.5],
+        "free choice: 100%, 2 tokens": [2.5, 1.0],
+    }  # fmt: skip
+    unknown = plot_answers(ANSWERS, [None, None]).axes[0]
+    assert "well-formed" in unknown.get_title("left")
+    assert [bar.lines[0].get_ydata()[0] for bar in unknown.containers] == [0.5, 1.0, 0.5]
 
 
 @pytest.mark.parametrize(

@@ -92,11 +92,11 @@ def test_sums_by_sample_and_kind_match_a_loop_over_all_tokens(folder, comparison
         ids, mask = comparison.store[i]
         trained = np.flatnonzero(mask > 0)
         before, after = comparison.before[i][trained], comparison.after[i][trained]
-        assert again.trained[i] == len(trained) and again.worst[i] == after.max()
-        assert again.worst_at[i] == trained[after.argmax()]
-        np.testing.assert_allclose(
-            [again.loss_before[i], again.loss_after[i]], [before.mean(), after.mean()], rtol=1e-5
-        )
+        plain = ~np.isin(ids[trained], control.modes)  # all but the control token
+        assert again.trained[i] == len(trained) and again.worst[i] == after[plain].max()
+        assert again.worst_at[i] == trained[plain][after[plain].argmax()]
+        means = [losses[plain].mean() for losses in (before, after)]
+        np.testing.assert_allclose([again.loss_before[i], again.loss_after[i]], means, rtol=1e-5)
         own = kinds(ids, mask > 0, control)[trained]
         assert MODE_NAMES[again.modes[i]] == ("think" if control.modes[0] in ids[trained] else "short")
         for kind, b, a in zip(own, before, after, strict=True):
@@ -109,9 +109,9 @@ def test_sums_by_sample_and_kind_match_a_loop_over_all_tokens(folder, comparison
 @pytest.mark.parametrize(("width", "chunk"), [(1, 700), (4, 1), (4, 1 << 24), (6, 700), (30, 700), (10_000, 700)])
 def test_the_hardest_spans_match_an_exhaustive_search(comparison, monkeypatch, width, chunk):
     monkeypatch.setattr(loss_comparison, "CHUNK", chunk)
-    best = {}
+    best, control = {}, control_tokens(comparison.store).modes
     for i in range(len(comparison)):
-        losses = comparison.after[i].astype(np.float64)
+        losses = np.where(np.isin(comparison.store[i][0], control), np.nan, comparison.after[i].astype(np.float64))
         means = {start: losses[start : start + width].mean() for start in range(len(losses) - width + 1)}
         means = {start: mean for start, mean in means.items() if np.isfinite(mean)}
         if means:
@@ -139,11 +139,27 @@ def test_exactly_the_manipulated_samples_are_suspect_for_the_right_reasons(folde
     twice = len(comparison) - 1
     assert by_sample.keys() == {rose, outlier, surprise, memorised, twice}
     assert suspected[0].sample == rose and set(by_sample[rose]) == {"rose", "outlier", "surprise"}
-    assert set(by_sample[outlier]) == {"outlier", "surprise"} and by_sample[memorised] == ("memorised",)
+    assert by_sample[outlier] == ("outlier",) and by_sample[memorised] == ("memorised",)
     assert "surprise" in by_sample[surprise] and by_sample[twice] == ("twice",)
     assert chosen(suspected, "twice, memorised") == [s.sample for s in suspected if s.sample in (twice, memorised)]
     with pytest.raises(ValueError, match="'?twise"):
         chosen(suspected, "twise")
+
+
+def test_control_tokens_and_large_ratios_of_tiny_losses_are_not_suspect(folder, comparison):
+    control = control_tokens(comparison.store).modes
+
+    def learned(i, losses):
+        tiny = np.where(np.isfinite(losses), 0.001 * (1 + 20 * (i % 9 == 0)), np.nan)
+        tiny[np.isin(comparison.store[i][0], control) & np.isfinite(losses)] = 0.7 + 8 * (i % 5 == 0)
+        return tiny
+
+    def untrained(i, losses):
+        return np.where(np.isfinite(losses), 0.0005, np.nan)
+
+    after = write_losses(folder / "learned", comparison.store, change=learned)
+    found = compare(write_losses(folder / "untrained", comparison.store, change=untrained), after)
+    assert [suspect.why for suspect in suspects(found)] == [("twice",)]
 
 
 def test_the_typical_sample_of_a_mode_has_its_median_loss(comparison):

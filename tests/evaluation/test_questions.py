@@ -1,11 +1,14 @@
 """Evaluation questions from held-out records."""
 
 import json
+import math
 
 import pytest
 
-from rsft_lib.evaluation.questions import held_out_questions, modes_asked
+from rsft_lib import demo
+from rsft_lib.evaluation.questions import held_out_questions, modes_asked, room_for_answers
 from rsft_lib.tokenizer.dialect import QWEN3
+from rsft_lib.tokenizer.patch import load_tokenizer
 
 ROWS = [
     {"instruction": "1 + 1 ?", "output": "<think>\nhm\n</think>\n\n2", "mode": "think", "answer": 2},
@@ -34,6 +37,14 @@ def test_a_question_that_is_asked_by_two_switches_is_one_question(tmp_path):
     rows = [{"instruction": f"1 + 1 ?{switch}", "output": "2"} for switch in (" /think", " /no_think", "")]
     (question,) = held_out_questions(write(tmp_path, rows), 9, QWEN3)
     assert question.text == "1 + 1 ?" and len(held_out_questions(write(tmp_path, rows), 9)) == 3
+
+
+def test_answers_may_be_a_quarter_longer_than_the_longest_of_the_records(tmp_path):
+    tokenizer = load_tokenizer(demo.make_model(tmp_path / "model", seed=1))
+    longest = 1 + max(len(tokenizer(row["output"])["input_ids"]) for row in ROWS[:2])
+    assert room_for_answers(write(tmp_path, ROWS), tokenizer) == math.ceil(1.25 * longest)
+    with pytest.raises(ValueError, match="no answers .* set max_new_tokens"):
+        room_for_answers(write(tmp_path, [{"messages": [{"role": "user", "content": "x"}]}]), tokenizer)
 
 
 @pytest.mark.parametrize("count", [0, -1])

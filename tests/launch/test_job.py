@@ -4,6 +4,8 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import subprocess
+import sys
 import time
 import tracemalloc
 from pathlib import Path
@@ -188,6 +190,18 @@ def test_a_job_of_another_machine_that_still_writes_is_not_joined_by_a_second(tm
 
 
 COMMON = {"train_iters": 5, "on_interrupt": "leave", "patience": 20}
+
+
+def test_the_end_of_the_log_lacks_torchruns_report_of_ranks_that_were_stopped(tmp_path):
+    """Ranks that are asked to stop while they import end by the signal, which torchrun reports as a failure."""
+    stub = "import signal, os; print('importing', flush=True); os.kill(os.getpid(), signal.SIGTERM)"
+    (tmp_path / "stub.py").write_text(stub)
+    job = Job(tmp_path, **COMMON)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", str(tmp_path / "stub.py")]
+    with job.log.open("wb") as file:
+        subprocess.run(command, stdout=file, stderr=subprocess.STDOUT)
+    assert "ChildFailedError" in job.log.read_text()
+    assert job.tail().rstrip() == "importing"
 
 
 def test_of_a_long_log_only_the_end_is_read(tmp_path):

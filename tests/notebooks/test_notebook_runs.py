@@ -120,16 +120,15 @@ def test_given_parameters_are_marked_and_defaults_are_not(tmp_path):
     assert "9" in steps and "given" in steps and "given" not in lr
 
 
-def test_a_progress_bar_in_a_notebook_does_not_write_to_stderr(tmp_path):
-    slow = (
-        "from rsft_lib.common import progress\nprogress.DELAY = 1e-9\nwith progress.progress('read', 'B', 9) as bar:\n"
-    )
-    executed, _ = run(
-        write_notebook(tmp_path, slow + "    bar.update(9)\n    bar.refresh()"), tmp_path / "executed", {}
-    )
-    streams = [output for cell in nbformat.read(executed, 4).cells for output in cell.outputs if "name" in output]
-    assert any("read: 100%" in output.text for output in streams)
-    assert {output.name for output in streams} == {"stdout"}
+def test_a_progress_bar_in_a_notebook_is_one_output_that_ends_at_100_percent(tmp_path):
+    slow = "import time\nfrom rsft_lib.common import progress\nprogress.DELAY = 1e-9\n"
+    slow += "with progress.progress('read', 'B', 9) as bar:\n"
+    slow += "    for _ in range(4):\n        bar.update(2)\n        bar.refresh()"
+    executed, _ = run(write_notebook(tmp_path, slow), tmp_path / "executed", {})
+    outputs = [output for cell in nbformat.read(executed, 4).cells for output in cell.outputs]
+    assert "\r" not in "".join(output.get("text", "") for output in outputs)
+    (bar,) = [text for output in outputs if "read:" in (text := output.get("data", {}).get("text/plain", ""))]
+    assert bar.startswith("read: 100%") and "9.00/9.00" in bar
 
 
 STOPPED = "notebook.finish(p, status='stopped', hint='run again', summary='half of it')"

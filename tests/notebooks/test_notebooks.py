@@ -6,9 +6,13 @@ with its slider and 05 with its dashboard. Screenshots are saved in outputs/scre
 
 import json
 import re
+from base64 import b64decode
+from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 
+import matplotlib.pyplot as plt
+import nbformat
 import pytest
 from browser import CHROMIUM, PATIENCE, Browser, copy_project, install_trusted, jupyterlab, missing, set_defaults
 from chain import STEPS, chained, outputs, pictures
@@ -23,6 +27,7 @@ from rsft_lib.notebook import run
 NOTEBOOKS = ROOT / "notebooks"
 in_browser = pytest.mark.skipif(bool(missing()), reason=missing())
 
+PARAMETERS = {"parameters", "injected-parameters"}  # tags
 # Inserted into every question and chain of thought. It must be displayed, never executed or fetched.
 HOSTILE = "<script>window.x = 1</script><img src=x onerror='window.x = 1'>"
 
@@ -147,6 +152,21 @@ def test_every_text_of_every_notebook_is_legible_in_both_themes(lab, steps, quic
         assert shown and [text for text in shown if text["contrast"] < ENOUGH] == [], executed.name
 
 
+def test_figures_have_no_ground_so_that_they_fit_every_theme(steps, quickstart):
+    for executed in (quickstart[1], *steps.executed.values()):
+        for output in outputs(executed):
+            if picture := output.get("data", {}).get("image/png"):
+                pixels = plt.imread(BytesIO(b64decode(picture)))  # [height, width, RGBA]
+                assert pixels[[0, 0, -1, -1], [0, -1, 0, -1], 3].max() == 0, executed.name
+
+
+def test_no_cell_is_empty_headless(steps, quickstart):
+    for executed in (quickstart[1], *steps.executed.values()):
+        code = [cell for cell in nbformat.read(executed, 4).cells if cell.cell_type == "code"]
+        empty = [cell.source for cell in code if not cell.outputs and not PARAMETERS & {*cell.metadata.get("tags", [])}]
+        assert empty == [], executed.name
+
+
 @pytest.fixture(scope="module")
 def inspected(lab):
     """Notebook 04, opened and run."""
@@ -188,6 +208,40 @@ def test_the_dashboard_advances_and_its_button_stops_and_saves(lab):
     assert checkpoint and second <= int(checkpoint.name.removeprefix("iter_")) < 100_000
     assert json.loads((stopped / "ended.json").read_text())["reason"] != "finished"
     assert "Stop and save" not in shown and "saved" in shown
+
+
+BOX = """
+from rsft_lib.display.model.answers import SideBySide
+from rsft_lib.display.model.prompt_box import ask_more
+from rsft_lib.evaluation.generate import Answer
+from rsft_lib.evaluation.inference_engines import Sampling
+
+modes = {mode: Answer("", 0, True) for mode in ("think", "short")}
+ask_more(SideBySide("2 + 2 ?", modes), MODEL, Sampling(100_000))
+"""
+
+
+@in_browser
+def test_both_modes_answer_in_the_prompt_box_until_it_is_stopped(lab, steps):
+    """The model was trained for a few steps only and does not end by itself."""
+    cell = nbformat.v4.new_code_cell(BOX.replace("MODEL", repr(str(steps.folder / "out"))))
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=kernel), lab.project / "box.ipynb")
+    with lab.notebook("box") as book:
+        book.start()
+        page, shown = book.page, book.page.locator(".widget-html")
+        page.locator("textarea.widget-input, .widget-textarea textarea").fill("3 + 4 ?")
+        page.get_by_role("button", name="Answer").click()
+        for tokens in (3, 9):
+            page.wait_for_function(
+                "n => { const found = document.querySelector('.widget-html').innerText.matchAll(/(\\d+) tokens · …/g);"
+                " const all = [...found].map(m => Number(m[1])); return all.length == 2 && Math.min(...all) >= n; }",
+                arg=tokens,
+            )  # fmt: skip
+        assert "3 + 4 ?" in shown.inner_text()
+        page.get_by_role("button", name="Stop").click()
+        page.locator("button:not([disabled])", has_text="Answer").wait_for()
+        assert "…" not in shown.inner_text() and "cut off" in shown.inner_text()
 
 
 def step_beyond(board, step: int) -> int:

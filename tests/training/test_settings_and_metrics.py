@@ -335,6 +335,13 @@ def test_preflight_estimates_the_cost_of_a_run(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="num_hidden_layers=4 is not divisible by pipeline_parallel=3"):
         preflight(dataclasses.replace(run, pipeline_parallel=3), nproc=3)
     assert not (tmp_path / "run").exists()
+    (tmp_path / "run" / "new").mkdir(parents=True)
+    lines = (
+        json.dumps({"iteration": step, "loss": 1.0, "seconds": 60.0 if step == 1 else 12.0}) + "\n"
+        for step in range(1, 6)
+    )
+    (tmp_path / "run" / "new" / "metrics.jsonl").write_text("".join(lines))
+    assert "12 s per step as measured before; 25 more steps take 5.0 minutes" in preflight(run, nproc=2)
 
 
 QWEN3_30B_A3B = {

@@ -11,6 +11,7 @@ from rsft_lib.common.paths import resolve
 from rsft_lib.data.hybrid import FINDINGS
 from rsft_lib.data.records import read_records
 from rsft_lib.display.html import Table, one_line
+from rsft_lib.display.plot_style import finished
 from rsft_lib.display.stacked_bars import draw_bars
 
 CHARACTERS = 60  # shown of a text
@@ -46,7 +47,17 @@ def origin_table(built: dict) -> Table:
         *((names[modes], count) for modes, count in built["problems"].items()),
         *((f"finding: {what}", count) for what, count in built["findings"].items()),
     ]
-    return Table("origin of the samples", ("", "count"), rows)
+    return Table("origin of the samples", ("", "count"), rows, _unpaired(built["problems"]))
+
+
+def _unpaired(problems: dict[str, int]) -> str:
+    """A warning if no problem has both modes; empty for a dataset without modes."""
+    if problems.get("both", 1):
+        return ""
+    return (
+        "! No problem is answered in both modes: the model may learn to take the mode from the topic, and its modes "
+        "are never compared on the same problem. Give long and short answers to the same problems, or set cut_short."
+    )
 
 
 def counts_table(facts: dict[str, dict]) -> Table:
@@ -70,8 +81,7 @@ def plot_balance(built: dict) -> Figure:
     figure, axes = plt.subplots(figsize=(9, 2.6), layout="constrained")
     draw_bars(axes, {label: {mode: n[name] for mode, n in modes.items()} for name, label in names.items()})
     axes.set_title("modes in the training split", loc="left")
-    plt.close(figure)  # else the notebook shows it twice
-    return figure
+    return finished(figure)
 
 
 def findings_table(folder: str | Path, count: int = 5) -> Table:

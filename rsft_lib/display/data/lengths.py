@@ -8,6 +8,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter, StrMe
 
 from rsft_lib.display.data.length_costs import layouts
 from rsft_lib.display.data.sample_stats import Samples
+from rsft_lib.display.plot_style import NEUTRAL, finished
 from rsft_lib.display.stacked_bars import EDGE, LOOK, draw_bars
 
 BINS = 40
@@ -28,14 +29,13 @@ def plot_lengths(samples: Samples, seq_length: int) -> Figure:
     _draw_trained_share(axes["share"], samples)
     _draw_modes(axes["modes"], samples)
     _draw_layouts(axes["layouts"], samples, seq_length)
-    plt.close(figure)  # else the notebook shows it twice
-    return figure
+    return finished(figure)
 
 
 def _draw_lengths(axes: Axes, samples: Samples, weights: np.ndarray, what: str, seq_length: int) -> None:
     lengths = samples.lengths
     _draw_histogram(axes, samples, lengths, weights, np.geomspace(lengths.min(), lengths.max() + 1, BINS + 1))
-    axes.axvline(seq_length + 1, color="black", linestyle="--", linewidth=1)
+    axes.axvline(seq_length + 1, color=NEUTRAL, linestyle="--", linewidth=1)
     axes.text(seq_length + 1, 1, "seq_length", ha="center", va="bottom", transform=axes.get_xaxis_transform())
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(2, numticks=20))

@@ -14,7 +14,7 @@ from rsft_lib.display.live.kernel_events import process_widget_events, somebody_
 from rsft_lib.display.live.live_output import LiveOutput, png
 from rsft_lib.display.live.metrics_tail import Follower
 from rsft_lib.display.live.run_card import LOG_LINES, Card, duration, log_end, plot_live
-from rsft_lib.training.run_folder import how_it_ended
+from rsft_lib.training.run_folder import STOPPING, how_it_ended
 
 STARTS = "training starts"
 LINES = 20  # most lines printed
@@ -108,12 +108,12 @@ class LiveRun:
             self.pace.popleft()
 
     def _left(self) -> float | None:
-        """Seconds to the end at the recent speed, saving and evaluation included."""
-        if self.state != "training":
+        """Seconds to the end at the recent speed, saving and evaluation included; before that, at the last step's."""
+        if self.state not in (STARTS, "training") or not self.run.last:
             return None
-        (began, first), (now, last) = self.pace[0], self.pace[-1]
+        (began, first), (now, last) = (self.pace[0], self.pace[-1]) if self.pace else ((0.0, 0), (0.0, 0))
         seconds = (now - began) / (last - first) if last > first else self.run.last["seconds"]
-        return seconds * (self.train_iters - last)
+        return seconds * (self.train_iters - self.run.last["iteration"])
 
     def _card(self) -> dict:
         log = log_end(self.job.tail(LOG_LINES)) if self.job else ""
@@ -144,6 +144,8 @@ class LiveRun:
         if self.job and self.job.running:
             return "still running"
         ending = how_it_ended(self.folder)
+        if not ending and (self.folder / STOPPING).exists():
+            return "stopped by you before it had anything to save; run again to start"
         if not ending:
             return "failed or was killed; see the log"
         return ending if ending == "finished" else f"{ending} and saved; run again to resume"

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from rsft_lib.display.html import BLOCK, FAINT, PANEL, escaped, inert, one_line, warning
 from rsft_lib.display.live.metrics_tail import Follower
 from rsft_lib.display.metric_styles import CHOICES, LOSSES, METRICS
-from rsft_lib.display.plot_style import BLACK, plain_numbers, smoothed, thinned, tidy
+from rsft_lib.display.plot_style import NEUTRAL, finished, plain_numbers, smoothed, thinned, tidy
 
 LOG_LINES, LOG_WIDTH = 6, 160  # shown of the end of the log
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -117,7 +117,7 @@ def plot_live(run: Follower, train_iters: int) -> Figure:
     _draw(losses, run, LOSSES, faint=True)
     steps, values = run.lines["eval_loss"]
     if steps:
-        losses.plot(*thinned(steps, values), "o", color=BLACK, markersize=4, label="held-out", clip_on=False)
+        losses.plot(*thinned(steps, values), "o", color=NEUTRAL, markersize=4, label="held-out", clip_on=False)
     losses.set_yscale("log")
     plain_numbers(losses)
     losses.set_title("loss per trained token" + ", by mode" * modes, loc="left")
@@ -130,8 +130,7 @@ def plot_live(run: Follower, train_iters: int) -> Figure:
         tidy(axes)
         if axes.lines:
             axes.legend(fontsize="small", framealpha=0.85, edgecolor="none")
-    plt.close(figure)  # else the notebook shows it twice
-    return figure
+    return finished(figure)
 
 
 def _draw(axes: Axes, run: Follower, metrics: list[str], faint: bool = False) -> None:
@@ -141,5 +140,5 @@ def _draw(axes: Axes, run: Follower, metrics: list[str], faint: bool = False) ->
             continue
         _, label, color, style = METRICS[metric]
         if faint:
-            axes.plot(*thinned(steps, values), color=color, alpha=0.2, linewidth=0.8)
+            axes.plot(*thinned(steps, values), color=color, alpha=0.3, linewidth=0.8)
         axes.plot(*thinned(steps, smoothed(values, SMOOTHING)), style, color=color, label=label)

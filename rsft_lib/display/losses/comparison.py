@@ -16,12 +16,12 @@ from rsft_lib.data.span_kinds import MODE_NAMES, SPAN_NAMES
 from rsft_lib.display.html import Table
 from rsft_lib.display.losses.token_loss_map import around
 from rsft_lib.display.mask.token_text import TokenText
-from rsft_lib.display.plot_style import BLACK, plain_numbers
+from rsft_lib.display.plot_style import NEUTRAL, finished, plain_numbers
 from rsft_lib.display.stacked_bars import EDGE, LOOK
 from rsft_lib.evaluation.loss_comparison import REASONS, Comparison, Suspect, hardest_spans
 
 POINTS = 20_000  # most samples in the scatter plot, evenly spaced
-RINGED = 10  # suspects marked in it
+RINGED, ROW = 10, 0.06  # suspects marked in it, and the height of a label as a share of the plot
 LEAST = 1e-3  # nats: the smallest loss drawn on a logarithmic axis
 
 
@@ -48,8 +48,7 @@ def plot_comparison(losses: Comparison, suspects: list[Suspect]) -> Figure:
     _draw_samples(points, losses, suspects)
     for axes in (bars, points):
         axes.spines[["top", "right"]].set_visible(False)
-    plt.close(figure)  # else the notebook shows it twice
-    return figure
+    return finished(figure)
 
 
 def hardest_table(losses: Comparison, tokenizer: PreTrainedTokenizerBase, count: int = 8, width: int = 4) -> Table:
@@ -140,14 +139,27 @@ def _draw_samples(axes: Axes, losses: Comparison, suspects: list[Suspect]) -> No
                 losses.loss_before[part], np.maximum(losses.loss_after[part], LEAST), s=10, alpha=0.35, marker=marker,
                 color=color, label=MODE_NAMES[mode], linewidths=0,
             )  # fmt: skip
-    for sample, _ in suspects[:RINGED]:
-        point = losses.loss_before[sample], max(losses.loss_after[sample], LEAST)
-        axes.plot(*point, "o", markersize=9, markerfacecolor="none", color=BLACK)
-        axes.annotate(str(sample), point, textcoords="offset points", xytext=(7, 3), fontsize="small")
     low, high = axes.get_xlim()
-    axes.plot([low, high], [low, high], ":", color=BLACK, linewidth=1, label="unchanged")
+    axes.plot([low, high], [low, high], ":", color=NEUTRAL, linewidth=1, label="unchanged")
     axes.set(xlim=(low, high), yscale="log", xlabel="loss before", ylabel="loss after")
     plain_numbers(axes)
-    axes.set_title("samples; circles: the most suspect", loc="left", fontsize="medium")
+    _ring(axes, losses, [suspect.sample for suspect in suspects[:RINGED]])
+    axes.set_title("samples, without control tokens; circles: the most suspect", loc="left", fontsize="medium")
     for handle in axes.legend(fontsize="small", markerscale=2).legend_handles:
         handle.set_alpha(1)
+
+
+def _ring(axes: Axes, losses: Comparison, samples: list[int]) -> None:
+    """Circles around samples, with their numbers in a column on the right, in the order of the circles."""
+    points = sorted((max(float(losses.loss_after[i]), LEAST), float(losses.loss_before[i]), i) for i in samples)
+    heights = axes.transData.transform([(x, y) for y, x, _ in points])[:, 1] if points else []
+    places = axes.transAxes.inverted().transform([(0, height) for height in heights])[:, 1] if points else []
+    lowest = 0.0
+    for rank, ((y, x, sample), place) in enumerate(zip(points, places, strict=True)):
+        lowest = max(lowest, min(float(place), 1 - ROW * (len(points) - rank)))
+        axes.plot(x, y, "o", markersize=9, markerfacecolor="none", color=NEUTRAL)
+        axes.annotate(
+            str(sample), (x, y), xytext=(1.02, lowest), textcoords="axes fraction", va="center", fontsize="small",
+            arrowprops={"arrowstyle": "-", "color": NEUTRAL, "linewidth": 0.5, "shrinkB": 5, "alpha": 0.6},
+        )  # fmt: skip
+        lowest += ROW

@@ -8,7 +8,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from rsft_lib.data.store import TokenStore
-from rsft_lib.display.html import FAINT, GAP, PANEL, Table, bar, one_line
+from rsft_lib.display.html import FAINT, GAP, PANEL, PAPER, Table, bar, one_line
 from rsft_lib.display.mask.sample import SHIFT, STYLE, MaskView, show_sample
 from rsft_lib.display.mask.segments import ANSWER
 
@@ -79,11 +79,11 @@ class PackView:
         padding = self.seq_length - self.cu_seqlens[len(self.samples)]
         parts += [(padding, f"{padding:,} padding positions", PADDING)] * bool(padding)
         more = len(self.samples) - ROWS
-        rest = f"<details><summary>{more} more samples</summary>{self.contents(ROWS)._repr_html_()}</details>"
+        rest = f"<details><summary>{more} more samples</summary>{self.contents(ROWS).html(PAPER)}</details>"
         return (
             f"<div style='{PANEL}'><b>{self.header}</b>{bar(parts)}"
             f"<div style='color:{FAINT}'>each part of the bar is a sample; striped: padding</div>"
-            f"{self.junctions()._repr_html_()}{self.contents(0, ROWS)._repr_html_()}{rest if more > 0 else ''}</div>"
+            f"{self.junctions().html(PAPER)}{self.contents(0, ROWS).html(PAPER)}{rest if more > 0 else ''}</div>"
         )
 
 

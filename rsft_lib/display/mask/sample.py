@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rsft_lib.common.visible import visible
 from rsft_lib.data.store import TokenStore
-from rsft_lib.display.html import BLOCK, FAINT, GAP, PANEL, Table, bar, escaped, inert, warning
+from rsft_lib.display.html import BLOCK, FAINT, GAP, PANEL, PAPER, Table, bar, escaped, inert, warning
 from rsft_lib.display.mask.segments import (
     ANSWER,
     CONTEXT,
@@ -30,6 +30,7 @@ from rsft_lib.display.mask.segments import (
 )
 from rsft_lib.display.mask.token_text import Piece, TokenText
 from rsft_lib.display.plot_style import BLUE, GREEN, ORANGE, PINK
+from rsft_lib.tokenizer.chat import encode
 from rsft_lib.tokenizer.dialect import THINKLESS, Dialect
 
 BOUNDARIES = 8  # mask boundaries shown in the label-shift table
@@ -114,7 +115,7 @@ class MaskView:
             f"<div style='color:{FAINT}'>{inert(self.ends)}</div>"
             f"<div style='color:{FAINT}'>{LEGEND}</div>{''.join(warning(remark) for remark in self.remarks)}"
             f"{bar([(len(s), f'{_label(s)}, {_extent(s)}', f'background:{STYLE[s.kind][2]}') for s in self.segments])}"
-            f"{self.body()}<details><summary>{summary}</summary>{self.label_shift()._repr_html_()}</details></div>"
+            f"{self.body()}<details><summary>{summary}</summary>{self.label_shift().html(PAPER)}</details></div>"
         )
 
     def body(self) -> str:
@@ -167,6 +168,29 @@ def show_mask(
     mode = forms.mode_at(ids, int(np.flatnonzero(targets)[0]))
     warnings += remarks(ids, parts, marks, forms)
     return MaskView(ids, targets, parts, warnings, TokenText(ids, tokenizer), title, mode)
+
+
+def literal_example(tokenizer: PreTrainedTokenizerBase, dialect: Dialect) -> Table:
+    """Every token of five messages with its mask, one row per run of trained or untrained tokens.
+
+    Four, if the chat template refuses a system prompt.
+    """
+    think, short = dialect.write("think", "\ntwo and two\n", "\n\nfour"), dialect.write("short", "", "six")
+    talk = [
+        {"role": "system", "content": "Count."},
+        {"role": "user", "content": dialect.ask("2 + 2 ?", "think")}, {"role": "assistant", "content": think},
+        {"role": "user", "content": dialect.ask("3 + 3 ?", "short")}, {"role": "assistant", "content": short},
+    ]  # fmt: skip
+    try:
+        encoded = encode(tokenizer, talk, context=dialect.context)
+    except ValueError:
+        encoded = encode(tokenizer, talk[1:], context=dialect.context)
+    text, rows = TokenText(np.asarray(encoded.ids), tokenizer), []
+    for trained, run in groupby(range(len(encoded.ids)), lambda i: encoded.loss_mask[i] > 0):
+        places = list(run)
+        mask = " ".join("1" if trained else "0" for _ in places)
+        rows.append(("● trained" if trained else "○ context", " ".join(map(text.token, places)), mask))
+    return Table(f"five messages: {len(encoded.ids)} tokens and their loss mask", ("", "tokens", "mask"), rows)
 
 
 def chip(kind: str) -> str:

@@ -8,12 +8,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter, StrMethodFormatter
 
 from rsft_lib.common.visible import visible
 from rsft_lib.display.html import BLOCK, FAINT, PANEL, Table, escaped, inert
 from rsft_lib.display.mask.sample import STYLE, chip
-from rsft_lib.display.stacked_bars import EDGE, LOOK
+from rsft_lib.display.plot_style import NEUTRAL, finished
+from rsft_lib.display.stacked_bars import LOOK
 from rsft_lib.evaluation.generate import Answer, chosen_mode, is_correct, obeyed, well_formed
 from rsft_lib.tokenizer.dialect import END_THINK, MODES, THINK
 
@@ -23,11 +24,12 @@ Answers = dict[str | None, list[Answer]]  # by requested mode; None if the model
 
 @dataclass(frozen=True)
 class SideBySide:
-    """One question and its answer in each mode."""
+    """One question and its answer in each mode; `writing`: the answers are not finished."""
 
     question: str
     answers: dict[str | None, Answer]
     expected: str | None = None
+    writing: bool = False
 
     def __repr__(self) -> str:
         expected = f"expected: {visible(self.expected)}" if self.expected else ""
@@ -58,7 +60,7 @@ class SideBySide:
         if self.expected is not None:
             notes.append("✓ correct" if is_correct(answer, self.expected) else "✗ wrong")
         if not answer.ended:
-            notes.append("no EOS")
+            notes.append("…" if self.writing else "cut off")
         elif not well_formed(answer, mode or chosen_mode(answer)):
             notes.append("not well-formed")
         return " · ".join(notes)
@@ -76,7 +78,7 @@ def side_by_side(questions: Sequence[str], answers: Answers, number: int, expect
 
 
 def scores_table(answers: Answers, expected: Sequence[str | None]) -> Table:
-    """Accuracy with its 95 % Wilson interval, share of well-formed answers, and answer lengths, by mode."""
+    """Accuracy with its 95 % Wilson interval, share of well-formed answers, how many were cut off, lengths; by mode."""
     rows = []
     for mode, given in answers.items():
         correct, known = _correct(given, expected)
@@ -85,10 +87,10 @@ def scores_table(answers: Answers, expected: Sequence[str | None]) -> Table:
         rows.append((
             _name(mode), f"{correct / known:.1%}" if known else "–", f"{low:.0%} to {high:.0%}" if known else "–",
             np.mean([well_formed(a, mode or chosen_mode(a)) for a in given]).item(),
-            np.mean([a.ended for a in given]).item(), f"{lengths.mean():,.1f}", int(np.median(lengths)),
+            sum(not a.ended for a in given), f"{lengths.mean():,.1f}", int(np.median(lengths)),
             int(lengths.max()),
         ))  # fmt: skip
-    columns = ("mode", "accuracy", "95 % interval", "well-formed", "with EOS", "tokens, mean", "median", "max")
+    columns = ("mode", "accuracy", "95 % interval", "well-formed", "cut off", "tokens, mean", "median", "max")
     return Table(f"answers to {len(given):,} questions", columns, rows)
 
 
@@ -117,30 +119,32 @@ def choices_table(answers: Answers, expected: Sequence[str | None]) -> Table:
 
 
 def plot_answers(answers: Answers, expected: Sequence[str | None]) -> Figure:
-    """Shares of correct and of well-formed answers with their 95 % intervals, and answer lengths."""
-    figure, (shares, lengths) = plt.subplots(1, 2, figsize=(11, 3.4), layout="constrained")
+    """Accuracy against the tokens it takes, and answer lengths, by mode.
+
+    Where no answer is known, the share of well-formed answers takes the place of accuracy.
+    """
+    figure, (costs, lengths) = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
+    for marker, (mode, given) in zip("osDv", answers.items(), strict=False):
+        _draw_cost(costs, mode, given, expected, marker)
+    what = "correct" if any(e is not None for e in expected) else "well-formed (no answers are known)"
+    costs.set(ylim=(-0.05, 1.05), xscale="log", xlabel="tokens per answer, mean")
+    costs.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    costs.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    costs.xaxis.set_minor_formatter(NullFormatter())
+    costs.yaxis.set_major_formatter(PercentFormatter(1))
+    costs.set_title(f"{what}, against tokens; lines: 95 % intervals", loc="left", fontsize="medium")
+    costs.legend(fontsize="small", frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    costs.grid(alpha=0.3)
     names = [_name(mode) for mode in answers]
-    for y, (mode, given) in enumerate(answers.items()):
-        correct, known = _correct(given, expected)
-        formed = sum(well_formed(answer, mode or chosen_mode(answer)) for answer in given)
-        _draw_share(shares, y - 0.2, correct, known, "correct", LOOK[mode or "other"])
-        _draw_share(shares, y + 0.2, formed, len(given), "well-formed", LOOK["context"])
-    shares.set_yticks(range(len(names)), names)
-    shares.invert_yaxis()
-    shares.set_xlim(0, 1.3)
-    shares.set_xticks([0, 0.25, 0.5, 0.75, 1])
-    shares.xaxis.set_major_formatter(PercentFormatter(1))
-    shares.set_title("correct, and (grey) well-formed; lines: 95 % interval", loc="left", fontsize="medium")
     for y, (mode, given) in enumerate(answers.items()):
         _draw_lengths(lengths, y, np.array([answer.tokens for answer in given]), LOOK[mode or "other"]["facecolor"])
     lengths.set_yticks(range(len(names)), names)
     lengths.set_ylim(len(names) - 0.5, -0.5)
     lengths.set_xlim(left=0)
     lengths.set_title("tokens per answer; bar: median", loc="left", fontsize="medium")
-    for axes in (shares, lengths):
+    for axes in (costs, lengths):
         axes.spines[["top", "right"]].set_visible(False)
-    plt.close(figure)  # else the notebook shows it twice
-    return figure
+    return finished(figure)
 
 
 def wilson(correct: int, count: int) -> tuple[float, float]:
@@ -152,21 +156,26 @@ def wilson(correct: int, count: int) -> tuple[float, float]:
     return float((middle - width) / (1 + z**2 / count)), float((middle + width) / (1 + z**2 / count))
 
 
-def _draw_share(axes: Axes, y: float, correct: int, count: int, what: str, style: dict) -> None:
+def _draw_cost(axes: Axes, mode: str | None, given: list[Answer], expected: Sequence[str | None], marker: str) -> None:
+    """A point with 95 % intervals of both coordinates."""
+    good, count = _correct(given, expected)
     if not count:
-        axes.text(0.01, y, "no references", va="center")
-        return
-    share, (low, high) = correct / count, wilson(correct, count)
-    axes.barh(y, share, height=0.36, **style, **EDGE)
-    axes.plot([low, high], [y, y], color="black", linewidth=1.5)
-    axes.text(max(share, high) + 0.02, y, f"{share:.0%} {what}", va="center", fontsize="small")
+        good, count = sum(well_formed(answer, mode or chosen_mode(answer)) for answer in given), len(given)
+    tokens = np.array([answer.tokens for answer in given])
+    share, (low, high), x = good / count, wilson(good, count), max(tokens.mean(), 1)
+    spread = min(1.96 * tokens.std() / np.sqrt(len(tokens)), x * 0.9)
+    axes.errorbar(
+        x, share, xerr=spread, yerr=[[max(share - low, 0)], [max(high - share, 0)]], fmt=marker, markersize=9,
+        color=LOOK[mode or "other"]["facecolor"], markerfacecolor=None if mode else "none",
+        label=f"{_name(mode)}: {share:.0%}, {x:,.0f} tokens",
+    )  # fmt: skip
 
 
 def _draw_lengths(axes: Axes, y: int, tokens: np.ndarray, color: str) -> None:
     spread = np.random.default_rng(0).uniform(-0.22, 0.22, len(tokens))  # jitter, so that equal lengths do not overlap
     axes.scatter(tokens, y + spread, s=12, color=color, alpha=0.4, linewidths=0)
     median = np.median(tokens)
-    axes.plot([median, median], [y - 0.32, y + 0.32], color="black", linewidth=2)
+    axes.plot([median, median], [y - 0.32, y + 0.32], color=NEUTRAL, linewidth=2)
     axes.text(median, y - 0.36, f"{median:,.0f}", ha="center", va="bottom", fontsize="small")
 
 

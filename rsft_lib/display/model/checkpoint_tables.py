@@ -1,7 +1,8 @@
-"""Tables of a checkpoint: the facts in its manifest, and the report of `checkpoint.verify`."""
+"""Tables of a checkpoint: the facts in its manifest, and the report of `checkpoint.verify` with its proofs."""
 
 import re
 
+from rsft_lib.checkpoint.proofs import Proof
 from rsft_lib.display.html import Table, one_line
 
 
@@ -9,6 +10,14 @@ def facts_table(title: str, facts: dict) -> Table:
     """Names and values of a manifest, without empty values and hashes."""
     shown = {name: value for name, value in facts.items() if value not in ("", None, {}, []) and "sha256" not in name}
     return Table(title, ("", ""), [(name.replace("_", " "), _text(value)) for name, value in shown.items()])
+
+
+def proofs_table(report: dict) -> Table:
+    """What was proved, what was found and the tolerance; empty if nothing was verified."""
+    found = [Proof(**proof) for proof in report.get("proofs", [])]
+    rows = [("ok" if proof.passed else "FAIL", *proof[:1], *proof[2:]) for proof in found]
+    title = "proofs" if rows else "nothing was verified: verify is False"
+    return Table(title, ("", "proof", "found", "tolerance"), rows)
 
 
 def tensors_table(report: dict) -> Table:

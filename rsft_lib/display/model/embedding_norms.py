@@ -5,7 +5,7 @@ from matplotlib.figure import Figure
 
 from rsft_lib.checkpoint.embedding_audit import Audit
 from rsft_lib.display.html import caption
-from rsft_lib.display.plot_style import BLUE, GREEN, GREY, ORANGE
+from rsft_lib.display.plot_style import BLUE, GREEN, GREY, ORANGE, finished
 
 LINES = [(BLUE, "-"), (ORANGE, "--"), (GREEN, ":")]
 
@@ -22,6 +22,5 @@ def plot_audit(audit: Audit) -> Figure:
             place.axvline(row.norm, color=color, linestyle=style, label=label)
         place.set(title=f"{title} embedding, {len(norms):,} tokens", xlabel="row norm", ylabel="tokens", yscale="log")
         if audit.rows:
-            place.legend()
-    plt.close(figure)  # the notebook shows what a cell returns; once is enough
-    return figure
+            place.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)
+    return finished(figure)

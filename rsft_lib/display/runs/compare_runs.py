@@ -13,13 +13,13 @@ from rsft_lib.common.paths import resolve
 from rsft_lib.common.temporary import new_file
 from rsft_lib.display.html import Table, caption
 from rsft_lib.display.metric_styles import EXPERTS, HEALTH, METRICS, ONE_MODE
-from rsft_lib.display.plot_style import BLACK, line_style, plain_numbers, smoothed, thinned, tidy
+from rsft_lib.display.plot_style import NEUTRAL, finished, line_style, plain_numbers, smoothed, thinned, tidy
 from rsft_lib.display.runs.csv_curve import LINES, Published
 from rsft_lib.display.runs.runs import BY, Run
 
 MODES = ["loss_mode_think", "loss_mode_short", "loss_span_control"]
 STRENGTH = {"p_think_when_think": 1.0, "p_think_when_short": 0.45}  # metric -> opacity of its line
-THEIRS = {"loss": {"color": BLACK, "linewidth": 1.2}, "held_out": {"color": BLACK, "linewidth": 1.2, "dashes": (1, 1)}}
+THEIRS: dict[str, dict] = {"loss": {}, "held_out": {"dashes": (1, 1)}}
 
 
 def plot_losses(
@@ -133,7 +133,7 @@ def _draw(axes: Axes, run: Run, metric: str, by: str, smoothing: float, number: 
     x, values = run.line(metric, by)
     style = line_style(number)
     if smoothing:
-        axes.plot(*thinned(x, values), color=style["color"], alpha=0.18, linewidth=0.8)
+        axes.plot(*thinned(x, values), color=style["color"], alpha=0.3, linewidth=0.8)
     axes.plot(*thinned(x, smoothed(values, smoothing)), **style)
     axes.plot(*thinned(*run.line(f"eval_{metric}", by)), "o", color=style["color"], markersize=4)
 
@@ -142,9 +142,11 @@ def _draw_published(axes: Axes, published: Published, by: str, smoothing: float)
     for what in LINES:
         x, values = published.line(what, by)
         if what == "loss":
-            axes.plot(x, values, color=BLACK, alpha=0.18, linewidth=0.8)
+            axes.plot(x, values, color=NEUTRAL, alpha=0.3, linewidth=0.8)
             values = smoothed(values, smoothing)
-        axes.plot(x, values, label=caption(f"{published.name}, {LINES[what]}"), **THEIRS[what])
+        axes.plot(
+            x, values, label=caption(f"{published.name}, {LINES[what]}"), color=NEUTRAL, linewidth=1.2, **THEIRS[what]
+        )
     if not any(len(published.line(what, by)[0]) for what in LINES):
         raise ValueError(
             f"{published.name} has the columns {', '.join(published.columns)}, which cannot be plotted by {by!r}"
@@ -166,4 +168,4 @@ def _finish(figure: Figure, titles: dict[Axes, str], runs: list[Run], by: str) -
     handles = [Line2D([], [], label=caption(run.name), **line_style(number)) for number, run in enumerate(runs)]
     handles += [line for axes in titles for line in axes.get_legend_handles_labels()[0]]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4), frameon=False)
-    plt.close(figure)  # else the notebook shows it twice
+    finished(figure)

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from rsft_lib.common.paths import require_path
 from rsft_lib.display.metric_styles import BY_MODE, BY_SPAN, CHOICES, METRICS, ONE_MODE
-from rsft_lib.display.plot_style import BLUE, ORANGE, PINK, plain_numbers, smoothed, thinned, tidy
+from rsft_lib.display.plot_style import BLUE, ORANGE, PINK, finished, plain_numbers, smoothed, thinned, tidy
 from rsft_lib.display.runs.runs import Run, open_run
 from rsft_lib.training.metrics import read_metrics
 
@@ -52,8 +52,7 @@ def plot_curves(run: str | Path, smoothing: float = 0.9) -> Figure:
     for place in figure.axes:
         place.set_xlabel("step")
         tidy(place)
-    plt.close(figure)  # else the notebook shows it twice
-    return figure
+    return finished(figure)
 
 
 def summary(run: Path, scores: dict[str, dict[str, float]], model: Path) -> str:

@@ -1,0 +1,50 @@
+"""Scoring and verification, each in processes of its own that release their memory when they end."""
+
+import json
+import re
+from pathlib import Path
+
+from rsft_lib.common.artifact import VERIFICATION
+from rsft_lib.common.paths import resolve
+from rsft_lib.common.progress import progress
+from rsft_lib.launch.local import launch
+from rsft_lib.launch.log import read_end
+
+
+def launch_scoring(checkpoint: str | Path, data: str | Path, output: str | Path, nproc: int) -> None:
+    """Write the loss of every trained token of tokenized data under a checkpoint into the folder `output`.
+
+    A bar shows how many packs have been scored.
+    `evaluation.score.TokenLosses` reads it.
+
+    Raises:
+        RunFailed: the scoring failed; the message starts with the traceback.
+    """
+    folder = resolve(output)
+    log = folder.with_name(f"{folder.name}.log")
+    arguments = ["--checkpoint", str(checkpoint), "--data", str(data), "--output", str(folder)]
+    with progress(f"score {folder.name}", " packs") as bar:
+
+        def poll() -> None:
+            if lines := re.findall(r"^scored (\d+) of (\d+) packs$", read_end(log, 4096), re.MULTILINE):
+                done, bar.total = map(int, lines[-1])
+                bar.update(done - bar.n)
+
+        launch("rsft_lib.evaluation.score", arguments, nproc, log, poll)
+
+
+def launch_verification(
+    model: str | Path, checkpoint: str | Path, folder: str | Path, log: str | Path, *options: str
+) -> dict:
+    """Verify a model against a checkpoint, leave the report in `folder`, and return it.
+
+    Args:
+        options: further options of `checkpoint.verify`, as on its command line.
+
+    Raises:
+        RunFailed: the verification could not be made; the message starts with the traceback.
+    """
+    report = resolve(folder) / VERIFICATION
+    arguments = ["--model", str(resolve(model)), "--checkpoint", str(resolve(checkpoint)), "--output", str(report)]
+    launch("rsft_lib.checkpoint.verify", [*arguments, *options], 1, resolve(log))
+    return json.loads(report.read_text(encoding="utf-8"))
