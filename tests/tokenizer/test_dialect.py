@@ -211,9 +211,18 @@ def always_given(template: str) -> str:
     return before + header + "{{- '<think>\\n\\n</think>\\n\\n' }}" + after
 
 
+def always_thinks(template: str) -> str:
+    """Answers without a think block, also tool calls, are given an empty one, as by TRL's template for Qwen3."""
+    begin = "{%- generation %}"
+    added = "{%- if '</think>' not in (message.content or '') and not message.reasoning_content %}"
+    return template.replace(begin, begin + added + "{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}")
+
+
 @pytest.mark.parametrize(
     ("edit", "block", "failed"),
     [
+        (always_thinks, "trained", set()),
+        (always_thinks, "masked", set()),
         (no_switch, "trained", {"soft switch survives"}),
         (no_hard_switch, "trained", set()),
         (no_hard_switch, "masked", {"hard switch"}),
@@ -226,6 +235,11 @@ def test_a_template_that_breaks_the_dialect_fails_the_contract(folder, tmp_path,
     assert (broken / "chat_template.jinja").read_text() != (folder / "chat_template.jinja").read_text()
     found = {check.name for check in check_contract(broken, dialect=qwen3(block)).failed}
     assert failed <= found and bool(failed) == bool(found), found
+
+
+def test_a_template_that_adds_empty_thoughts_is_refused_for_other_dialects_with_the_way_out(folder, tmp_path):
+    (failed,) = check_contract(with_template(folder, tmp_path / "broken", always_thinks)).failed
+    assert failed.name == "prompt begins text" and "as the dialect qwen3 needs them (`dialect`)" in failed.detail
 
 
 @needs_real
