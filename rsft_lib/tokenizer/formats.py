@@ -90,7 +90,7 @@ FORMATS = (
         (("indented", "\n\n"), ("json", "\n")), ("json",), ("quoted", "raw"),
     ),
     Format(
-        "Mistral", "Mistral v0.1 to v0.3, Nemo, Ministral, Small", "mistral.jinja",
+        "Mistral", "Mistral v0.1 to v0.3, Mixtral, Nemo, Ministral, Small", "mistral.jinja",
         tuple(
             Shape(user, end + space, "</s>", {"user": user, "user_end": end, "space": space, "after": after})
             for user, end, space, after in SPACES
