@@ -51,6 +51,10 @@ QWEN25 = chatml(default="'You are Qwen.'")
 QWEN3 = chatml(empty="'<think>\\n\\n</think>\\n\\n'")
 QWQ = chatml(prompt="'<think>\\n'")
 TOOL_ROLE = chatml(result=OWN_ROLE)
+MINIMAL = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 SMOLLM2 = """{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system
 You are SmolLM<|im_end|>
 ' }}{% endif %}{{'<|im_start|>' + message['role'] + '
@@ -108,9 +112,36 @@ MISTRAL = """{%- set system = messages[0].content if messages[0].role == 'system
     {%- endif %}
 {%- endfor %}"""
 
+# Versions 7 and later: a system prompt of its own, and calls with or without an id.
+SMALL = """{{- bos_token }}
+{%- set system = messages[0].content if messages[0].role == 'system' else 'You are Small.' %}
+{%- set messages = messages[1:] if messages[0].role == 'system' else messages %}
+{{- '[SYSTEM_PROMPT]' + system + '[/SYSTEM_PROMPT]' }}
+{%- if tools %}{{- '[AVAILABLE_TOOLS]' + tools | tojson + '[/AVAILABLE_TOOLS]' }}{%- endif %}
+{%- for message in messages %}
+    {%- if message.role == 'user' %}
+        {{- '[INST]' + message.content + '[/INST]' }}
+    {%- elif message.role == 'assistant' %}
+        {{- message.content or '' }}
+        {%- for call in message.tool_calls or [] %}
+            {{- '[TOOL_CALLS]' + call.function.name + ID + '[ARGS]' + call.function.arguments | tojson }}
+        {%- endfor %}
+        {{- eos_token }}
+    {%- else %}
+        {{- '[TOOL_RESULTS]' + GIVEN + message.content + '[/TOOL_RESULTS]' }}
+    {%- endif %}
+{%- endfor %}"""
+SMALL32 = SMALL.replace("+ ID", "+ '[CALL_ID]' + call.id").replace("GIVEN", "message.tool_call_id + '[TOOL_CONTENT]'")
+MINISTRAL3 = SMALL.replace("+ ID", "").replace("GIVEN + ", "")
+
 MISTRAL01 = """{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}
 {{- '[INST] ' + message['content'] + ' [/INST]' }}{% elif message['role'] == 'assistant' %}
 {{- message['content'] + eos_token + ' ' }}{% else %}
+{{- raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"""
+
+MIXTRAL = """{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}
+{{- ' [INST] ' + message['content'] + ' [/INST]' }}{% elif message['role'] == 'assistant' %}
+{{- ' ' + message['content'] + eos_token }}{% else %}
 {{- raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"""
 
 ZEPHYR = """{% for message in messages %}{{ '<|' + message['role'] + '|>
@@ -143,6 +174,9 @@ TEMPLATES = {
     "Mistral v0.1": ("Mistral", MISTRAL01, S),
     "Mistral v0.3": ("Mistral", MISTRAL.replace("SPACE", " "), S),
     "Mistral Nemo": ("Mistral", MISTRAL.replace("SPACE", ""), S),
+    "Mistral Small 3.2": ("Mistral", SMALL32, S),
+    "Ministral 3": ("Mistral", MINISTRAL3, S),
+    "Mixtral": ("Mistral", MIXTRAL, S),
     "Zephyr": ("Zephyr", ZEPHYR, S),
     "Tulu": ("Zephyr", TULU, {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}),
     "Granite": ("Granite", GRANITE, {"eos_token": "<|end_of_text|>"}),

@@ -10,7 +10,7 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from rsft_lib.common.paths import require_path
-from rsft_lib.model.weight_map import FAMILIES, expert_count, expert_size, has, head_dim
+from rsft_lib.model.weight_map import FAMILIES, expert_count, expert_size, has, head_dim, shared_expert_size
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # those that depend on neither the sequence nor the layer
 UNSUPPORTED = {  # families that are asked for -> what they need
@@ -101,12 +101,11 @@ def _divided(config: PretrainedConfig, tensor: int, expert: int, expert_tensor: 
     heads = ("num_attention_heads", config.num_attention_heads, "tensor_parallel", tensor)
     if not expert_count(config):
         return [heads, ("intermediate_size", config.intermediate_size, "tensor_parallel", tensor)]
-    shared = getattr(config, "shared_expert_intermediate_size", 0)
     return [
         heads,
         ("number of experts", expert_count(config), "expert_parallel", expert),
         ("intermediate size of an expert", expert_size(config), "expert_tensor_parallel", expert_tensor),
-        ("shared_expert_intermediate_size", shared, "tensor_parallel", tensor),
+        ("shared_expert_intermediate_size", shared_expert_size(config), "tensor_parallel", tensor),
     ]
 
 
@@ -177,21 +176,27 @@ def _experts(config: PretrainedConfig, te: bool) -> dict:
     """
     if not expert_count(config):
         return {}
+    shared = shared_expert_size(config)
     return {
         "num_moe_experts": expert_count(config),
         "moe_ffn_hidden_size": expert_size(config),
         "moe_router_topk": config.num_experts_per_tok,
         # The softmax over the chosen experts alone has the ratios of the one over all, normalized.
-        "moe_router_pre_softmax": not getattr(config, "norm_topk_prob", True),
+        "moe_router_pre_softmax": not _normalizes_experts(config),
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",
         "moe_token_dispatcher_type": "alltoall",
-        "moe_shared_expert_intermediate_size": getattr(config, "shared_expert_intermediate_size", None),
-        "moe_shared_expert_gate": has(config, "shared_experts.gate_weight"),
+        "moe_shared_expert_intermediate_size": shared or None,
+        "moe_shared_expert_gate": shared > 0,
         "moe_grouped_gemm": te,
         "moe_permute_fusion": te,
         "bias_activation_fusion": te,  # SwiGLU and the multiplication with the router's probability in one kernel
     }
+
+
+def _normalizes_experts(config: PretrainedConfig) -> bool:
+    """Whether the probabilities of a token's experts are normalized to the sum 1; those of Mixtral always are."""
+    return bool(expert_count(config)) and (config.model_type == "mixtral" or config.norm_topk_prob)
 
 
 def _leave_empty(weight: torch.Tensor) -> None:
@@ -205,6 +210,7 @@ def _leave_empty(weight: torch.Tensor) -> None:
 def _accepted(config: PretrainedConfig) -> dict[str, tuple]:
     """Setting -> (value, allowed values); a setting that the family lacks has an allowed value."""
     rope = getattr(config, "rope_parameters", None) or {}
+    alone = _normalizes_experts(config) and config.num_experts_per_tok == 1  # its probability would always be 1
     return {
         "hidden_act": (getattr(config, "hidden_act", None), ("silu",)),
         "attention_dropout": (getattr(config, "attention_dropout", 0.0), (0.0, None)),
@@ -214,6 +220,8 @@ def _accepted(config: PretrainedConfig) -> dict[str, tuple]:
         "partial_rotary_factor": (rope.get("partial_rotary_factor", 1.0), (1.0,)),
         "decoder_sparse_step": (getattr(config, "decoder_sparse_step", 1), (1,)),  # every layer has experts
         "mlp_only_layers": (getattr(config, "mlp_only_layers", []), ([],)),
+        "norm_topk_prob with num_experts_per_tok=1": (alone, (False,)),
+        "qkv_bias": (getattr(config, "qkv_bias", True), (True,)),
         "router_jitter_noise": (getattr(config, "router_jitter_noise", 0.0), (0.0,)),
         "quantization_config": (getattr(config, "quantization_config", None), (None,)),
     }

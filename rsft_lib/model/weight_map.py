@@ -88,6 +88,11 @@ def expert_size(config: PretrainedConfig) -> int:
     return getattr(config, "moe_intermediate_size", None) or config.intermediate_size
 
 
+def shared_expert_size(config: PretrainedConfig) -> int:
+    """Intermediate size of the expert of every token; 0 if the family has none, whatever `config.json` has."""
+    return config.shared_expert_intermediate_size if has(config, "shared_experts.gate_weight") else 0
+
+
 def head_dim(config: PretrainedConfig) -> int:
     """Dimension of one attention head, which may differ from hidden_size / heads."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

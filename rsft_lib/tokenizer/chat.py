@@ -192,7 +192,10 @@ def _check_answer(message: dict, turn: int, answer: str, eos: str | None) -> int
         )
     length = len(answer.rstrip())  # some templates add a line break after EOS
     if not eos or not answer[:length].endswith(eos):
-        raise ValueError(f"message {turn}: the chat template does not end the answer with {eos!r}")
+        raise ValueError(
+            f"message {turn}: the chat template does not end the answer with {eos!r}; if another token ends it, set "
+            "`eos` in notebook 01_patch_tokenizer to that"
+        )
     return length
 
 

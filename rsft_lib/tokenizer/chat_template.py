@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
@@ -10,6 +11,9 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 ARGUMENT_ITEMS = re.compile(r"arguments\s*\|\s*items")
+ARGUMENTS_AS_JSON = re.compile(r"arguments['\"\]]*\s*\|\s*tojson")
+ARGUMENTS_BY_TYPE = re.compile(r"arguments['\"\]]*\s+is\s+(?:not\s+)?(?:string|mapping)")
+QUESTION_AND_ANSWER = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
 
 
 class Span(NamedTuple):
@@ -45,17 +49,41 @@ class ChatTemplate:
         return self._render([messages], tools, prompt)[0][0]
 
     def render_marked(self, chats: list[list[dict]], tools: list[dict] | None = None) -> list[tuple[str, list[Span]]]:
-        """The text of each conversation, and the spans of its `{% generation %}` blocks."""
+        """The text of each conversation, and the spans of its `{% generation %}` blocks without `given`."""
         texts, blocks = self._render(chats, tools, marked=True)
-        return [(text, _joined(own)) for text, own in zip(texts, blocks, strict=True)]
+        spans = [(text, _joined(own)) for text, own in zip(texts, blocks, strict=True)]
+        return [(text, [self._without_given(text, span) for span in own]) for text, own in spans]
+
+    @cached_property
+    def given(self) -> str:
+        """White space that a template marks as part of an answer although the generation prompt ends with it.
+
+        TRL's template for Qwen2.5 marks the line end of the assistant's header, which the model never writes.
+        """
+        try:
+            prompt = self.render(QUESTION_AND_ANSWER[:1], prompt=True)
+            (text,), (blocks,) = self._render([QUESTION_AND_ANSWER], None, marked=True)
+        except ValueError:
+            return ""
+        given = text[blocks[0][0] : len(prompt)] if blocks and text.startswith(prompt) else ""
+        return given if given.isspace() else ""
+
+    def _without_given(self, text: str, span: Span) -> Span:
+        return span._replace(start=span.start + len(self.given) * text.startswith(self.given, span.start))
 
     def prepared(self, chat: list[dict]) -> list[dict]:
-        """The messages as the template needs them: one that reads arguments one by one cannot have them as a string.
+        """The messages as the template needs them: the arguments of tool calls as objects, unless it takes strings.
 
         Raises:
             ValueError: the arguments of a tool call are not a JSON object.
         """
-        return [_with_objects(message) for message in chat] if ARGUMENT_ITEMS.search(self.source) else chat
+        return [_with_objects(message) for message in chat] if self._needs_objects else chat
+
+    @cached_property
+    def _needs_objects(self) -> bool:
+        """Whether the template reads arguments one by one, or writes them as JSON without a case for strings."""
+        writes_json = ARGUMENTS_AS_JSON.search(self.source) and not ARGUMENTS_BY_TYPE.search(self.source)
+        return bool(ARGUMENT_ITEMS.search(self.source) or writes_json)
 
     def _render(self, chats, tools, prompt=False, marked=False) -> tuple[list[str], list]:
         try:

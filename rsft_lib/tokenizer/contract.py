@@ -9,9 +9,10 @@ from pathlib import Path
 from rsft_lib.common.artifact import file_hash, read_manifest
 from rsft_lib.common.check_table import Checks, Skip
 from rsft_lib.common.paths import require_path
+from rsft_lib.tokenizer.check_chats import CHAT
 from rsft_lib.tokenizer.dialect import THINKLESS, Dialect
 from rsft_lib.tokenizer.patch import disagreements, load_tokenizer
-from rsft_lib.tokenizer.template_checks import CHAT, check_template
+from rsft_lib.tokenizer.template_checks import check_template
 from rsft_lib.tokenizer.token_files import FILES
 
 # Texts on which tokenizers differ: spaces, line ends, digits, contractions, scripts, multi-code-point characters.

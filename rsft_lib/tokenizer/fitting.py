@@ -62,15 +62,21 @@ def _fit(own: OwnTexts, special_tokens: dict) -> TrainingTemplate:
 
 
 def _recognise(own: OwnTexts) -> tuple[Format, Shape]:
-    text = without_empty_thoughts(own.texts.get("plain", ""))
+    text = own.texts.get("plain", "")
+    if not text:
+        raise ValueError(
+            f"the model's own chat template fails on a question and its answer: {own.errors['plain']}. {BY_HAND}"
+        )
+    # Some templates end an answer only where another turn follows.
+    text = without_empty_thoughts(text + own.texts.get("two turns", ""))
     for format in FORMATS:
         for shape in format.shapes:
             if shape.turn in text:
                 return format, shape
     known = ", ".join(f"{format.name} ({format.models})" for format in FORMATS)
-    found = repr(text) if text else own.errors["plain"]
     raise ValueError(
-        f"unknown chat format: a question and its answer become {found:.300}; known are {known}. {BY_HAND}"
+        f"unknown chat format: a question and its answer become {own.texts['plain']!r:.300}; known are {known}. "
+        f"{BY_HAND}"
     )
 
 
@@ -162,12 +168,15 @@ def _call_and_result(fitted: TrainingTemplate, closed: bool) -> tuple[str, str]:
 
 
 def _require_same(fitted: TrainingTemplate, own: OwnTexts) -> None:
-    """Refuse a template that writes a chat without thoughts and tools differently."""
+    """Refuse a template that writes a chat without thoughts and tools differently, up to its last answer.
+
+    After that answer some templates write no EOS or more than that, which no prompt contains.
+    """
     for names in SAME:
         pairs = [
-            (without_empty_thoughts(own.texts[name]).rstrip(), render(fitted.chat_template, SAMPLES[name]).rstrip())
+            (_up_to_answer(own.texts[name], name), _up_to_answer(render(fitted.chat_template, SAMPLES[name]), name))
             for name in names
-            if name in own.texts
+            if name in own.texts and not ("system" in name and "system" not in fitted.settings["begin"])
         ]
         if pairs and all(expected != found for expected, found in pairs):
             expected, found = pairs[0]
@@ -175,3 +184,10 @@ def _require_same(fitted: TrainingTemplate, own: OwnTexts) -> None:
                 f"the chat template is like that of {fitted.format.name}, but writes the sample chat {names[0]!r} as "
                 f"{expected!r:.400}, where the training template would write {found!r:.400}. {BY_HAND}"
             )
+
+
+def _up_to_answer(text: str, sample: str) -> str:
+    """The text of a sample chat up to the end of its last answer; all of it if it ends with a question."""
+    last = SAMPLES[sample].messages[-1]
+    text = without_empty_thoughts(text).rstrip()
+    return text[: text.rfind(last["content"]) + len(last["content"])] if last["role"] == "assistant" else text

@@ -61,7 +61,10 @@ R1_END, CHATML_END, LLAMA_END, GRANITE_END = "<｜end▁of▁sentence｜>", "<|i
 ROLE_END = "<|end_header_id|>\n\n"
 JSON_LINES = (("json", "\n"), ("function", "\n"))
 # Spaces of Mistral's versions: before a question, before [/INST], before an answer and after EOS.
-SPACES = list(product(("[INST]", "[INST] "), ("[/INST]", " [/INST]"), ("", " "), (" ", "")))
+SPACES = [
+    (" [INST] ", " [/INST]", " ", ""),
+    *product(("[INST]", "[INST] "), ("[/INST]", " [/INST]"), ("", " "), (" ", "")),
+]
 
 FORMATS = (
     Format(
@@ -87,12 +90,12 @@ FORMATS = (
         (("indented", "\n\n"), ("json", "\n")), ("json",), ("quoted", "raw"),
     ),
     Format(
-        "Mistral", "Mistral v0.1 to v0.3, Nemo, Ministral, Small", "mistral.jinja",
+        "Mistral", "Mistral v0.1 to v0.3, Mixtral, Nemo, Ministral, Small", "mistral.jinja",
         tuple(
             Shape(user, end + space, "</s>", {"user": user, "user_end": end, "space": space, "after": after})
             for user, end, space, after in SPACES
         ),
-        (("json", ", "),), ("list",), ("content",),
+        (("json", ", "),), ("list", "args", "id args"), ("content", "plain", "id"),
     ),
     Format(
         "Zephyr", "Zephyr, TinyLlama, Tulu 3, Falcon 3", "zephyr.jinja",

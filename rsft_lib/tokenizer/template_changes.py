@@ -24,6 +24,11 @@ class Texts:
         """Whether the training template writes `part` more often."""
         return self.ours.count(part) > self.own.count(part)
 
+    def continues(self) -> bool:
+        """Whether the model's own template writes the same text and then more."""
+        ours, own = self.ours.rstrip(), self.own.rstrip()
+        return own.startswith(ours) and own != ours
+
 
 REASONS: tuple[tuple[str, Callable[[Texts], bool]], ...] = (
     ("the chain of thought is kept in every turn", lambda texts: texts.adds("Two and two.")),
@@ -35,7 +40,11 @@ REASONS: tuple[tuple[str, Callable[[Texts], bool]], ...] = (
     ("the system message stands before the first question at every turn", lambda texts: texts.adds(SYSTEM["content"])),
     ("a tool call is kept", lambda texts: texts.adds("[2, 2]")),
     ("the text beside a tool call is kept", lambda texts: texts.adds("I add them.")),
-    ("a tool call ends with EOS", lambda texts: texts.adds(texts.end)),
+    ("every answer and tool call ends with EOS", lambda texts: texts.adds(texts.end)),
+    (
+        "nothing follows the end of the last answer",
+        lambda texts: texts.ours.rstrip().endswith(texts.end) and texts.continues(),
+    ),
     ("every answer has the assistant's header, also after tool results", lambda texts: texts.adds(texts.header)),
     (
         "the prompt ends where the answer begins: the model writes the control token",

@@ -7,6 +7,7 @@ separate process.
 """
 
 import json
+import re
 import sys
 from dataclasses import asdict
 from functools import partial
@@ -19,30 +20,12 @@ from rsft_lib.common.check_table import Check, Checks, Skip
 from rsft_lib.common.sandbox import SECONDS, end_after, limited, run_with_limits
 from rsft_lib.common.visible import visible
 from rsft_lib.tokenizer.chat import ChatTemplate, encode, end_of_content, misplaced, prompt_ids
-from rsft_lib.tokenizer.dialect import END_THINK, SHORT, THINK, THINKLESS, Dialect, dialect_of
+from rsft_lib.tokenizer.check_chats import ARGUMENTS, LONG, SYSTEM, TOOL, USER, calling, conversation
+from rsft_lib.tokenizer.dialect import THINKLESS, Dialect, dialect_of
 from rsft_lib.tokenizer.dialect_checks import check_dialect, names_of
 from rsft_lib.tokenizer.formats import is_ours
 from rsft_lib.tokenizer.patch import load_tokenizer
 from rsft_lib.tokenizer.template_clock import difference
-
-ANSWERS = {"think": f"{THINK}\nTwo and two.\n{END_THINK}\n\nFour.", "short": f"{SHORT}Four."}
-USER = {"role": "user", "content": "How many are 2 + 2?"}
-THOUGHT, AT_ONCE = ({"role": "assistant", "content": answer} for answer in ANSWERS.values())
-SYSTEM = {"role": "system", "content": "Be brief."}
-CHAT = [SYSTEM, USER, THOUGHT, USER, AT_ONCE]
-
-
-def calling(arguments) -> list[dict]:
-    """A user message, a tool call, its result, and an answer whose first character could merge with the header."""
-    function = {"name": "add", "arguments": arguments}
-    call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": function}]}
-    return [USER, call, {"role": "tool", "content": '{"sum": 4}'}, {"role": "assistant", "content": '"4" it is.'}]
-
-
-TOOLS, OBJECTS = (calling(arguments) * 2 for arguments in ('{"numbers": [2, 2]}', {"numbers": [2, 2]}))
-REASONED = {"role": "assistant", "content": "Four.", "reasoning_content": "Two and two."}
-LONG = [USER, REASONED, *TOOLS, USER, AT_ONCE, USER, THOUGHT, USER, REASONED]  # every kind of message
-TOOL: dict = {"type": "function", "function": {"name": "add", "description": "Add numbers.", "parameters": {}}}
 
 
 def check_template(folder: Path, tokenizer, dialect: Dialect = THINKLESS) -> Checks:
@@ -57,24 +40,37 @@ def check_template(folder: Path, tokenizer, dialect: Dialect = THINKLESS) -> Che
 
 
 def _check(tokenizer, dialect: Dialect = THINKLESS) -> Checks:
-    checks = Checks()
-    if checks.run("template renders", _renders, tokenizer):
+    checks, chat = Checks(), conversation(dialect)
+    if _refuses_system(tokenizer):
+        del chat[0]
+    if checks.run("template renders", _renders, tokenizer, chat):
         checks.run("same at any time", _same_at_any_time, tokenizer)
-        same_text = [checks.run("prompt begins text", _prompt_begins_text, tokenizer, dialect)]
-        same_text += [checks.run("thought survives", _thought_survives, tokenizer)]
-        same_text += [checks.run("messages in order", _messages_in_order, tokenizer)]
-        checks.run("BOS not doubled", _bos_not_doubled, tokenizer)
+        same_text = [checks.run("prompt begins text", _prompt_begins_text, tokenizer, dialect, chat)]
+        same_text += [checks.run("thought survives", _thought_survives, tokenizer, chat)]
+        same_text += [checks.run("messages in order", _messages_in_order, tokenizer, chat)]
+        checks.run("BOS not doubled", _bos_not_doubled, tokenizer, chat)
         if all(same_text):
-            _check_mask(checks, tokenizer)
+            _check_mask(checks, tokenizer, dialect, chat)
             check_dialect(checks, tokenizer, dialect)
     done, names = {check.name for check in checks}, [*CHECKS, *names_of(dialect)]
     skipped = [Check(name, None, "not run, since a check above failed") for name in names if name not in done]
     return Checks([*checks, *skipped])
 
 
-def _check_mask(checks: Checks, tokenizer) -> None:
+def _refuses_system(tokenizer) -> bool:
+    """Whether the template refuses system messages, as Mistral v0.1's does; rows with one are then rejected."""
+    try:
+        _text(tokenizer, [SYSTEM, USER], prompt=True)
+    except TemplateError:
+        return True
+    except Exception:  # a template can raise anything: `_renders` reports it
+        return False
+    return False
+
+
+def _check_mask(checks: Checks, tokenizer, dialect: Dialect, chat: list[dict]) -> None:
     for name, check in MASK_CHECKS.items():
-        checks.run(name, check, tokenizer)
+        checks.run(name, check, tokenizer, dialect, chat)
         if checks[-1].passed is False:
             return
 
@@ -94,7 +90,7 @@ def _not_rendered(reason: str) -> Checks:
     return Checks([Check(CHECKS[0], False, visible(reason)), *skipped])
 
 
-def _renders(tokenizer, chat: list[dict] = CHAT) -> str:
+def _renders(tokenizer, chat: list[dict]) -> str:
     parts = [chat[:end] for end in range(1, len(chat) + 1) if chat[end - 1]["role"] != "system"]
     try:
         longest = max(len(_text(tokenizer, part, prompt)) for part in parts for prompt in (False, True))
@@ -119,27 +115,30 @@ def _same_at_any_time(tokenizer) -> str:
     return f"the texts of {len(cases)} conversations do not depend on the clock"
 
 
-def _prompt_begins_text(tokenizer, dialect: Dialect) -> str:
+def _prompt_begins_text(tokenizer, dialect: Dialect, chat: list[dict]) -> str:
     """The tokens of a prompt are a prefix of the training text, in each mode and at each turn."""
     written = {mode: dialect.write(mode, "Two." * (mode == "think"), "Four.") for mode in dialect.forms}
     cases = [([USER], written[mode], mode) for mode in written] + [([USER], written["think"], None)]
-    cases += [(CHAT[:1] + [USER], written["think"], "think"), (CHAT[:4], written["short"], "short")]
-    for chat, answer, mode in cases:
-        prompt, asked = prompt_ids(tokenizer, chat, mode, dialect=dialect), dialect.ask(USER["content"], mode)
-        ids = _ids(tokenizer, [*chat[:-1], USER | {"content": asked}, {"role": "assistant", "content": answer}])
+    cases += [(chat[:-3], written["think"], "think"), (chat[:-1], written["short"], "short")]
+    for asking, answer, mode in cases:
+        prompt, asked = prompt_ids(tokenizer, asking, mode, dialect=dialect), dialect.ask(USER["content"], mode)
+        ids = _ids(tokenizer, [*asking[:-1], USER | {"content": asked}, {"role": "assistant", "content": answer}])
         if ids[: len(prompt)] != prompt:
+            text = tokenizer.decode(ids)
+            adds = re.search(r"<think>\s*</think>", text) and not dialect.empty_block
+            hint = ": the template writes empty thoughts, as the dialect qwen3 needs them (`dialect`)" if adds else ""
             raise ValueError(
                 f"in mode {mode}, the prompt {tokenizer.decode(prompt)!r} is not a prefix of the training text "
-                f"{tokenizer.decode(ids)!r}"
+                f"{text!r}{hint}"
             )
     return f"{len(cases)} prompts, the last with {len(prompt)} tokens"
 
 
-def _thought_survives(tokenizer) -> str:
+def _thought_survives(tokenizer, chat: list[dict]) -> str:
     """The text contains every answer in full, also when more turns follow."""
-    whole = _text(tokenizer, CHAT)
-    for end in (3, 5):
-        part, answer = _text(tokenizer, CHAT[:end]), CHAT[end - 1]["content"]
+    whole = _text(tokenizer, chat)
+    for end in (len(chat) - 2, len(chat)):
+        part, answer = _text(tokenizer, chat[:end]), chat[end - 1]["content"]
         if answer not in part or not whole.startswith(part):
             raise ValueError(
                 f"{answer!r} of turn {end} is rendered as {part!r}, and as {whole!r} when more turns follow"
@@ -147,9 +146,9 @@ def _thought_survives(tokenizer) -> str:
     return "answers are complete, the last one and earlier ones"
 
 
-def _messages_in_order(tokenizer) -> str:
+def _messages_in_order(tokenizer, chat: list[dict]) -> str:
     """The text contains user and system messages in order; `_tool_calls` checks tool messages."""
-    chats = [CHAT, CHAT[1:]]
+    chats = [chat, chat[-4:]]
     for chat in chats:
         _require_messages(_text(tokenizer, chat), chat)
     return f"every message of {len(chats)} conversations is in its place"
@@ -165,10 +164,10 @@ def _require_messages(text: str, chat: list[dict]) -> None:
             position = end
 
 
-def _bos_not_doubled(tokenizer) -> str:
+def _bos_not_doubled(tokenizer, chat: list[dict]) -> str:
     """BOS is not written twice; a model whose BOS begins every message, or whose template writes none, is sound."""
-    served = tokenizer.apply_chat_template(CHAT, tokenize=True, return_dict=False)
-    ids, bos = _ids(tokenizer, CHAT), tokenizer.bos_token_id
+    served = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)
+    ids, bos = _ids(tokenizer, chat), tokenizer.bos_token_id
     if served != ids:
         raise ValueError(f"apply_chat_template returns {served[:4]} ..., training text begins with {ids[:4]}")
     if bos is None:
@@ -180,39 +179,43 @@ def _bos_not_doubled(tokenizer) -> str:
     return f"{tokenizer.bos_token} ({bos}) occurs {ids.count(bos)} times, never twice in succession"
 
 
-def _end_is_trained(tokenizer) -> str:
+def _end_is_trained(tokenizer, _: Dialect, chat: list[dict]) -> str:
     eos = tokenizer.eos_token_id
-    for text, ids in _trained_runs(tokenizer, CHAT):
+    for text, ids in _trained_runs(tokenizer, chat):
         if ids[-1] != eos:
             raise ValueError(f"trained {text!r} does not end with {tokenizer.eos_token!r} ({eos})")
     return f"{tokenizer.eos_token} ({eos}) ends every trained answer"
 
 
-def _header_is_not_trained(tokenizer) -> str:
-    trained = [text.removesuffix(tokenizer.eos_token) for text, _ in _trained_runs(tokenizer, CHAT)]
-    if trained != list(ANSWERS.values()):
-        raise ValueError(f"the trained texts are {trained}, expected {list(ANSWERS.values())}")
+def _header_is_not_trained(tokenizer, _: Dialect, chat: list[dict]) -> str:
+    trained = [text.removesuffix(tokenizer.eos_token) for text, _ in _trained_runs(tokenizer, chat)]
+    answers = [message["content"] for message in chat if message["role"] == "assistant"]
+    if trained != answers:
+        raise ValueError(f"the trained texts are {trained}, expected {answers}")
     return "exactly the answers and their EOS are trained"
 
 
-def _tool_calls(tokenizer) -> str:
+def _tool_calls(tokenizer, dialect: Dialect, _: list[dict]) -> str:
     if refusal := _refusal(tokenizer, [TOOL]):
         raise Skip(refusal)
-    _renders(tokenizer, TOOLS)
-    _require_messages(_text(tokenizer, TOOLS), TOOLS)
-    runs = [text for text, _ in _trained_runs(tokenizer, TOOLS)]
-    call, answer = runs[0], TOOLS[3]["content"] + tokenizer.eos_token
+    # An answer without thoughts; Qwen3's templates add the empty think block to any other.
+    opening = dialect.forms[dialect.empty_block].opening if dialect.empty_block else ""
+    chat, objects = (calling(arguments, opening) * 2 for arguments in (json.dumps(ARGUMENTS), ARGUMENTS))
+    _renders(tokenizer, chat)
+    _require_messages(_text(tokenizer, chat), chat)
+    runs = [text for text, _ in _trained_runs(tokenizer, chat)]
+    call, answer = runs[0], chat[3]["content"] + tokenizer.eos_token
     if not (all(part in call for part in ("add", "numbers", "[2, 2]")) and call.endswith(tokenizer.eos_token)):
         raise ValueError(f"a call is trained as {call!r}, expected its name, its arguments and EOS")
     if [run.lstrip() for run in runs[1::2]] != [answer] * 2 or len(runs) != 4:
         raise ValueError(f"the trained texts are {runs}, expected a call and an answer, twice")
     for end in (2, 4, 6, 8):
-        prompt, text = prompt_ids(tokenizer, TOOLS[: end - 1]), _ids(tokenizer, TOOLS)
+        prompt, text = prompt_ids(tokenizer, chat[: end - 1]), _ids(tokenizer, chat)
         if text[: len(prompt)] != prompt:
             raise ValueError(
                 f"the prompt of turn {end}, {tokenizer.decode(prompt)!r}, is not a prefix of training text"
             )
-    if _text(tokenizer, OBJECTS) != _text(tokenizer, TOOLS):
+    if _text(tokenizer, objects) != _text(tokenizer, chat):
         raise ValueError("arguments passed as an object, as servers do, are rendered differently from a string")
     if TOOL["function"]["description"] not in _text(tokenizer, [USER], tools=[TOOL]):
         raise ValueError("the template does not render the tools of a conversation, so the model does not see them")
@@ -224,25 +227,25 @@ def _refusal(tokenizer, tools: list[dict] | None = None) -> str:
     if "tool_calls" not in tokenizer.chat_template:
         return "the template does not support tools"
     try:
-        _text(tokenizer, TOOLS[:4], tools=tools)
+        _text(tokenizer, calling(ARGUMENTS), tools=tools)
     except TemplateError as refusal:
         return f"the template refuses tool calls: {refusal}"
     return ""
 
 
-def _mask_as_marked(tokenizer) -> str:
+def _mask_as_marked(tokenizer, _: Dialect, chat: list[dict]) -> str:
     """The loss mask of `encode` is the one that transformers and other trainers compute from `{% generation %}`.
 
-    White space that a template marks after EOS is not trained.
+    White space that a template marks after EOS, or that the prompt ends with, is not trained.
     """
     if not ChatTemplate.of(tokenizer).marks_answers:
         raise Skip("the template has no {% generation %}: the mask is computed by rendering turn by turn")
-    for chat in [CHAT, *([] if _refusal(tokenizer) else [OBJECTS])]:
-        encoded, (ids, mask) = encode(tokenizer, chat), _marked(tokenizer, chat)
+    for marked in [chat, *([] if _refusal(tokenizer) else [calling(ARGUMENTS)])]:
+        encoded, (ids, mask) = encode(tokenizer, marked), _marked(tokenizer, marked)
         differ = {
-            tokenizer.decode([number]).strip() if marked else number
-            for number, trained, marked in zip(ids, encoded.loss_mask, mask, strict=True)
-            if bool(trained) != bool(marked)
+            tokenizer.decode([number]).strip() if in_block else number
+            for number, trained, in_block in zip(ids, encoded.loss_mask, mask, strict=True)
+            if bool(trained) != bool(in_block)
         }
         if encoded.ids != ids or differ - {""}:
             raise ValueError(f"{sum(mask)} tokens are marked, {sum(m > 0 for m in encoded.loss_mask)} are trained")

@@ -8,7 +8,7 @@ from transformers import PretrainedConfig
 
 from rsft_lib.model.config import head_dim
 from rsft_lib.model.cpu_shim import gpu
-from rsft_lib.model.weight_map import expert_count, expert_size
+from rsft_lib.model.weight_map import expert_count, expert_size, shared_expert_size
 
 # Dense bf16 FLOP/s from the vendor's datasheets; the first key contained in the device's name applies.
 PEAKS = {
@@ -44,7 +44,7 @@ def _outside_experts(hf: PretrainedConfig) -> int:
     attention = hf.hidden_size * head_dim(hf) * (2 * hf.num_attention_heads + 2 * hf.num_key_value_heads)
     if not expert_count(hf):
         return attention + 3 * hf.hidden_size * hf.intermediate_size
-    shared = getattr(hf, "shared_expert_intermediate_size", 0)
+    shared = shared_expert_size(hf)
     return attention + hf.hidden_size * (expert_count(hf) + 3 * shared + (1 if shared else 0))
 
 

@@ -13,7 +13,7 @@ from rsft_lib.common.paths import require_path, resolve
 from rsft_lib.model.config import check_layout, head_dim, read_config
 from rsft_lib.model.cpu_shim import gpu
 from rsft_lib.model.loss_head import CHUNK
-from rsft_lib.model.weight_map import expert_count, expert_size
+from rsft_lib.model.weight_map import expert_count, expert_size, shared_expert_size
 from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.datasets import Datasets, open_datasets
 from rsft_lib.training.flops import (
@@ -148,7 +148,7 @@ def _activations(config: TrainConfig, hf: PretrainedConfig) -> float:
         # Inputs, the two products and the activation of each chosen expert; the last is what is recomputed.
         sizes = (hf.hidden_size + 2 * expert_size(hf), expert_size(hf))
         chosen, activation = (hf.num_experts_per_tok * size / across for size in sizes)
-        kept = chosen + 3 * getattr(hf, "shared_expert_intermediate_size", 0) / config.tensor_parallel
+        kept = chosen + 3 * shared_expert_size(hf) / config.tensor_parallel
         inner = kept + activation
     layer = {"none": 2 * hidden + attention + inner, "selective": 2 * hidden + attention + kept, "full": hidden}
     saved = layer[config.recompute] * hf.num_hidden_layers / config.pipeline_parallel

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from families import FAMILIES, tiny_family
-from support import TESTS, settings, tiny_tokenizer
+from support import TESTS, logit_difference, settings, tiny_tokenizer
 
 from rsft_lib.checkpoint.convert import convert
 from rsft_lib.checkpoint.verify import lost_in_round_trip
@@ -78,6 +78,9 @@ def test_a_layout_that_does_not_fit_the_experts_is_refused(message, tmp_path):
 REFUSED = {
     "decoder_sparse_step is 2": ("qwen3_moe", {"decoder_sparse_step": 2}),
     "mlp_only_layers is \\[0\\]": ("qwen2_moe", {"mlp_only_layers": [0]}),
+    "norm_topk_prob with num_experts_per_tok=1 is True": ("qwen3_moe", {"num_experts_per_tok": 1}),
+    "num_experts_per_tok=1 is True": ("mixtral", {"num_experts_per_tok": 1}),
+    "qkv_bias is False": ("qwen2_moe", {"qkv_bias": False}),
     "router_jitter_noise is 0.1": ("mixtral", {"router_jitter_noise": 0.1}),
     "'qwen3_next', which is not supported: megatron-core computes its Gated DeltaNet": (
         "qwen2",
@@ -99,6 +102,23 @@ def test_a_model_that_would_be_computed_wrongly_is_refused(message, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | changes))
     with pytest.raises(ValueError, match=message):
         read_config(tmp_path)
+
+
+OTHER_EXPERTS = {  # settings other than the default, and settings of another family
+    "qwen3_moe": [{"norm_topk_prob": False}, {"shared_expert_intermediate_size": 64}],
+    "qwen2_moe": [{"norm_topk_prob": True}, {"num_experts_per_tok": 1}],
+    "mixtral": [{"norm_topk_prob": False}, {"shared_expert_intermediate_size": 64}],
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "setting"), [(family, setting) for family, both in OTHER_EXPERTS.items() for setting in both], ids=str
+)
+def test_settings_of_experts_mean_what_they_mean_to_transformers(family, setting, tmp_path):
+    tiny_family(tmp_path / "hf", family, num_hidden_layers=2, **setting)
+    assert setting.items() <= json.loads((tmp_path / "hf" / "config.json").read_text()).items()
+    convert(tmp_path / "hf", tmp_path / "megatron")
+    assert logit_difference(tmp_path / "hf", tmp_path / "megatron") < 1e-4
 
 
 SETTINGS = {

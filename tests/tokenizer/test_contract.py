@@ -17,7 +17,7 @@ from rsft_lib import demo
 from rsft_lib.common.artifact import read_manifest, write_manifest
 from rsft_lib.common.sandbox import limited
 from rsft_lib.tokenizer import contract, template_checks
-from rsft_lib.tokenizer.chat import ChatTemplate
+from rsft_lib.tokenizer.chat import ChatTemplate, encode
 from rsft_lib.tokenizer.contract import check_contract, require_contract
 from rsft_lib.tokenizer.fitting import training_template
 from rsft_lib.tokenizer.formats import R1_CHAT_TEMPLATE
@@ -235,6 +235,25 @@ def test_a_mask_that_is_not_what_the_template_marks_is_found(sound, monkeypatch)
 
 def test_white_space_after_eos_may_be_marked_and_is_not_trained(small):
     assert broken(small, template(EOS, EOS + "{{- '\\n' }}")) == set()
+
+
+def test_white_space_that_the_prompt_ends_with_may_be_marked_and_is_not_trained(small):
+    """As TRL's template for Qwen2.5 marks it, which also writes arguments as JSON whether they are a string or not."""
+    header = "{{- settings.header }}\n        {%- generation %}"
+    own = NEW.replace(header, header + "{{- '\n' }}")
+    own = own.replace("prompt %}\n    {{- settings.header", "prompt %}\n    {{- settings.header + '\n'")
+    own = own.replace("arguments if arguments is string else arguments | tojson", "arguments | tojson")
+    assert broken(small, lambda place: (place / "chat_template.jinja").write_text(own, encoding="utf-8")) == set()
+    chat = [{"role": "user", "content": "2 + 2 ?"}, {"role": "assistant", "content": "4"}]
+    encoded, tokenizer = encode(load_tokenizer(small), chat), load_tokenizer(small)
+    trained = [number for number, kept in zip(encoded.ids, encoded.loss_mask, strict=True) if kept]
+    assert tokenizer.decode(trained) == "4" + demo.EOS and "<｜Assistant｜>\n4" in tokenizer.decode(encoded.ids)
+
+
+def test_a_template_may_refuse_system_messages(small):
+    """As Mistral v0.1's does; rows with one are rejected with its words."""
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no system messages') }}{% endif %}"
+    assert broken(small, template(LOOP, refuses + LOOP)) == set()
 
 
 def test_bos_may_be_absent_or_begin_every_message(small):

@@ -202,7 +202,9 @@ def no_hard_switch(template: str) -> str:
 
 
 def no_block(template: str) -> str:
-    return template.replace("'' + message.content", "'' + message.content.removeprefix('<think>\\n\\n</think>\\n\\n')")
+    """Without the block in long chats."""
+    dropped = "message.content.removeprefix('<think>\\n\\n</think>\\n\\n')"
+    return template.replace("'' + message.content", f"({dropped} if messages | length > 6 else message.content)")
 
 
 def always_given(template: str) -> str:
@@ -211,9 +213,18 @@ def always_given(template: str) -> str:
     return before + header + "{{- '<think>\\n\\n</think>\\n\\n' }}" + after
 
 
+def always_thinks(template: str) -> str:
+    """Answers without a think block, also tool calls, are given an empty one, as by TRL's template for Qwen3."""
+    begin = "{%- generation %}"
+    added = "{%- if '</think>' not in (message.content or '') and not message.reasoning_content %}"
+    return template.replace(begin, begin + added + "{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}")
+
+
 @pytest.mark.parametrize(
     ("edit", "block", "failed"),
     [
+        (always_thinks, "trained", set()),
+        (always_thinks, "masked", set()),
         (no_switch, "trained", {"soft switch survives"}),
         (no_hard_switch, "trained", set()),
         (no_hard_switch, "masked", {"hard switch"}),
@@ -226,6 +237,12 @@ def test_a_template_that_breaks_the_dialect_fails_the_contract(folder, tmp_path,
     assert (broken / "chat_template.jinja").read_text() != (folder / "chat_template.jinja").read_text()
     found = {check.name for check in check_contract(broken, dialect=qwen3(block)).failed}
     assert failed <= found and bool(failed) == bool(found), found
+
+
+def test_a_template_that_adds_empty_thoughts_is_refused_for_other_dialects_with_the_way_out(folder, tmp_path):
+    failed = check_contract(with_template(folder, tmp_path / "broken", always_thinks)).failed
+    details = {check.name: check.detail for check in failed}
+    assert "as the dialect qwen3 needs them (`dialect`)" in details["prompt begins text"]
 
 
 @needs_real

@@ -8,7 +8,7 @@ from itertools import groupby, product
 from pathlib import Path
 
 import pytest
-from model_templates import ANSWERS, TEMPLATES
+from model_templates import ANSWERS, MINIMAL, TEMPLATES
 from real import REAL, needs_real
 from support import ROOT
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -197,7 +197,8 @@ def tool_chat(arguments: dict | str = "{}") -> list[dict]:
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 TOOLS = [{"type": "function", "function": {"name": name, "parameters": {"n": 1}}} for name in "fg"]
-KNOWS_TOOLS = [name for name in TEMPLATES if name not in ("SmolLM2", "Mistral v0.1", "Zephyr", "Tulu", "Granite")]
+NO_SYSTEM = ("Mistral v0.1", "Mixtral")
+KNOWS_TOOLS = [name for name in TEMPLATES if name not in ("SmolLM2", *NO_SYSTEM, "Zephyr", "Tulu", "Granite")]
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -206,7 +207,7 @@ def test_a_chat_without_thoughts_and_tools_is_written_as_by_the_models_own_templ
         expected = own_text(name, chat).replace("<think>\n\n</think>\n\n", "")
         assert fitted(name).render(chat) == expected
     question = [SYSTEM, *turns("4")[:1]]
-    if name == "Mistral v0.1":
+    if name in NO_SYSTEM:
         with pytest.raises(ValueError, match="the model's own chat template has no system message"):
             fitted(name).render(question)
     else:
@@ -225,6 +226,29 @@ def test_tools_calls_and_results_are_written_as_by_the_models_own_template(name)
     assert '{"n":[2,2]}' in fitted(name).render(tool_chat('{"n":[2,2]}')), "a string is written as it is"
 
 
+ENDS = {  # after the last answer -> why texts change
+    "": "every answer and tool call ends with EOS",
+    "<|im_end|>\n<|endoftext|>": "nothing follows the end of the last answer",
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_what_a_models_own_template_writes_after_the_last_answer_is_no_reason_to_refuse_it(end):
+    """Qwen1.5's ends an answer only where another turn follows; Phi-3's and InternLM2's write a second end."""
+    last = f"{{% if loop.last and m.role == 'assistant' %}}{end}{{% else %}}<|im_end|>\n{{% endif %}}"
+    found, texts = training_template(ChatTemplate(MINIMAL.replace("<|im_end|>\n", last), {}))
+    assert found.source == training_template(ChatTemplate(MINIMAL, {}))[0].source
+    assert changes(found, texts)[0]["plain"] == ENDS[end]
+
+
+def test_a_template_that_drops_the_system_message_is_fitted_without_one():
+    drops = MINIMAL.replace("in messages", "in messages if m.role != 'system'")
+    found, _ = training_template(ChatTemplate(drops, {}))
+    assert found.settings["begin"].keys() == {"plain"}
+    with pytest.raises(ValueError, match="the model's own chat template has no system message"):
+        found.chat_template.render([SYSTEM, *turns("4")])
+
+
 @pytest.mark.parametrize("name", [name for name in TEMPLATES if name not in KNOWS_TOOLS])
 def test_a_template_whose_model_has_no_tools_refuses_them(name):
     for chat, tools in ((turns("4"), TOOLS), (tool_chat(), None)):
@@ -236,7 +260,7 @@ def conversations(name: str) -> list[list[dict]]:
     """Two turns in every form, and chats with tools where the format has them."""
     forms = ["<think>\na\n</think>\n\nb", "<short>b", "b", " b\n\nc", {"content": "b", "reasoning_content": "a"}]
     chats = [turns(*pair) for pair in product(forms, forms)]
-    chats += [[SYSTEM, *chat] for chat in chats[::7] if name != "Mistral v0.1"]
+    chats += [[SYSTEM, *chat] for chat in chats[::7] if name not in NO_SYSTEM]
     return chats + [tool_chat(), [SYSTEM, *tool_chat()]] * (name in KNOWS_TOOLS)
 
 

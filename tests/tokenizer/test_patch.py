@@ -298,6 +298,8 @@ def test_other_templates_are_refused_with_what_to_do_and_one_of_your_own_is_take
     refuse(model, tmp_path, "unknown chat format: .*user: How many.*; known are R1 .*set `template` to the file")
     set_template(model, R1_CHAT_TEMPLATE.replace("'<｜User｜>' +", "'<｜User｜>' * loop.index +"))
     refuse(model, tmp_path, "like that of R1, but writes the sample chat 'two turns' as .*set `template` to the file")
+    set_template(model, R1_CHAT_TEMPLATE + "{{ functions | length + 1 > tools | length }}")
+    refuse(model, tmp_path, "template fails on a question and its answer: .*TypeError.*set `template` to the file")
     set_template(model, "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}")
     refuse(model, tmp_path, "own chat template cannot be rendered: .*more than 4 seconds")
     (tmp_path / "own.jinja").write_text(NEW + "{# mine #}", encoding="utf-8")
