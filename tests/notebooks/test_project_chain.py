@@ -20,11 +20,12 @@ import torch
 from browser import copy_project
 from processes import survivors, wait_until
 from real import LONG, REAL, needs_real
-from safetensors.torch import load_file
+from support import all_tensors
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from rsft_lib import demo
 from rsft_lib.chain.project_file import NOTEBOOKS
+from rsft_lib.checkpoint.run_checkpoints import newest
 from rsft_lib.training.metrics import read_metrics
 
 STEPS = 12
@@ -150,8 +151,5 @@ def test_a_project_killed_at_any_moment_and_started_again_ends_the_same_and_does
         assert next(killed.glob(file)).read_bytes() == next(whole.glob(file)).read_bytes(), file
     losses = [[(one["iteration"], one["loss"]) for one in read_metrics(run / "05_train")] for run in (whole, killed)]
     assert losses[0] == losses[1] and [step for step, _ in losses[0]] == list(range(1, STEPS + 1))
-    if not LONG:
-        return
-    exported = "07_export_and_generate/{0}/model.safetensors"
-    first, second = (load_file(copy / "outputs" / name / exported.format(name)) for name in ("whole", "killed"))
+    first, second = (all_tensors(newest(run / "05_train")) for run in (whole, killed))
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
