@@ -27,7 +27,7 @@ demo: $(VENV)/.installed  ## run the whole method on a tiny model, 2 to 4 minute
 
 gallery: $(VENV)/.installed  ## all notebooks executed with the tiny model, as pages in outputs/gallery; 10 minutes
 	@for notebook in notebooks/*.ipynb; do $(BIN)/python -m rsft_lib.notebook $$notebook outputs/gallery || exit; done
-	@$(BIN)/jupyter nbconvert --log-level=WARN --to html outputs/gallery/*.ipynb
+	@$(BIN)/jupyter nbconvert --log-level=ERROR --to html outputs/gallery/*.ipynb
 	@ls $(CURDIR)/outputs/gallery/*.html
 
 test: lint  ## lint and all tests

@@ -2,9 +2,11 @@
 
 import sys
 
+import pytest
+
 from rsft_lib import demo
 from rsft_lib.common import progress
-from rsft_lib.display.data.dataset import counts_table
+from rsft_lib.display.data.dataset import counts_table, origin_table
 from rsft_lib.display.model.checkpoint_tables import facts_table
 from rsft_lib.display.model.template_diff import Difference, changes_table
 from rsft_lib.tokenizer.patch import patch_tokenizer
@@ -30,6 +32,20 @@ def test_counts_of_splits_with_different_fields_share_a_table():
     table = counts_table(facts)
     assert table.columns == ("split", "records", "written", "dropped")
     assert table.rows == [("train", 9, 8, 1), ("heldout", 2, 0, 0)]
+
+
+@pytest.mark.parametrize(
+    ("problems", "warned"),
+    [
+        ({"both": 0, "think_only": 3, "short_only": 4}, True), ({"both": 1, "think_only": 3, "short_only": 4}, False),
+        ({"other": 7}, False),
+    ],
+)  # fmt: skip
+def test_a_dataset_without_pairs_is_reported_but_not_one_without_modes(problems, warned):
+    records = {"read": 7, "rejected": 0, "disagreeing": 0, "cut": 0}
+    table = origin_table({"records": records, "balance": {}, "problems": problems, "findings": {}})
+    for text in (repr(table), table._repr_html_()):
+        assert ("No problem is answered in both modes" in text) == warned
 
 
 def test_the_changes_of_a_template_are_shown_complete_and_inert(tmp_path):

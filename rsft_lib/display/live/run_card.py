@@ -129,7 +129,7 @@ def plot_live(run: Follower, train_iters: int) -> Figure:
         axes.set(xlabel="step", xlim=(0, train_iters))
         tidy(axes)
         if axes.lines:
-            axes.legend(fontsize="small", framealpha=0.85, edgecolor="none")
+            axes.legend(fontsize="small", edgecolor="none")
     return finished(figure)
 
 

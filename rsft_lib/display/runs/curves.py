@@ -90,7 +90,7 @@ def _draw_loss(axes: Axes, run: Run, smoothing: float) -> None:
         axes.plot(*thinned(steps, values), "o--", color=ORANGE, label="held-out", markersize=4)
     for step in run.alarms[-50:]:
         axes.axvline(step, color=PINK, linestyle=":", linewidth=1)
-    axes.legend(fontsize="small", framealpha=0.85, edgecolor="none")
+    axes.legend(fontsize="small", edgecolor="none")
 
 
 def _draw(axes: Axes, run: Run, metric: str, smoothing: float, note: str = "") -> None:
@@ -112,7 +112,8 @@ def _draw_lines(
             axes.plot(*thinned(steps, smoothed(values, smoothing)), style, color=color, label=label)
     axes.set_title(title, loc="left")
     if axes.lines:
-        axes.legend(fontsize="small", framealpha=0.85, edgecolor="none")
+        place = {"loc": "upper right", "ncols": 2} if len(axes.lines) > 4 else {}
+        axes.legend(fontsize="small", edgecolor="none", **place)
     else:
         axes.text(0.5, 0.5, none, ha="center", transform=axes.transAxes)
 
