@@ -41,7 +41,7 @@ class Edits:
         if path.suffix == ".json":
             content = read(path)
             edited = self.of(path.name, content)
-            if path.name == CONFIG and _is_llama(content, path.parent):
+            if path.name == CONFIG and _is_llama(content):
                 edited["tokenizer_class"] = "PreTrainedTokenizerFast"
             if edited != content:
                 write(target, path, edited)
@@ -108,14 +108,13 @@ def _with_eos(name: str, content: dict, token: str, number: int) -> dict:
     return content | {"eos_token_id": number if name == "config.json" else [number, *others]}
 
 
-def _is_llama(config: dict, folder: Path) -> bool:
-    """Whether `tokenizer_class` names Llama's tokenizer although `tokenizer.json` is byte-level.
+def _is_llama(config: dict) -> bool:
+    """Whether `tokenizer_class` names Llama's tokenizer, which transformers 5 rebuilds in its own way.
 
-    LlamaTokenizer of transformers 5 pre-tokenizes like sentencepiece, so R1's tokenizer would lose its spaces.
-    https://github.com/huggingface/transformers/issues/45488
+    R1's byte-level tokenizer would lose its spaces, and TinyLlama's would read a space at the start of a text otherwise
+    than `tokenizer.json`. https://github.com/huggingface/transformers/issues/45488
     """
-    named = str(config.get("tokenizer_class")).startswith("LlamaTokenizer")
-    return named and "ByteLevel" in json.dumps(read(folder / TOKENIZER)["pre_tokenizer"])
+    return str(config.get("tokenizer_class")).startswith("LlamaTokenizer")
 
 
 def write_template(folder: Path, template: str) -> None:

@@ -463,5 +463,7 @@ def test_limits_hold_for_a_block_and_are_gone_after_it():
 def test_real_tokenizers_of_other_formats_pass(family, tokens, tmp_path):
     names = zip((8, 9, 10), ("<short>", "<think>", "</think>"), strict=True)
     renamed = {tokens.format(number): name for number, name in names}
-    patch_tokenizer(Path(REAL).parent / "cases" / "families" / family, tmp_path / "out", renamed)
+    source = shutil.copytree(Path(REAL).parent / "cases" / "families" / family, tmp_path / "source")
+    write(source / "config.json", {"model_type": "llama"})  # as TinyLlama
+    patch_tokenizer(source, tmp_path / "out", renamed)
     assert not check_contract(tmp_path / "out").failed
