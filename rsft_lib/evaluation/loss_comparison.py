@@ -1,7 +1,7 @@
 """Losses of all trained tokens before and after a training: by sample, by kind (mode and span), and suspect samples.
 
-A suspect is a sample whose losses hint at a data error; REASONS lists the criteria. They leave out the control token:
-its loss only tells that nothing in a question determines the mode, ln 2 for equally frequent modes.
+A suspect is a sample whose losses hint at a data error: `suspects` decides, REASONS words it. The control token is left
+out: its loss only tells that nothing in a question determines the mode, ln 2 for equally frequent modes.
 """
 
 import hashlib

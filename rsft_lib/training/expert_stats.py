@@ -1,4 +1,4 @@
-"""Load of the experts in a step, for `metrics.jsonl`. Padding is not counted, and no token is dropped."""
+"""Metrics of the experts' load in a step, which `model.router` counts without padding; no token is dropped."""
 
 from torch import Tensor
 
