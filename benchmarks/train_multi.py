@@ -255,6 +255,7 @@ SECTIONS = {
     "1.5b-64k-1gpu": run(3, "1.5b", "MFU 0.48", gpus=1, length=2**16, **SELECTIVE, **LOW),
     "1.5b-128k-cp4": run(3, "1.5b", "MFU 0.45", length=2**17, context_parallel=4, **SELECTIVE),
     "1.5b-128k-1gpu": run(3, "1.5b", "MFU 0.45", gpus=1, length=2**17, **SELECTIVE, **LOW),
+    "1.5b-128k-replicas": run(3, "1.5b", "MFU 0.45", length=2**17, **SELECTIVE, **LOW),
     "1.5b-256k-1gpu": run(3, "1.5b", "fits", gpus=1, length=2**18, **FULL, **LOW),
 }
 SLOW = {"checkpoint-7b": 240, "1.5b-256k-1gpu": 200}  # seconds; all others SECONDS

@@ -49,7 +49,9 @@ def test_a_parameter_file_is_valid_and_its_named_defaults_are_the_defaults(path)
     assert named == {name: SETTINGS[name] for name in named} and bool(named) == (path.stem != "tiny")
     if named:  # nothing that a model of another size learns by differs from the original's
         changed = {name for name, value in given.items() if name in SETTINGS and value != SETTINGS[name]}
-        assert changed <= PLACES | FOR_MEMORY
+        longer = {"seq_length", "global_batch_size"} if "seq_length" in changed else set()
+        assert changed <= PLACES | FOR_MEMORY | longer
+        assert given.get("seq_length", 16384) * given.get("global_batch_size", 128) == 16384 * 128
     assert PLACES <= set(given) and path.read_text().startswith("# ")
 
 

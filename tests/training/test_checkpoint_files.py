@@ -3,6 +3,7 @@
 import itertools
 import math
 import shutil
+import time
 
 import forked
 import pytest
@@ -116,7 +117,10 @@ def test_no_part_is_opened_before_its_file_is_verified(place, monkeypatch):
     expected = all_tensors(checkpoint)
     tensors = {name: sharded.ShardedTensor.from_rank_offsets(name, t.clone().zero_()) for name, t in expected.items()}
     hashed, opened = artifact.file_hash, torch_dist.MappedFiles.open
-    monkeypatch.setattr(artifact, "file_hash", lambda path: (hashed(path), events.append(path.name))[0])
+    # Slow, so that parts which are opened without waiting are opened first.
+    monkeypatch.setattr(
+        artifact, "file_hash", lambda path: (time.sleep(0.5), hashed(path), events.append(path.name))[1]
+    )
     monkeypatch.setattr(
         torch_dist.MappedFiles, "open",
         lambda self, part: (events.append(f"open {part.info.relative_path}"), opened(self, part))[1],
