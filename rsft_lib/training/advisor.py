@@ -111,8 +111,9 @@ def laid_out(config: TrainConfig, layout: str, ranks: int) -> TrainConfig:
         return config
     data = open_datasets(config).train
     hf, rates = read_config(require_path(config.checkpoint, "checkpoint")), read_rates()
-    advice = advise(config, hf, ranks, rates, sample_length(data))
-    print(table(advice, hf, ranks, rates))
+    length = sample_length(data)
+    advice = advise(config, hf, ranks, rates, length)
+    print(table(advice, hf, ranks, rates, length))
     return advice[0].config
 
 
@@ -159,9 +160,12 @@ def why(advice: list[Advice]) -> str:
     other = next((a for a in advice if _kind(a) != _kind(best)), None)
     if other is None:
         return text
+    slower = other.time.total / best.time.total - 1
+    if slower < 0:
+        return f"{text}; {name(other)} is {-slower:.1%} faster, not enough for less precise states or more partitioning"
     costs = {part: value - getattr(best.time, part) for part, value in vars(other.time).items()}
     part = max(costs, key=lambda part: costs[part])
-    return f"{text}; {name(other)} takes {other.time.total / best.time.total - 1:.0%} more, most of it for {part}"
+    return f"{text}; {name(other)} takes {slower:.0%} more, most of it for {part}"
 
 
 def _kind(advice: Advice) -> tuple:

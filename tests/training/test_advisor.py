@@ -72,8 +72,11 @@ def test_advice_fits_is_sorted_and_says_why():
     assert advice[0].time.total <= min(one.time.total for one in advice) * 1.05
     config = advice[0].config
     assert one_of(config) in {one_of(one.config) for one in advice} and config.data_parallel(4)
-    text = table(advice, LARGE, 4, H100, TRACES)
-    assert "is best: its step is products" in text and "more, most of it for" in text
+    assert "not enough for less precise states" in table(advice, LARGE, 4, H100, TRACES)
+    text = table(advise(run(16_384, 128), SMALL, 4, H100, TRACES), SMALL, 4, H100, TRACES)
+    assert (
+        "replicas is best: its step is products 58%" in text and "CP2 takes 10% more, most of it for attention" in text
+    )
 
 
 def one_of(config: TrainConfig) -> tuple:
