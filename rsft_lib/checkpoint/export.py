@@ -68,7 +68,10 @@ def export(
             tokenizer has more tokens than the model or differs from the one of the training data.
     """
     checkpoint, tokenizer = require_path(checkpoint, "checkpoint"), require_path(tokenizer, "tokenizer folder")
-    checkpoint = last_checkpoint(checkpoint) if is_run(checkpoint) else checkpoint
+    if is_run(checkpoint):
+        checkpoint = last_checkpoint(checkpoint)
+    else:
+        any_format.check(checkpoint)
     describing, destination = require_path(original, "original") if original else checkpoint, resolve(destination)
     config = read_config(describing)
     _check_settings(dtype, tokenizer, config)
@@ -124,8 +127,7 @@ def _refuse_another_tokenizer(checkpoint: Path, tokenizer: Path) -> None:
 
 
 def _weights(checkpoint: Path, config: PretrainedConfig, dtype: str, original: Path | None) -> Weights:
-    """The weights to write, by Hugging Face names."""
-    any_format.check(checkpoint)
+    """The weights to write, by Hugging Face names; check the checkpoint first."""
     weights = any_format.whole_vocabulary(any_format.open_weights(checkpoint, config), config, original)
     weights = hf.as_hf(resized(weights, any_format.vocabulary(config), config.vocab_size), config)
     trained = (checkpoint / MANIFEST).is_file() and read_manifest(checkpoint)["made_by"] == "train"

@@ -192,6 +192,11 @@ def _within(box: Box, empty: Tensor) -> Box:
     return tuple(slice(*s.indices(n)[:2]) for s, n in zip(box, empty.shape, strict=True))
 
 
+def overlaps(piece: Piece, box: Box) -> bool:
+    """Whether a piece contains any element of the box."""
+    return _overlap(piece, box) is not None
+
+
 def _overlap(piece: Piece, box: Box) -> Piece | None:
     """The part of a piece within the box, with its offset in the box."""
     place, cut = [], []

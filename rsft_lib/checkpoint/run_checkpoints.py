@@ -1,8 +1,10 @@
 """The checkpoints in a run folder: their names, which of them a training wrote, and the newest intact one."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from rsft_lib.common.artifact import read_manifest, verify
+from rsft_lib.checkpoint import any_format
+from rsft_lib.common.artifact import DamagedError, read_manifest, verify
 from rsft_lib.common.paths import require_path
 
 
@@ -29,27 +31,33 @@ def checkpoints(run: Path) -> list[Path]:
     return [folder for folder in _checkpoint_folders(run) if not _defect(folder)]
 
 
-def newest(run: Path) -> Path | None:
-    """The newest intact checkpoint of a run folder, or None; damaged ones are reported and skipped."""
+def intact(run: Path, check: Callable[[Path], object] = verify) -> Iterator[Path]:
+    """The checkpoints of a run folder that pass `check`, newest first; damaged ones are reported and skipped."""
     for folder in reversed(_checkpoint_folders(run)):
         try:
             if defect := _defect(folder):
-                raise ValueError(defect)
-            verify(folder)
-            return folder
-        except (OSError, ValueError) as error:
+                raise DamagedError(defect)
+            check(folder)
+        except (OSError, DamagedError) as error:
             print(f"skipping a checkpoint: {error}", flush=True)
-    return None
+        else:
+            yield folder
+
+
+def newest(run: Path) -> Path | None:
+    """The newest checkpoint of a run folder of which all files are intact, or None."""
+    return next(intact(run), None)
 
 
 def last_checkpoint(run: str | Path) -> Path:
-    """The newest intact checkpoint of a run folder.
+    """The newest checkpoint of a run folder whose weights are intact; the optimizer's files are not read.
 
     Raises:
         FileNotFoundError: the folder does not exist or has no intact checkpoint.
+        ValueError: the newest one is unsafe.
     """
     folder = require_path(run, "run folder")
-    if checkpoint := newest(folder):
+    if checkpoint := next(intact(folder, any_format.check), None):
         return checkpoint
     raise FileNotFoundError(f"{folder} has no intact checkpoint: run notebook 05_train until it has saved one")
 

@@ -1,19 +1,31 @@
 """Sharded state dicts of a built model and its optimizer: names in checkpoints, and loading."""
 
 import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
-from megatron.core.models.gpt import GPTModel
 
 from rsft_lib.checkpoint import any_format
 from rsft_lib.checkpoint.formats import torch_dist
-from rsft_lib.checkpoint.lazy_weights import Weights, refuse, resized
+from rsft_lib.checkpoint.lazy_weights import Box, Piece, Weights, overlaps, refuse, resized
+from rsft_lib.common.artifact import verification
 from rsft_lib.model.config import read_config
 
 # One tensor per layer and weight, and optimizer states with the shapes of the weights: loadable at any parallel size.
 SHARDING = {"non_homogeneous_layers": True, "distrib_optim_sharding_type": "fully_reshardable"}
+
+
+@dataclass
+class Shard(ShardedTensor):
+    """A part of a tensor that is not in memory as it is stored, such as an optimizer state; its `data` is None."""
+
+    get: Callable[[], torch.Tensor] = field(default=lambda: torch.empty(0), repr=False)
+    """Computes the value to save."""
+    put: Callable[[torch.Tensor], None] = field(default=lambda value: None, repr=False)
+    """Takes the loaded value."""
 
 
 def sharded_weights(model: torch.nn.Module) -> dict:
@@ -21,7 +33,7 @@ def sharded_weights(model: torch.nn.Module) -> dict:
 
     Transformer Engine's extra states only hold FP8 scales; without them, both backends write the same checkpoints.
     """
-    entries = model.sharded_state_dict(metadata=SHARDING)
+    entries = model.sharded_state_dict(metadata=dict(SHARDING))  # megatron-core adds process groups
     return {
         name: entry
         for name, entry in entries.items()
@@ -32,15 +44,6 @@ def sharded_weights(model: torch.nn.Module) -> dict:
 def _is_extra_state(name: str) -> bool:
     """Whether it is a state of Transformer Engine; grouped experts number theirs: `_extra_state`, `_extra_state1`."""
     return re.fullmatch(r"_extra_state\d*", name.rpartition(".")[2]) is not None
-
-
-def set_weights(model: torch.nn.Module, loaded: dict) -> None:
-    """Load the values of `sharded_weights(model)` into the model."""
-    while not isinstance(model, GPTModel):  # the bf16 wrapper's load_state_dict does not report missing keys
-        model = model.module
-    result = model.load_state_dict(loaded, strict=False)
-    missing = [name for name in result.missing_keys if not _is_extra_state(name)]
-    assert not missing and not result.unexpected_keys, (missing, result.unexpected_keys)
 
 
 @torch.no_grad()
@@ -65,40 +68,58 @@ def load_weights(model: torch.nn.Module, folder: Path) -> None:
         place.data.copy_(_read(weights, place))
 
 
-def load(state_dict: dict, folder: Path) -> dict:
-    """Load a sharded state dict of this rank, at any parallel size, from a `torch_dist` checkpoint.
+@torch.no_grad()
+def load(state_dict: dict, folder: Path) -> None:
+    """Fill the sharded tensors of this rank's state dict, at any parallel size, from a `torch_dist` checkpoint.
 
     Replaces megatron-core's `dist_checkpointing.load`, which executes pickles in the checkpoint. Tensors are
-    memory-mapped, so a rank only reads its own shards; padding rows are 0.
-
-    Hashes are not verified: pass a checkpoint that `run_checkpoints.newest` or `artifact.verify` accepted.
+    memory-mapped, so a rank only reads its own shards; padding rows are 0. The files that this rank reads are hashed
+    in threads at the same time, and nothing of a file is read before its hash is verified.
 
     Raises:
+        DamagedError: a file differs from its manifest. Tensors from files before it are filled.
         ValueError: a file is unsafe, or the tensors do not match this run.
     """
-    places = _places(state_dict)
-    weights = torch_dist.open_weights(folder, {place.key for place in places}.__contains__)
-    return _loaded(state_dict, torch_dist.read_common(folder), _matched(weights, places, folder))
+    places, stored = _places(state_dict), torch_dist.stored_parts(folder)
+    layout = Weights({name: [part.piece for part in parts] for name, parts in stored.items()})
+    _matched(layout, places, folder)
+    needed = (part for place in places for part in stored[place.key] if overlaps(part.piece, _box(place)))
+    files, names = torch_dist.MappedFiles(folder), dict.fromkeys(part.info.relative_path for part in needed)
+    with verification(folder, names) as verified:
+
+        def opened(part: torch_dist.StoredPart, box: Box) -> Piece:
+            if not overlaps(part.piece, box):
+                return part.piece
+            verified(part.info.relative_path)
+            return files.open(part)
+
+        for place in places:
+            weights = Weights({place.key: [opened(part, _box(place)) for part in stored[place.key]]})
+            if place.allow_shape_mismatch:
+                weights = resized(weights, [place.key], place.global_shape[0])
+            _fill(place, _read(weights, place))
 
 
-def _loaded(entry, common, weights: Weights):
-    """`entry` with its sharded tensors read, and every other leaf replaced by its counterpart in `common`."""
-    if isinstance(entry, ShardedTensorFactory):
-        return entry.merge_fn(_loaded(entry.build(), None, weights))
-    if isinstance(entry, ShardedTensor):
-        return _read(weights, entry)
-    if isinstance(entry, dict):
-        values = common if isinstance(common, dict) else {}
-        return {key: _loaded(value, values.get(key), weights) for key, value in entry.items()}
-    if isinstance(entry, list) and _places(entry):
-        return [_loaded(value, None, weights) for value in entry]
-    return common
+def value_of(place: ShardedTensor) -> torch.Tensor:
+    """The value to save of a sharded tensor, with an axis of 1 for each that its global shape has besides."""
+    value = place.get() if isinstance(place, Shard) else place.data.detach()
+    return value.view((1,) * place.prepend_axis_num + tuple(place.local_shape))
+
+
+def _fill(place: ShardedTensor, value: torch.Tensor) -> None:
+    if isinstance(place, Shard):
+        place.put(value)
+    else:
+        place.data.copy_(value)
 
 
 def _read(weights: Weights, place: ShardedTensor) -> torch.Tensor:
     """A rank's shard in its own shape, which lacks the first axis of a weight of stacked experts."""
-    box = tuple(slice(at, at + 1) if isinstance(at, int) else at for at in place.global_slice())
-    return weights.read(place.key, box).reshape(place.local_shape)
+    return weights.read(place.key, _box(place)).reshape(place.local_shape)
+
+
+def _box(place: ShardedTensor) -> Box:
+    return tuple(slice(at, at + 1) if isinstance(at, int) else at for at in place.global_slice())
 
 
 def _matched(weights: Weights, places: list[ShardedTensor], folder: Path) -> Weights:

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,6 +25,10 @@ FOR_READERS = {VERIFICATION, README}  # may be added to or edited in a finished 
 # Files that steps leave beside their output folder; they lie inside another output where outputs are nested.
 SIDE_FILES = re.compile(r".*\.rejected\.jsonl|\..*\.(tmp|old)-[0-9a-f]{8}(\.lock)?")
 TOOL_FILES = re.compile(r"\.ipynb_checkpoints|__pycache__|\.DS_Store|\.nfs[0-9a-f]+")  # .nfs: deleted but still open
+
+
+class DamagedError(ValueError):
+    """A file differs from the manifest of its folder."""
 
 
 @contextmanager
@@ -179,7 +183,7 @@ def read_manifest(folder: Path) -> dict:
 
     Raises:
         FileNotFoundError: the folder has none: no step of this kit completed it.
-        ValueError: the manifest is damaged.
+        DamagedError: the manifest is damaged.
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
@@ -193,7 +197,7 @@ def read_manifest(folder: Path) -> dict:
         if not isinstance(content["files"], dict):
             raise TypeError("it has no list of files")
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise ValueError(
+        raise DamagedError(
             f"{path} is damaged or was edited ({error}); run the step that makes {folder} again"
         ) from error
     return content
@@ -207,7 +211,7 @@ def verify(folder: Path, only: Collection[str] | None = None) -> dict:
 
     Raises:
         FileNotFoundError: the manifest or a listed file is missing.
-        ValueError: the size or content of a file differs from the manifest, or a file is not listed.
+        DamagedError: the size or content of a file differs from the manifest, or a file is not listed.
     """
     folder = Path(folder)
     manifest, present = read_manifest(folder), _files(folder)
@@ -216,12 +220,12 @@ def verify(folder: Path, only: Collection[str] | None = None) -> dict:
             raise FileNotFoundError(f"{folder / name} is listed in {MANIFEST} but missing")
         size = (folder / name).stat().st_size
         if size != expected["bytes"]:
-            raise ValueError(
+            raise DamagedError(
                 f"{folder / name} has {size} bytes, expected {expected['bytes']} ({MANIFEST}): it is damaged"
             )
     foreign = set(present) - manifest["files"].keys() - FOR_READERS
     if foreign:
-        raise ValueError(f"{folder / min(foreign)} is not listed in {MANIFEST}: it was added later; remove it")
+        raise DamagedError(f"{folder / min(foreign)} is not listed in {MANIFEST}: it was added later; remove it")
     verify_files(folder, manifest["files"] if only is None else only)
     return manifest
 
@@ -230,16 +234,33 @@ def verify_files(folder: Path, names: Collection[str]) -> None:
     """Check the hashes of the files `names` against the manifest of `folder`.
 
     Raises:
-        ValueError: the content of a file differs from the manifest, or a file is not listed.
+        DamagedError: the content of a file differs from the manifest, or a file is not listed.
+    """
+    with verification(folder, sorted(names)) as verified:
+        for name in sorted(names):
+            verified(name)
+
+
+@contextmanager
+def verification(folder: Path, names: Iterable[str]) -> Iterator[Callable[[str], None]]:
+    """Hash the files `names` of `folder` in threads, in this order, while the block runs.
+
+    Yields a function that waits until a file is hashed, and raises a DamagedError if it differs from the manifest.
     """
     listed = read_manifest(folder)["files"]
-    for name, sha256 in _hashes(Path(folder), sorted(names)).items():
-        if name not in listed:
-            raise ValueError(f"{Path(folder) / name} is not listed in {MANIFEST}: it was added later")
-        if sha256 != listed[name]["sha256"]:
-            raise ValueError(
-                f"{Path(folder) / name} does not match the SHA-256 in {MANIFEST}: it is damaged or was edited"
-            )
+    with ThreadPoolExecutor(WRITERS) as threads:
+        tasks = {name: threads.submit(_verify_file, Path(folder), name, listed) for name in names}
+        try:
+            yield lambda name: tasks[name].result()
+        finally:
+            threads.shutdown(cancel_futures=True)
+
+
+def _verify_file(folder: Path, name: str, listed: dict[str, dict]) -> None:
+    if name not in listed:
+        raise DamagedError(f"{folder / name} is not listed in {MANIFEST}: it was added later")
+    if file_hash(folder / name) != listed[name]["sha256"]:
+        raise DamagedError(f"{folder / name} does not match the SHA-256 in {MANIFEST}: it is damaged or was edited")
 
 
 def own_manifest(folder: Path) -> dict:

@@ -8,6 +8,8 @@ import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+
 BUFFER = 16 * 2**20  # bytes per write
 O_DIRECT = getattr(os, "O_DIRECT", 0)  # Linux only
 
@@ -23,14 +25,15 @@ class HashedFile:
         self.path, self.size = path, 0
         self._descriptor = _open_around_cache(path)
         # Anonymous maps are page-aligned, as O_DIRECT requires.
-        self._buffers, self._filled = [memoryview(mmap.mmap(-1, BUFFER)) for _ in range(2)], 0
+        # numpy copies into them without holding the GIL, which training needs meanwhile.
+        self._buffers, self._filled = [np.frombuffer(mmap.mmap(-1, BUFFER), np.uint8) for _ in range(2)], 0
         self._digest, self._threads = hashlib.sha256(), ThreadPoolExecutor(2)
         self._pending: list[Future] = []
 
     def write(self, data) -> int:
         """Append any object that supports the buffer protocol; return its size in bytes."""
-        left = data = memoryview(data).cast("B")
-        while left:
+        left = data = np.frombuffer(data, np.uint8)
+        while len(left):
             count = min(len(left), BUFFER - self._filled)
             self._buffers[0][self._filled : self._filled + count] = left[:count]
             self._filled += count
@@ -74,8 +77,8 @@ class HashedFile:
         for pending in self._pending:
             pending.result()
 
-    def _append(self, data: memoryview) -> None:
-        while data:
+    def _append(self, data: np.ndarray) -> None:
+        while len(data):
             try:
                 data = data[os.write(self._descriptor, data) :]
             except OSError as error:  # O_DIRECT rejects an unaligned tail, and on some systems every write

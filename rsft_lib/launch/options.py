@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from rsft_lib.training.config import TrainConfig, explained
 
 LAUNCHERS = ("local", "slurm")
+LAYOUTS = ("given", "auto")
 ON_INTERRUPT = ("stop", "leave")
 
 
@@ -17,6 +18,8 @@ class LaunchOptions:
 
     launcher: str = "local"
     """'local': torchrun on this machine; 'slurm': a batch job."""
+    layout: str = "given"
+    """Parallel sizes, recomputation and dtypes of states: 'given' by the settings, or 'auto' for the advisor's best."""
     on_interrupt: str = "stop"
     """If the notebook is interrupted or its kernel ends for any reason: 'stop' (save and end) or 'leave' (continue)."""
     slurm_nodes: int = 1
@@ -31,7 +34,7 @@ class LaunchOptions:
     """More options for sbatch, as on its command line."""
 
     def __post_init__(self):
-        for name, choices in (("launcher", LAUNCHERS), ("on_interrupt", ON_INTERRUPT)):
+        for name, choices in (("launcher", LAUNCHERS), ("layout", LAYOUTS), ("on_interrupt", ON_INTERRUPT)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose {', '.join(map(repr, choices))}")
         for name in ("slurm_partition", "slurm_time", "slurm_options"):

@@ -4,11 +4,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.optimizer import clip_grads
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer import ModuleSpec
@@ -81,12 +78,3 @@ if clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:
     # Without Transformer Engine, and in 0.19 with a version older than its `multi_tensor_scale_tensor`, megatron-core
     # waits for the GPU once per tensor.
     clip_grads.l2_norm_impl = _norm
-
-
-def plan_save(sharded: dict, folder: Path, threads: int) -> AsyncRequest:
-    """Plan which rank writes which tensor of a `torch_dist` checkpoint, in `threads` files per rank.
-
-    The default backend of 0.19 is a package that it does not depend on.
-    """
-    strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=threads)
-    return strategy.async_save(sharded, folder, *([] if VERSION.startswith("0.16") else ["mcore"]))

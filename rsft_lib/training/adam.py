@@ -69,8 +69,8 @@ class AdamW:
     def _weights(self) -> list[Tensor]:
         return [weight for group in self.param_groups for weight in group["params"]]
 
-    # Called by megatron-core's distributed optimizer to save and load. Tensors are handled by the last two methods; the
-    # step is stored where torch's AdamW and where Transformer Engine's has it, since megatron-core reads both.
+    # Called by megatron-core's distributed optimizer to save and load. The step is stored where torch's AdamW and where
+    # Transformer Engine's has it, since megatron-core reads both.
 
     def state_dict(self) -> dict:
         numbers = iter(range(len(self._weights())))
@@ -85,17 +85,27 @@ class AdamW:
             group.update({name: value for name, value in saved.items() if name not in ("params", "step")})
             self.steps = int(saved["step"])
 
-    def get_unscaled_state(self, weight: Tensor, name: str) -> Tensor:
-        """A state as float32; for MASTER the full-precision weight."""
-        value = self.state[weight][name]
-        return join(weight, value) if name == MASTER else value.float()
+    def reset(self) -> None:
+        """Forget all steps; float32 master weights become the bf16 weights."""
+        self.steps = 0
+        for states in self.state.values():
+            for value in states.values():
+                value.zero_()
 
-    def set_scaled_state(self, weight: Tensor, name: str, value: Tensor) -> None:
-        """Set a state from float32; MASTER also sets the weight."""
-        if name == MASTER:
-            split_(value.to(weight.device), weight, self.state[weight][name])
+    def get_state(self, weight: Tensor, name: str, part: slice = slice(None)) -> Tensor:
+        """Elements of a state of a flat weight, as float32; MASTER is the full-precision weight."""
+        if name != MASTER:
+            return self.state[weight][name][part].float()
+        rest = self.state[weight].get(MASTER)
+        return weight.detach()[part] if rest is None else join(weight.detach()[part], rest[part])
+
+    @torch.no_grad()
+    def set_state(self, weight: Tensor, name: str, value: Tensor, part: slice = slice(None)) -> None:
+        """Set elements of a state from float32; MASTER also sets the weight."""
+        if name == MASTER and MASTER in self.state[weight]:
+            split_(value.to(weight.device), weight[part], self.state[weight][MASTER][part])
         else:
-            self.state[weight][name].copy_(value)
+            (weight if name == MASTER else self.state[weight][name])[part].copy_(value)
 
 
 @fused

@@ -50,8 +50,17 @@ def _outside_experts(hf: PretrainedConfig) -> int:
 
 def training_flops(hf: PretrainedConfig, tokens: float, squares: float) -> float:
     """FLOPs of forward and backward pass over `tokens` tokens; `squares` is the sum of squared sample lengths."""
-    attention = hf.num_hidden_layers * hf.num_attention_heads * head_dim(hf) * squares
-    return 6 * (matmul_parameters(hf) * tokens + attention)
+    return 6 * matmul_parameters(hf) * tokens + attention_flops(hf, squares)
+
+
+def attention_flops(hf: PretrainedConfig, squares: float) -> float:
+    """FLOPs of attention in all layers, forward and backward."""
+    return 6 * hf.num_hidden_layers * hf.num_attention_heads * head_dim(hf) * squares
+
+
+def layer_flops(hf: PretrainedConfig) -> tuple[float, float]:
+    """FLOPs per token in the products of a layer, forward and backward: outside experts, and in a token's experts."""
+    return 6 * _outside_experts(hf), 6 * hf.num_experts_per_tok * one_expert(hf) if expert_count(hf) else 0
 
 
 def peak_flops() -> float | None:

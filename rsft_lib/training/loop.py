@@ -11,8 +11,9 @@ from typing import NamedTuple
 import torch
 from transformers import PretrainedConfig
 
-from rsft_lib.checkpoint.run_checkpoints import newest
-from rsft_lib.common.artifact import write_json
+from rsft_lib.checkpoint.formats import torch_dist
+from rsft_lib.checkpoint.run_checkpoints import intact
+from rsft_lib.common.artifact import DamagedError, write_json
 from rsft_lib.common.paths import require_path, resolve
 from rsft_lib.data.packed import PackedDataset
 from rsft_lib.model.config import read_config
@@ -60,6 +61,8 @@ def train(config: TrainConfig) -> TrainState:
             output, checkpoint / "config.json", facts, iteration=state.iteration, size=checkpoint_bytes(config, hf),
             timeout=config.save_timeout, keep_last=config.keep_last, keep_every=config.keep_every,
         )  # fmt: skip
+        if config.async_save:
+            saver.reserve(state)
         run = Run(config, state, data, hf, output, stop, saver)
         gc.freeze()  # these objects live until the end; every collection over them would take half a second
         while state.iteration < config.train_iters and not run.stopped:
@@ -70,17 +73,22 @@ def train(config: TrainConfig) -> TrainState:
 
 def begin(state: TrainState, output: Path, checkpoint: Path, facts: dict) -> None:
     """Resume `state` from the newest checkpoint in `output`, else load the base weights; only rank 0 needs `facts`."""
-    resume: list[Path | None] = [None]
-    changed: list[str] = []
-    if torch.distributed.get_rank() == 0:
-        resume = [newest(output)]
+    first = torch.distributed.get_rank() == 0
+    folders = intact(output, torch_dist.check_listing)
+    while True:
+        resume: list[Path | None] = [next(folders, None) if first else None]
         changed = refuse_another_run(resume[0], facts) if resume[0] else []
-    torch.distributed.broadcast_object_list(resume)
-    if resume[0] is None:
-        start(state, checkpoint)
-        return
-    load(state, resume[0])
-    if torch.distributed.get_rank() == 0:
+        torch.distributed.broadcast_object_list(resume)
+        if resume[0] is None:
+            start(state, checkpoint)
+            return
+        try:
+            load(state, resume[0])
+            break
+        except DamagedError as error:
+            if first:
+                print(f"skipping a checkpoint: {error}", flush=True)
+    if first:
         rate = state.optimizer.param_groups[0]["lr"]
         message = f"resumed from {resume[0]}: next step {state.iteration + 1:,}, learning rate {rate:.2e}"
         print(message, *(f"  {line}" for line in changed), sep="\n", flush=True)

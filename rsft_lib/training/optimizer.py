@@ -8,7 +8,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from rsft_lib.training.adam import AdamW
 from rsft_lib.training.config import TrainConfig
-from rsft_lib.training.gathering import gather_states
+from rsft_lib.training.optimizer_shards import optimizer_shards
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -35,7 +35,8 @@ def build_optimizer(config: TrainConfig, chunks: list) -> MegatronOptimizer:
     for one in optimizer.chained_optimizers:
         betas = (config.adam_beta1, config.adam_beta2)
         one.optimizer = AdamW(one.optimizer.param_groups, betas, settings.adam_eps, DTYPES[config.moments])
-        one.get_parameter_state_dp_zero = partial(gather_states, one)
+        one.sharded_param_state_fully_reshardable = partial(optimizer_shards, one)
+        one.load_parameter_state_from_fully_reshardable = lambda loaded: None  # `sharded.load` has filled the shards
     return optimizer
 
 

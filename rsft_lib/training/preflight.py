@@ -113,52 +113,62 @@ def describe(config: TrainConfig, hf: PretrainedConfig, data: Datasets, ranks: i
 
 def memory(config: TrainConfig, hf: PretrainedConfig, ranks: int) -> Memory:
     """Memory of the rank that needs most: the first or the last pipeline stage."""
+    held, sharded = held_parameters(config, hf, ranks)
+    moments = 2 * (2 if config.moments == "bf16" else 4)
+    width = _width(config)
+    tokens = config.seq_length * config.micro_batch_size / config.context_parallel
+    vocabulary = hf.vocab_size / config.tensor_parallel
+    saved, live = (values * tokens * width for values in _activations(config, hf))
+    loss = min(CHUNK, tokens) * vocabulary * width + 2 * tokens * hf.hidden_size * width
+    return Memory(
+        weights=held * width,
+        gradients=held * (2 if config.gradients == "bf16" else 4),
+        optimizer=sharded * (moments + (2 if config.precision != "fp32" else 0)),
+        activations=saved + live,
+        loss=max(0.0, loss - live),  # it is over when the backward pass of the layers begins
+    )
+
+
+def held_parameters(config: TrainConfig, hf: PretrainedConfig, ranks: int) -> tuple[float, float]:
+    """Parameters on the rank that has most, and those among them that its optimizer updates."""
     tensor, pipeline, context = config.tensor_parallel, config.pipeline_parallel, config.context_parallel
     ends = 1 if pipeline > 1 or hf.tie_word_embeddings else 2  # embedding and output layer on one rank
     experts = hf.num_hidden_layers * expert_count(hf) * one_expert(hf)
     layers = hf.num_hidden_layers * layer_parameters(hf) - experts
     held = (layers / pipeline + ends * hf.vocab_size * hf.hidden_size) / tensor
     across = pipeline * config.expert_parallel * config.expert_tensor_parallel
-    held_experts = experts / across
-    low = config.precision != "fp32"
-    moments = 2 * (2 if config.moments == "bf16" else 4)
     shards = config.data_parallel(ranks) * context
-    sharded = held / shards + held_experts / (ranks // across)
-    held += held_experts
-    width = _width(config)
-    tokens = config.seq_length * config.micro_batch_size / context
-    vocabulary = hf.vocab_size / tensor
-    return Memory(
-        weights=held * width,
-        gradients=held * (2 if config.gradients == "bf16" else 4),
-        optimizer=sharded * (moments + (2 if low else 0)),
-        activations=_activations(config, hf) * tokens * width,
-        loss=min(CHUNK, tokens) * vocabulary * width + 2 * tokens * hf.hidden_size * width,
-    )
+    return held + experts / across, held / shards + experts / across / (ranks // across)
 
 
-def _activations(config: TrainConfig, hf: PretrainedConfig) -> float:
-    """Activations per token that a rank saves for the backward pass, plus one layer's gradients."""
-    heads, groups, width = hf.num_attention_heads, hf.num_key_value_heads, head_dim(hf)
+def _activations(config: TrainConfig, hf: PretrainedConfig) -> tuple[float, float]:
+    """Values per token that a rank saves for the backward pass, and those that the backward pass of a layer adds."""
     across = config.tensor_parallel if config.sequence_parallel else 1
     hidden, inner = hf.hidden_size / across, 2 * hf.intermediate_size / config.tensor_parallel
-    attention = 2 * (heads + groups) * width / config.tensor_parallel
+    heads, groups = (
+        n * head_dim(hf) / config.tensor_parallel for n in (hf.num_attention_heads, hf.num_key_value_heads)
+    )
+    attention = 2 * (heads + groups)
+    if config.context_parallel > 1:
+        # Keys and values of all ranks; a copy of half of the queries, and the outputs before they are joined.
+        attention += 2 * groups * config.context_parallel + 1.5 * heads
     kept = 0.0  # by the MLP with selective recomputation
+    # Activation, its gradient and that of the products before it; what is recomputed is there as well.
+    live = {"none": 2 * inner, "selective": hidden + 2.5 * inner, "full": 2.5 * inner}[config.recompute]
     if expert_count(hf):
         # Inputs, the two products and the activation of each chosen expert; the last is what is recomputed.
         sizes = (hf.hidden_size + 2 * expert_size(hf), expert_size(hf))
         chosen, activation = (hf.num_experts_per_tok * size / across for size in sizes)
         kept = chosen + 3 * shared_expert_size(hf) / config.tensor_parallel
         inner = kept + activation
-    layer = {"none": 2 * hidden + attention + inner, "selective": 2 * hidden + attention + kept, "full": hidden}
+        live = 1.5 * inner + 4 * hidden
+    # Residuals, and the outputs of norms, which selective recomputation computes again.
+    layer = {"none": 4 * hidden + attention + inner, "selective": 2 * hidden + attention + kept, "full": hidden}
     saved = layer[config.recompute] * hf.num_hidden_layers / config.pipeline_parallel
-    in_flight = config.pipeline_parallel * (1 + (config.virtual_pipeline > 1))  # micro-batches of the first stage
-    live = 1.5 * inner + 4 * hidden
-    return (
-        saved * (in_flight if config.pipeline_parallel > 1 else 1)
-        + live
-        + (layer["none"] if config.recompute == "full" else 0)
-    )
+    if config.pipeline_parallel > 1:
+        saved *= config.pipeline_parallel * (1 + (config.virtual_pipeline > 1))  # micro-batches of the first stage
+    again = 4 * hidden + attention + (inner if expert_count(hf) else 0) if config.recompute == "full" else 0
+    return saved, live + again
 
 
 def _layout(config: TrainConfig, ranks: int) -> str:
@@ -212,10 +222,12 @@ def _checkpoint_line(config: TrainConfig, hf: PretrainedConfig) -> str:
 
 
 def _saving_line(config: TrainConfig, hf: PretrainedConfig) -> str:
-    # The optimizer states are gathered in main memory and copied once, to be split into files; see gathering.py.
-    needed, available = parameters(hf) * (_width(config) + 2 * 12), psutil.virtual_memory().total
-    fits = "" if needed < available else "  TOO LITTLE: the ranks will be killed at the first checkpoint"
-    return f"up to {_size(needed)} of main memory; this machine has {_size(available)}{fits}"
+    if not config.async_save:
+        return "tensor by tensor from memory, while training waits; see async_save"
+    needed, available = checkpoint_bytes(config, hf), psutil.virtual_memory().total
+    fits = "" if needed < available else "  TOO LITTLE: set async_save to false"
+    memory = f"{_size(needed)} of main memory for all ranks together"
+    return f"in the background, from {memory}; this machine has {_size(available)}{fits}"
 
 
 def _width(config: TrainConfig) -> int:

@@ -1,36 +1,33 @@
 """Save checkpoints of a run atomically as `iter_0000000` folders, synchronously or in the background.
 
-megatron-core plans which rank writes which tensors; threads write and hash the files here. megatron-core's own writers
-are processes forked while CUDA runs, and the save hangs when one of them is killed.
+Every rank writes and hashes its share of the tensors in threads, from the GPU or, in the background, from a copy.
 """
 
 import errno
-import queue
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from rsft_lib.checkpoint.formats.torch_dist import write_common, write_files
+from rsft_lib.checkpoint.formats.torch_dist import SUFFIX, write_common, write_files, write_metadata
 from rsft_lib.checkpoint.run_checkpoints import checkpoint_folder, checkpoints
-from rsft_lib.common.artifact import WRITERS, publish, read_manifest, require_space
+from rsft_lib.checkpoint.sharded import SHARDING, value_of
+from rsft_lib.common.artifact import publish, read_manifest, require_space
 from rsft_lib.common.locks import locked
-from rsft_lib.model import engine
 from rsft_lib.training.retention import remove_leftovers, remove_old, set_aside
-from rsft_lib.training.state import LAYOUT, TrainState, content
+from rsft_lib.training.save_plan import SavePlan, plan_save
+from rsft_lib.training.staging import Staging
+from rsft_lib.training.state import TrainState, content
 from rsft_lib.training.watchdog import deadline
-
-# Replaces a queue that megatron-core keeps in a separate process.
-filesystem_async._results_queue = queue.Queue()
 
 
 class Saver:
@@ -44,6 +41,7 @@ class Saver:
         self.output, self.model_config, self.facts, self.size = output, model_config, facts, size
         self.timeout, self.keep_last, self.keep_every = timeout, keep_last, keep_every
         self.writing: _Writing | None = None
+        self.staging: Staging | None = None
         self.publishing: Future | None = None
         self.background = ThreadPoolExecutor(1)
         self.lock = ExitStack()
@@ -51,6 +49,12 @@ class Saver:
             remove_leftovers(output)
             remove_old(output, iteration, keep_last, keep_every)  # in case the last save was killed before that
             self.size = next(map(_bytes, reversed(checkpoints(output))), size)
+
+    def reserve(self, state: TrainState) -> None:
+        """Allocate the memory for saves in the background now, which takes seconds, and not at the first of them."""
+        with deadline(self.timeout):
+            plan, _ = _planned(state)
+            self.staging = Staging(plan.nbytes, sum(map(len, plan.files)))
 
     def save(self, state: TrainState, wait: bool) -> None:
         """Write a checkpoint of the current state; without `wait`, return once the tensors are copied.
@@ -65,14 +69,23 @@ class Saver:
             if _rank_0():
                 self._make_room(temporary)
             torch.distributed.barrier()
-            # Like megatron-core's `dist_checkpointing.save`, which in 0.19 pickles everything that is not a tensor.
-            sharded, common = save_preprocess({**content(state), "content_metadata": LAYOUT}, True, _comparable)
+            plan, common = _planned(state)
             if _rank_0():
                 write_common(temporary, common)
-            request = engine.plan_save(sharded, temporary, threads=WRITERS)
-            self.writing = _Writing(request, temporary, final, state.iteration)
+            self.writing = _Writing(plan, self._values(plan, copied=not wait), temporary, final, state.iteration)
             if wait:
                 self.finish()
+
+    def _values(self, plan: SavePlan, copied: bool) -> Callable[[ShardedTensor], torch.Tensor]:
+        """The function that returns the value of a planned tensor on the CPU; `copied` if training will change it."""
+        if not copied:
+            return lambda place: value_of(place).cpu().contiguous()
+        self.staging = self.staging or Staging(plan.nbytes, sum(map(len, plan.files)))
+        self.staging.used = 0
+        copies = {id(place): self.staging.copy(value_of(place)) for places in plan.files for place in places}
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return lambda place: copies[id(place)]
 
     def _make_room(self, temporary: Path) -> None:
         """Create the temporary folder of a checkpoint; it stays locked until it is renamed."""
@@ -133,38 +146,34 @@ class Saver:
 
 
 class _Writing:
-    """A checkpoint being written: tensors are copied immediately, files are written by threads."""
+    """A checkpoint being written by threads."""
 
-    def __init__(self, request: AsyncRequest, temporary: Path, final: Path, iteration: int):
-        self.request, self.temporary, self.final, self.iteration = request, temporary, final, iteration
+    def __init__(
+        self, plan: SavePlan, value: Callable[[ShardedTensor], torch.Tensor], temporary: Path, final: Path,
+        iteration: int,
+    ):  # fmt: skip
+        self.plan, self.temporary, self.final, self.iteration = plan, temporary, final, iteration
         self.began, self.done = time.monotonic(), threading.Event()
         self.files: dict[str, dict] = {}
-        self.result: dict[int, list[WriteResult]] | None = None
+        self.stored: dict = {}
         self.failed: tuple[int, str] = (0, "")
-        self.buckets = request.preload_fn() if request.preload_fn else []
-        if not torch.cuda.is_available():  # on a CPU, the tensors are still those that training updates
-            self.buckets = [
-                (path, key, (raw, [(i, t.clone()) for i, t in ts])) for path, key, (raw, ts) in self.buckets
-            ]
-        threading.Thread(target=self._write, daemon=True).start()
+        threading.Thread(target=self._write, args=[value], daemon=True).start()
 
-    def _write(self) -> None:
+    def _write(self, value: Callable[[ShardedTensor], torch.Tensor]) -> None:
+        rank = torch.distributed.get_rank()
+        paths = [self.temporary / f"__{rank}_{number}{SUFFIX}" for number in range(len(self.plan.files))]
+        contents = dict(zip(paths, self.plan.files, strict=True))
         try:
-            items = {Path(path): [*raw, *tensors] for path, _, (raw, tensors) in self.buckets}
-            places, self.files = write_files({path: [data for _, data in pairs] for path, pairs in items.items()})
-            self.result = {
-                number: [
-                    WriteResult(item.index, place.length, place)
-                    for (item, _), place in zip(pairs, places[path], strict=True)
-                ]
-                for number, (path, pairs) in enumerate(items.items())
-            }
+            places, self.files = write_files({path: map(value, parts) for path, parts in contents.items()})
+            for path, parts in contents.items():
+                indices = (MetadataIndex(part.key, torch.Size(part.global_offset)) for part in parts)
+                self.stored |= zip(indices, places[path], strict=True)
         except Exception as error:
             self.failed = (getattr(error, "errno", None) or 0, f"{type(error).__name__}: {error}")
         self.done.set()
 
     def complete(self) -> dict[str, dict]:
-        """Wait for the threads, and have megatron-core write the checkpoint's metadata.
+        """Wait for the threads of all ranks, and write the checkpoint's metadata.
 
         Returns:
             On the first rank, the manifest entries of the files of all ranks.
@@ -179,13 +188,23 @@ class _Writing:
             if text:
                 message = f"{self.final} was not written; rank {rank}: {text}"
                 raise OSError(number, message) if number else OSError(message)
-        if self.buckets:
-            filesystem_async._results_queue.put(self.result)
-        for finalize in self.request.finalize_fns:
-            finalize()
-        files: list[dict] | None = [{}] * torch.distributed.get_world_size() if _rank_0() else None
-        torch.distributed.gather_object(self.files, files)
-        return {name: entry for written in files or [] for name, entry in written.items()}
+        gathered: list | None = [None] * torch.distributed.get_world_size() if _rank_0() else None
+        torch.distributed.gather_object((self.files, self.stored), gathered)
+        files: dict[str, dict] = {}
+        stored: dict = {}
+        for of_rank, places in gathered or []:
+            files |= of_rank
+            stored |= places
+        if _rank_0():
+            write_metadata(self.temporary, self.plan.layout, stored)
+        return files
+
+
+def _planned(state: TrainState) -> tuple[SavePlan, dict]:
+    """This rank's share of a checkpoint, and the contents besides tensors."""
+    given = {**content(state), "content_metadata": SHARDING}
+    sharded, common = save_preprocess(given, validate_access_integrity=False)  # `plan_save` validates it
+    return plan_save(list(nested_values(sharded))), common
 
 
 @contextmanager
@@ -206,16 +225,6 @@ def disk_full_details(final: Path, size: float) -> Iterator[None]:
 
 def _bytes(checkpoint: Path) -> int:
     return sum(entry["bytes"] for entry in read_manifest(checkpoint)["files"].values())
-
-
-def _comparable(common: dict) -> dict:
-    """The non-tensor contents that must be the same on all ranks, without the optimizer's per-rank `param_state`."""
-    return {**common, "optimizer": _without(common["optimizer"], "param_state")}
-
-
-def _without(entry, name: str):
-    """Nested dictionaries without the key `name`; with experts there is a dictionary for each of two optimizers."""
-    return {k: _without(v, name) for k, v in entry.items() if k != name} if isinstance(entry, dict) else entry
 
 
 def _rank_0() -> bool:

@@ -9,12 +9,11 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from rsft_lib.checkpoint import sharded
-from rsft_lib.checkpoint.sharded import SHARDING, load_weights, set_weights, sharded_weights
+from rsft_lib.checkpoint.formats import torch_dist
+from rsft_lib.checkpoint.sharded import SHARDING, load_weights, sharded_weights
+from rsft_lib.common.artifact import DamagedError
 from rsft_lib.data.span_kinds import Control
 from rsft_lib.model.gpt import ResponseModel
-
-# Gather optimizer states through the CPU; through the GPU, it would need their size again in GPU memory.
-LAYOUT = {**SHARDING, "distrib_optim_fully_reshardable_mem_efficient": True}
 
 
 @dataclass
@@ -47,7 +46,7 @@ def content(state: TrainState, *, loading: bool = False) -> dict:
     return {
         **(weights if len(weights) > 1 else {"model": weights["model0"]}),
         "optimizer": state.optimizer.sharded_state_dict(
-            weights if len(weights) > 1 else weights["model0"], is_loading=loading, metadata=LAYOUT
+            weights if len(weights) > 1 else weights["model0"], is_loading=loading, metadata=SHARDING
         ),
         "iteration": state.iteration,
         "rng": torch.get_rng_state(),
@@ -56,16 +55,30 @@ def content(state: TrainState, *, loading: bool = False) -> dict:
 
 def start(state: TrainState, checkpoint: Path) -> None:
     """Start a run with the weights of a checkpoint."""
+    for one in state.optimizer.chained_optimizers:
+        one.optimizer.reset()  # part of a damaged checkpoint may have been loaded
     for chunk in state.chunks:
         load_weights(chunk.module, checkpoint)
 
 
 def load(state: TrainState, checkpoint: Path) -> None:
-    """Resume from a checkpoint of a run, saved at any parallel sizes."""
-    loaded = sharded.load(content(state, loading=True), checkpoint)
-    for number, chunk in enumerate(state.chunks):
-        set_weights(chunk.module, loaded["model" if len(state.chunks) == 1 else f"model{number}"])
-    state.optimizer.load_state_dict(loaded["optimizer"])
-    torch.set_rng_state(loaded["rng"])
-    state.iteration = loaded["iteration"]
+    """Resume from a checkpoint of a run, saved at any parallel sizes; its hashes are verified while it is read.
+
+    Raises:
+        DamagedError: on every rank, if a file differs from its manifest for any of them. The state is then undefined:
+            load another checkpoint, or `start`.
+        ValueError: a file is unsafe, or the tensors do not match this run.
+    """
+    common, damage = torch_dist.read_common(checkpoint), ""
+    try:
+        sharded.load(content(state, loading=True), checkpoint)
+    except DamagedError as error:
+        damage = str(error)
+    found = [damage] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, damage)
+    if any(found):
+        raise DamagedError(next(filter(None, found)))
+    state.optimizer.load_state_dict(common["optimizer"])
+    torch.set_rng_state(common["rng"])
+    state.iteration = common["iteration"]
     state.scheduler.step(increment=state.iteration)

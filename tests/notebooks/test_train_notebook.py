@@ -52,7 +52,8 @@ def test_a_project_of_the_kit_sets_what_a_training_can_run_with(name):
     settings = {name: values[name] for name in SETTINGS} | {"seq_length": 16_384}
     TrainConfig(**settings).data_parallel(values["nproc"] * values["slurm_nodes"])
     if name != "tiny":  # nothing that a model of another size learns by differs from the original's
-        assert {key for key in given if key in SETTINGS} <= FOR_MEMORY
+        longer = {"global_batch_size"} if name.endswith("k") else set()  # with longer samples, fewer in a step
+        assert {key for key in given if key in SETTINGS} <= FOR_MEMORY | longer
     assert (ROOT / "projects" / f"{name}.yaml").read_text().startswith("# ")
 
 

@@ -12,9 +12,8 @@ import pickle
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
-from io import BytesIO
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
@@ -102,6 +101,8 @@ def _refuse_all_but_tensors(metadata: Metadata) -> None:
             raise pickle.UnpicklingError(f"it refers to {info.relative_path!r}, expected a {SUFFIX} file in the folder")
         if not isinstance(entry := metadata.state_dict_metadata.get(index.fqn), TensorStorageMetadata):
             raise pickle.UnpicklingError(f"{index.fqn} is a {type(entry).__name__}, expected tensors only")
+        if not any(chunk.offsets == index.offset for chunk in entry.chunks):
+            raise pickle.UnpicklingError(f"it stores a part of {index.fqn} at {index.offset} without its shape")
 
 
 def read_common(folder: Path) -> dict:
@@ -117,31 +118,74 @@ def read_common(folder: Path) -> dict:
 
 
 def check(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:
-    """Check a checkpoint before it is used: every file with a `wanted` weight, and all pickles.
+    """Check a checkpoint before it is used: every file with a `wanted` weight, all pickles, and the sizes of all files.
 
     Raises:
         FileNotFoundError: the checkpoint was not finished, or a file is missing.
         ValueError: a file is damaged, belongs to another checkpoint, or is unsafe.
     """
-    verify(folder, only=[name for name in read_manifest(folder)["files"] if not name.endswith(SUFFIX)])
+    check_listing(folder)
     read_common(folder)
     verify_files(
         folder, {i.relative_path for index, i in read_metadata(folder).storage_data.items() if wanted(index.fqn)}
     )
 
 
+def check_listing(folder: Path) -> None:
+    """Check that all files of a checkpoint are there, their sizes, and the hashes of those without tensors.
+
+    Raises:
+        FileNotFoundError: the checkpoint was not finished, or a file is missing.
+        DamagedError: a file differs from the manifest.
+    """
+    verify(folder, only=[name for name in read_manifest(folder)["files"] if not name.endswith(SUFFIX)])
+
+
 def open_weights(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> Weights:
     """The `wanted` tensors of a checkpoint, memory-mapped; check it first."""
-    metadata, files = read_metadata(folder), {}
-    pieces: dict[str, list[Piece]] = {}
+    parts = {name: listed for name, listed in stored_parts(folder).items() if wanted(name)}
+    files = MappedFiles(folder)
+    return Weights({name: [files.open(part) for part in listed] for name, listed in parts.items()})
+
+
+class StoredPart(NamedTuple):
+    """A part of a tensor: its place, dtype and shape, without data, and where it is stored."""
+
+    piece: Piece
+    info: _StorageInfo
+
+
+def stored_parts(folder: Path) -> dict[str, list[StoredPart]]:
+    """The parts of every tensor of a checkpoint, from its metadata alone."""
+    metadata = read_metadata(folder)
+    parts: dict[str, list[StoredPart]] = {}
     for index, info in metadata.storage_data.items():
-        if not wanted(index.fqn):
-            continue
-        path = Path(folder) / info.relative_path
-        if path not in files:
-            files[path] = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
-        pieces.setdefault(index.fqn, []).append(Piece(tuple(index.offset or ()), _mapped(path, info, files[path])))
-    return Weights(pieces)
+        entry = metadata.state_dict_metadata[index.fqn]
+        shape = next(chunk.sizes for chunk in entry.chunks if chunk.offsets == index.offset)
+        empty = torch.empty(shape, dtype=entry.properties.dtype, device="meta")
+        parts.setdefault(index.fqn, []).append(StoredPart(Piece(tuple(index.offset), empty), info))
+    return parts
+
+
+class MappedFiles:
+    """The files of a checkpoint, each memory-mapped when its first part is opened."""
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        self.files: dict[Path, torch.UntypedStorage] = {}
+
+    def open(self, part: StoredPart) -> Piece:
+        """The part with its data."""
+        path = self.folder / part.info.relative_path
+        if path not in self.files:
+            self.files[path] = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
+        tensor = _mapped(path, part.info, self.files[path])
+        if tensor.shape != part.piece.tensor.shape:
+            raise ValueError(
+                f"{path} at byte {part.info.offset} contains a tensor of shape {tuple(tensor.shape)}, expected "
+                f"{tuple(part.piece.tensor.shape)} from {METADATA}"
+            )
+        return Piece(part.piece.offset, tensor)
 
 
 def _mapped(path: Path, info: _StorageInfo, mapped: torch.UntypedStorage) -> Tensor:
@@ -194,10 +238,17 @@ def write(folder: Path, weights: Weights, progress: Callable[[int], None] = lamb
     for path, blocks in plan.items():
         indices = (MetadataIndex(name, _chunk(box).offsets) for name, box in blocks)
         storage |= zip(indices, places[path], strict=True)
-    metadata = Metadata(layout, planner_data={name: (name,) for name in weights}, storage_data=storage)
-    (folder / METADATA).write_bytes(pickle.dumps(metadata))
+    write_metadata(folder, layout, storage)
     write_common(folder, {})
     return entries
+
+
+def write_metadata(
+    folder: Path, layout: dict[str, TensorStorageMetadata], storage: dict[MetadataIndex, _StorageInfo]
+) -> None:
+    """Write `.metadata`: the shape and parts of each tensor, and where each part is stored."""
+    metadata = Metadata(layout, planner_data={name: (name,) for name in layout}, storage_data=storage)
+    (folder / METADATA).write_bytes(pickle.dumps(metadata))
 
 
 def write_common(folder: Path, common: dict) -> None:
@@ -206,12 +257,11 @@ def write_common(folder: Path, common: dict) -> None:
     save_config(CheckpointingConfig("torch_dist"), str(folder))
 
 
-def write_files(contents: dict[Path, Iterable[Tensor | BytesIO]]) -> tuple[dict[Path, list[_StorageInfo]], dict]:
+def write_files(contents: dict[Path, Iterable[Tensor]]) -> tuple[dict[Path, list[_StorageInfo]], dict]:
     """Write `.distcp` files concurrently.
 
     Args:
-        contents: file -> values to write in order. Tensors must be on the CPU and not views, since torch saves the
-            whole storage of a view.
+        contents: file -> contiguous tensors on the CPU, to write in order.
 
     Returns:
         The location of each value in its file, and the entries of the files for a manifest.
@@ -224,24 +274,21 @@ def write_files(contents: dict[Path, Iterable[Tensor | BytesIO]]) -> tuple[dict[
     return places, {name: entry for _, listing in written for name, entry in listing.items()}
 
 
-def _write_file(path: Path, values: Iterable[Tensor | BytesIO]) -> tuple[list[_StorageInfo], dict]:
+def _write_file(path: Path, tensors: Iterable[Tensor]) -> tuple[list[_StorageInfo], dict]:
     places = []
     with HashedFile(path) as file:
-        for value in values:
+        for tensor in tensors:
             start = file.size
-            if isinstance(value, BytesIO):
-                file.write(value.getbuffer())
-            else:
-                torch.save(value, file)
+            # Without this, torch would save the whole storage of a view.
+            torch.save(torch.frombuffer(data_of(tensor), dtype=tensor.dtype).view(tensor.shape), file)
             places.append(_StorageInfo(path.name, start, file.size - start))
     return places, file.listing()
 
 
 def _tensors(weights: Weights, blocks: list[tuple[str, Box]], progress: Callable[[int], None]) -> Iterator[Tensor]:
-    """Blocks of weights, each as a separate tensor on the same memory."""
     for name, box in blocks:
         block = weights.read(name, box).contiguous()
-        yield torch.frombuffer(data_of(block), dtype=block.dtype).view(block.shape)
+        yield block
         progress(block.nbytes)
 
 

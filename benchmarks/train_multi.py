@@ -1,0 +1,446 @@
+"""Training on several GPUs of one machine: layouts, long samples, checkpoints; floors, other libraries and predictions.
+
+    RSFT_REAL_DATA=FOLDER python benchmarks/train_multi.py --output OUT --gpus 4 [--part 1] [--sections ...] [--small]
+
+Models have real shapes and random weights; packs of 16,384 tokens are filled with the real traces in RSFT_REAL_DATA,
+longer ones with samples that are traces joined. A part takes less than 10 minutes: each of its sections runs in
+processes of its own, for SECONDS at most, and is left out if less than that remains. A section writes
+OUT/<section>.json and .log; a call ends with one table of all that was measured, beside what rsft_lib.training.advisor
+predicts with the default rates and, after the section `rates`, with this machine's. --small tries everything with tiny
+models, also on a CPU, where what needs Transformer Engine or Liger fails and is reported.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # the modules beside this one
+
+import train_gpu
+from train_gpu import LENGTH, MICRO_BATCHES, make_traces, measure, randomize, settings, usual_step
+
+from rsft_lib.checkpoint import any_format
+from rsft_lib.checkpoint.export import export
+from rsft_lib.common.artifact import new_folder, read_manifest
+from rsft_lib.data.packed import PackedDataset
+from rsft_lib.data.store import StoreWriter, TokenStore
+from rsft_lib.launch.job import ENVIRONMENT
+from rsft_lib.model.config import read_config
+from rsft_lib.model.distributed import ranks
+from rsft_lib.training import rates
+from rsft_lib.training.advisor import advise, name, sample_length
+from rsft_lib.training.batches import Loader
+from rsft_lib.training.build import build_state
+from rsft_lib.training.config import TrainConfig
+from rsft_lib.training.loop import update
+from rsft_lib.training.preflight import GIB, memory
+from rsft_lib.training.saving import Saver
+from rsft_lib.training.state import load
+from rsft_lib.training.step_time import step_time
+
+QWEN2 = {
+    "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "num_hidden_layers": 28, "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6, "max_position_embeddings": 2**18, "hidden_act": "silu", "tie_word_embeddings": False,
+}  # fmt: skip
+MODELS = {  # shapes of R1-Distill-Qwen, from their config.json; 14B and 32B with fewer layers, so that 4 GPUs hold them
+    "1.5b": (151_936, 1536, 8960, 28, 12, 2), "7b": (152_064, 3584, 18_944, 28, 28, 4),
+    "14b": (152_064, 5120, 13_824, 24, 40, 8), "32b": (152_064, 5120, 27_648, 12, 40, 8),
+}  # fmt: skip
+FIELDS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+)  # fmt: skip
+SMALL = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}  # fmt: skip
+SHORTER = 32  # with --small
+LOW = {"moments": "bf16", "gradients": "bf16"}
+TP2, TP4 = ({"tensor_parallel": size, "sequence_parallel": True} for size in (2, 4))
+SELECTIVE, FULL = {"recompute": "selective"}, {"recompute": "full"}
+
+
+class Section(NamedTuple):
+    """One measurement."""
+
+    part: int
+    model: str
+    run: Callable[[TrainConfig], dict]
+    layout: dict
+    length: int = LENGTH
+    gpus: int = 0
+    """0 for all."""
+    packs: int = MICRO_BATCHES
+    """Of a step, for each replica."""
+    target: str = ""
+
+
+def ours(config: TrainConfig, steps: int = 3, warm: int = 2) -> dict:
+    """The kit's training step."""
+    train_gpu.WARM = warm
+    result = measure(config, steps)
+    result.pop("load")
+    return result
+
+
+def plain_megatron(config: TrainConfig) -> dict:
+    from moe_gpu import megatron
+
+    return megatron(config)
+
+
+def fsdp2(config: TrainConfig, checkpointing: bool) -> dict:
+    """transformers with Liger's kernels and torch's varlen attention, sharded by FSDP2; float32 states, fused AdamW."""
+    from gpu_peers import _forward_backward, varlen
+    from liger_kernel.transformers import apply_liger_kernel_to_qwen2
+    from moe_gpu import timed
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from transformers import AutoModelForCausalLM
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    apply_liger_kernel_to_qwen2()
+    ALL_ATTENTION_FUNCTIONS["varlen"] = varlen
+    hf = read_config(config.checkpoint)
+    hf._attn_implementation = "varlen"
+    torch.set_default_device(torch.device("cuda", torch.cuda.current_device()))
+    network = AutoModelForCausalLM.from_config(hf, dtype=torch.float32).train()
+    torch.set_default_device("cpu")
+    if checkpointing:
+        network.gradient_checkpointing_enable({"use_reentrant": False})
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for part in [*network.model.layers, network]:
+        fully_shard(part, mp_policy=policy)
+    torch.cuda.empty_cache()
+    adam = torch.optim.AdamW(network.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+
+    def step(batches: list[dict]) -> None:
+        for number, batch in enumerate(batches, start=1):
+            network.set_requires_gradient_sync(number == len(batches))
+            _forward_backward(network, batch)
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        adam.step()
+        adam.zero_grad()
+
+    return timed(config, step)
+
+
+def floor(config: TrainConfig) -> dict:
+    """Products, attention and AdamW's traffic of a pack on one GPU, each by itself."""
+    import gpu_floor
+
+    gpu_floor.ranks = nullcontext  # there are process groups already
+    found = gpu_floor.floor(Path(config.checkpoint), Path(config.data))
+    return {"ms_per_micro_batch": found["total_ms"], "tokens_per_second": LENGTH / found["total_ms"] * 1000, **found}
+
+
+def measure_rates(config: TrainConfig) -> dict:
+    found = rates.measure() if torch.cuda.is_available() else rates.measure(512, 512, 0.1)
+    return dataclasses.asdict(found)
+
+
+def checkpoint(config: TrainConfig) -> dict:
+    """Seconds that training waits for a save, of the steps after it, of the write, of a resume and of an export."""
+    seconds: dict = {}
+    folder, hf = Path(config.output).parent, Path(config.checkpoint) / "config.json"
+    shutil.rmtree(config.output, ignore_errors=True) if torch.distributed.get_rank() == 0 else None
+
+    @contextmanager
+    def timed(what: str) -> Iterator[None]:
+        _together()
+        began = time.perf_counter()
+        yield
+        _together()
+        seconds.setdefault(what, []).append(time.perf_counter() - began)
+
+    state = build_state(config, Path(config.checkpoint))
+    randomize(state)
+    data = PackedDataset(TokenStore(config.data), config.seq_length, 0)
+    packs, loader = usual_step(data, config.global_batch_size), Loader(data, config)
+    saver = Saver(Path(config.output), hf, {}, iteration=0, size=0, timeout=500, keep_last=1, keep_every=0)
+    for _ in range(2):
+        update(state, loader, packs, packs)
+    for _ in range(3):
+        with timed("step"):
+            update(state, loader, packs, packs)
+    with timed("memory reserved"):
+        saver.reserve(state)
+    with timed("written"):
+        state.iteration = 1
+        with timed("waits"):
+            saver.save(state, wait=False)
+        for _ in range(3):
+            with timed("step while writing"):
+                update(state, loader, packs, packs)
+        saver.finish()
+    saved = Path(config.output) / "iter_0000001"
+    sizes = {name: entry["bytes"] for name, entry in read_manifest(saved)["files"].items()}
+    with timed("resumed"):
+        load(state, saved)
+    if torch.distributed.get_rank() == 0:
+        began = time.perf_counter()
+        any_format.check(saved)
+        seconds["weights verified"] = [time.perf_counter() - began]
+        began = time.perf_counter()
+        export(saved, folder / "tokenizer", folder / "exported", overwrite=True)
+        seconds["exported"] = [time.perf_counter() - began]
+        shutil.rmtree(config.output)
+        shutil.rmtree(folder / "exported")
+    _together()
+    share = sum(sizes.values()) // torch.distributed.get_world_size()
+    with timed("bare bytes"):
+        _write_bytes(folder / f"bytes{torch.distributed.get_rank()}", share)
+    return {"gb": sum(sizes.values()) / 1e9} | {what: statistics.median(times) for what, times in seconds.items()}
+
+
+def _write_bytes(path: Path, count: int) -> None:
+    with path.open("wb") as file:
+        for _ in range(0, count, 2**26):
+            file.write(b"\0" * 2**26)
+        os.fsync(file.fileno())
+    path.unlink()
+
+
+def _together() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    torch.distributed.barrier()
+
+
+def run(part: int, model: str, target: str = "", gpus: int = 0, length: int = LENGTH, **layout) -> Section:
+    """A section of `ours`; few packs and steps of long samples, which take seconds each."""
+    packs, steps = {LENGTH: (MICRO_BATCHES, 3), 2**16: (2, 2), 2**17: (1, 1)}.get(length, (1, 1))
+    work = partial(ours, steps=steps, warm=2 if length <= 2**16 else 1)
+    return Section(part, model, work, layout, length, gpus, packs, target)
+
+
+SECTIONS = {
+    "rates": Section(1, "1.5b", measure_rates, {}),
+    "floor-1.5b": Section(1, "1.5b", floor, {}, gpus=1),
+    "1.5b-1gpu": run(1, "1.5b", "MFU 0.52, 53 GiB", gpus=1),
+    "1.5b-replicas": run(1, "1.5b", ">= 0.99 of 1gpu"),
+    "1.5b-tp2": run(1, "1.5b", ">= 0.85 of 1gpu", **TP2),
+    "1.5b-fp8": run(1, "1.5b", gpus=1, precision="fp8"),
+    "1.5b-fsdp2-liger": Section(1, "1.5b", partial(fsdp2, checkpointing=False), {}),
+    "1.5b-fsdp2-liger-checkpointing": Section(1, "1.5b", partial(fsdp2, checkpointing=True), {}),
+    "1.5b-megatron": Section(1, "1.5b", plain_megatron, {"backend": "te"}),
+    "floor-7b": Section(2, "7b", floor, {}, gpus=1),
+    "7b-cp4": run(2, "7b", "MFU 0.56", context_parallel=4, **LOW),
+    "7b-cp2": run(2, "7b", "MFU 0.56", context_parallel=2, **LOW),
+    "7b-replicas": run(2, "7b", "MFU 0.56", **SELECTIVE, **LOW),
+    "7b-replicas-fp8": run(2, "7b", "MFU 0.66", precision="fp8", **SELECTIVE, **LOW),
+    "7b-tp2": run(2, "7b", **TP2),
+    "7b-shipped": run(2, "7b", **TP2, **SELECTIVE),
+    "7b-fsdp2-liger-checkpointing": Section(2, "7b", partial(fsdp2, checkpointing=True), {}),
+    "7b-megatron": Section(2, "7b", plain_megatron, {"backend": "te", **FULL, **LOW}),
+    "7b-fsdp2-liger": Section(2, "7b", partial(fsdp2, checkpointing=False), {}),
+    "14b-tp2": run(2, "14b", **TP2, **SELECTIVE),
+    "32b-tp4": run(2, "32b", **TP4, **SELECTIVE),
+    "checkpoint-1.5b": Section(3, "1.5b", checkpoint, {}, gpus=1, target="waits 1 s, resumed 20 s"),
+    "checkpoint-7b": Section(3, "7b", checkpoint, {**SELECTIVE, **LOW}, target="waits 2 s, exported 40 s"),
+    "1.5b-64k-cp4": run(3, "1.5b", "MFU 0.48", length=2**16, context_parallel=4),
+    "1.5b-64k-1gpu": run(3, "1.5b", "MFU 0.48", gpus=1, length=2**16, **SELECTIVE, **LOW),
+    "1.5b-128k-cp4": run(3, "1.5b", "MFU 0.45", length=2**17, context_parallel=4, **SELECTIVE),
+    "1.5b-128k-1gpu": run(3, "1.5b", "MFU 0.45", gpus=1, length=2**17, **SELECTIVE, **LOW),
+    "1.5b-128k-replicas": run(3, "1.5b", "MFU 0.45", length=2**17, **SELECTIVE, **LOW),
+    "1.5b-256k-1gpu": run(3, "1.5b", "fits", gpus=1, length=2**18, **FULL, **LOW),
+}
+SLOW = {"checkpoint-7b": 240, "1.5b-256k-1gpu": 200}  # seconds; all others SECONDS
+
+
+def sections(small: bool) -> dict[str, Section]:
+    if not small:
+        return SECTIONS
+    return {key: one._replace(length=one.length // SHORTER, packs=1) for key, one in SECTIONS.items()}
+
+
+def inputs_of(section: Section, output: Path, small: bool) -> tuple[Path, Path]:
+    """(model folder, data folder) of a section; the data is made unless it is there."""
+    inputs = output / "inputs"
+    model = inputs / (section.model + ("-small" if small else ""))
+    model.mkdir(parents=True, exist_ok=True)
+    shape = dict(zip(FIELDS, MODELS[section.model], strict=True))
+    (model / "config.json").write_text(json.dumps(QWEN2 | shape | (SMALL if small else {})))
+    if section.length == LENGTH:
+        return model, inputs / "traces"
+    data = inputs / f"joined-{section.length}"
+    if not data.exists():
+        _join_traces(inputs / "traces", data, section.length + 1)
+    return model, data
+
+
+def _join_traces(traces: Path, data: Path, length: int) -> None:
+    tokens, mask = (np.fromfile(traces / name, kind) for name, kind in NAMES)
+    with new_folder(data, {"made_by": "tokenize"}) as folder:
+        writer = StoreWriter(folder)
+        for start in range(0, len(tokens) - length, length):
+            writer.add(tokens[start : start + length], mask[start : start + length])
+        writer.close()
+
+
+NAMES = (("text_document.bin", np.int32), ("loss_mask.bin", np.uint8))
+
+
+def config_of(section: Section, model: Path, data: Path, gpus: int) -> TrainConfig:
+    layout = section.layout
+    sizes = (layout.get(f"{kind}_parallel", 1) for kind in ("tensor", "pipeline", "context"))
+    replicas = (section.gpus or gpus) // int(np.prod(list(sizes))) or 1
+    folder = model.parent
+    return settings(
+        folder, checkpoint=str(model), data=str(data), output=str(folder / "run"), seq_length=section.length,
+        global_batch_size=section.packs * replicas, **layout,
+    )  # fmt: skip
+
+
+def run_here(key: str, section: Section, config: TrainConfig, output: Path) -> None:
+    """Run a section as a rank; the first writes the result, or the error."""
+    if not torch.cuda.is_available():  # the script is being tried
+        for unknown in ("reset_peak_memory_stats", "max_memory_allocated", "max_memory_reserved"):
+            setattr(torch.cuda, unknown, lambda: 0)
+    with ranks(
+        config.tensor_parallel, config.pipeline_parallel, context_parallel_size=config.context_parallel
+    ):  # fmt: skip
+        world = torch.distributed.get_world_size()
+        try:
+            result = section.run(config)
+            result["mfu"] = result["mfu"] / world if "mfu" in result else None
+        except Exception as error:
+            traceback.print_exc()
+            result = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
+        if torch.distributed.get_rank() == 0:
+            (output / f"{key}.json").write_text(json.dumps(result | {"gpus": world}, indent=1))
+    sys.stdout.flush()
+    os._exit("error" in result)  # without cleanup, which may hang after an error
+
+
+def run_section(key: str, arguments: argparse.Namespace, limit: float) -> None:
+    gpus = SECTIONS[key].gpus or arguments.gpus
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}", __file__]
+    command += ["--output", str(arguments.output), "--gpus", str(arguments.gpus), "--here", key]
+    began = time.time()
+    (arguments.output / f"{key}.json").unlink(missing_ok=True)
+    with (arguments.output / f"{key}.log").open("w") as log:
+        process = subprocess.Popen(
+            command + ["--small"] * arguments.small, stdout=log, stderr=subprocess.STDOUT,
+            env={**ENVIRONMENT, **os.environ}, start_new_session=True,
+        )  # fmt: skip
+        try:
+            process.wait(limit)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # torchrun ends its ranks, which have sessions of their own
+            process.wait()
+    print(f"{key}: {time.time() - began:.0f} s", flush=True)
+
+
+def table(output: Path, gpus: int, small: bool) -> str:
+    """What was measured beside what was predicted; tokens/s of one GPU, and the prediction over it."""
+    file = output / "rates.json"
+    known = json.loads(file.read_text()) if file.exists() else {"error": "not measured"}
+    file = None if "error" in known else _rates_of(known, output)
+    columns = ("tokens/s/GPU", "MFU", "GiB", "predicted", "own rates", "GiB pred.")
+    lines = [f"{'':32}" + "".join(f"{column:>13}" for column in columns) + "  target"]
+    for key, section in sections(small).items():
+        if not (output / f"{key}.json").exists():
+            if (output / f"{key}.log").exists():
+                lines.append(f"{key:32}  no result: see {key}.log")
+            continue
+        result = json.loads((output / f"{key}.json").read_text())
+        if "tokens_per_second" not in result:
+            shown = {
+                k: round(v, 2) if isinstance(v, float) else v for k, v in result.items() if k not in ("gpus", "mfu")
+            }
+            lines.append(f"{key:32}  {json.dumps(shown)[:400]}  {section.target}")
+            continue
+        cells = [f"{result['tokens_per_second'] / result['gpus']:13,.0f}"]
+        cells += [
+            f"{result[k]:13.{digits}f}" if result.get(k) else f"{'':13}" for k, digits in (("mfu", 3), ("peak_gib", 1))
+        ]
+        if isinstance(section.run, partial) and section.run.func is ours:
+            cells += predictions(section, result, output, gpus, small, file)
+        lines.append(f"{key:32}{''.join(cells)}  {section.target}")
+    return "\n".join([*lines, *best(output, gpus, small, file)])
+
+
+def _rates_of(known: dict, output: Path) -> Path:
+    (output / "rates").mkdir(exist_ok=True)
+    path = output / "rates" / "rates.json"
+    path.write_text(json.dumps({name: known[name] for name in rates.Rates.__dataclass_fields__}))
+    return path
+
+
+def predictions(section: Section, result: dict, output: Path, gpus: int, small: bool, file: Path | None) -> list[str]:
+    model, data = inputs_of(section, output, small)
+    config, hf = config_of(section, model, data, gpus), read_config(model)
+    sample = sample_length(PackedDataset(TokenStore(data), section.length, 0))
+    tokens, cells = config.global_batch_size * section.length, []
+    for known in (rates.H100, rates.read_rates(file) if file else None):
+        if known is None:
+            cells.append(f"{'':13}")
+            continue
+        ratio = tokens / step_time(config, hf, result["gpus"], known, sample).total / result["tokens_per_second"]
+        cells.append(f"{ratio - 1:+13.1%}")
+    if not result["peak_gib"]:
+        return cells
+    return [*cells, f"{memory(config, hf, result['gpus']).total / GIB / result['peak_gib'] - 1:+13.1%}"]
+
+
+def best(output: Path, gpus: int, small: bool, file: Path | None) -> list[str]:
+    """The layouts that the advisor would choose."""
+    lines = []
+    for model, length in (("1.5b", LENGTH), ("7b", LENGTH), ("1.5b", 2**16), ("1.5b", 2**17)):
+        section = run(0, model, length=length)._replace(length=length // (SHORTER if small else 1))
+        folder, data = inputs_of(section, output, small)
+        config = dataclasses.replace(config_of(section, folder, data, gpus), global_batch_size=MICRO_BATCHES * gpus)
+        sample = sample_length(PackedDataset(TokenStore(data), section.length, 0))
+        chosen = advise(config, read_config(folder), gpus, rates.read_rates(file) if file else rates.H100, sample)[0]
+        rate = MICRO_BATCHES * length / chosen.time.total
+        lines.append(f"advised for {model} at {length:,}: {name(chosen)}, {rate:,.0f} tokens/s/GPU")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder for inputs and results")
+    parser.add_argument("--gpus", type=int, required=True)
+    parser.add_argument("--part", type=int, choices=[1, 2, 3], help="sections of one call; all by default")
+    parser.add_argument("--sections", nargs="*", choices=list(SECTIONS))
+    parser.add_argument("--seconds", type=int, default=85, help="time limit of a section")
+    parser.add_argument("--minutes", type=float, default=9.5, help="time limit of the call; 0 for none")
+    parser.add_argument("--small", action="store_true", help="tiny models, to try the script")
+    parser.add_argument("--here", choices=list(SECTIONS), help="run in this process")
+    arguments = parser.parse_args()
+    arguments.output = arguments.output.resolve()
+    if arguments.here:
+        section = sections(arguments.small)[arguments.here]
+        model, data = inputs_of(section, arguments.output, arguments.small)
+        run_here(arguments.here, section, config_of(section, model, data, arguments.gpus), arguments.output)
+    chosen = arguments.sections or [k for k, s in SECTIONS.items() if arguments.part in (None, s.part)]
+    began = time.time()
+    (arguments.output / "inputs").mkdir(parents=True, exist_ok=True)
+    make_traces(arguments.output / "inputs")
+    for section in sections(arguments.small).values():
+        inputs_of(section, arguments.output, arguments.small)  # once, not on every rank
+    for key in chosen:
+        limit = SLOW.get(key, arguments.seconds)
+        if arguments.minutes and time.time() - began + limit > 60 * arguments.minutes:
+            print(f"{key}: not run, less than {limit} s remain", flush=True)
+            continue
+        run_section(key, arguments, limit)
+    print(table(arguments.output, arguments.gpus, arguments.small))
+
+
+if __name__ == "__main__":
+    main()

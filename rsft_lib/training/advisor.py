@@ -1,0 +1,205 @@
+"""Layouts for a model, a sequence length and a number of GPUs, with predicted memory and step time, best first.
+
+    python -m rsft_lib.training.advisor MODEL --gpus 4 --seq-length 16384 [--sample-length 7000]
+
+MODEL is a folder with a `config.json`. Memory is counted from shapes (preflight.py), time from FLOPs and bytes
+(step_time.py) with this machine's rates (rates.py: measured once, else those of an H100).
+"""
+
+import argparse
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from transformers import PretrainedConfig
+
+from rsft_lib.common.paths import require_path
+from rsft_lib.data.packed import PackedDataset
+from rsft_lib.model.config import check_layout, read_config
+from rsft_lib.model.weight_map import expert_count
+from rsft_lib.training.config import CHOICES, TrainConfig
+from rsft_lib.training.datasets import open_datasets
+from rsft_lib.training.flops import training_flops
+from rsft_lib.training.preflight import GIB, memory
+from rsft_lib.training.rates import Rates, read_rates
+from rsft_lib.training.step_time import StepTime, step_time
+
+USABLE = 0.92  # of a GPU's memory; the rest is CUDA's own, and what the allocator cannot use
+NEARLY = (
+    1.01  # layouts within 1 % are equally fast: then the one with more precise states, and the simpler one, is better
+)
+LAYOUT = (
+    "tensor_parallel", "sequence_parallel", "pipeline_parallel", "context_parallel", "expert_parallel", "recompute",
+    "moments", "gradients",
+)  # fmt: skip
+
+
+class Advice(NamedTuple):
+    """A layout and its predicted costs."""
+
+    config: TrainConfig
+    nbytes: float
+    """Peak memory of a rank."""
+    time: StepTime
+
+    @property
+    def rank(self) -> tuple[float, int]:
+        """Order of preference: time with 1 % more for each simplification that it does without."""
+        config = self.config
+        low = (config.moments == "bf16") + (config.gradients == "bf16")
+        partitioned = sum(getattr(config, name) > 1 for name in LAYOUT if name.endswith("_parallel"))
+        return self.time.total * NEARLY ** (low + partitioned), partitioned
+
+
+def advise(
+    config: TrainConfig, hf: PretrainedConfig, ranks: int, rates: Rates, sample_length: float = 0.0
+) -> list[Advice]:
+    """The layouts of `config` that fit into memory, best first.
+
+    Args:
+        sample_length: see `step_time`.
+
+    Raises:
+        ValueError: none fits; the message has the one that needs least.
+    """
+    possible = [
+        Advice(one, memory(one, hf, ranks).total, step_time(one, hf, ranks, rates, sample_length))
+        for one in _layouts(config, hf, ranks)
+    ]
+    fitting = sorted((a for a in possible if a.nbytes < USABLE * rates.memory), key=lambda advice: advice.rank)
+    if not fitting:
+        least = min(possible, key=lambda advice: advice.nbytes, default=None)
+        needs = f"the smallest, {name(least)}, needs {least.nbytes / GIB:.1f} GiB" if least else "none is possible"
+        raise ValueError(
+            f"no layout fits {ranks} GPUs of {rates.memory / GIB:.1f} GiB at seq_length={config.seq_length} and "
+            f"global_batch_size={config.global_batch_size}: {needs}. Take more GPUs or a shorter seq_length"
+        )
+    return fitting
+
+
+def _layouts(config: TrainConfig, hf: PretrainedConfig, ranks: int) -> Iterator[TrainConfig]:
+    sizes = [2**n for n in range(ranks.bit_length()) if ranks % 2**n == 0]
+    experts = sizes if expert_count(hf) else [1]
+    states = (
+        [("fp32", "fp32")] if config.precision == "fp32" else [("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16")]
+    )
+    for tensor, pipeline, context, expert, recompute, (moments, gradients) in itertools.product(
+        sizes, sizes, sizes, experts, CHOICES["recompute"], states
+    ):
+        # Not possible: a size that does not divide the model, the ranks or the batch.
+        with suppress(ValueError):
+            layout = dataclasses.replace(
+                config, tensor_parallel=tensor, sequence_parallel=tensor > 1, pipeline_parallel=pipeline,
+                virtual_pipeline=1, context_parallel=context, expert_parallel=expert, expert_tensor_parallel=1,
+                recompute=recompute, moments=moments, gradients=gradients,
+            )  # fmt: skip
+            layout.data_parallel(ranks)
+            check_layout(hf, **layout.layout())
+            yield layout
+
+
+def laid_out(config: TrainConfig, layout: str, ranks: int) -> TrainConfig:
+    """`config` as it is given, or, with `layout` "auto", with the best layout for this machine, its data and `ranks`.
+
+    Raises:
+        ValueError: no layout fits.
+    """
+    if layout == "given":
+        return config
+    data = open_datasets(config).train
+    hf, rates = read_config(require_path(config.checkpoint, "checkpoint")), read_rates()
+    length = sample_length(data)
+    advice = advise(config, hf, ranks, rates, length)
+    print(table(advice, hf, ranks, rates, length))
+    return advice[0].config
+
+
+def sample_length(data: PackedDataset) -> float:
+    """The mean length of the sample that a token of the packs is in."""
+    return sum(data.costs) / (len(data) * data.seq_length)
+
+
+def name(advice: Advice) -> str:
+    """A layout in short, such as `TP2 CP2 selective, bf16 moments`."""
+    config = advice.config
+    short = {"TP": config.tensor_parallel, "PP": config.pipeline_parallel, "CP": config.context_parallel}
+    sizes = [f"{key}{size}" for key, size in (short | {"EP": config.expert_parallel}).items() if size > 1]
+    low = [key for key in ("moments", "gradients") if getattr(config, key) == "bf16"]
+    words = [*(sizes or ["replicas"]), *([config.recompute] if config.recompute != "none" else [])]
+    return " ".join(words) + (f", bf16 {' and '.join(low)}" if low else "")
+
+
+def table(
+    advice: list[Advice], hf: PretrainedConfig, ranks: int, rates: Rates, sample: float = 0.0, rows: int = 10
+) -> str:
+    """The best layouts, and why the first is before the others."""
+    best = advice[0]
+    tokens = best.config.global_batch_size * best.config.seq_length
+    flops = training_flops(hf, tokens, tokens * (sample or best.config.seq_length))
+    lines = [f"{'':44}{'s/step':>8}{'tokens/s/GPU':>14}{'TFLOP/s/GPU':>13}{'GiB':>7}"]
+    lines += [
+        f"{name(a):44}{a.time.total:8.2f}{tokens / a.time.total / ranks:14,.0f}"
+        f"{flops / a.time.total / ranks / 1e12:13.0f}{a.nbytes / GIB:7.1f}"
+        for a in _distinct(advice)[:rows]
+    ]
+    lines += [
+        f"rates: {rates.source or rates.device}; memory usable: {USABLE * rates.memory / GIB:.1f} GiB",
+        why(advice),
+    ]
+    return "\n".join(lines)
+
+
+def why(advice: list[Advice]) -> str:
+    """What the best layout does without that costs the next one of another kind its time."""
+    best = advice[0]
+    parts = ", ".join(f"{part} {value / best.time.total:.0%}" for part, value in vars(best.time).items() if value)
+    text = f"{name(best)} is best: its step is {parts}"
+    other = next((a for a in advice if _kind(a) != _kind(best)), None)
+    if other is None:
+        return text
+    slower = other.time.total / best.time.total - 1
+    if slower < 0:
+        return f"{text}; {name(other)} is {-slower:.1%} faster, not enough for less precise states or more partitioning"
+    costs = {part: value - getattr(best.time, part) for part, value in vars(other.time).items()}
+    part = max(costs, key=lambda part: costs[part])
+    return f"{text}; {name(other)} takes {slower:.0%} more, most of it for {part}"
+
+
+def _kind(advice: Advice) -> tuple:
+    return tuple(getattr(advice.config, key) for key in LAYOUT if key.endswith("_parallel"))
+
+
+def _distinct(advice: list[Advice]) -> list[Advice]:
+    """The best of those that differ in the dtypes of their states alone."""
+    found: dict[tuple, Advice] = {}
+    for one in advice:
+        found.setdefault((_kind(one), one.config.recompute), one)
+    return list(found.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--seq-length", type=int, default=16384)
+    parser.add_argument("--global-batch-size", type=int, default=128)
+    parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"])
+    parser.add_argument(
+        "--sample-length", type=float, default=0.0, help="mean length of a token's sample; 0: a whole pack"
+    )
+    parser.add_argument("--rates", type=Path, help="a file that rsft_lib.training.rates has written")
+    given = parser.parse_args()
+    hf, rates = read_config(given.model), read_rates(given.rates)
+    config = TrainConfig(
+        checkpoint=str(given.model), data="", output="", seq_length=given.seq_length, precision=given.precision,
+        global_batch_size=given.global_batch_size,
+    )  # fmt: skip
+    advice = advise(config, hf, given.gpus, rates, given.sample_length)
+    print(table(advice, hf, given.gpus, rates, given.sample_length))
+
+
+if __name__ == "__main__":
+    main()

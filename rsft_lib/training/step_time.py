@@ -1,0 +1,140 @@
+"""The time of a training step, predicted from counted FLOPs and bytes and from a machine's rates."""
+
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig
+
+from rsft_lib.model.config import head_dim
+from rsft_lib.model.weight_map import expert_count
+from rsft_lib.training.config import TrainConfig
+from rsft_lib.training.flops import attention_flops, layer_flops
+from rsft_lib.training.preflight import held_parameters
+from rsft_lib.training.rates import Rates
+
+FP8_PRODUCTS = 1.35  # speed of products in FP8 with their casts, over that in bf16
+EXPERT_PRODUCTS = 0.6  # speed of the small products of experts over that of large ones
+CHUNKED_ATTENTION = 0.8  # speed of attention between the two chunks of a context-parallel rank and the keys before them
+LATENCY = 30e-6  # seconds of an exchange of no bytes
+UPDATE_HIDES = 0.5  # share of a micro-batch behind which gradients and weights are exchanged
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of an optimizer step by cause, on the rank that takes longest."""
+
+    products: float
+    attention: float
+    elements: float
+    """Norms, activations, rotary embedding, residuals: limited by memory bandwidth."""
+    exchange: float
+    """Between tensor-, context- and expert-parallel ranks, while the GPU waits."""
+    host: float
+    """The GPU waits for the CPU to start its kernels."""
+    bubble: float
+    """Of the pipeline."""
+    update: float
+    """AdamW, and gradients and weights whose exchange is not hidden."""
+
+    @property
+    def total(self) -> float:
+        return sum(vars(self).values())
+
+
+def step_time(
+    config: TrainConfig, hf: PretrainedConfig, ranks: int, rates: Rates, sample_length: float = 0.0
+) -> StepTime:
+    """Predict a step of `config` on `ranks` ranks.
+
+    Args:
+        sample_length: mean length of the sample that a token is in, so the sum of squared lengths over the sum of
+            lengths; 0 for one sample per pack.
+    """
+    replicas = config.data_parallel(ranks)
+    micro_batches = config.global_batch_size // (replicas * config.micro_batch_size)
+    tokens = config.seq_length * config.micro_batch_size / config.context_parallel
+    products, attention = _products(config, hf, rates), _attention(config, hf, rates, sample_length)
+    parts = [tokens * products, tokens * attention, tokens * _elements(config, hf) / rates.copy]
+    layers = hf.num_hidden_layers / config.pipeline_parallel
+    exchange = layers * _exchange(config, hf, rates, tokens)
+    micro = sum(parts) + exchange
+    waits = max(0.0, layers * rates.host - micro)
+    bubble = (config.pipeline_parallel - 1) / config.virtual_pipeline * (micro + waits)
+    return StepTime(
+        products=micro_batches * parts[0],
+        attention=micro_batches * parts[1],
+        elements=micro_batches * parts[2],
+        exchange=micro_batches * exchange,
+        host=micro_batches * waits,
+        bubble=bubble,
+        update=_update(config, hf, ranks, rates, micro + waits),
+    )
+
+
+def _products(config: TrainConfig, hf: PretrainedConfig, rates: Rates) -> float:
+    """Seconds per token of the last pipeline stage, which also has the output layer."""
+    dense, experts = layer_flops(hf)
+    if config.recompute == "full":
+        dense, experts = dense * 4 / 3, experts * 4 / 3
+    elif config.recompute == "selective" and not expert_count(hf):
+        dense += 2 * hf.hidden_size * 2 * hf.intermediate_size  # the first product of the MLP
+    layers = hf.num_hidden_layers / config.pipeline_parallel
+    head = 6 * hf.hidden_size * hf.vocab_size / config.tensor_parallel
+    # With expert parallelism a rank has fewer experts and as many more tokens for each.
+    dense_of_rank, of_experts = layers * dense / config.tensor_parallel, layers * experts / config.tensor_parallel
+    faster = FP8_PRODUCTS if config.precision == "fp8" else 1.0  # of the layers
+    return ((dense_of_rank + of_experts / EXPERT_PRODUCTS) / faster + head) / rates.products
+
+
+def _attention(config: TrainConfig, hf: PretrainedConfig, rates: Rates, sample_length: float) -> float:
+    """Seconds per token."""
+    length = sample_length or config.seq_length
+    flops = attention_flops(hf, length) / config.pipeline_parallel / config.tensor_parallel
+    rate = rates.attention * length / (length + rates.half_length)
+    again = 4 / 3 if config.recompute == "full" else 1
+    return again * flops / rate / (CHUNKED_ATTENTION if config.context_parallel > 1 else 1)
+
+
+def _elements(config: TrainConfig, hf: PretrainedConfig) -> float:
+    """Bytes per token that are read and written besides products and attention, 2 for each value."""
+    tensor, experts = config.tensor_parallel, expert_count(hf)
+    hidden = hf.hidden_size / (tensor if config.sequence_parallel else 1)
+    inner = hf.moe_intermediate_size * hf.num_experts_per_tok if experts else hf.intermediate_size
+    # Of the MLP: forward 3, again 3, backward 6 times its inner size. Two norms, two residuals and rotary: 28 hidden.
+    layer = 12 * inner / tensor + 28 * hidden
+    if experts:  # rows to the experts and back, forward and backward, each gathered, scattered and summed
+        layer += 24 * hf.num_experts_per_tok * hidden
+    layer *= 4 / 3 if config.recompute == "full" else 1
+    return 2 * (layer * hf.num_hidden_layers / config.pipeline_parallel + 3 * hf.vocab_size / tensor)
+
+
+def _exchange(config: TrainConfig, hf: PretrainedConfig, rates: Rates, tokens: float) -> float:
+    """Seconds per layer and micro-batch between tensor-, context- and expert-parallel ranks."""
+    tensor, context, expert = config.tensor_parallel, config.context_parallel, config.expert_parallel
+    again = config.recompute == "full"
+    seconds = 0.0
+    if tensor > 1:
+        # Before and after attention and MLP, forward and backward; two inputs are gathered again for weight gradients.
+        times = 10 + 4 * again + (config.recompute == "selective") if config.sequence_parallel else 8 + 4 * again
+        seconds += times * _ring(2 * tokens * hf.hidden_size, tensor, rates)
+    if context > 1:  # keys and values of all ranks, and their gradients
+        width = 2 * hf.num_key_value_heads * head_dim(hf) / tensor
+        seconds += (2 + again) * _ring(2 * tokens * context * width, context, rates)
+    if expert > 1:
+        hidden = hf.hidden_size / (tensor if config.sequence_parallel else 1)
+        seconds += (4 + 2 * again) * _ring(2 * tokens * hf.num_experts_per_tok * hidden, expert, rates)
+    return seconds
+
+
+def _ring(nbytes: float, size: int, rates: Rates) -> float:
+    """Seconds to all-gather or reduce-scatter `nbytes`, the size of the whole, among `size` ranks."""
+    return LATENCY + nbytes * (size - 1) / size / rates.link(size) if size > 1 else 0.0
+
+
+def _update(config: TrainConfig, hf: PretrainedConfig, ranks: int, rates: Rates, micro: float) -> float:
+    held, sharded = held_parameters(config, hf, ranks)
+    gradient, moment = (2 if name == "bf16" else 4 for name in (config.gradients, config.moments))
+    # Weights and their lower bits, gradients and two moments, read and written; gradients are zeroed and summed before.
+    traffic = (sharded * (8 + 2 * gradient + 4 * moment) + held * gradient) / rates.copy
+    replicas = ranks // (config.tensor_parallel * config.pipeline_parallel)
+    exchange = _ring(held * (gradient + 2), replicas, rates)
+    return traffic + (max(0.0, exchange - UPDATE_HIDES * micro) if config.overlap else exchange)
