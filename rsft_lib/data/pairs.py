@@ -14,6 +14,7 @@ ROW = np.dtype(
         ("problem", "u8"),  # hash of everything before the answer, including a system prompt
         ("claim", "u8"),  # hash of problem and final answer; 0 if there is none
         ("wrong", "?"),  # the final answer differs from the record's field `answer`
+        ("difficulty", "f4"),  # the record's field `difficulty`; NaN without
         ("prompt", "i4"),  # lengths in tokens or characters
         ("answer", "i4"),
         ("offset", "i8"),  # position and size in the scratch file, in bytes
@@ -60,6 +61,21 @@ def not_shorter(rows: np.ndarray) -> Pairs:
     shorts, against = partners(rows, shorts, longs[np.argsort(rows["answer"][longs])])
     worse = rows["answer"][shorts] >= rows["answer"][against]
     return shorts[worse], against[worse]
+
+
+def unneeded(rows: np.ndarray, short_up_to: float) -> np.ndarray:
+    """The samples to drop, int64, so that each problem is answered in the one mode it needs.
+
+    A problem with answers in both modes keeps the short ones if one of them is known to be right (`disagreeing` has
+    left it, and it has a final answer), and, with `short_up_to`, if its difficulty is at most that; else the long ones.
+    One that was cut from a long answer is right, but no sign that the problem needs no thoughts: it takes a difficulty.
+    """
+    easy = rows["difficulty"] <= short_up_to if short_up_to else ~rows["cut"]
+    sure = np.unique(rows["problem"][(rows["mode"] == SHORT) & (rows["claim"] != 0) & easy])
+    long, short = (np.unique(rows["problem"][rows["mode"] == mode]) for mode in (THINK, SHORT))
+    both = np.isin(rows["problem"], np.intersect1d(long, short, assume_unique=True))
+    needed = np.where(np.isin(rows["problem"], sure), SHORT, THINK)
+    return np.flatnonzero(both & (rows["mode"] != needed))
 
 
 def coverage(rows: np.ndarray) -> dict[str, int]:

@@ -42,6 +42,7 @@ def origin_table(built: dict) -> Table:
         ("- rejected", records["rejected"]),
         ("- dropped: final answers disagree", records["disagreeing"]),
         ("+ short answers extracted from long ones", records["cut"]),
+        *([("- in the mode that their problem does not need", records["unneeded"])] if records["unneeded"] else []),
         ("= samples", sum(mode["samples"] for modes in built["balance"].values() for mode in modes.values())),
         *((names[modes], count) for modes, count in built["problems"].items()),
         *((f"finding: {what}", count) for what, count in built["findings"].items()),
