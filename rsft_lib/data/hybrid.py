@@ -70,8 +70,10 @@ def build_hybrid(
             `long` and `short`. A dataset without control tokens is accepted too: all of its samples have the mode
             'other'.
         cut_short: also cut short answers for the problems that `short` lacks.
-        modes: 'both' to keep all answers, so that the model learns both modes and chooses at random; 'by_need' to keep
-            one mode for each problem, so that it learns to choose: short where a short answer is known to be right.
+        modes: 'both' trains every control token, so that a model chooses between modes at random; 'by_need' teaches it
+            to choose: of a problem with answers in both modes, only the control token of the one that it needs is
+            trained, short where a short answer is known to be right. The other answer has `mode_given`, so that the
+            model can still be asked for either mode.
         short_up_to: with 'by_need', the maximum difficulty (field `difficulty`, a number) of problems answered short;
             0 for any.
         tokenizer: folder of the tokenizer that measures lengths; empty to measure characters.
@@ -129,9 +131,10 @@ def build_hybrid(
         reader.refuse_empty()
         _refuse_undeclared(scratch, rejects, reader.read.total(), forms)
         rejects.settle(reader.read.total())
-        consistent, findings = _consistent(scratch, on_disagreement)
-        kept = _needed(scratch.rows, consistent, short_up_to) if modes == "by_need" else consistent
-        facts["records"] = _counts(scratch.rows, consistent, rejects.count) | {"unneeded": len(consistent) - len(kept)}
+        kept, findings = _consistent(scratch, on_disagreement)
+        if modes == "by_need":
+            _mark_unneeded(scratch.rows, kept, short_up_to)
+        facts["records"] = _counts(scratch.rows, kept, rejects.count)
         facts["problems"] = coverage(scratch.rows[kept])
         facts["findings"] = dict(Counter(finding["finding"] for finding in findings))
         facts["unused_fields"] = dict(reader.unused)
@@ -283,15 +286,15 @@ def _consistent(scratch: Scratch, on_disagreement: str) -> tuple[np.ndarray, lis
     return kept, findings
 
 
-def _needed(rows: np.ndarray, kept: np.ndarray, short_up_to: float) -> np.ndarray:
-    """The samples of `kept` in the mode that their problem needs."""
+def _mark_unneeded(rows: np.ndarray, kept: np.ndarray, short_up_to: float) -> None:
+    """Mark the samples of `kept` in a mode that their problem does not need as of a given mode."""
     if short_up_to and np.isnan(rows["difficulty"][kept]).all():
         raise ValueError(f"{short_up_to=}, but no record has a number in the field `difficulty`; name it in `columns`")
-    return np.delete(kept, unneeded(rows[kept], short_up_to))
+    rows["given"][kept[unneeded(rows[kept], short_up_to)]] = True
 
 
 def _counts(rows: np.ndarray, kept: np.ndarray, rejected: int) -> dict[str, int]:
-    """Numbers of records; samples = read - rejected - disagreeing + cut - unneeded."""
+    """Numbers of records; samples = read - rejected - disagreeing + cut."""
     records, cut = int((~rows["cut"]).sum()), int(rows["cut"][kept].sum())
     return {
         "read": records + rejected,

@@ -316,7 +316,7 @@ def test_dates_decimals_and_years_that_python_has_not_cost_their_row_at_most(pat
     built = build_hybrid("", "", tmp_path / "out", 0, 0, hybrid=tmp_path / "rows.parquet", reject_limit=0.5)
     (line,) = (tmp_path / "out" / "train.jsonl").read_text().splitlines()
     assert json.loads(line)["id"] == str(date(1970, 1, 1)) and json.loads(line)["answer"] == "4.0"
-    assert built["records"] == {"read": 3, "rejected": 1, "disagreeing": 1, "cut": 0, "unneeded": 0}
+    assert built["records"] == {"read": 3, "rejected": 1, "disagreeing": 1, "cut": 0}
 
 
 # Nothing to read

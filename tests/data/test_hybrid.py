@@ -48,8 +48,11 @@ def read(folder: Path, split: str = "train") -> list[dict]:
     return [found for _, found in read_records(folder / "out" / f"{split}.jsonl")]
 
 
-def modes_of(folder: Path) -> dict[str, str]:
-    return {record["instruction"]: record["mode"] for record in read(folder)}
+def chosen(folder: Path) -> dict[str, str]:
+    """The mode that each question is trained to choose."""
+    records = [record for record in read(folder) if not record.get("mode_given")]
+    assert len({record["instruction"] for record in records}) == len(records)
+    return {record["instruction"]: record["mode"] for record in records}
 
 
 def findings(folder: Path) -> list[dict]:
@@ -145,9 +148,9 @@ def test_by_need_a_problem_is_short_where_a_short_answer_is_known_to_be_right(tm
             "short" if kind == "right" and easy else "think"
         )
     built = build(tmp_path, longs, shorts, modes="by_need", short_up_to=short_up_to)
-    assert modes_of(tmp_path) == expected and len(read(tmp_path)) == len(expected)
-    assert built["records"]["unneeded"] == len(longs) + len(shorts) - len(expected)
-    assert built["problems"]["both"] == 0
+    assert chosen(tmp_path) == expected and len(read(tmp_path)) == len(longs) + len(shorts)
+    choices = {mode: n["choices"] for mode, n in built["balance"]["train"].items()}
+    assert choices == Counter(expected.values())
 
 
 def test_a_short_answer_cut_from_a_long_one_is_no_sign_that_thoughts_are_not_needed(tmp_path):
@@ -155,13 +158,13 @@ def test_a_short_answer_cut_from_a_long_one_is_no_sign_that_thoughts_are_not_nee
     with pytest.raises(ValueError, match="those cut from long ones do not show"):
         build(tmp_path, longs, modes="by_need")
     build(tmp_path, longs, modes="by_need", short_up_to=2, columns={"difficulty": "level"})
-    assert modes_of(tmp_path) == {
+    assert chosen(tmp_path) == {
         "1 + 1 ?": "short",
         "2 + 2 ?": "short",
         "3 + 3 ?": "think",
     }
     build(tmp_path, longs, [record("3 + 3 ?", "Answer: 6")], cut_short=True, modes="by_need", overwrite=True)
-    assert modes_of(tmp_path) == {
+    assert chosen(tmp_path) == {
         "1 + 1 ?": "think",
         "2 + 2 ?": "think",
         "3 + 3 ?": "short",
@@ -185,7 +188,7 @@ def test_what_does_not_fit_by_need_is_refused(tmp_path, rules, message):
 
 def test_short_answers_are_cut_from_long_ones_where_none_are_given(tmp_path):
     longs = [record("1 + 1 ?", think("hm", "It is 2.\n\nAnswer: 2")), record("2 + 2 ?", think("hm", "4"))]
-    assert build(tmp_path, longs)["records"] == {"read": 2, "rejected": 0, "disagreeing": 0, "cut": 2, "unneeded": 0}
+    assert build(tmp_path, longs)["records"] == {"read": 2, "rejected": 0, "disagreeing": 0, "cut": 2}
     cut = {r["instruction"]: r["output"] for r in read(tmp_path) if r["mode"] == "short"}
     assert cut == {"1 + 1 ?": "<short>It is 2.\n\nAnswer: 2", "2 + 2 ?": "<short>4"}
 
@@ -239,7 +242,7 @@ def test_a_pair_whose_final_answers_differ_is_dropped_and_named(tmp_path):
     longs = [record(f"{i} ?", think("hm", rf"So it is \boxed{{{1000 + i}}}.")) for i in range(4)]
     shorts = [record(f"{i} ?", f"#### 1,{i:03d}.0") for i in range(3)] + [record("3  ?", "#### 1,004")]
     built = build(tmp_path, longs, shorts)
-    assert built["records"] == {"read": 8, "rejected": 0, "disagreeing": 2, "cut": 0, "unneeded": 0}
+    assert built["records"] == {"read": 8, "rejected": 0, "disagreeing": 2, "cut": 0}
     assert built["findings"] == {"final answers differ": 1} and len(read(tmp_path)) == 6
     (found,) = findings(tmp_path)
     assert [(a["place"].rpartition("/")[2], a["says"]) for a in found["answers"]] == [
@@ -264,7 +267,7 @@ def test_an_answer_that_is_not_the_records_own_is_dropped_and_its_cut_copy_too(t
         record("1 ?", think("hm", "Answer: 1"), answer="1.0"),
     ]
     built = build(tmp_path, longs)
-    assert built["records"] == {"read": 2, "rejected": 0, "disagreeing": 1, "cut": 1, "unneeded": 0}
+    assert built["records"] == {"read": 2, "rejected": 0, "disagreeing": 1, "cut": 1}
     assert [found["finding"] for found in findings(tmp_path)] == ["the final answer is not the field `answer`"]
     assert {(r["mode"], r["answer"]) for r in read(tmp_path)} == {("think", "1.0"), ("short", "1.0")}
 
@@ -475,10 +478,7 @@ def test_where_answers_declare_their_mode_one_that_does_not_is_rejected(tmp_path
     rows = [record("1 ?", "<short>1"), record("2 ?", think("hm", "2")), record("3 ?", "3"), record("4 ?", "x <think>")]
     path = write(tmp_path / "data.jsonl", rows)
     built = build_hybrid("", "", tmp_path / "out", 0, 0, hybrid=path, reject_limit=0.5)
-    assert (
-        built["records"] == {"read": 4, "rejected": 2, "disagreeing": 0, "cut": 0, "unneeded": 0}
-        and len(read(tmp_path)) == 2
-    )
+    assert built["records"] == {"read": 4, "rejected": 2, "disagreeing": 0, "cut": 0} and len(read(tmp_path)) == 2
     rejects = [json.loads(line) for line in (tmp_path / "out.rejected.jsonl").read_text().splitlines()]
     reasons = {row["line"]: row["reason"] for row in rejects}
     assert "begins with neither <think> nor <short>, as 2 others of this dataset do" in reasons[3]
@@ -561,7 +561,7 @@ def test_problems_that_differ_in_their_input_alone_are_two(tmp_path):
     cases = Path(REAL).parent / "cases" / "hybrid"
     built = build_hybrid(cases / "long_with_input.jsonl", cases / "short_with_input.jsonl", tmp_path / "out", 0, 0)
     assert built["problems"] == {"both": 3, "think_only": 0, "short_only": 0}
-    assert built["records"] == {"read": 6, "rejected": 0, "disagreeing": 0, "cut": 0, "unneeded": 0}
+    assert built["records"] == {"read": 6, "rejected": 0, "disagreeing": 0, "cut": 0}
 
 
 def test_nothing_left_is_an_error_and_leaves_nothing(tmp_path):

@@ -185,7 +185,7 @@ def test_a_single_sample_can_be_plotted(tmp_path):
 
 BUILT = {
     "unit": "tokens",
-    "records": {"read": 12, "rejected": 1, "disagreeing": 2, "cut": 3, "unneeded": 0},
+    "records": {"read": 12, "rejected": 1, "disagreeing": 2, "cut": 3},
     "problems": {"both": 4, "think_only": 2, "short_only": 1},
     "findings": {"final answers differ": 1},
     "balance": {

@@ -23,9 +23,10 @@ def balance_table(built: dict) -> Table:
         total = sum(mode["answer"] for mode in modes.values())
         for mode, n in modes.items():
             mean = round(n["answer"] / n["samples"]) if n["samples"] else 0
-            rows.append((split, mode, n["samples"], n["prompt"], n["answer"], mean, n["answer"] / total))
+            rows.append((split, mode, n["samples"], n["choices"], n["prompt"], n["answer"], mean, n["answer"] / total))
     columns = (
-        "split", "mode", "samples", f"prompt {unit}", f"answer {unit}", f"{unit} per answer", f"share of answer {unit}",
+        "split", "mode", "samples", "choices", f"prompt {unit}", f"answer {unit}", f"{unit} per answer",
+        f"share of answer {unit}",
     )  # fmt: skip
     return Table("balance", columns, rows)
 
@@ -42,7 +43,6 @@ def origin_table(built: dict) -> Table:
         ("- rejected", records["rejected"]),
         ("- dropped: final answers disagree", records["disagreeing"]),
         ("+ short answers extracted from long ones", records["cut"]),
-        *([("- in the mode that their problem does not need", records["unneeded"])] if records["unneeded"] else []),
         ("= samples", sum(mode["samples"] for modes in built["balance"].values() for mode in modes.values())),
         *((names[modes], count) for modes, count in built["problems"].items()),
         *((f"finding: {what}", count) for what, count in built["findings"].items()),
