@@ -32,6 +32,8 @@ QWEN2_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
+STEPS = {1: 0.65, 2: 0.2, 3: 0.1, 4: 0.05}  # steps of a problem -> share of such problems
+MOST = 20_000
 NAMES = ["Anna", "Ben", "Carl", "Dora", "Emil", "Fay", "Gus", "Hanna"]
 THINGS = ["apples", "books", "coins", "eggs", "cards", "pens", "shells", "stamps"]
 GAINS, LOSSES = ["buys", "finds", "gets"], ["loses", "sells", "gives away"]
@@ -77,36 +79,46 @@ def make_sources(folder: str | Path, count: int, seed: int) -> Path:
     folder, made = resolve(folder), list(problems(count, seed))
     with new_folder(folder, {"made_by": "demo.make_sources", "seed": seed, "problems": count}) as temporary:
         for name, field in (("long", "think"), ("short", "short")):
-            records = ({"instruction": p["problem"], "output": p[field], "answer": p["answer"]} for p in made)
+            records = (
+                {"instruction": p["problem"], "output": p[field], "answer": p["answer"], "difficulty": p["steps"]}
+                for p in made
+            )
             lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
             (temporary / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
     return folder
 
 
 def problems(count: int, seed: int) -> Iterator[dict]:
-    """Yield `count` word problems with `problem`, `think`, `short` and `answer`, all strings.
+    """Yield `count` word problems with `problem`, `think`, `short`, `answer`, all strings, and `steps`, 1 to 4.
 
-    No two have the same sequence of numbers, so a held-out problem never paraphrases a training problem.
+    No two have the same text, and none with several steps the same sequence of numbers, so a held-out one never
+    paraphrases a training problem. Of one step there are too few sequences for that: those repeat with other names.
 
     >>> next(problems(1, seed=0))["think"]
-    '<think>\\nStart: sixteen. Now: sixteen plus three is nineteen. Now: ...'
+    '<think>\\nStart: fourteen. Now: fourteen plus one is fifteen.\\n</think>\\n\\nAnswer: fifteen'
 
     Raises:
-        ValueError: `count` exceeds the number of distinct problems.
+        ValueError: `count` exceeds 20,000; distinct problems would be hard to find.
     """
-    rng, walks = random.Random(seed), _walks(changes=3)
-    if count > len(walks):
-        raise ValueError(f"{count} problems requested, but only {len(walks)} are distinct")
-    for totals in rng.sample(walks, count):
-        yield _problem(rng, totals)
+    if count > MOST:
+        raise ValueError(f"{count} problems requested, but at most {MOST:,} are made")
+    rng, seen = random.Random(seed), set()
+    while len(seen) < count:
+        steps = rng.choices(*zip(*STEPS.items(), strict=True))[0]
+        totals = _walk(rng, steps)
+        problem = _problem(rng, totals) | {"steps": steps}
+        known = totals if steps > 1 else problem["problem"]
+        if known not in seen:
+            seen.add(known)
+            yield problem
 
 
-def _walks(changes: int) -> list[tuple[int, ...]]:
-    """All sequences of totals within `NUMBERS` with the given number of changes, each by one to nine."""
-    walks: list[tuple[int, ...]] = [(start,) for start in range(1, len(NUMBERS))]
-    for _ in range(changes):
-        walks = [(*w, total) for w in walks for total in range(len(NUMBERS)) if 0 < abs(total - w[-1]) < 10]
-    return walks
+def _walk(rng: random.Random, steps: int) -> tuple[int, ...]:
+    """Totals within `NUMBERS` that change by one to nine with each step."""
+    totals = [rng.randrange(1, len(NUMBERS))]
+    for _ in range(steps):
+        totals.append(rng.choice([total for total in range(len(NUMBERS)) if 0 < abs(total - totals[-1]) < 10]))
+    return tuple(totals)
 
 
 def _problem(rng: random.Random, totals: tuple[int, ...]) -> dict:

@@ -3,6 +3,8 @@
 {"messages": [...]}   {"conversations": [{"from": "human", "value": ...}, ...]}     OpenAI, ShareGPT
 {"instruction": ..., "input": ..., "output": ..., "system": ..., "history": [[question, answer], ...]}     Alpaca
 {"prompt": ..., "response": ...}   {"problem": ..., "solution": ...}
+
+A message, or a record of the last two layouts, may have `mode_given` (`tokenizer.chat`).
 """
 
 from collections.abc import Iterator
@@ -13,14 +15,14 @@ from rsft_lib.tokenizer.chat import REASONING
 PAIRS = (("instruction", "output"), ("prompt", "response"), ("problem", "solution"))
 CHATS = ("messages", "conversations")
 LAYOUTS = (*((name,) for name in CHATS), *PAIRS)
-RULES = 2  # version of the conversion; increase it when records convert differently, so that outputs are rebuilt
+RULES = 3  # version of the conversion; increase it when records convert differently, so that outputs are rebuilt
 SYSTEM = ("system", "system_prompt")  # becomes the first message
 
 # ShareGPT's names for OpenAI's message fields and roles.
 SHAREGPT_KEYS = {"from": "role", "value": "content"}
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
 ROLES = ("system", "user", "assistant", "tool")
-MESSAGE_FIELDS = {"role", "content", "name", "tool_calls", "tool_call_id", "train", "weight", *REASONING}
+MESSAGE_FIELDS = {"role", "content", "name", "tool_calls", "tool_call_id", "train", "weight", "mode_given", *REASONING}
 
 
 class Conversation(NamedTuple):
@@ -48,6 +50,9 @@ def conversation(record: dict, columns: dict[str, str] | None = None) -> Convers
     if layout in PAIRS:
         prompt, response = layout
         messages = _turns(known, prompt, response, used)
+        if known.get("mode_given") is True:
+            used.add("mode_given")
+            messages[-1]["mode_given"] = True
     else:
         (name,) = layout
         messages = [_message(message, f"{name}[{i}]", unused) for i, message in enumerate(_list(known[name], name))]
@@ -154,8 +159,7 @@ def _message(message, place: str, unused: list[str]) -> dict:
     role = message["role"] = SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
     if role not in ROLES:
         raise ValueError(f"{place}: role is {role!r:.60}, expected one of {', '.join(ROLES)}")
-    if not isinstance(message.get("train", True), bool):
-        raise ValueError(f"{place}: train is {message['train']!r:.60}, expected true or false")
+    _check_flags(message, place)
     for name in REASONING:
         if name in message:
             message[name] = _text(message[name], f"{place}.{name}", empty=True)
@@ -186,6 +190,12 @@ def _with_openai_keys(message: dict, place: str) -> dict:
             )
         renamed[name] = value
     return renamed
+
+
+def _check_flags(message: dict, place: str) -> None:
+    for name in ("train", "mode_given"):
+        if not isinstance(message.get(name, True), bool):
+            raise ValueError(f"{place}: {name} is {message[name]!r:.60}, expected true or false")
 
 
 def _check_calls(calls, place: str) -> None:

@@ -21,7 +21,7 @@ from rsft_lib.common.artifact import file_hash, new_folder, reusable
 from rsft_lib.common.paths import require_path, resolve
 from rsft_lib.data.conversation import RULES
 from rsft_lib.data.encoder import Encoder, Tokens, best_encoder
-from rsft_lib.data.pairs import OTHER, balance, coverage, disagreeing, held_back, not_shorter
+from rsft_lib.data.pairs import OTHER, balance, coverage, disagreeing, held_back, not_shorter, unneeded
 from rsft_lib.data.records import Source, source_of
 from rsft_lib.data.rejects import Reject, Rejects, reject
 from rsft_lib.data.samples import Sample, Style, cut_sample, declared_sample, long_sample, short_sample
@@ -42,6 +42,8 @@ def build_hybrid(
     *,
     hybrid: str | Path = "",
     cut_short: bool = False,
+    modes: str = "both",
+    short_up_to: float = 0.0,
     tokenizer: str | Path = "",
     columns: dict[str, str] | None = None,
     dialect: str = THINKLESS.name,
@@ -68,6 +70,12 @@ def build_hybrid(
             `long` and `short`. A dataset without control tokens is accepted too: all of its samples have the mode
             'other'.
         cut_short: also cut short answers for the problems that `short` lacks.
+        modes: 'both' trains every control token, so that a model chooses between modes at random; 'by_need' teaches it
+            to choose: of a problem with answers in both modes, only the control token of the one that it needs is
+            trained, short where a short answer is known to be right. The other answer has `mode_given`, so that the
+            model can still be asked for either mode.
+        short_up_to: with 'by_need', the maximum difficulty (field `difficulty`, a number) of problems answered short;
+            0 for any.
         tokenizer: folder of the tokenizer that measures lengths; empty to measure characters.
         columns: field -> its name in the inputs, e.g. {'prompt': 'question', 'response': 'answer'}.
         dialect: how prompts ask for a mode and answers begin in it, a name in `tokenizer.dialect.DIALECTS`; earlier
@@ -87,13 +95,14 @@ def build_hybrid(
         ValueError: too many records are unusable, answers disagree and `on_disagreement` is 'error', an input is
             empty, or no sample is left.
     """
+    forms = dialect_of({"dialect": dialect})
     if not 0 <= held_out < 1 or on_disagreement not in ("drop", "error"):
         raise ValueError(f"{held_out=} must be at least 0 and below 1, and {on_disagreement=} 'drop' or 'error'")
-    forms = dialect_of({"dialect": dialect})
     if empty_think and forms.empty_block:
         raise ValueError(f"empty_think: in the dialect {dialect} an empty chain of thought is the short mode")
     if hybrid and cut_short:
         raise ValueError("cut_short is for `long`: from a hybrid dataset no short answers are cut")
+    _check_modes(modes, short_up_to, forms, bool(short or hybrid))
     given = [(long, long_sample), *([(short, short_sample)] if short else [])]
     given = [(hybrid, declared_sample)] if hybrid else given
     inputs = [(source_of(data, INPUT_NAMES[make]), make) for data, make in given]
@@ -102,7 +111,7 @@ def build_hybrid(
         "made_by": "build_hybrid", "rules": RULES,
         "sources": {str(source): source.facts()["data_sha256"] for source in sources},
         "held_out": held_out, "seed": seed, "cut_short": cut_short, "columns": columns or {},
-        "dialect": dialect, "empty_think": empty_think,
+        "dialect": dialect, "empty_think": empty_think, "modes": modes, "short_up_to": short_up_to,
         "on_disagreement": on_disagreement, "unit": "tokens" if tokenizer else "characters",
         "tokenizer_sha256": _tokenizer_hash(tokenizer),
     }  # fmt: skip
@@ -123,6 +132,8 @@ def build_hybrid(
         _refuse_undeclared(scratch, rejects, reader.read.total(), forms)
         rejects.settle(reader.read.total())
         kept, findings = _consistent(scratch, on_disagreement)
+        if modes == "by_need":
+            _mark_unneeded(scratch.rows, kept, short_up_to)
         facts["records"] = _counts(scratch.rows, kept, rejects.count)
         facts["problems"] = coverage(scratch.rows[kept])
         facts["findings"] = dict(Counter(finding["finding"] for finding in findings))
@@ -132,6 +143,22 @@ def build_hybrid(
         lines = (json.dumps(finding, ensure_ascii=False) + "\n" for finding in findings)
         (temporary / FINDINGS).write_text("".join(lines), encoding="utf-8")
     return facts
+
+
+def _check_modes(modes: str, short_up_to: float, dialect: Dialect, answered_short: bool) -> None:
+    if modes not in ("both", "by_need"):
+        raise ValueError(f"{modes=} must be 'both' or 'by_need'")
+    if modes == "both" and short_up_to:
+        raise ValueError(f"{short_up_to=} is for modes 'by_need'; modes is 'both', which keeps all short answers")
+    if modes == "by_need" and dialect.empty_block:
+        raise ValueError(
+            f"modes is 'by_need', but in the dialect {dialect.name} the question chooses the mode: use 'both'"
+        )
+    if modes == "by_need" and not (answered_short or short_up_to):
+        raise ValueError(
+            "modes is 'by_need', but there are no short answers; those cut from long ones do not show which problems "
+            "need no thoughts. Give `short`, or `short_up_to`, a maximum difficulty"
+        )
 
 
 def _tokenizer_hash(tokenizer: str | Path) -> str:
@@ -257,6 +284,13 @@ def _consistent(scratch: Scratch, on_disagreement: str) -> tuple[np.ndarray, lis
     for short, long in zip(*not_shorter(rows[kept]), strict=True):
         findings.append(scratch.finding("the short answer is no shorter", kept[long], kept[short]))
     return kept, findings
+
+
+def _mark_unneeded(rows: np.ndarray, kept: np.ndarray, short_up_to: float) -> None:
+    """Mark the samples of `kept` in a mode that their problem does not need as of a given mode."""
+    if short_up_to and np.isnan(rows["difficulty"][kept]).all():
+        raise ValueError(f"{short_up_to=}, but no record has a number in the field `difficulty`; name it in `columns`")
+    rows["given"][kept[unneeded(rows[kept], short_up_to)]] = True
 
 
 def _counts(rows: np.ndarray, kept: np.ndarray, rejected: int) -> dict[str, int]:

@@ -14,6 +14,8 @@ ROW = np.dtype(
         ("problem", "u8"),  # hash of everything before the answer, including a system prompt
         ("claim", "u8"),  # hash of problem and final answer; 0 if there is none
         ("wrong", "?"),  # the final answer differs from the record's field `answer`
+        ("given", "?"),  # its mode is given, not chosen: the control token is not trained
+        ("difficulty", "f4"),  # the record's field `difficulty`; NaN without
         ("prompt", "i4"),  # lengths in tokens or characters
         ("answer", "i4"),
         ("offset", "i8"),  # position and size in the scratch file, in bytes
@@ -62,6 +64,21 @@ def not_shorter(rows: np.ndarray) -> Pairs:
     return shorts[worse], against[worse]
 
 
+def unneeded(rows: np.ndarray, short_up_to: float) -> np.ndarray:
+    """The samples, int64, in a mode that their problem does not need.
+
+    A problem with answers in both modes needs the short one if it is known to be right (`disagreeing` has left it, and
+    it has a final answer), and, with `short_up_to`, if its difficulty is at most that; else the long one. An answer cut
+    from a long one is right, but no sign that the problem needs no thoughts: it takes a difficulty.
+    """
+    easy = rows["difficulty"] <= short_up_to if short_up_to else ~rows["cut"]
+    sure = np.unique(rows["problem"][(rows["mode"] == SHORT) & (rows["claim"] != 0) & easy])
+    long, short = (np.unique(rows["problem"][rows["mode"] == mode]) for mode in (THINK, SHORT))
+    both = np.isin(rows["problem"], np.intersect1d(long, short, assume_unique=True))
+    needed = np.where(np.isin(rows["problem"], sure), SHORT, THINK)
+    return np.flatnonzero(both & (rows["mode"] != needed))
+
+
 def coverage(rows: np.ndarray) -> dict[str, int]:
     """The number of problems by the modes of their answers."""
     if (rows["mode"] == OTHER).any():
@@ -86,6 +103,10 @@ def balance(rows: np.ndarray) -> dict[str, dict[str, int]]:
     modes = (OTHER,) if (rows["mode"] == OTHER).any() else (THINK, SHORT)
     by_mode = {MODE_NAMES[mode]: rows[rows["mode"] == mode] for mode in modes}
     return {
-        mode: {"samples": len(r), **{name: int(r[name].sum(dtype=np.int64)) for name in ("prompt", "answer")}}
+        mode: {
+            "samples": len(r),
+            "choices": int((~r["given"]).sum()),
+            **{name: int(r[name].sum(dtype=np.int64)) for name in ("prompt", "answer")},
+        }
         for mode, r in by_mode.items()
     }

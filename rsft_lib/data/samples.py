@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from typing import NamedTuple
 
 from rsft_lib.data.answers import final_answer, normalized
@@ -10,7 +11,7 @@ from rsft_lib.data.records import Row, parse
 from rsft_lib.tokenizer.chat import REASONING
 from rsft_lib.tokenizer.dialect import END_THINK, MODE_NAMES, SHORT, TAGS, THINK, Dialect
 
-COPIED = ("id", "answer")  # fields copied from the record to the sample, unless they are its question or answer
+COPIED = ("id", "answer", "difficulty")  # fields copied from the record to the sample, unless used in it otherwise
 
 
 class Sample(NamedTuple):
@@ -140,6 +141,7 @@ def _read(row: Row, columns: dict[str, str], style: Style, mode_of) -> Sample:
         "problem": _hash(problem),
         "claim": _hash(problem, claim) if claim else 0,
         "wrong": bool(final and stated and normalized(final) != normalized(stated)),
+        "difficulty": _number(record.get(columns.get("difficulty", "difficulty"))),
     }
     return Sample(sample, _line(sample), context, facts, tuple(left_out))
 
@@ -196,6 +198,14 @@ def _stated(record: dict) -> str | None:
     if not isinstance(stated, str | int | float) or not str(stated).strip():
         return None
     return final_answer(str(stated)) or str(stated)
+
+
+def _number(value) -> float:
+    """A field as a number; NaN for any other text."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
 
 
 def _line(record: dict) -> bytes:

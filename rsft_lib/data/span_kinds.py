@@ -66,7 +66,7 @@ def _spans(labels: np.ndarray, mode: int, control: Control) -> np.ndarray:
     """The span of each label of one answer."""
     chosen = mode < len(MODES) and control.openings[mode].offset == 0  # else the prompt decides, or nothing
     spans = np.full(len(labels), SPAN_NAMES.index("answer"))
-    if labels[0] == control.think:
+    if labels[0] == control.think or mode == MODE_NAMES.index("think"):
         ends = np.flatnonzero(labels == control.end_think)
         spans[: ends[0] + 1 if len(ends) else len(labels)] = SPAN_NAMES.index("think")
     if chosen and len(labels) > control.at and int(labels[control.at]) in control.modes:

@@ -1,7 +1,8 @@
 """Render conversations with a chat template, tokenize them, and compute the loss mask.
 
 A conversation is a list of messages with `role` (system, user, assistant, tool) and `content`. An assistant message
-may have `train: false`, which makes it context only, or `weight`, a factor on the loss of its tokens.
+may have `train: false`, which makes it context only, `weight`, a factor on the loss of its tokens, or
+`mode_given: true`, with which its control token is context, as in a prompt that asks for the mode.
 """
 
 import json
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rsft_lib.tokenizer.chat_template import ChatTemplate, Span
-from rsft_lib.tokenizer.dialect import THINKLESS, Dialect
+from rsft_lib.tokenizer.dialect import TAGS, THINKLESS, Dialect
 
 # Message fields in which other tools keep the chain of thought.
 REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -160,7 +161,9 @@ def _trained_spans(
         end = start + _check_answer(messages[turn], turn, text[start:end], eos)
         code = weight_code(messages[turn]) if turns == "all" or turn == answer_turns[-1] else 0
         if code:
-            spans.append(Span(start + len(context) * text.startswith(context, start), end, code))
+            given = TAGS.match(text, start) if messages[turn].get("mode_given") else None
+            start = given.end() if given else start + len(context) * text.startswith(context, start)
+            spans.append(Span(start, end, code))
     if not spans:
         raise ValueError("the conversation has no assistant message to train on")
     return spans

@@ -33,7 +33,10 @@ class Form(NamedTuple):
 
 
 class Opening(NamedTuple):
-    """The tokens with which the answers in a mode begin, `offset` tokens after the first trained one (0 or below)."""
+    """The tokens with which the answers in a mode begin, `offset` tokens after the first trained one (0 or below).
+
+    Of an answer whose mode was given they are the last tokens that are not trained.
+    """
 
     ids: tuple[int, ...]
     offset: int = 0
@@ -221,10 +224,10 @@ def modes_of(tokens: np.ndarray, first: np.ndarray, openings: Iterable[Opening])
     """
     modes = np.full(len(first), MODE_NAMES.index("other"), dtype=np.uint8)
     for mode, (ids, offset) in enumerate(openings):
-        places = first[:, None] + offset + np.arange(len(ids))  # [answers, ids]
-        inside = ((places >= 0) & (places < len(tokens))).all(axis=1)
-        found = (tokens[places.clip(0, len(tokens) - 1)] == np.array(ids, dtype=np.int64)).all(axis=1)
-        if ids:
+        for begins in {offset, -len(ids)} if ids else ():
+            places = first[:, None] + begins + np.arange(len(ids))  # [answers, ids]
+            inside = ((places >= 0) & (places < len(tokens))).all(axis=1)
+            found = (tokens[places.clip(0, len(tokens) - 1)] == np.array(ids, dtype=np.int64)).all(axis=1)
             modes[inside & found] = mode
     return modes
 

@@ -48,6 +48,13 @@ def read(folder: Path, split: str = "train") -> list[dict]:
     return [found for _, found in read_records(folder / "out" / f"{split}.jsonl")]
 
 
+def chosen(folder: Path) -> dict[str, str]:
+    """The mode that each question is trained to choose."""
+    records = [record for record in read(folder) if not record.get("mode_given")]
+    assert len({record["instruction"] for record in records}) == len(records)
+    return {record["instruction"]: record["mode"] for record in records}
+
+
 def findings(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "out" / FINDINGS).read_text().splitlines()]
 
@@ -121,6 +128,62 @@ def test_a_problem_in_other_white_space_is_the_same_and_either_file_may_lack_it(
     assert built["problems"] == {"both": 10, "think_only": 10, "short_only": 10}
     sides = [{" ".join(r["instruction"].split()) for r in read(tmp_path, split)} for split in ("train", "heldout")]
     assert not sides[0] & sides[1] and [len(side) for side in sides] == [15, 15]
+
+
+@pytest.mark.parametrize("short_up_to", [0, 2])
+def test_by_need_a_problem_is_short_where_a_short_answer_is_known_to_be_right(tmp_path, short_up_to):
+    """Compared with the rule, read from the records one by one."""
+    rng = random.Random(short_up_to)
+    longs, shorts, expected = [], [], {}
+    for i in range(200):
+        problem, right = f"What is {i} + {i}?", f"Answer: {2 * i}"
+        level = rng.choice([1, 2, 3, "hard", None])
+        both, kind = rng.choice(["both", "long", "short"]), rng.choice(["right", "unmarked"])
+        if both != "short":
+            longs.append(record(problem, think("hm", right), difficulty=level))
+        if both != "long":
+            shorts.append(record(problem, right if kind == "right" else f"{2 * i}", difficulty=level))
+        easy = not short_up_to or (isinstance(level, int) and level <= short_up_to)
+        expected[problem] = {"long": "think", "short": "short"}.get(both) or (
+            "short" if kind == "right" and easy else "think"
+        )
+    built = build(tmp_path, longs, shorts, modes="by_need", short_up_to=short_up_to)
+    assert chosen(tmp_path) == expected and len(read(tmp_path)) == len(longs) + len(shorts)
+    choices = {mode: n["choices"] for mode, n in built["balance"]["train"].items()}
+    assert choices == Counter(expected.values())
+
+
+def test_a_short_answer_cut_from_a_long_one_is_no_sign_that_thoughts_are_not_needed(tmp_path):
+    longs = [record(f"{i} + {i} ?", think("hm", f"Answer: {2 * i}"), level=i) for i in (1, 2, 3)]
+    with pytest.raises(ValueError, match="those cut from long ones do not show"):
+        build(tmp_path, longs, modes="by_need")
+    build(tmp_path, longs, modes="by_need", short_up_to=2, columns={"difficulty": "level"})
+    assert chosen(tmp_path) == {
+        "1 + 1 ?": "short",
+        "2 + 2 ?": "short",
+        "3 + 3 ?": "think",
+    }
+    build(tmp_path, longs, [record("3 + 3 ?", "Answer: 6")], cut_short=True, modes="by_need", overwrite=True)
+    assert chosen(tmp_path) == {
+        "1 + 1 ?": "think",
+        "2 + 2 ?": "think",
+        "3 + 3 ?": "short",
+    }
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ({"modes": "by_need", "short_up_to": 2}, "no record has a number in the field `difficulty`"),
+        ({"modes": "by_need", "dialect": "qwen3"}, "in the dialect qwen3 the question chooses the mode"),
+        ({"short_up_to": 2}, "is for modes 'by_need'"),
+        ({"modes": "need"}, "'both' or 'by_need'"),
+    ],
+)
+def test_what_does_not_fit_by_need_is_refused(tmp_path, rules, message):
+    with pytest.raises(ValueError, match=message):
+        build(tmp_path, [record("1 + 1 ?", think("hm", "2"))], [record("1 + 1 ?", "2")], **rules)
+    assert not (tmp_path / "out").exists()
 
 
 def test_short_answers_are_cut_from_long_ones_where_none_are_given(tmp_path):

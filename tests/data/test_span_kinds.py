@@ -36,6 +36,17 @@ def test_modes_and_spans_of_a_conversation():
     assert named(kinds(labels, trained, CONTROL)[trained]) == expected
 
 
+def test_an_answer_in_a_given_mode_is_of_that_mode_and_has_no_choice():
+    """
+    labels   9  <think> 9 </think> 9 <eos>  9  <short> 9 <eos>
+    trained  0     0    1    1     1   1    0     0    1   1
+    """
+    labels = np.array([WORD, THINK, WORD, END, WORD, EOS, WORD, SHORT, WORD, EOS])
+    trained = np.array([0, 0, 1, 1, 1, 1, 0, 0, 1, 1], dtype=bool)
+    expected = ["think/think", "think/think", "think/answer", "think/eos", "short/answer", "short/eos"]
+    assert named(kinds(labels, trained, CONTROL)[trained]) == expected
+
+
 def test_an_answer_without_a_control_token_has_another_mode_and_one_without_an_end_is_all_thought():
     answer = np.array([WORD, END, EOS])
     assert named(kinds(answer, np.ones(3, dtype=bool), CONTROL)) == ["other/answer", "other/answer", "other/eos"]

@@ -49,8 +49,8 @@ def tokenizer(tmp_path_factory):
     return load_tokenizer(folder / "patched")
 
 
-def conversation(answer: str, question: str = "How many?") -> list[dict]:
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+def conversation(answer: str, question: str = "How many?", **extra) -> list[dict]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer, **extra}]
 
 
 def shown(tokenizer, messages: list[dict], **how):
@@ -111,6 +111,15 @@ def test_segment_kinds_are_written_out(tokenizer):
         assert places == sorted(places)
     assert [s.kind for s in shown(tokenizer, conversation("<short>four")).segments] == ["context", "short", "EOS"]
     assert shown(tokenizer, conversation("four")).mode == "other"
+
+
+def test_an_answer_in_a_given_mode_is_shown_in_it_and_without_a_warning(tokenizer):
+    view = shown(tokenizer, conversation(THOUGHT, mode_given=True))
+    texts = {s.kind: view.text.between(s.start, s.end) for s in view.segments}
+    assert texts["context"].endswith("<｜Assistant｜><think>") and texts["think"] == "\ntwo plus two\n</think>"
+    assert view.mode == "think" and view.remarks == []
+    view = shown(tokenizer, conversation("<short>four", mode_given=True))
+    assert [s.kind for s in view.segments] == ["context", "short", "EOS"] and view.mode == "short" and not view.remarks
 
 
 def test_the_header_counts_tokens_trained_tokens_and_spans(tokenizer):

@@ -100,6 +100,14 @@ def test_a_message_may_be_context_only_or_weigh_less(tokenizer):
         encode(tokenizer, conversation("<short>one", train=False))
 
 
+@pytest.mark.parametrize(("mode", "answer"), [("think", THOUGHT), ("short", "<short>four")])
+def test_of_an_answer_in_a_given_mode_the_mask_begins_where_the_prompt_that_asks_for_it_ends(tokenizer, mode, answer):
+    chosen, given = (encode(tokenizer, conversation(answer, mode_given=value)) for value in (False, True))
+    prompt = prompt_ids(tokenizer, conversation("")[:1], mode)
+    assert given.ids == chosen.ids and chosen.loss_mask == encode(tokenizer, conversation(answer)).loss_mask
+    assert given.loss_mask == [0] * len(prompt) + [1] * (len(given.ids) - len(prompt))
+
+
 def test_weights_are_hundredths_and_others_are_refused():
     for weight in (0, 0.01, 0.5, 1, 1.0, 1.3, 2.54):
         assert LOSS_WEIGHTS[weight_code({"weight": weight})] == np.float32(weight)

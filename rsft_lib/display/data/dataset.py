@@ -24,9 +24,10 @@ def balance_table(built: dict) -> Table:
         total = sum(mode["answer"] for mode in modes.values())
         for mode, n in modes.items():
             mean = round(n["answer"] / n["samples"]) if n["samples"] else 0
-            rows.append((split, mode, n["samples"], n["prompt"], n["answer"], mean, n["answer"] / total))
+            rows.append((split, mode, n["samples"], n["choices"], n["prompt"], n["answer"], mean, n["answer"] / total))
     columns = (
-        "split", "mode", "samples", f"prompt {unit}", f"answer {unit}", f"{unit} per answer", f"share of answer {unit}",
+        "split", "mode", "samples", "choices", f"prompt {unit}", f"answer {unit}", f"{unit} per answer",
+        f"share of answer {unit}",
     )  # fmt: skip
     return Table("balance", columns, rows)
 

@@ -105,7 +105,8 @@ def segments(ids: np.ndarray, weights: np.ndarray, marks: Marks, forms: Forms) -
         else:
             state = SHORT_ANSWER if start in short else state  # after an empty think block
             state = {marks.think: THOUGHT, marks.short: SHORT_ANSWER}.get(token, state)
-            state = ANSWER if state == CONTEXT else state
+            if state == CONTEXT:  # after the control token, if the mode was given
+                state = {marks.think: THOUGHT, marks.short: SHORT_ANSWER}.get(int(ids[start - 1]), ANSWER)
             kind = END if token == marks.eos else state
         if parts and (parts[-1].kind, parts[-1].weight) == (kind, weight):
             parts[-1] = Segment(kind, parts[-1].start, end, weight)
@@ -121,12 +122,13 @@ def remarks(ids: np.ndarray, parts: list[Segment], marks: Marks, forms: Forms) -
     warnings = []
     for start, end in _answers(parts):
         names = dict(zip(marks, (THINK, END_THINK, SHORT), strict=False))
-        tags = [names[token] for token in ids[start:end].tolist() if token in marks[:3]]
+        begin = start - (start > 0 and int(ids[start - 1]) in (marks.think, marks.short))  # the mode was given
+        tags = [names[token] for token in ids[begin:end].tolist() if token in marks[:3]]
         if tags not in forms.tags:
             expected = " or ".join(dict.fromkeys(" ".join(tags) for tags in forms.tags[1:]))
             warnings.append(f"the answer at {start:,} contains {' '.join(tags)}; expected {expected}, once")
         if tags[:2] == [THINK, END_THINK] and forms.mode_at(ids, start) != forms.dialect.empty_block:
-            opened, closed = (start + ids[start:end].tolist().index(token) for token in marks[:2])
+            opened, closed = (begin + ids[begin:end].tolist().index(token) for token in marks[:2])
             if closed - opened <= 2:  # at most a line break
                 warnings.append(f"empty chain of thought at {opened:,}")
         if end < len(ids) and ids[end] == marks.eos:
