@@ -54,7 +54,10 @@ FAMILIES = {
         SmolLM3Config, SmolLM3ForCausalLM, {**SMOL, "rope_parameters": YARN, "no_rope_layers": [1, 1, 0, 1]},
     ),
     "mistral": (MistralConfig, MistralForCausalLM, {"head_dim": 32, "sliding_window": 64}),
-    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM, {**EXPERTS, "head_dim": 32, "norm_topk_prob": True}),
+    "qwen3_moe": (  # 4 experts per token: two ranks gather the tokens, four exchange them
+        Qwen3MoeConfig, Qwen3MoeForCausalLM,
+        {**EXPERTS, "num_experts_per_tok": 4, "head_dim": 32, "norm_topk_prob": True},
+    ),
     "qwen2_moe": (Qwen2MoeConfig, Qwen2MoeForCausalLM, {**EXPERTS, "shared_expert_intermediate_size": 80}),
     "mixtral": (MixtralConfig, MixtralForCausalLM, {"num_local_experts": 4, "num_experts_per_tok": 2}),
 }  # fmt: skip

@@ -134,6 +134,7 @@ def transformer_config(config: PretrainedConfig, backend: str = "torch", **run_s
     Args:
         backend: of the layers, 'te' (Transformer Engine) or 'torch'.
     """
+    ranks = run_settings.get("expert_model_parallel_size", 1)
     return TransformerConfig(
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
@@ -155,7 +156,7 @@ def transformer_config(config: PretrainedConfig, backend: str = "torch", **run_s
         init_method=_leave_empty,
         output_layer_init_method=_leave_empty,
         use_cpu_initialization=not torch.cuda.is_available(),
-        **({"expert_tensor_parallel_size": 1} | _experts(config, backend == "te") | run_settings),
+        **({"expert_tensor_parallel_size": 1} | _experts(config, backend == "te", ranks) | run_settings),
     )
 
 
@@ -168,11 +169,15 @@ def _layers_without_rope(config: PretrainedConfig) -> list[int] | None:
     return None if all(with_rope) else [int(not rope) for rope in with_rope]
 
 
-def _experts(config: PretrainedConfig, te: bool) -> dict:
+def _experts(config: PretrainedConfig, te: bool, ranks: int) -> dict:
     """Settings of the router and the experts; none for a dense model.
 
     The router is computed in float32, as in transformers. Every token reaches all of its experts (no capacity). The
     auxiliary loss of `config.json` is that of pretraining and not used: see `preflight`.
+
+    Args:
+        ranks: over which the experts are distributed. A token is sent once to each of the others or once per expert,
+            whichever is less: see `benchmarks/moe_gpu.py`.
     """
     if not expert_count(config):
         return {}
@@ -185,7 +190,7 @@ def _experts(config: PretrainedConfig, te: bool) -> dict:
         "moe_router_pre_softmax": not _normalizes_experts(config),
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",
-        "moe_token_dispatcher_type": "alltoall",
+        "moe_token_dispatcher_type": "allgather" if 1 < ranks < config.num_experts_per_tok else "alltoall",
         "moe_shared_expert_intermediate_size": shared or None,
         "moe_shared_expert_gate": shared > 0,
         "moe_grouped_gemm": te,
