@@ -90,6 +90,7 @@ def megatron(config: TrainConfig) -> dict:
     core = model_settings(config, hf)
     core.cross_entropy_loss_fusion = True
     core.finalize_model_grads_func, core.grad_scale_func = None, None
+    core.fused_single_qkv_rope = False  # of the kit's own layers
     model = GPTModel(
         core, get_gpt_decoder_block_spec(core, use_transformer_engine=True, normalization="RMSNorm"), hf.vocab_size,
         LENGTH, position_embedding_type="rope", rotary_base=1_000_000, share_embeddings_and_output_weights=False,
