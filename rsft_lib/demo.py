@@ -32,16 +32,13 @@ QWEN2_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-STEPS = {1: 0.65, 2: 0.2, 3: 0.1, 4: 0.05}  # steps of a problem -> share of such problems
+STEPS = {1: 0.66, 2: 0.12, 3: 0.11, 4: 0.11}  # steps of a problem -> share of such problems
 MOST = 20_000
 NAMES = ["Anna", "Ben", "Carl", "Dora", "Emil", "Fay", "Gus", "Hanna"]
 THINGS = ["apples", "books", "coins", "eggs", "cards", "pens", "shells", "stamps"]
 GAINS, LOSSES = ["buys", "finds", "gets"], ["loses", "sells", "gives away"]
 # Number words, one token each, up to the largest number in any problem or intermediate step.
-NUMBERS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-    "seventeen eighteen nineteen twenty"
-).split()
+NUMBERS = "zero one two three four five six seven eight nine ten".split()
 
 
 def make_model(folder: str | Path, seed: int) -> Path:
@@ -74,15 +71,20 @@ def make_model(folder: str | Path, seed: int) -> Path:
     return folder
 
 
-def make_sources(folder: str | Path, count: int, seed: int) -> Path:
-    """Write `long.jsonl` and `short.jsonl`: the same `count` problems, with and without chain of thought."""
+def make_sources(folder: str | Path, count: int, seed: int, short_up_to: int = max(STEPS)) -> Path:
+    """Write `long.jsonl`, `count` problems with chain of thought, and `short.jsonl`, the same without.
+
+    Args:
+        short_up_to: maximum steps of the problems in `short.jsonl`.
+    """
     folder, made = resolve(folder), list(problems(count, seed))
-    with new_folder(folder, {"made_by": "demo.make_sources", "seed": seed, "problems": count}) as temporary:
-        for name, field in (("long", "think"), ("short", "short")):
+    facts = {"made_by": "demo.make_sources", "seed": seed, "problems": count, "short_up_to": short_up_to}
+    with new_folder(folder, facts) as temporary:
+        for name, field, most in (("long", "think", max(STEPS)), ("short", "short", short_up_to)):
             records = (
                 {"instruction": p["problem"], "output": p[field], "answer": p["answer"], "difficulty": p["steps"]}
-                for p in made
-            )
+                for p in made if p["steps"] <= most
+            )  # fmt: skip
             lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
             (temporary / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
     return folder
@@ -91,23 +93,24 @@ def make_sources(folder: str | Path, count: int, seed: int) -> Path:
 def problems(count: int, seed: int) -> Iterator[dict]:
     """Yield `count` word problems with `problem`, `think`, `short`, `answer`, all strings, and `steps`, 1 to 4.
 
-    No two have the same text, and none with several steps the same sequence of numbers, so a held-out one never
-    paraphrases a training problem. Of one step there are too few sequences for that: those repeat with other names.
+    No two have the same text, and none with three or four steps the same sequence of numbers, so that a held-out one
+    does not paraphrase a training problem. Of fewer steps there are too few sequences: those repeat with other names.
 
-    >>> next(problems(1, seed=0))["think"]
-    '<think>\\nStart: fourteen. Now: fourteen plus one is fifteen.\\n</think>\\n\\nAnswer: fifteen'
+    >>> next(problems(1, seed=1))["think"]
+    '<think>\\nStart: two. Now: two plus three is five.\\n</think>\\n\\nAnswer: five'
 
     Raises:
         ValueError: `count` exceeds 20,000; distinct problems would be hard to find.
     """
     if count > MOST:
         raise ValueError(f"{count} problems requested, but at most {MOST:,} are made")
-    rng, seen = random.Random(seed), set()
+    rng = random.Random(seed)
+    seen: set[str | tuple[int, ...]] = set()
     while len(seen) < count:
         steps = rng.choices(*zip(*STEPS.items(), strict=True))[0]
         totals = _walk(rng, steps)
         problem = _problem(rng, totals) | {"steps": steps}
-        known = totals if steps > 1 else problem["problem"]
+        known = totals if steps > 2 else problem["problem"]
         if known not in seen:
             seen.add(known)
             yield problem

@@ -21,7 +21,7 @@ class Sample(NamedTuple):
     line: bytes
     context: str
     """Everything before the answer: system prompt, earlier turns, question."""
-    facts: dict[str, int | bool]
+    facts: dict[str, float]
     """Its fields of `pairs.ROW`, except lengths and position."""
     unused: tuple[str, ...] = ()
     """Names of the record's non-empty fields that are not in the sample."""

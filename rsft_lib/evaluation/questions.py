@@ -17,11 +17,12 @@ MEASURED = 2000  # records whose answers are measured
 
 
 class Question(NamedTuple):
-    """A conversation up to the answer, and the expected final answer, if known."""
+    """A conversation up to the answer, and the expected final answer and the problem's difficulty, if known."""
 
     messages: list[dict]
     tools: list[dict] | None = None
     expected: str | None = None
+    difficulty: float | None = None
 
     @property
     def text(self) -> str:
@@ -53,7 +54,8 @@ def held_out_questions(path: str | Path, count: int, dialect: Dialect = THINKLES
         if messages:
             last = messages[-1]
             messages[-1] = last | {"content": dialect.without_switch(last["content"])[0]}
-            question = Question(messages, tools, None if is_empty(answer) else str(answer))
+            expected = None if is_empty(answer) else str(answer)
+            question = Question(messages, tools, expected, record.get("difficulty"))
             questions.setdefault(json.dumps(messages), question)
         if len(questions) == count:
             break

@@ -17,6 +17,7 @@ from rsft_lib.display.model.answers import (
     choices_table,
     obedience_table,
     plot_answers,
+    plot_choices,
     scores_table,
     side_by_side,
     wilson,
@@ -433,3 +434,16 @@ def test_a_verification_report_is_shown_by_kind_of_tensor_and_by_output():
     ]
     table = outputs_table(report)
     assert table.rows == [("' <b>\\n'", "1.50000", "1.25000")] and "2.5e-01" in table.note and "a↵b" in table.note
+
+
+def test_the_choice_is_drawn_by_difficulty_with_the_accuracy_of_each_mode():
+    answers = {
+        "think": [Answer("<think>\nx\n</think>\n\nAnswer: 4", 20, True)] * 4,
+        "short": [Answer("<short>Answer: 4", 4, True)] * 4,
+        None: [Answer("<short>Answer: 4", 4, True)] * 2 + [Answer("<think>\nx\n</think>\n\nAnswer: 4", 20, True)] * 2,
+    }
+    shares, accuracies = plot_choices(answers, ["4", "4", "5", "4"], [1, 1, 3, 3]).axes
+    assert shares.containers[0].lines[0].get_ydata().tolist() == [0, 1]
+    assert [label.get_text() for label in shares.get_xticklabels()] == ["1", "3"]
+    assert [container.lines[0].get_ydata().tolist() for container in accuracies.containers] == [[1, 0.5]] * 3
+    assert accuracies.get_legend_handles_labels()[1] == ["think", "short", "free choice"]

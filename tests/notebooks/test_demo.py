@@ -114,12 +114,28 @@ def test_every_step_of_the_chain_of_thought_is_true_and_continues_the_last(probl
         assert demo.NUMBERS[total] == problem["answer"]
 
 
-def test_no_two_problems_have_the_same_numbers(problems):
-    assert len({problem["think"] for problem in problems}) == len(problems)
+def test_no_two_problems_are_alike_and_none_of_three_or_four_steps_have_the_same_numbers(problems):
+    assert len({problem["problem"] for problem in problems}) == len(problems)
+    many = [problem["think"] for problem in problems if problem["steps"] > 2]
+    assert len(set(many)) == len(many) > 300
+
+
+def test_difficulty_is_the_number_of_changes_and_most_problems_have_one(problems):
+    for problem in problems:
+        assert problem["think"].count("Now:") == problem["steps"]
+    shares = [sum(problem["steps"] == steps for problem in problems) / len(problems) for steps in demo.STEPS]
+    assert shares == pytest.approx(list(demo.STEPS.values()), abs=0.03)
+
+
+def test_short_answers_may_be_limited_to_easy_problems(tmp_path):
+    sources = demo.make_sources(tmp_path / "sources", 50, seed=0, short_up_to=1)
+    long, short = ([record for _, record in read_records(sources / f"{n}.jsonl")] for n in ("long", "short"))
+    assert len(long) == 50
+    assert [r["instruction"] for r in short] == [r["instruction"] for r in long if r["difficulty"] == 1]
 
 
 def test_too_many_problems_are_an_error():
-    with pytest.raises(ValueError, match="60000 problems requested, but only 57429"):
+    with pytest.raises(ValueError, match="60000 problems requested, but at most 20,000 are made"):
         next(demo.problems(60_000, seed=0))
 
 

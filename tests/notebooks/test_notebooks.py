@@ -65,7 +65,7 @@ def quickstart(tmp_path_factory) -> tuple[Path, Path, dict]:
 def test_the_quickstart_ends_with_a_model_that_answers(quickstart):
     folder, executed, status = quickstart
     assert status == json.loads((folder / "status.json").read_text())
-    assert status["scores"].keys() == {"think", "short"}
+    assert status["scores"].keys() == {"think", "short", "own choice"}
     assert "loss" in status["summary"] and str(folder / "exported") in status["summary"]
     assert AutoModelForCausalLM.from_pretrained(folder / "exported").config.vocab_size == 512
     text = "Ben has two apples.<short>Answer: two"

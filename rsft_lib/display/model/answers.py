@@ -147,6 +147,28 @@ def plot_answers(answers: Answers, expected: Sequence[str | None]) -> Figure:
     return finished(figure)
 
 
+def plot_choices(answers: Answers, expected: Sequence[str | None], difficulty: Sequence[float]) -> Figure:
+    """By difficulty: how often the model chooses to think, and the accuracy in each mode; lines: 95 % intervals."""
+    figure, (shares, accuracies) = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained", sharex=True, sharey=True)
+    levels = sorted(set(difficulty))
+    alike = [[i for i, level in enumerate(difficulty) if level == one] for one in levels]
+    thought = [chosen_mode(answer) == "think" for answer in answers[None]]
+    _draw_shares(shares, None, [(sum(thought[i] for i in some), len(some)) for some in alike], 0)
+    for number, (mode, given) in enumerate(answers.items()):
+        counts = [_correct([given[i] for i in some], [expected[i] for i in some]) for some in alike]
+        _draw_shares(accuracies, mode, counts, 0.08 * (number - 1))
+    shares.set_title("chooses to think, by difficulty", loc="left", fontsize="medium")
+    accuracies.set_title("correct, by difficulty", loc="left", fontsize="medium")
+    accuracies.legend(fontsize="small", frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    for axes in (shares, accuracies):
+        axes.set_xticks(range(len(levels)), [f"{level:g}" for level in levels])
+        axes.set(ylim=(-0.05, 1.05), xlabel="difficulty")
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    return finished(figure)
+
+
 def wilson(correct: int, count: int) -> tuple[float, float]:
     """Wilson's 95 % interval of a share, https://doi.org/10.1080/01621459.1927.10502953; (0, 1) if `count` is 0."""
     if not count:
@@ -168,6 +190,16 @@ def _draw_cost(axes: Axes, mode: str | None, given: list[Answer], expected: Sequ
         x, share, xerr=spread, yerr=[[max(share - low, 0)], [max(high - share, 0)]], fmt=marker, markersize=9,
         color=LOOK[mode or "other"]["facecolor"], markerfacecolor=None if mode else "none",
         label=f"{_name(mode)}: {share:.0%}, {x:,.0f} tokens",
+    )  # fmt: skip
+
+
+def _draw_shares(axes: Axes, mode: str | None, counts: list[tuple[int, int]], shift: float) -> None:
+    """A line of shares with their intervals, moved to the side by `shift`."""
+    share = np.array([good / count if count else np.nan for good, count in counts])
+    low, high = np.array([wilson(*pair) for pair in counts]).T
+    axes.errorbar(
+        np.arange(len(counts)) + shift, share, yerr=np.clip([share - low, high - share], 0, None), marker="o",
+        color=LOOK[mode or "other"]["facecolor"], markerfacecolor=None if mode else "none", label=_name(mode),
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from rsft_lib.common.paths import require_path
 from rsft_lib.display.metric_styles import BY_MODE, BY_SPAN, CHOICES, METRICS, ONE_MODE
 from rsft_lib.display.plot_style import BLUE, ORANGE, PINK, finished, plain_numbers, smoothed, thinned, tidy
 from rsft_lib.display.runs.runs import Run, open_run
+from rsft_lib.tokenizer.dialect import MODES
 from rsft_lib.training.metrics import read_metrics
 
 LEAST = 1e-3  # nats: lower limit of the loss axes
@@ -68,7 +69,8 @@ def summary(run: Path, scores: dict[str, dict[str, float]], model: Path) -> str:
     ]
     for mode, s in scores.items():
         lines.append(
-            f"  <{mode}>".ljust(17) + f"{s['accuracy']:>8.1%}   {s['well_formed']:>11.1%}   {s['tokens']:>6.1f}"
+            f"  {f'<{mode}>' if mode in MODES else mode}".ljust(17)
+            + f"{s['accuracy']:>8.1%}   {s['well_formed']:>11.1%}   {s['tokens']:>6.1f}"
         )
     return "\n".join([*lines, f"exported model   {model}"])
 
