@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 from rsft_lib import TrainConfig, build_hybrid, convert, demo, export, patch_tokenizer, tokenize, train
-from rsft_lib.evaluation.generate import generate_modes, obeyed
-from rsft_lib.evaluation.inference_engines import Sampling
-from rsft_lib.evaluation.questions import held_out_questions
+from rsft_lib.generation.generate import generate_modes, obeyed
+from rsft_lib.generation.inference_engines import Sampling
+from rsft_lib.generation.questions import held_out_questions
 from rsft_lib.tokenizer.dialect import QWEN3, dialect_of
 
 BLOCKS = {name: dialect_of({"dialect": "qwen3", "empty_block": name}) for name in ("trained", "masked")}

@@ -16,8 +16,8 @@ import json
 from os.path import commonprefix
 from pathlib import Path
 
-from rsft_lib.evaluation.generate import generate_modes
-from rsft_lib.evaluation.inference_engines import Sampling
+from rsft_lib.generation.generate import generate_modes
+from rsft_lib.generation.inference_engines import Sampling
 
 MODES = ["think", "short", None]
 

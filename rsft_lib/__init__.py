@@ -38,7 +38,7 @@ _HOMES = {  # public name -> where it is defined
     "train": "launch.training.launch_training",
     "read_metrics": "training.metrics.read_metrics",
     "export": "checkpoint.export.export",
-    "generate": "evaluation.generate.generate",
+    "generate": "generation.generate.generate",
 }
 __all__ = [*_HOMES]
 

@@ -22,7 +22,7 @@ NOTEBOOKS = [
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 PYTHONS = ("3.11", "3.12", "3.13")
 FOLDERS = [
-    "common", "tokenizer", "data", "model", "checkpoint", "training", "launch", "evaluation", "display",
+    "common", "tokenizer", "data", "model", "checkpoint", "generation", "training", "launch", "evaluation", "display",
     "chain",
 ]  # fmt: skip
 

@@ -101,6 +101,14 @@ def export(
     return facts
 
 
+def export_unfinished(checkpoint: Path, tokenizer: Path, folder: Path) -> None:
+    """Write the weights of a checkpoint without a manifest to the empty `folder`, for a model that is still trained."""
+    config = read_config(checkpoint)
+    dtype = str(config.dtype or torch.float32).removeprefix("torch.")
+    hf.write(folder, _weights(checkpoint, config, dtype, None), "2GB", lambda written: None)
+    _describe(folder, checkpoint, dtype, tokenizer)
+
+
 def _check_settings(dtype: str, tokenizer: Path, config: PretrainedConfig) -> None:
     if dtype and dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}, or '' to keep the dtype")

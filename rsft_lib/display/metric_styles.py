@@ -28,6 +28,11 @@ METRICS = {
     "think_share": Metric("share of <think> samples", "share of <think> samples", NEUTRAL, ":"),
     "expert_load_max": Metric("load of the busiest expert (mean: 1)", "busiest expert"),
     "dead_experts": Metric("experts without a token in a step", "experts without a token"),
+    "think_accuracy": Metric("correct <think> answers", "<think>", BLUE, "-"),
+    "short_accuracy": Metric("correct <short> answers", "<short>", ORANGE, "--"),
+    "choice_accuracy": Metric("correct answers by own choice", "own choice", NEUTRAL, "-."),
+    "answer_accuracy": Metric("correct answers", "answers", NEUTRAL, "-"),
+    "choice_thinks": Metric("share of <think> by own choice", "thinks by own choice", PINK, ":"),
     "grad_norm": Metric("gradient norm, before clipping", "gradient norm"),
     "lr": Metric("learning rate", "learning rate"),
     "tokens_per_second": Metric("tokens per second", "tokens per second"),
@@ -38,5 +43,6 @@ BY_SPAN = [name for name in METRICS if name.startswith("loss_span_")]
 ONE_MODE = ["loss_span_answer", "loss_span_eos"]  # of data without modes
 LOSSES = ["loss_mode_think", "loss_mode_short", "loss"]  # of the dashboard
 CHOICES = ["p_think_when_think", "p_think_when_short", "think_share"]
+ANSWERS = ["think_accuracy", "short_accuracy", "choice_accuracy", "answer_accuracy", "choice_thinks"]
 EXPERTS = ["expert_load_max", "dead_experts"]  # of models with experts
 HEALTH = ["grad_norm", "lr", "tokens_per_second", "memory_gib"]

@@ -1,1 +1,1 @@
-"""Evaluation of a trained model: answers by mode, and token losses."""
+"""Evaluation of a trained model: token losses before and after training, and the verification card."""

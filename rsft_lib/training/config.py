@@ -28,7 +28,7 @@ CHOICES = {
     "normalize_by": ("token", "sample"),
     "lr_schedule": ("constant", "linear", "cosine", "wsd"),
 }
-MAY_BE_ZERO = {"seed", "keep_last", "keep_every", "hang_timeout"}
+MAY_BE_ZERO = {"seed", "keep_last", "keep_every", "hang_timeout", "eval_generate_every", "eval_max_new_tokens"}
 
 
 def explained(cls: type) -> type:
@@ -149,6 +149,15 @@ class TrainConfig:
     """Steps between evaluations; the last step is always evaluated."""
     eval_iters: int = 10
     """Batches of `global_batch_size` packs per evaluation; fewer if the held-out data ends before."""
+    eval_generate_every: int = 0
+    """Steps between answers to held-out questions, in each mode and by the model's choice, and after the last step; 0
+    for never."""
+    eval_questions: str = ""
+    """Records (JSON Lines) with these questions; empty for those from which `eval_data` was tokenized."""
+    eval_question_count: int = 64
+    """Number of questions, the first ones."""
+    eval_max_new_tokens: int = 0
+    """Maximum tokens per answer; 0 for a quarter more than the longest held-out answer."""
     tensorboard: bool = False
     """Whether to write TensorBoard files to `output/tensorboard`."""
     wandb_project: str = ""
@@ -189,6 +198,11 @@ class TrainConfig:
                 self.lr_schedule == "wsd" and self.warmup_fraction + self.decay_fraction > 1,
             ),
             (f"adam_beta1 is {self.adam_beta1}; it must be below 1", self.adam_beta1 >= 1),
+            (
+                f"eval_generate_every is {self.eval_generate_every}, but there are no questions: give eval_questions "
+                "or eval_data",
+                self.eval_generate_every > 0 and not (self.eval_questions or self.eval_data),
+            ),
             (f"adam_beta2 is {self.adam_beta2}; it must be below 1", self.adam_beta2 >= 1),
             (
                 "precision 'fp8' needs Transformer Engine; backend is 'torch'",

@@ -26,6 +26,7 @@ from rsft_lib.training.build import build_state
 from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.datasets import Datasets, open_datasets
 from rsft_lib.training.flops import peak_flops, training_flops
+from rsft_lib.training.live_answers import LiveAnswers
 from rsft_lib.training.metrics import open_writers
 from rsft_lib.training.preflight import checkpoint_bytes, describe
 from rsft_lib.training.run_folder import ENDED, how_it_ended
@@ -103,7 +104,10 @@ class Run:
     ):  # fmt: skip
         self.config, self.state, self.data, self.hf, self.output = config, state, data, hf, output
         self.stop, self.saver, self.stopped, self.alarms = stop, saver, "", Alarms()
-        self.loader = Loader(data.train, config)
+        self.loader, self.answers = Loader(data.train, config), None
+        if config.eval_generate_every:
+            store = (data.held_out or data.train).store
+            self.answers = LiveAnswers(config, store, output, saver.model_config)
         self.first = torch.distributed.get_rank() == 0
         self.writers = open_writers(output, state.iteration, config) if self.first else []
 
@@ -116,6 +120,8 @@ class Run:
             record |= evaluate(state, config, self.data.held_out, "eval_")
         if self.data.test and last:
             record |= evaluate(state, config, self.data.test, "test_")
+        if self.answers and (last or state.iteration % config.eval_generate_every == 0):
+            record |= self.answers(state)
         self._look_for_alarms(record, load)
         self._write(record, last)
         self._agree(time.perf_counter() - began)

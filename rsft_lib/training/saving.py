@@ -26,7 +26,7 @@ from rsft_lib.common.locks import locked
 from rsft_lib.training.retention import remove_leftovers, remove_old, set_aside
 from rsft_lib.training.save_plan import SavePlan, plan_save
 from rsft_lib.training.staging import Staging
-from rsft_lib.training.state import TrainState, content
+from rsft_lib.training.state import TrainState, content, weights_of
 from rsft_lib.training.watchdog import deadline
 
 
@@ -53,7 +53,7 @@ class Saver:
     def reserve(self, state: TrainState) -> None:
         """Allocate the memory for saves in the background now, which takes seconds, and not at the first of them."""
         with deadline(self.timeout):
-            plan, _ = _planned(state)
+            plan, _ = _planned(content(state))
             self.staging = Staging(plan.nbytes, sum(map(len, plan.files)))
 
     def save(self, state: TrainState, wait: bool) -> None:
@@ -69,7 +69,7 @@ class Saver:
             if _rank_0():
                 self._make_room(temporary)
             torch.distributed.barrier()
-            plan, common = _planned(state)
+            plan, common = _planned(content(state))
             if _rank_0():
                 write_common(temporary, common)
             self.writing = _Writing(plan, self._values(plan, copied=not wait), temporary, final, state.iteration)
@@ -79,7 +79,7 @@ class Saver:
     def _values(self, plan: SavePlan, copied: bool) -> Callable[[ShardedTensor], torch.Tensor]:
         """The function that returns the value of a planned tensor on the CPU; `copied` if training will change it."""
         if not copied:
-            return lambda place: value_of(place).cpu().contiguous()
+            return _on_cpu
         self.staging = self.staging or Staging(plan.nbytes, sum(map(len, plan.files)))
         self.staging.used = 0
         copies = {id(place): self.staging.copy(value_of(place)) for places in plan.files for place in places}
@@ -200,9 +200,23 @@ class _Writing:
         return files
 
 
-def _planned(state: TrainState) -> tuple[SavePlan, dict]:
-    """This rank's share of a checkpoint, and the contents besides tensors."""
-    given = {**content(state), "content_metadata": SHARDING}
+def write_weights(state: TrainState, folder: Path) -> None:
+    """Write the weights alone into `folder`, as in a checkpoint but without manifest and config; collective.
+
+    Raises:
+        OSError: on every rank, if the disk is full for any.
+    """
+    plan, _ = _planned({**weights_of(state)})
+    _Writing(plan, _on_cpu, folder, folder, state.iteration).complete()
+
+
+def _on_cpu(place: ShardedTensor) -> torch.Tensor:
+    return value_of(place).cpu().contiguous()
+
+
+def _planned(contents: dict) -> tuple[SavePlan, dict]:
+    """This rank's share of a checkpoint with `contents`, and what it has besides tensors."""
+    given = {**contents, "content_metadata": SHARDING}
     sharded, common = save_preprocess(given, validate_access_integrity=False)  # `plan_save` validates it
     return plan_save(list(nested_values(sharded))), common
 

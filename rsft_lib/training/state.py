@@ -40,17 +40,24 @@ def content(state: TrainState, *, loading: bool = False) -> dict:
 
     Training draws no random numbers; the generator's state is included for extensions that do.
     """
-    for chunk in state.chunks:
-        chunk.start_param_sync(force_sync=True)  # with overlap, the updated weights may not have been gathered yet
-    weights = {f"model{number}": sharded_weights(chunk.module) for number, chunk in enumerate(state.chunks)}
+    weights = weights_of(state)
     return {
-        **(weights if len(weights) > 1 else {"model": weights["model0"]}),
+        **weights,
         "optimizer": state.optimizer.sharded_state_dict(
-            weights if len(weights) > 1 else weights["model0"], is_loading=loading, metadata=SHARDING
+            weights if len(weights) > 1 else weights["model"], is_loading=loading, metadata=SHARDING
         ),
         "iteration": state.iteration,
         "rng": torch.get_rng_state(),
     }
+
+
+def weights_of(state: TrainState) -> dict[str, dict]:
+    """The current weights as sharded state dicts: `model`, or one for each of several groups of layers."""
+    for chunk in state.chunks:
+        chunk.start_param_sync(force_sync=True)  # with overlap, the updated weights may not have been gathered yet
+    if len(state.chunks) == 1:
+        return {"model": sharded_weights(state.chunks[0].module)}
+    return {f"model{number}": sharded_weights(chunk.module) for number, chunk in enumerate(state.chunks)}
 
 
 def start(state: TrainState, checkpoint: Path) -> None:

@@ -6,6 +6,7 @@ if __name__ == "__main__":
     die_with_parent()  # before the imports below, which take seconds
 
 import argparse
+import importlib
 import os
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from rsft_lib.training.watchdog import START
 def run(config: TrainConfig) -> None:
     """Train as the rank given by torchrun's environment variables."""
     config.data_parallel(int(os.environ["WORLD_SIZE"]))
+    if config.eval_generate_every:
+        importlib.import_module("transformers.generation.utils")  # with torch's compiler, an error within `cpu_shim`
     with ranks(
         config.tensor_parallel, config.pipeline_parallel, config.seed,
         context_parallel_size=config.context_parallel, virtual_pipeline_size=config.virtual_pipeline,

@@ -12,7 +12,7 @@ from rsft_lib import demo
 from rsft_lib.checkpoint import verify
 from rsft_lib.checkpoint.convert import convert
 from rsft_lib.checkpoint.export import export
-from rsft_lib.evaluation.generate import generate
+from rsft_lib.generation.generate import generate
 from rsft_lib.model.config import read_config
 from rsft_lib.tokenizer.contract import check_contract
 from rsft_lib.tokenizer.patch import load_tokenizer, patch_tokenizer

@@ -19,7 +19,7 @@ from rsft_lib.checkpoint.run_checkpoints import newest
 from rsft_lib.data.hybrid import build_hybrid
 from rsft_lib.data.store import TokenStore
 from rsft_lib.data.tokenize import tokenize
-from rsft_lib.evaluation.generate import generate
+from rsft_lib.generation.generate import generate
 from rsft_lib.launch import launch_training
 from rsft_lib.tokenizer.chat import encode
 from rsft_lib.tokenizer.patch import load_tokenizer, patch_tokenizer

@@ -10,7 +10,7 @@ from rsft_lib import demo
 from rsft_lib.checkpoint.convert import convert
 from rsft_lib.data.records import read_records
 from rsft_lib.data.store import TokenStore
-from rsft_lib.evaluation.generate import trained_dialect
+from rsft_lib.generation.generate import trained_dialect
 from rsft_lib.launch import launch_training
 from rsft_lib.notebook import run
 from rsft_lib.tokenizer.dialect import QWEN3

@@ -18,8 +18,8 @@ from rsft_lib.data.splits import splits_of
 from rsft_lib.data.store import TokenStore
 from rsft_lib.display.runs.curves import plot_curves
 from rsft_lib.display.runs.runs import find_runs
-from rsft_lib.evaluation.generate import generate
 from rsft_lib.evaluation.token_loss_cache import scored
+from rsft_lib.generation.generate import generate
 from rsft_lib.notebook import run
 from rsft_lib.tokenizer.contract import check_contract
 from rsft_lib.tokenizer.patch import load_tokenizer, patch_tokenizer

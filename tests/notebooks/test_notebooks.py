@@ -213,8 +213,8 @@ def test_the_dashboard_advances_and_its_button_stops_and_saves(lab):
 BOX = """
 from rsft_lib.display.model.answers import SideBySide
 from rsft_lib.display.model.prompt_box import ask_more
-from rsft_lib.evaluation.generate import Answer
-from rsft_lib.evaluation.inference_engines import Sampling
+from rsft_lib.generation.generate import Answer
+from rsft_lib.generation.inference_engines import Sampling
 
 modes = {mode: Answer("", 0, True) for mode in ("think", "short")}
 ask_more(SideBySide("2 + 2 ?", modes), MODEL, Sampling(100_000))

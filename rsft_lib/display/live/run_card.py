@@ -51,7 +51,9 @@ class Card:
             "held-out": ("eval_loss", ".3f"), "P(<think>) if think": ("p_think_when_think", ".1%"),
             "if short": ("p_think_when_short", ".1%"), "tokens/s": ("tokens_per_second", ",.0f"), "MFU": ("mfu", ".1%"),
             "memory, GiB": ("memory_gib", ".1f"), "grad norm": ("grad_norm", ".2f"), "lr": ("lr", ".2e"),
-            "epoch": ("epoch", ".2f"),
+            "epoch": ("epoch", ".2f"), "<think> correct": ("think_accuracy", ".1%"),
+            "<short> correct": ("short_accuracy", ".1%"), "own choice correct": ("choice_accuracy", ".1%"),
+            "chooses <think>": ("choice_thinks", ".1%"), "correct": ("answer_accuracy", ".1%"),
         }  # fmt: skip
         values = {name: (self.record.get(key), form) for name, (key, form) in shown.items()}
         return {name: format(value, form) for name, (value, form) in values.items() if value is not None}

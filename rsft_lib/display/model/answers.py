@@ -15,7 +15,7 @@ from rsft_lib.display.html import BLOCK, FAINT, PANEL, Table, escaped, inert
 from rsft_lib.display.mask.sample import STYLE, chip
 from rsft_lib.display.plot_style import NEUTRAL, finished
 from rsft_lib.display.stacked_bars import LOOK
-from rsft_lib.evaluation.generate import Answer, chosen_mode, is_correct, obeyed, well_formed
+from rsft_lib.generation.generate import Answer, chosen_mode, is_correct, obeyed, well_formed
 from rsft_lib.tokenizer.dialect import END_THINK, MODES, THINK
 
 SHOWN = 3000  # most characters shown of a text, half of them from its end

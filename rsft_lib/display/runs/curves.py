@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rsft_lib.common.paths import require_path
-from rsft_lib.display.metric_styles import BY_MODE, BY_SPAN, CHOICES, METRICS, ONE_MODE
+from rsft_lib.display.metric_styles import ANSWERS, BY_MODE, BY_SPAN, CHOICES, METRICS, ONE_MODE
 from rsft_lib.display.plot_style import BLUE, ORANGE, PINK, finished, plain_numbers, smoothed, thinned, tidy
 from rsft_lib.display.runs.runs import Run, open_run
 from rsft_lib.tokenizer.dialect import MODES
@@ -30,7 +30,8 @@ def plot_curves(run: str | Path, smoothing: float = 0.9) -> Figure:
     """
     folder = require_path(run, "run folder")
     opened = open_run(folder, folder.name)
-    figure, axes = plt.subplots(3, 2, figsize=(11, 9.5), layout="constrained")
+    answered = any(len(opened.line(name, "step")[0]) for name in ANSWERS)
+    figure, axes = plt.subplots(3 + answered, 2, figsize=(11, 9.5 + 3.2 * answered), layout="constrained")
     places = iter(axes.flat)
     _draw_loss(next(places), opened, smoothing)
     if opened.of_one_mode:
@@ -43,6 +44,8 @@ def plot_curves(run: str | Path, smoothing: float = 0.9) -> Figure:
     _draw(next(places), opened, "grad_norm", smoothing)
     _draw(next(places), opened, "lr", 0)
     _draw(next(places), opened, "tokens_per_second", smoothing, note=_mfu(opened))
+    if answered:
+        _draw_lines(next(places), opened, ANSWERS, "held-out questions: correct answers", 0)
     for empty in places:
         empty.remove()
     for place in axes[0]:

@@ -23,7 +23,7 @@ from rsft_lib.display.model.answers import (
     wilson,
 )
 from rsft_lib.display.model.checkpoint_tables import outputs_table, tensors_table
-from rsft_lib.evaluation.generate import (
+from rsft_lib.generation.generate import (
     Answer,
     chosen_mode,
     generate,
@@ -34,7 +34,7 @@ from rsft_lib.evaluation.generate import (
     score,
     well_formed,
 )
-from rsft_lib.evaluation.inference_engines import Sampling, open_engine
+from rsft_lib.generation.inference_engines import Sampling, open_engine
 from rsft_lib.tokenizer.chat import prompt_ids
 from rsft_lib.tokenizer.dialect import QWEN3
 from rsft_lib.tokenizer.patch import load_tokenizer, patch_tokenizer
@@ -206,7 +206,7 @@ def test_all_modes_are_answered_with_the_model_loaded_once(model, tmp_path, monk
     )
     loads, load = [], Qwen2ForCausalLM.from_pretrained
     monkeypatch.setattr(
-        "rsft_lib.evaluation.inference_engines.AutoModelForCausalLM.from_pretrained",
+        "rsft_lib.generation.inference_engines.AutoModelForCausalLM.from_pretrained",
         lambda f, **how: loads.append(f) or load(f),
     )
     found = generate_modes(speaker, QUESTIONS, ["think", "short", None], Sampling(20))

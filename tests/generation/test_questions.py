@@ -6,7 +6,7 @@ import math
 import pytest
 
 from rsft_lib import demo
-from rsft_lib.evaluation.questions import held_out_questions, modes_asked, room_for_answers
+from rsft_lib.generation.questions import held_out_questions, modes_asked, room_for_answers
 from rsft_lib.tokenizer.dialect import QWEN3
 from rsft_lib.tokenizer.patch import load_tokenizer
 

@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerBase
 from rsft_lib.common.artifact import own_manifest
 from rsft_lib.common.paths import require_path
 from rsft_lib.data.answers import final_answer, normalized
-from rsft_lib.evaluation.inference_engines import BATCH, Engine, Sampling, open_engine
-from rsft_lib.evaluation.questions import Question
+from rsft_lib.generation.inference_engines import BATCH, Engine, Sampling, open_engine
+from rsft_lib.generation.questions import Question
 from rsft_lib.tokenizer.chat import prompt_ids
 from rsft_lib.tokenizer.dialect import END_THINK, MODES, TAGS, THINK, THINKLESS, Dialect, dialect_of
 from rsft_lib.tokenizer.patch import load_tokenizer

@@ -1,0 +1,132 @@
+"""Held-out questions that a model answers while it is trained, in each mode and by its own choice.
+
+The weights are written and exported to a temporary folder as at the end of a run, and every rank answers its share of
+the questions with transformers. So any layout can answer, and with the tokens that the exported model would write.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+from rsft_lib.checkpoint.export import export_unfinished
+from rsft_lib.common.paths import require_path
+from rsft_lib.common.progress import without_bars
+from rsft_lib.common.temporary import new_file
+from rsft_lib.data.store import TokenStore
+from rsft_lib.generation.generate import Answer, chosen_mode, generate_modes, is_correct, score
+from rsft_lib.generation.inference_engines import Sampling
+from rsft_lib.generation.questions import held_out_questions, modes_asked, room_for_answers
+from rsft_lib.tokenizer.patch import load_tokenizer
+from rsft_lib.training.config import TrainConfig
+from rsft_lib.training.saving import write_weights
+from rsft_lib.training.state import TrainState
+from rsft_lib.training.watchdog import deadline
+
+FOLDER = "answers"  # in the run folder: a file of answers for each evaluation
+TEMPORARY = ".answers.tmp"
+Answers = dict[str | None, list[Answer]]
+
+
+class LiveAnswers:
+    """Asks the same questions whenever it is called; collective over all ranks."""
+
+    def __init__(self, config: TrainConfig, store: TokenStore, output: Path, model_config: Path):
+        """Read the questions.
+
+        Args:
+            store: the held-out data, or else the training data.
+            model_config: `config.json` of the model.
+
+        Raises:
+            FileNotFoundError: the questions, or the tokenizer of the data, are missing.
+            ValueError: there are no questions, or a record is invalid.
+        """
+        path = require_path(config.eval_questions or store.manifest.get("data", ""), "eval_questions")
+        self.tokenizer = require_path(store.manifest.get("tokenizer", ""), "tokenizer of the data")
+        self.dialect = store.dialect
+        self.questions = held_out_questions(path, config.eval_question_count, self.dialect)
+        self.modes = modes_asked(path)
+        limit = config.eval_max_new_tokens or room_for_answers(path, load_tokenizer(self.tokenizer))
+        self.sampling = Sampling(limit)
+        self.output, self.model_config, self.timeout = output, model_config, config.save_timeout
+
+    def __call__(self, state: TrainState) -> dict[str, float]:
+        """Metrics of the answers: accuracy, form and length in each mode, and the share of answers with thoughts."""
+        with deadline(self.timeout), torch.random.fork_rng(), without_bars():
+            folder = self.output / TEMPORARY
+            first = torch.distributed.get_rank() == 0
+            try:
+                self._export(state, folder, first)
+                answers = self._gathered(self._answer(folder / "exported"))
+                torch.distributed.barrier()
+            finally:
+                if first:
+                    shutil.rmtree(folder, ignore_errors=True)
+            if first:
+                self._write(answers, state.iteration)
+            return metrics(answers, [question.expected for question in self.questions])
+
+    def _export(self, state: TrainState, folder: Path, first: bool) -> None:
+        if first:
+            shutil.rmtree(folder, ignore_errors=True)
+            (folder / "exported").mkdir(parents=True)
+        torch.distributed.barrier()
+        write_weights(state, folder)
+        if first:
+            shutil.copyfile(self.model_config, folder / "config.json")
+            export_unfinished(folder, self.tokenizer, folder / "exported")
+        torch.distributed.barrier()
+
+    def _answer(self, model: Path) -> Answers:
+        """The answers to this rank's share of the questions."""
+        rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        own = self.questions[rank::ranks]
+        if not own:
+            return {mode: [] for mode in self.modes}
+        answers = generate_modes(model, own, self.modes, self.sampling, "transformers", dialect=self.dialect)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # of the model that answered
+        return answers
+
+    def _gathered(self, own: Answers) -> Answers:
+        """The answers of all ranks in the order of the questions."""
+        ranks = torch.distributed.get_world_size()
+        parts: list[Answers] = [{}] * ranks
+        torch.distributed.all_gather_object(parts, own)
+        numbers = range(len(self.questions))
+        return {mode: [parts[number % ranks][mode][number // ranks] for number in numbers] for mode in self.modes}
+
+    def _write(self, answers: Answers, iteration: int) -> None:
+        (self.output / FOLDER).mkdir(exist_ok=True)
+        with new_file(self.output / FOLDER / f"step_{iteration:07d}.jsonl") as file:
+            for number, question in enumerate(self.questions):
+                given = {name_of(mode): answers[mode][number] for mode in self.modes}
+                record = {
+                    "question": question.text, "expected": question.expected,
+                    "answers": {
+                        name: {
+                            "text": answer.text, "tokens": answer.tokens, "ended": answer.ended,
+                            "correct": None if question.expected is None else is_correct(answer, question.expected),
+                        } for name, answer in given.items()
+                    },
+                }  # fmt: skip
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def name_of(mode: str | None) -> str:
+    """The name of a mode in metrics: 'choice' if the model chose, 'answer' if it has no modes."""
+    return {None: "choice", "other": "answer"}.get(mode, str(mode))
+
+
+def metrics(answers: Answers, expected: list[str | None]) -> dict[str, float]:
+    """`generate.score` in each mode, as `think_accuracy` etc., `choice_thinks`: the share of <think> by own choice, and
+    `questions` with a known answer."""
+    found = {
+        f"{name_of(mode)}_{name}": value
+        for mode, given in answers.items() for name, value in score(given, expected, mode).items()
+    }  # fmt: skip
+    if free := answers.get(None):
+        found["choice_thinks"] = sum(chosen_mode(answer) == "think" for answer in free) / len(free)
+    return found | {"questions": sum(one is not None for one in expected)}

@@ -1,0 +1,92 @@
+"""Answers to held-out questions during training, against those of the exported checkpoints of the same steps."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from rsft_lib import demo
+from rsft_lib.checkpoint.convert import convert
+from rsft_lib.checkpoint.export import export
+from rsft_lib.data.hybrid import build_hybrid
+from rsft_lib.data.tokenize import tokenize
+from rsft_lib.generation.generate import generate_modes, score
+from rsft_lib.generation.inference_engines import Sampling
+from rsft_lib.generation.questions import held_out_questions
+from rsft_lib.launch import start_training
+from rsft_lib.tokenizer.patch import patch_tokenizer
+from rsft_lib.training.config import TrainConfig
+from rsft_lib.training.metrics import read_metrics
+
+QUESTIONS, LENGTH, STEPS = 5, 10, (2, 3)
+NAMES = {"think": "think", "short": "short", "choice": None}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A run that answers after every second step and after the third, the last."""
+    folder = tmp_path_factory.mktemp("answers")
+    sources = demo.make_sources(folder / "sources", 60, seed=1)
+    demo.make_model(folder / "model", seed=1)
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    torch.manual_seed(1)
+    for parameter in model.parameters():  # so that answers depend on the question
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(folder / "varied")
+    patch_tokenizer(folder / "model", folder / "tokenizer", {"<|quad_start|>": "<short>"})
+    convert(folder / "varied", folder / "megatron")
+    build_hybrid(sources / "long.jsonl", sources / "short.jsonl", folder / "hybrid", held_out=0.2, seed=1)
+    for split in ("train", "heldout"):
+        tokenize(folder / "hybrid" / f"{split}.jsonl", folder / "tokenizer", folder / split, max_length=513)
+    config = TrainConfig(
+        **demo.TINY | {"eval_interval": 1000, "lr": 1e-4, "min_lr": 0.0, "save_interval": 1, "train_iters": 3},
+        checkpoint=str(folder / "megatron"), data=str(folder / "train"), eval_data=str(folder / "heldout"),
+        output=str(folder / "run"), eval_generate_every=2, eval_question_count=QUESTIONS, eval_max_new_tokens=LENGTH,
+    )  # fmt: skip
+    return folder, config
+
+
+LAYOUTS = {
+    "one rank": (1, {}),
+    "three replicas": (3, {"global_batch_size": 3}),
+    "tensor and pipeline parallel": (4, {"tensor_parallel": 2, "pipeline_parallel": 2}),
+}
+
+
+@pytest.mark.parametrize(("nproc", "changes"), LAYOUTS.values(), ids=LAYOUTS)
+def test_a_model_answers_during_training_as_its_exported_checkpoints_do(inputs, tmp_path, nproc, changes):
+    folder, config = inputs
+    start_training(replace(config, output=str(tmp_path / "run"), **changes), nproc).wait()
+    questions = held_out_questions(folder / "hybrid" / "heldout.jsonl", QUESTIONS)
+    records = {record["iteration"]: record for record in read_metrics(tmp_path / "run")}
+    assert not any("think_accuracy" in record for step, record in records.items() if step not in STEPS)
+    for step in STEPS:
+        export(tmp_path / "run" / f"iter_{step:07d}", folder / "tokenizer", tmp_path / f"hf{step}")
+        expected = generate_modes(tmp_path / f"hf{step}", questions, [*NAMES.values()], Sampling(LENGTH))
+        lines = (tmp_path / "run" / "answers" / f"step_{step:07d}.jsonl").read_text(encoding="utf-8").splitlines()
+        written = [json.loads(line) for line in lines]
+        assert [line["question"] for line in written] == [question.text for question in questions]
+        for name, mode in NAMES.items():
+            texts = [line["answers"][name]["text"] for line in written]
+            assert texts == [answer.text for answer in expected[mode]]
+            assert len(set(texts)) > 1 or name == "short", "the questions should matter"
+            for metric, value in score(expected[mode], [q.expected for q in questions], mode).items():
+                assert records[step][f"{name}_{metric}"] == value
+    assert {path.name for path in (tmp_path / "run").glob(".answers*")} == set()
+
+
+def test_questions_need_a_source_and_the_tokenizer_of_the_data(inputs, tmp_path):
+    _, config = inputs
+    with pytest.raises(ValueError, match="eval_generate_every is 2, but there are no questions"):
+        replace(config, eval_data="")
+
+
+def test_answering_does_not_change_the_training(inputs, tmp_path):
+    _, config = inputs
+    losses = []
+    for name, every in (("with", 1), ("without", 0)):
+        start_training(replace(config, output=str(tmp_path / name), eval_generate_every=every), 1).wait()
+        losses.append([record["loss"] for record in read_metrics(tmp_path / name)])
+    assert losses[0] == losses[1]
