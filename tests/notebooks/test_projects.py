@@ -5,7 +5,9 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+from unittest.mock import Mock
 
 import nbformat
 import pytest
@@ -13,10 +15,11 @@ from browser import copy_project, set_defaults
 from support import ROOT, random_store
 
 from rsft_lib import demo, notebook, project
+from rsft_lib.chain import records, steps
 from rsft_lib.chain.parameters import committed_parameters, declared_parameters
 from rsft_lib.chain.project_file import NOTEBOOKS, ProjectError, notebook_file, open_project
 from rsft_lib.chain.report import TAG, write_report
-from rsft_lib.chain.steps import FROM, state
+from rsft_lib.chain.steps import FROM, Chain
 from rsft_lib.common.artifact import new_folder
 
 OWN_FOLDER = ("05_train", "06_loss_curves", "08_loss_lab")  # their status is in their output
@@ -89,7 +92,7 @@ def test_lengths_follow_from_one_another(mine):
 def test_every_parameter_that_an_earlier_notebook_makes_is_taken_from_it(mine):
     ran_until(mine, NOTEBOOKS[-1])
     for name in NOTEBOOKS:
-        found = state(open_project(mine), name)
+        found = Chain(open_project(mine)).state(name)
         assert found.kind == "done" and set(FROM.get(name, {})) <= set(found.record["parameters"])
         empty = [key for key in FROM.get(name, {}) if not found.record["parameters"][key]]
         assert empty == (["held_out"] if name.startswith("07") else []), "`ran` splits no dataset"
@@ -126,7 +129,7 @@ def test_a_changed_tokenizer_makes_what_was_made_with_it_stale(mine):
     assert str(error.value) == (
         f"02_convert_checkpoint ran before tokenizer changed ({tokenizer}): run notebook 02_convert_checkpoint again"
     )
-    kinds = {name: state(open_project(mine), name).kind for name in NOTEBOOKS[:5]}
+    kinds = {name: Chain(open_project(mine)).state(name).kind for name in NOTEBOOKS[:5]}
     assert list(kinds.values()) == ["done", "stale", "stale", "stale", "stale"]
 
 
@@ -141,6 +144,17 @@ def test_changed_answers_and_a_changed_project_file_make_stale_what_they_shaped(
     demo.make_sources(tmp_path / "answers", 6, seed=2)
     with pytest.raises(ProjectError, match=r"^03_build_dataset ran before long changed \(.*long.jsonl\): run"):
         begin(mine, "05_train")
+
+
+def test_the_status_of_a_project_hashes_each_file_and_reads_each_record_once(mine, monkeypatch):
+    ran_until(mine, NOTEBOOKS[-1])
+    hashed, read = Mock(wraps=records.file_hash), Mock(wraps=steps.read_record)
+    monkeypatch.setattr(records, "file_hash", hashed)
+    monkeypatch.setattr(steps, "read_record", read)
+    assert "stale" not in repr(project.status(open_project(mine)))
+    opened = Counter(str(call.args[0]) for call in hashed.call_args_list + read.call_args_list)
+    assert {Path(file).name for file in opened} >= {"long.jsonl", "manifest.json", "status.json"}
+    assert {file: count for file, count in opened.items() if count > 1} == {}
 
 
 def test_a_value_given_by_hand_is_kept_as_the_choice_for_this_project(mine):
@@ -162,10 +176,10 @@ def test_a_stopped_training_is_no_input(mine):
 
 def test_an_output_given_by_hand_is_not_part_of_the_project(mine, tmp_path):
     ran(mine, "01_patch_tokenizer", output=str(tmp_path / "elsewhere"))
-    assert state(open_project(mine), "01_patch_tokenizer").kind == "missing"
+    assert Chain(open_project(mine)).state("01_patch_tokenizer").kind == "missing"
     assert (ROOT / "outputs" / "01_patch_tokenizer" / "status.json").exists()
     folder = ran(mine, "05_train", checkpoint="c", data="d", output=str(tmp_path / "run"))
-    assert folder == tmp_path / "run" and state(open_project(mine), "05_train").kind == "missing"
+    assert folder == tmp_path / "run" and Chain(open_project(mine)).state("05_train").kind == "missing"
 
 
 def test_an_output_of_the_project_file_is_part_of_it(mine, tmp_path):
