@@ -19,7 +19,7 @@ import yaml
 from rsft_lib.chain.parameters import read_yaml
 from rsft_lib.chain.project_file import NOTEBOOKS, Project, locate, notebook_file, open_project
 from rsft_lib.chain.report import write_report
-from rsft_lib.chain.steps import Chain
+from rsft_lib.chain.steps import Chain, state
 from rsft_lib.common.cores import usable_cores
 from rsft_lib.common.locks import locked
 from rsft_lib.common.paths import project_root, require_path, resolve
@@ -127,7 +127,7 @@ def run(project: str, first: str = NOTEBOOKS[0], last: str = NOTEBOOKS[-1]) -> t
 def _stopped(project: Project, names: tuple[str, ...], executed: Path) -> Iterator[str]:
     """Run what is not done; yields how to resume where a notebook was stopped."""
     for name in names:
-        found = Chain(project).state(name)
+        found = state(project, name)
         if found.kind == "done":
             print(f"{name}: done before", flush=True)
             continue

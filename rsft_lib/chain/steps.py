@@ -112,7 +112,7 @@ class Chain:
         return str({**found.record["parameters"], **found.record}.get(fact, ""))
 
     def _state(self, notebook: str) -> State:
-        """Whether a notebook has run to its end, and whether its record still holds; `why` says what to do if not."""
+        """Whether a notebook ran to its end and its record still holds; `why` explains what to do if not."""
         record = read_record(folder_of(self.project, notebook) / STATUS_FILE)
         if "parameters" not in record:
             return State("missing", f"{notebook} has not run to its end in project {self.project.name}", record)
@@ -136,6 +136,11 @@ class Chain:
             if self.identity(before[name]) not in (recorded, ""):  # a source may have been removed since
                 return State("stale", f"{notebook} ran before {name} changed ({before[name]}): {again}", record)
         return State("done", "", record)
+
+
+def state(project: Project, notebook: str) -> State:
+    """The state of one notebook as it is now."""
+    return Chain(project).state(notebook)
 
 
 def _derived(project: Project, notebook: str, values: dict[str, Value]) -> dict[str, Value]:

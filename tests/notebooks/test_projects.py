@@ -1,4 +1,4 @@
-"""Project files, where a notebook's parameters come from, and what is said of an input that is missing or stale."""
+"""Project files, where a notebook's parameters come from, and the errors for an input that is missing or stale."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from rsft_lib.chain import records, steps
 from rsft_lib.chain.parameters import committed_parameters, declared_parameters
 from rsft_lib.chain.project_file import NOTEBOOKS, ProjectError, notebook_file, open_project
 from rsft_lib.chain.report import TAG, write_report
-from rsft_lib.chain.steps import FROM, Chain
+from rsft_lib.chain.steps import FROM, state
 from rsft_lib.common.artifact import new_folder
 
 OWN_FOLDER = ("05_train", "06_loss_curves", "08_loss_lab")  # their status is in their output
@@ -92,7 +92,7 @@ def test_lengths_follow_from_one_another(mine):
 def test_every_parameter_that_an_earlier_notebook_makes_is_taken_from_it(mine):
     ran_until(mine, NOTEBOOKS[-1])
     for name in NOTEBOOKS:
-        found = Chain(open_project(mine)).state(name)
+        found = state(open_project(mine), name)
         assert found.kind == "done" and set(FROM.get(name, {})) <= set(found.record["parameters"])
         empty = [key for key in FROM.get(name, {}) if not found.record["parameters"][key]]
         assert empty == (["held_out"] if name.startswith("07") else []), "`ran` splits no dataset"
@@ -129,7 +129,7 @@ def test_a_changed_tokenizer_makes_what_was_made_with_it_stale(mine):
     assert str(error.value) == (
         f"02_convert_checkpoint ran before tokenizer changed ({tokenizer}): run notebook 02_convert_checkpoint again"
     )
-    kinds = {name: Chain(open_project(mine)).state(name).kind for name in NOTEBOOKS[:5]}
+    kinds = {name: state(open_project(mine), name).kind for name in NOTEBOOKS[:5]}
     assert list(kinds.values()) == ["done", "stale", "stale", "stale", "stale"]
 
 
@@ -176,10 +176,10 @@ def test_a_stopped_training_is_no_input(mine):
 
 def test_an_output_given_by_hand_is_not_part_of_the_project(mine, tmp_path):
     ran(mine, "01_patch_tokenizer", output=str(tmp_path / "elsewhere"))
-    assert Chain(open_project(mine)).state("01_patch_tokenizer").kind == "missing"
+    assert state(open_project(mine), "01_patch_tokenizer").kind == "missing"
     assert (ROOT / "outputs" / "01_patch_tokenizer" / "status.json").exists()
     folder = ran(mine, "05_train", checkpoint="c", data="d", output=str(tmp_path / "run"))
-    assert folder == tmp_path / "run" and Chain(open_project(mine)).state("05_train").kind == "missing"
+    assert folder == tmp_path / "run" and state(open_project(mine), "05_train").kind == "missing"
 
 
 def test_an_output_of_the_project_file_is_part_of_it(mine, tmp_path):
