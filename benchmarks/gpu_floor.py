@@ -16,9 +16,9 @@ from rsft_lib.model.loss_head import Targets, add_product_, weighted_loss
 from rsft_lib.training.flops import parameters
 
 
-def milliseconds(function, repeats: int = 20, warm: int = 5) -> float:
+def milliseconds(function, repeats: int = 20, warmup: int = 5) -> float:
     """Median GPU time of a call, in milliseconds."""
-    for _ in range(warm):
+    for _ in range(warmup):
         function()
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
     marks[0].record()
@@ -107,7 +107,7 @@ def _attention(hf, data: Path, alone: bool = True) -> float:
             def both(query=query, key=key, value=value, samples=samples, grad=grad):
                 inner(query, key, value, attention_bias=samples).backward(grad)
 
-            times.append(milliseconds(both, repeats=10, warm=3))
+            times.append(milliseconds(both, repeats=10, warmup=3))
     return statistics.fmean(times)
 
 
@@ -159,4 +159,4 @@ def _timed(forward, leaves: list) -> dict[str, float]:
     torch.cuda.reset_peak_memory_stats()
     both()
     peak = (torch.cuda.max_memory_allocated() - before) / GIB
-    return {"ms": milliseconds(both, repeats=10, warm=2), "gib": peak}
+    return {"ms": milliseconds(both, repeats=10, warmup=2), "gib": peak}

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 import torch
-from train_gpu import GIB, LENGTH, PEAK, WARM, randomize, settings, usual_step
+from train_gpu import GIB, LENGTH, PEAK, WARMUP, randomize, settings, usual_step
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -62,7 +62,7 @@ def measure_liger(model: Path, data: Path, checkpointing: bool, micro_batches: i
     seconds, rates, trained = [], [], []
     torch.cuda.reset_peak_memory_stats()
     chosen = usual_step(packs)
-    for _ in range(WARM + STEPS):
+    for _ in range(WARMUP + STEPS):
         torch.cuda.synchronize()
         began, count = time.perf_counter(), 0
         for master in masters:
@@ -82,12 +82,12 @@ def measure_liger(model: Path, data: Path, checkpointing: bool, micro_batches: i
         flops = training_flops(hf, LENGTH * micro_batches, sum(map(packs.cost, chosen)))
         rates.append(flops / seconds[-1])
         trained.append(count / seconds[-1])
-    step = statistics.median(seconds[WARM:])
+    step = statistics.median(seconds[WARMUP:])
     return {
         "ms_per_micro_batch": 1000 * step / micro_batches,
         "tokens_per_second": LENGTH * micro_batches / step,
-        "trained_tokens_per_second": statistics.median(trained[WARM:]),
-        "mfu": statistics.median(rates[WARM:]) / PEAK,
+        "trained_tokens_per_second": statistics.median(trained[WARMUP:]),
+        "mfu": statistics.median(rates[WARMUP:]) / PEAK,
         "peak_gib": torch.cuda.max_memory_allocated() / GIB,
     }
 

@@ -30,7 +30,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # the modules beside this one
 
-from train_gpu import GIB, LENGTH, MICRO_BATCHES, PEAK, WARM, make_traces, measure, randomize, settings, usual_step
+from train_gpu import GIB, LENGTH, MICRO_BATCHES, PEAK, WARMUP, make_traces, measure, randomize, settings, usual_step
 
 from rsft_lib.data.packed import PackedDataset
 from rsft_lib.data.store import TokenStore
@@ -163,7 +163,7 @@ def timed(config: TrainConfig, step) -> dict:
     packs = usual_step(data, config.global_batch_size)
     batches, seconds = [data.batch([pack]) for pack in packs[rank::world]], []
     torch.cuda.reset_peak_memory_stats()
-    for _ in range(WARM + STEPS):
+    for _ in range(WARMUP + STEPS):
         torch.distributed.barrier()
         torch.cuda.synchronize()
         began = time.perf_counter()
@@ -171,7 +171,7 @@ def timed(config: TrainConfig, step) -> dict:
         torch.cuda.synchronize()
         torch.distributed.barrier()
         seconds.append(time.perf_counter() - began)
-    taken = statistics.median(seconds[WARM:])
+    taken = statistics.median(seconds[WARMUP:])
     flops = training_flops(read_config(config.checkpoint), LENGTH * len(packs), sum(map(data.cost, packs)))
     return {
         "ms_per_micro_batch": 1000 * taken / len(packs), "tokens_per_second": LENGTH * len(packs) / taken,

@@ -35,7 +35,7 @@ from rsft_lib.data.packing import pack
 from rsft_lib.data.records import parse, read_rows
 from rsft_lib.data.store import LENGTHS
 from rsft_lib.data.tokenize import tokenize
-from rsft_lib.tokenizer.chat import ChatTemplate, trained_text
+from rsft_lib.tokenizer.chat import ChatTemplate, trained_texts
 from rsft_lib.tokenizer.patch import load_tokenizer, patch_tokenizer
 
 REAL = Path(os.environ["RSFT_REAL_DATA"])
@@ -82,7 +82,8 @@ def bare_speed(folder: Path) -> tuple[int, float]:
     loaded = load_tokenizer(folder / "tok")
     template = ChatTemplate.of(loaded)
     rows = read_rows(folder / "1x.jsonl")
-    texts = [trained_text(template, conversation(parse(row.content)).messages)[0] for row in rows]
+    chats = [conversation(parse(row.content)).messages for row in rows]
+    texts = [text for text, _ in trained_texts(template, chats)]
     bare, seconds = Tokenizer.from_str(loaded.backend_tokenizer.to_str()), []
     for _ in range(2):
         began = time.perf_counter()

@@ -47,7 +47,7 @@ from rsft_lib.training.state import TrainState, load
 sys.path.insert(0, str(Path(__file__).parent))  # the modules beside this one
 
 LENGTH, MICRO_BATCHES, PEAK, GIB = 16_384, 8, 989e12, 2**30
-WARM, STEPS = 2, 4
+WARMUP, STEPS = 2, 4
 
 
 def make_inputs(folder: Path) -> None:
@@ -119,7 +119,7 @@ def measure(config: TrainConfig, steps: int = STEPS, single: bool = False) -> di
     gc.freeze()  # as the training loop does
     packs, loader = usual_step(data, config.global_batch_size), Loader(data, config)
     seconds, rates, losses, trained = [], [], [], []
-    for _ in range(WARM + steps):
+    for _ in range(WARMUP + steps):
         torch.cuda.synchronize()
         began = time.perf_counter()
         done = update(state, loader, packs, packs)
@@ -131,14 +131,14 @@ def measure(config: TrainConfig, steps: int = STEPS, single: bool = False) -> di
         losses.append(counts[0] / weight_sum(counts))
         trained.append(trained_tokens(counts) / seconds[-1])
         state.scheduler.step(increment=1)
-    step = statistics.median(seconds[WARM:])
+    step = statistics.median(seconds[WARMUP:])
     return {
         "ms_per_micro_batch": 1000 * step / len(packs),
         "epoch_s": len(data) * step / len(packs),
-        "spread_ms": 1000 * (max(seconds[WARM:]) - min(seconds[WARM:])) / len(packs),
+        "spread_ms": 1000 * (max(seconds[WARMUP:]) - min(seconds[WARMUP:])) / len(packs),
         "tokens_per_second": config.global_batch_size * config.seq_length / step,
-        "trained_tokens_per_second": statistics.median(trained[WARM:]),
-        "mfu": statistics.median(rates[WARM:]) / PEAK,
+        "trained_tokens_per_second": statistics.median(trained[WARMUP:]),
+        "mfu": statistics.median(rates[WARMUP:]) / PEAK,
         "peak_gib": torch.cuda.max_memory_allocated() / GIB,
         "reserved_gib": torch.cuda.max_memory_reserved() / GIB,
         "losses": losses,

@@ -89,9 +89,9 @@ class Section(NamedTuple):
     target: str = ""
 
 
-def ours(config: TrainConfig, steps: int = 3, warm: int = 2) -> dict:
+def ours(config: TrainConfig, steps: int = 3, warmup: int = 2) -> dict:
     """The kit's training step."""
-    train_gpu.WARM = warm
+    train_gpu.WARMUP = warmup
     result = measure(config, steps)
     result.pop("load")
     return result
@@ -223,7 +223,7 @@ def _together() -> None:
 def run(part: int, model: str, target: str = "", gpus: int = 0, length: int = LENGTH, **layout) -> Section:
     """A section of `ours`; few packs and steps of long samples, which take seconds each."""
     packs, steps = {LENGTH: (MICRO_BATCHES, 3), 2**16: (2, 2), 2**17: (1, 1)}.get(length, (1, 1))
-    work = partial(ours, steps=steps, warm=2 if length <= 2**16 else 1)
+    work = partial(ours, steps=steps, warmup=2 if length <= 2**16 else 1)
     return Section(part, model, work, layout, length, gpus, packs, target)
 
 

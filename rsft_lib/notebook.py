@@ -24,7 +24,7 @@ from tqdm import tqdm
 from rsft_lib.chain.parameters import checked, committed_parameters, declared_parameters, read_yaml
 from rsft_lib.chain.project_file import ProjectError, notebook_file, open_project
 from rsft_lib.chain.records import STATUS_FILE, identities
-from rsft_lib.chain.steps import GIVEN, Value, folder_of, resolved
+from rsft_lib.chain.steps import GIVEN, Chain, Value, folder_of
 from rsft_lib.common.artifact import write_json
 from rsft_lib.common.paths import project_root, require_path, resolve
 from rsft_lib.display.live.kernel_events import somebody_looks
@@ -74,7 +74,7 @@ def begin(namespace: dict, name: str, status: str = "") -> SimpleNamespace:
     folder = Path("outputs", name)
     if "project" in declared:
         project = open_project(given.get("project", declared["project"].default))
-        values = resolved(project, name, given)
+        values = Chain(project).resolved(name, given)
         folder = folder if values["output"].origin == GIVEN else folder_of(project, name)
     else:
         values = {key: Value(given[key], GIVEN) if key in given else Value(declared[key].default) for key in declared}

@@ -19,7 +19,7 @@ import yaml
 from rsft_lib.chain.parameters import read_yaml
 from rsft_lib.chain.project_file import NOTEBOOKS, Project, locate, notebook_file, open_project
 from rsft_lib.chain.report import write_report
-from rsft_lib.chain.steps import state
+from rsft_lib.chain.steps import Chain, state
 from rsft_lib.common.cores import usable_cores
 from rsft_lib.common.locks import locked
 from rsft_lib.common.paths import project_root, require_path, resolve
@@ -147,9 +147,9 @@ def _index(notebook: str) -> int:
 def status(project: Project) -> Table:
     """What is done, stopped, stale or missing in a project, and why."""
     os.chdir(project_root())
-    rows = []
+    chain, rows = Chain(project), []
     for name in NOTEBOOKS:
-        found = state(project, name)
+        found = chain.state(name)
         given = [key for key in found.record.get("given", []) if key != "project"]
         by_hand = f"given by hand: {', '.join(given)}" if given else ""
         why = found.why if found.record else ""  # it has not run yet

@@ -4,6 +4,7 @@ import json
 import math
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import ipywidgets
 from ipywidgets.widgets.widget import _instances
@@ -58,6 +59,11 @@ class Job:
             if isinstance(widget, ipywidgets.Button) and not (self.folder / "button").exists():
                 (self.folder / ".button").write_text(widget.model_id)
                 (self.folder / ".button").rename(self.folder / "button")
+
+
+def ended_job(folder: Path, train_iters: int, state: str = "") -> SimpleNamespace:
+    """A job that has ended, without a log."""
+    return SimpleNamespace(folder=folder, train_iters=train_iters, state=state, running=False, tail=lambda lines: "")
 
 
 def record(step: int, steps: int) -> dict:

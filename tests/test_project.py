@@ -126,7 +126,7 @@ def test_cells_are_short_python_without_outputs(notebook):
     assert book.metadata.kernelspec.name == "python3"
     for cell in book.cells:
         if cell.cell_type == "code":
-            ast.parse(cell.source)  # a magic or a shell command is no Python
+            ast.parse(cell.source)  # a magic or a shell command is not Python
             assert not cell.outputs and cell.execution_count is None
             assert len(cell.source.splitlines()) <= 15 or "parameters" in cell.metadata.get("tags", []), cell.source
 

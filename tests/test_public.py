@@ -21,7 +21,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def python(folder: Path, *arguments, **environment) -> str:
-    """What a Python says that is started in `folder`."""
+    """What a Python that is started in `folder` prints."""
     command = [sys.executable, *map(str, arguments)]
     done = subprocess.run(command, cwd=folder, env=os.environ | environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -50,8 +50,12 @@ def test_metrics_of_a_folder_that_does_not_exist_are_refused(tmp_path):
         rsft_lib.read_metrics(f"{tmp_path}/nowhere")
 
 
-def test_importing_the_kit_imports_neither_torch_nor_megatron(tmp_path):
-    code = "import sys, rsft_lib; print([name for name in ('torch', 'megatron.core', 'numpy') if name in sys.modules])"
+@pytest.mark.parametrize(
+    ("module", "slow"),
+    [("rsft_lib", {"torch", "megatron", "numpy"}), ("rsft_lib.project", {"torch", "transformers", "nbformat"})],
+)
+def test_importing_the_kit_or_its_projects_imports_no_slow_library(tmp_path, module, slow):
+    code = f"import sys, {module}; print([name for name in {slow} if name in sys.modules])"
     assert python(tmp_path, "-c", code, PYTHONPATH=str(EXAMPLES.parent)).strip() == "[]"
 
 
@@ -61,13 +65,13 @@ def test_the_examples_train_and_read_logits_with_paths_relative_to_the_working_d
     rows = (tmp_path / "answers" / "long.jsonl").read_text().splitlines()[:40]
     (tmp_path / "data.jsonl").write_text("\n".join(rows) + "\n")
     where = {"PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"}
-    said = python(tmp_path, EXAMPLES / "train.py", "tiny", "data.jsonl", "out", **where)
-    steps = [int(step) for step in re.findall(r"^step +(\d+)/\d+ +loss ", said, re.MULTILINE)]
-    assert "<think>" in said and steps and steps == sorted(set(steps))  # each printed once
-    assert " packs" not in said  # of the estimate at the start
+    printed = python(tmp_path, EXAMPLES / "train.py", "tiny", "data.jsonl", "out", **where)
+    steps = [int(step) for step in re.findall(r"^step +(\d+)/\d+ +loss ", printed, re.MULTILINE)]
+    assert "<think>" in printed and steps and steps == sorted(set(steps))  # each printed once
+    assert " packs" not in printed  # of the estimate at the start
     assert {"megatron", "tokens", "run", "exported"} <= {path.name for path in (tmp_path / "out").iterdir()}
-    said = python(tmp_path, EXAMPLES / "logits.py", "out/exported", "out/megatron", "1 + 1 =", **where)
-    values = [float(line.split()[0]) for line in said.splitlines()[-5:]]
+    printed = python(tmp_path, EXAMPLES / "logits.py", "out/exported", "out/megatron", "1 + 1 =", **where)
+    values = [float(line.split()[0]) for line in printed.splitlines()[-5:]]
     assert values == sorted(values, reverse=True)
 
 

@@ -1,4 +1,4 @@
-"""Parameters of notebooks: declared in the tagged cell, type-checked, and told apart from what a user typed there."""
+"""Parameters of notebooks: declared in the tagged cell, type-checked, and separated from what a user typed there."""
 
 import ast
 import difflib

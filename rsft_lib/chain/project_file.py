@@ -1,4 +1,4 @@
-"""Project files: what the notebooks of one project share, said once; and where their outputs are.
+"""Project files: what the notebooks of one project share, set once; and where their outputs are.
 
     model: deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B    # a name of SHARED
     long: traces.jsonl
@@ -38,7 +38,7 @@ MEMORY = {  # how notebook 05 saves GPU memory: of R1-Distill-Qwen-1.5B at 16,38
 
 
 class ProjectError(ValueError):
-    """A project or an input from it cannot be used. The message says what to do; no traceback is shown."""
+    """A project or an input from it cannot be used. The message explains what to do; no traceback is shown."""
 
     def _render_traceback_(self) -> list[str]:
         return [f"{type(self).__name__}: {self}"]

@@ -4,8 +4,6 @@ import html
 from collections.abc import Iterator
 from pathlib import Path
 
-import nbformat
-
 from rsft_lib.chain.project_file import NOTEBOOKS, Project
 from rsft_lib.common.temporary import new_file
 
@@ -34,6 +32,8 @@ def write_report(project: Project, states: str, executed: Path) -> Path:
 
 def _sections(notebook: Path) -> Iterator[str]:
     """The tagged cells' outputs, each below the last heading before it."""
+    import nbformat  # slow
+
     heading = ""
     for cell in nbformat.read(notebook, 4).cells:
         if cell.cell_type == "markdown":

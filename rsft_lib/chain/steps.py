@@ -4,12 +4,13 @@ An earlier notebook must be done, and not stale: it ran with the parameters that
 not changed since.
 """
 
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rsft_lib.chain.parameters import declared_parameters
 from rsft_lib.chain.project_file import Project, ProjectError, notebook_file
-from rsft_lib.chain.records import STATUS_FILE, identities
+from rsft_lib.chain.records import STATUS_FILE, identity
 from rsft_lib.common.artifact import own_manifest
 from rsft_lib.common.paths import resolve
 from rsft_lib.training.run_folder import read_record
@@ -69,29 +70,77 @@ def folder_of(project: Project, notebook: str) -> Path:
     return resolve(output) if output and notebook not in OUTPUTS else project.folder / notebook
 
 
-def resolved(project: Project, notebook: str, given: dict) -> dict[str, Value]:
-    """The parameters of a notebook with their origins.
+class Chain:
+    """The notebooks of a project as they are now; no state and no hash of an input is computed twice."""
 
-    Args:
-        given: those given by hand, checked.
+    def __init__(self, project: Project):
+        self.project = project
+        self.state, self.identity = cache(self._state), cache(identity)
 
-    Raises:
-        ProjectError: an input that is not given is missing or stale.
-    """
-    group = TOGETHER.get(notebook, set())
-    by_hand = given.keys() | (group if group & given.keys() else set())
-    declared = declared_parameters(notebook_file(notebook))
-    values = {name: Value(parameter.default) for name, parameter in declared.items()}
-    values |= {name: Value(value, f"project {project.name}") for name, value in project.parameters[notebook].items()
-               if name not in by_hand}  # fmt: skip
-    values |= {name: Value(value, GIVEN) for name, value in given.items()}
-    if values["output"] == Value(""):
-        place = folder_of(project, notebook) / OUTPUTS.get(notebook, "").format(project.name)
-        values["output"] = Value(str(place), f"project {project.name}")
-    for name, (maker, fact) in FROM.get(notebook, {}).items():
-        if values[name] == Value("") and name not in by_hand:
-            values[name] = Value(_made(project, maker, fact, name), f"from {maker}")
-    return values | _derived(project, notebook, values)
+    def resolved(self, notebook: str, given: dict) -> dict[str, Value]:
+        """The parameters of a notebook with their origins.
+
+        Args:
+            given: those given by hand, checked.
+
+        Raises:
+            ProjectError: an input that is not given is missing or stale.
+        """
+        project = self.project
+        group = TOGETHER.get(notebook, set())
+        by_hand = given.keys() | (group if group & given.keys() else set())
+        declared = declared_parameters(notebook_file(notebook))
+        values = {name: Value(parameter.default) for name, parameter in declared.items()}
+        values |= {name: Value(value, f"project {project.name}")
+                   for name, value in project.parameters[notebook].items() if name not in by_hand}  # fmt: skip
+        values |= {name: Value(value, GIVEN) for name, value in given.items()}
+        if values["output"] == Value(""):
+            place = folder_of(project, notebook) / OUTPUTS.get(notebook, "").format(project.name)
+            values["output"] = Value(str(place), f"project {project.name}")
+        for name, (maker, fact) in FROM.get(notebook, {}).items():
+            if values[name] == Value("") and name not in by_hand:
+                values[name] = Value(self._made(maker, fact, name), f"from {maker}")
+        return values | _derived(project, notebook, values)
+
+    def _made(self, maker: str, fact: str, name: str) -> str:
+        """What a notebook recorded as made, for the parameter `name` of a later one; empty if it made no such thing."""
+        found = self.state(maker)
+        if found.kind == "missing":
+            raise ProjectError(f"{name}: {found.why}: run notebook {maker} first, or give {name}")
+        if found.kind != "done":
+            raise ProjectError(found.why)
+        return str({**found.record["parameters"], **found.record}.get(fact, ""))
+
+    def _state(self, notebook: str) -> State:
+        """Whether a notebook ran to its end and its record still holds; `why` explains what to do if not."""
+        record = read_record(folder_of(self.project, notebook) / STATUS_FILE)
+        if "parameters" not in record:
+            return State("missing", f"{notebook} has not run to its end in project {self.project.name}", record)
+        again = f"run notebook {notebook} again"
+        if record["status"] != "done":
+            why = f"{notebook} was stopped in project {self.project.name}: {again} to resume"
+            return State("stopped", why, record)
+        before = record["parameters"]
+        for made in (record.get("output", before["output"]), *record.get("folders", {}).values()):
+            if not resolve(made).exists():
+                return State("missing", f"{made}, made by {notebook}, does not exist", record)
+        try:
+            now = self.resolved(notebook, {name: before[name] for name in record["given"]})
+        except ProjectError as error:
+            return State("stale", str(error), record)
+        for name, (value, _) in now.items():
+            if name in before and before[name] != value and name != "project":
+                why = f"{notebook} ran with {name} {before[name]!r}, which is now {value!r}"
+                return State("stale", f"{why}: {again}", record)
+        for name, recorded in record["inputs"].items():
+            if self.identity(before[name]) not in (recorded, ""):  # a source may have been removed since
+                return State("stale", f"{notebook} ran before {name} changed ({before[name]}): {again}", record)
+        return State("done", "", record)
+
+
+def state(project: Project, notebook: str) -> State:
+    """The state of one notebook as it is now."""
+    return Chain(project).state(notebook)
 
 
 def _derived(project: Project, notebook: str, values: dict[str, Value]) -> dict[str, Value]:
@@ -108,40 +157,3 @@ def _derived(project: Project, notebook: str, values: dict[str, Value]) -> dict[
     if not longest.value:
         return {"max_length": Value(positions.value + 1, "from seq_length")}
     return {} if positions.origin == GIVEN else {"seq_length": Value(longest.value - 1, "from max_length")}
-
-
-def _made(project: Project, maker: str, fact: str, name: str) -> str:
-    """What a notebook recorded as made, for the parameter `name` of a later one; empty if it made no such thing."""
-    found = state(project, maker)
-    if found.kind == "missing":
-        raise ProjectError(f"{name}: {found.why}: run notebook {maker} first, or give {name}")
-    if found.kind != "done":
-        raise ProjectError(found.why)
-    return str({**found.record["parameters"], **found.record}.get(fact, ""))
-
-
-def state(project: Project, notebook: str) -> State:
-    """Whether a notebook has run in a project, and whether its record still holds; `why` says what to do if not."""
-    record = read_record(folder_of(project, notebook) / STATUS_FILE)
-    if "parameters" not in record:
-        return State("missing", f"{notebook} has not run to its end in project {project.name}", record)
-    again = f"run notebook {notebook} again"
-    if record["status"] != "done":
-        return State("stopped", f"{notebook} was stopped in project {project.name}: {again} to resume", record)
-    before = record["parameters"]
-    for made in (record.get("output", before["output"]), *record.get("folders", {}).values()):
-        if not resolve(made).exists():
-            return State("missing", f"{made}, made by {notebook}, does not exist", record)
-    try:
-        now = resolved(project, notebook, {name: before[name] for name in record["given"]})
-    except ProjectError as error:
-        return State("stale", str(error), record)
-    for name, (value, _) in now.items():
-        if name in before and before[name] != value and name != "project":
-            why = f"{notebook} ran with {name} {before[name]!r}, which is now {value!r}"
-            return State("stale", f"{why}: {again}", record)
-    found = identities(before)
-    for name, recorded in record["inputs"].items():
-        if found.get(name, recorded) != recorded:  # a source may have been removed since
-            return State("stale", f"{notebook} ran before {name} changed ({before[name]}): {again}", record)
-    return State("done", "", record)

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 from rsft_lib.checkpoint import any_format
 from rsft_lib.checkpoint.formats import hf, legacy, torch_dist
 from rsft_lib.checkpoint.lazy_weights import Weights, grown, resized, with_row_means
-from rsft_lib.common.artifact import MANIFEST, file_hash, new_folder, read_manifest, reusable
+from rsft_lib.common.artifact import file_hash, new_folder, own_manifest, reusable
 from rsft_lib.common.paths import require_path, resolve
 from rsft_lib.common.progress import progress
 from rsft_lib.model.config import check_layout, read_config
@@ -116,8 +116,7 @@ def _check_settings(
 ) -> None:  # fmt: skip
     if format not in FORMATS:
         raise ValueError(f"format is {format!r}; choose one of {', '.join(FORMATS)}")
-    if dtype and dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}, or '' to keep the dtype")
+    check_dtype(dtype)
     if min(tensor_parallel, pipeline_parallel) < 1:
         raise ValueError(f"{tensor_parallel=} and {pipeline_parallel=} must be at least 1")
     if format == "legacy":
@@ -131,6 +130,12 @@ def _check_settings(
         invalid = [token for token in (row, *others) if not 0 <= token < rows]
         if invalid or not others:
             raise ValueError(f"row_means[{row}] = {others}: expected token ids from 0 to {rows - 1}")
+
+
+def check_dtype(dtype: str) -> None:
+    """Raise a ValueError for a dtype that is neither one of DTYPES nor empty."""
+    if dtype and dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}, or '' to keep the dtype")
 
 
 def _counts(weights: Weights) -> dict:
@@ -156,7 +161,7 @@ def _same(weights: Weights, others: Weights, name: str) -> bool:
 
 def origin(folder: Path) -> dict[str, str]:
     """Where a folder comes from: a training checkpoint's run (at any step) and base model; otherwise itself."""
-    manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else {}
+    manifest = own_manifest(folder)
     if manifest.get("made_by") == "train":
         return {"origin": str(folder.parent), "base": manifest.get("config", {}).get("checkpoint", "")}
     return {"origin": str(folder), "base": ""}

@@ -7,19 +7,12 @@ import torch
 from transformers import GenerationConfig, PretrainedConfig
 
 from rsft_lib.checkpoint import any_format
-from rsft_lib.checkpoint.convert import DTYPES, GENERATION, config_bytes, origin
+from rsft_lib.checkpoint.convert import DTYPES, GENERATION, check_dtype, config_bytes, copy_along, origin
 from rsft_lib.checkpoint.formats import hf
 from rsft_lib.checkpoint.lazy_weights import Weights, resized
 from rsft_lib.checkpoint.model_card import data_options, model_card
 from rsft_lib.checkpoint.run_checkpoints import is_run, last_checkpoint
-from rsft_lib.common.artifact import (
-    MANIFEST,
-    file_hash,
-    new_folder,
-    own_manifest,
-    read_manifest,
-    reusable,
-)
+from rsft_lib.common.artifact import MANIFEST, file_hash, new_folder, own_manifest, reusable
 from rsft_lib.common.paths import require_path, resolve
 from rsft_lib.common.progress import progress
 from rsft_lib.model.config import read_config
@@ -73,25 +66,28 @@ def export(
     else:
         any_format.check(checkpoint)
     describing, destination = require_path(original, "original") if original else checkpoint, resolve(destination)
-    config = read_config(describing)
-    _check_settings(dtype, tokenizer, config)
-    _refuse_another_tokenizer(checkpoint, tokenizer)
+    config, manifest = read_config(describing), own_manifest(checkpoint)
+    check_dtype(dtype)
+    _check_number_of_tokens(tokenizer, config)
+    _refuse_another_tokenizer(checkpoint, manifest, tokenizer)
     facts: dict = {
         "made_by": "export",
         "checkpoint": str(checkpoint),
-        "checkpoint_sha256": _identity(checkpoint),
+        "checkpoint_sha256": file_hash(checkpoint / MANIFEST) if manifest else "",
         "tokenizer": str(tokenizer),
         "tokenizer_sha256": {name: file_hash(tokenizer / name) for name in _of(tokenizer)},
         "max_shard_size": max_shard_size,
     }
-    weights = _weights(checkpoint, config, dtype, describing if original else None)
+    weights = _weights(checkpoint, config, describing if original else None)
+    trained = (config.dtype or torch.float32) if manifest.get("made_by") == "train" else None
+    weights = Weights(weights.pieces, DTYPES.get(dtype, trained))
     dtypes = sorted({str(weights.empty(name).dtype).removeprefix("torch.") for name in weights})
     facts |= {"tensors": len(weights.pieces), "dtype": " and ".join(dtypes)}
     same_config = lambda: (destination / "config.json").read_bytes() == config_bytes(describing, dtype)  # noqa: E731
     if facts["checkpoint_sha256"] and reusable(destination, facts, unchanged=same_config):
         return facts
     size = sum(weights.empty(name).nbytes for name in weights)
-    listing = facts | origin(checkpoint) | _dialect(checkpoint)
+    listing = facts | origin(checkpoint) | _dialect(manifest)
     with new_folder(destination, listing, size, ["origin", "base"], overwrite) as folder:
         with progress("export", "B", size) as bar:
             listing["files"] = hf.write(folder, weights, max_shard_size, bar.update)
@@ -105,13 +101,12 @@ def export_unfinished(checkpoint: Path, tokenizer: Path, folder: Path) -> None:
     """Write the weights of a checkpoint without a manifest to the empty `folder`, for a model that is still trained."""
     config = read_config(checkpoint)
     dtype = str(config.dtype or torch.float32).removeprefix("torch.")
-    hf.write(folder, _weights(checkpoint, config, dtype, None), "2GB", lambda written: None)
+    weights = Weights(_weights(checkpoint, config, None).pieces, DTYPES[dtype])
+    hf.write(folder, weights, "2GB", lambda written: None)
     _describe(folder, checkpoint, dtype, tokenizer)
 
 
-def _check_settings(dtype: str, tokenizer: Path, config: PretrainedConfig) -> None:
-    if dtype and dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}, or '' to keep the dtype")
+def _check_number_of_tokens(tokenizer: Path, config: PretrainedConfig) -> None:
     tokens = len(load_tokenizer(tokenizer))
     if tokens > config.vocab_size:
         raise ValueError(
@@ -120,36 +115,28 @@ def _check_settings(dtype: str, tokenizer: Path, config: PretrainedConfig) -> No
         )
 
 
-def _refuse_another_tokenizer(checkpoint: Path, tokenizer: Path) -> None:
+def _refuse_another_tokenizer(checkpoint: Path, manifest: dict, tokenizer: Path) -> None:
     """Refuse a tokenizer or chat template other than the one that the model was trained with."""
-    if not (checkpoint / MANIFEST).is_file():
+    if manifest.get("made_by") != "train":
         return
-    manifest = read_manifest(checkpoint)
     trained, given = manifest.get("data", {}), fingerprint(tokenizer)
     differing = [name for name in given if name in trained and trained[name] != given[name]]
-    if manifest["made_by"] == "train" and differing:
+    if differing:
         raise ValueError(
             f"{checkpoint} was trained on {manifest['config']['data']}, whose {' and '.join(differing)} differs from "
             f"that of {tokenizer}: export with the tokenizer folder given to notebook 04"
         )
 
 
-def _weights(checkpoint: Path, config: PretrainedConfig, dtype: str, original: Path | None) -> Weights:
+def _weights(checkpoint: Path, config: PretrainedConfig, original: Path | None) -> Weights:
     """The weights to write, by Hugging Face names; check the checkpoint first."""
     weights = any_format.whole_vocabulary(any_format.open_weights(checkpoint, config), config, original)
-    weights = hf.as_hf(resized(weights, any_format.vocabulary(config), config.vocab_size), config)
-    trained = (checkpoint / MANIFEST).is_file() and read_manifest(checkpoint)["made_by"] == "train"
-    return Weights(weights.pieces, DTYPES[dtype] if dtype else (config.dtype or torch.float32) if trained else None)
+    return hf.as_hf(resized(weights, any_format.vocabulary(config), config.vocab_size), config)
 
 
-def _identity(checkpoint: Path) -> str:
-    """The hash of a checkpoint's manifest; '' if this kit did not write the checkpoint."""
-    return file_hash(checkpoint / MANIFEST) if (checkpoint / MANIFEST).is_file() else ""
-
-
-def _dialect(checkpoint: Path) -> dict[str, str]:
+def _dialect(manifest: dict) -> dict[str, str]:
     """The settings that name the dialect of the training data, so that the model is asked in it."""
-    options = data_options(own_manifest(checkpoint))
+    options = data_options(manifest)
     return {name: options[name] for name in ("dialect", "empty_block") if name in options}
 
 
@@ -159,14 +146,10 @@ def _of(tokenizer: Path) -> list[str]:
 
 def _describe(folder: Path, describing: Path, dtype: str, tokenizer: Path) -> None:
     """Write the files beside the weights: config, tokenizer, chat template, generation config."""
-    (folder / "config.json").write_bytes(config_bytes(describing, dtype))
+    copy_along(describing, folder, dtype)
     for name in _of(tokenizer):
         shutil.copyfile(tokenizer / name, folder / name)
-    if (folder / GENERATION).is_file():
-        return
-    if (describing / GENERATION).is_file():
-        shutil.copyfile(describing / GENERATION, folder / GENERATION)
-    else:
+    if not (folder / GENERATION).is_file():
         loaded = load_tokenizer(tokenizer)
         GenerationConfig(
             bos_token_id=loaded.bos_token_id, eos_token_id=loaded.eos_token_id, pad_token_id=loaded.pad_token_id

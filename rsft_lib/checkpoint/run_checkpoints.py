@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from rsft_lib.checkpoint import any_format
 from rsft_lib.common.artifact import DamagedError, read_manifest, verify
 from rsft_lib.common.paths import require_path
 
@@ -56,6 +55,8 @@ def last_checkpoint(run: str | Path) -> Path:
         FileNotFoundError: the folder does not exist or has no intact checkpoint.
         ValueError: the newest one is unsafe.
     """
+    from rsft_lib.checkpoint import any_format  # slow; the functions above need none of its libraries
+
     folder = require_path(run, "run folder")
     if checkpoint := next(intact(folder, any_format.check), None):
         return checkpoint

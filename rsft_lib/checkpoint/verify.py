@@ -19,7 +19,7 @@ from rsft_lib.checkpoint.formats import hf, torch_dist
 from rsft_lib.checkpoint.lazy_weights import Box, Weights, grown, resized, with_row_means
 from rsft_lib.checkpoint.proofs import proofs
 from rsft_lib.checkpoint.sharded import load_weights
-from rsft_lib.common.artifact import MANIFEST, VERIFICATION, new_folder, read_manifest, write_json
+from rsft_lib.common.artifact import VERIFICATION, new_folder, own_manifest, write_json
 from rsft_lib.model.config import read_config, transformer_config
 from rsft_lib.model.cpu_shim import device
 from rsft_lib.model.distributed import ranks
@@ -104,8 +104,7 @@ def _rows(model: Path, checkpoint: Path) -> int:
 
 def _row_means(checkpoint: Path) -> dict[int, list[int]]:
     """The rows that `convert` replaced by a mean of others."""
-    manifest = read_manifest(checkpoint) if (checkpoint / MANIFEST).is_file() else {}
-    return {int(row): others for row, others in manifest.get("row_means", {}).items()}
+    return {int(row): others for row, others in own_manifest(checkpoint).get("row_means", {}).items()}
 
 
 class _Perturbed(Weights):

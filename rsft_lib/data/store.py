@@ -7,7 +7,7 @@ rows.npy                  int64, the record number of every sample, counted from
 manifest.json             the inputs, and size and hash of every file
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +110,14 @@ class TokenStore:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def chunks(self, tokens: int) -> Iterator[tuple[int, int]]:
+        """(first, last) samples of chunks of at most `tokens` tokens, or of one sample; `last` is exclusive."""
+        begins, first = self.ends - self.lengths, 0
+        while first < len(self):
+            last = max(first + 1, int(np.searchsorted(self.ends, begins[first] + tokens, side="right")))
+            yield first, last
+            first = last
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         end = self.ends[index]

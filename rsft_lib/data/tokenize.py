@@ -40,7 +40,6 @@ def tokenize(
     *,
     reject_limit: float = 0.001,
     workers: int | None = None,
-    contract: bool = True,
     overwrite: bool = False,
     **options,
 ) -> dict:
@@ -53,7 +52,6 @@ def tokenize(
         reject_limit: maximum fraction of unusable records; they are saved in `<folder>.rejected.jsonl`.
         workers: maximum number of processes; 0 to tokenize in this one, None for no maximum. It is capped by the usable
             cores, the blocks of 256 records, and the number that the reader can keep busy.
-        contract: whether the tokenizer must pass `require_contract`; otherwise training and serving may differ.
         overwrite: also replace a `folder` made from other data or another tokenizer.
 
     Returns:
@@ -82,8 +80,7 @@ def tokenize(
         added_tokens=loaded.get_added_vocab(), options=settings, openings=openings_of(loaded, settings.forms),
     )  # fmt: skip
     with pool_for(job, min(len(first), USEFUL_WORKERS)) as pool:
-        if contract:
-            require_contract(tokenizer, loaded, settings.forms)
+        require_contract(tokenizer, loaded, settings.forms)
         facts["encoder"] = _chosen_encoder(pool, source.rows())
         count = min(len(first), USEFUL_WORKERS_WHEN_SLOW if "why_slow" in facts["encoder"] else USEFUL_WORKERS)
         pool.grow(count)

@@ -4,7 +4,7 @@ Figures have no ground of their own, and one text colour that is legible on whit
 VS Code and GitHub: nothing in a PNG can follow the reader's theme.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -56,6 +56,13 @@ def thinned(x: ArrayLike, y: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     kept = np.array([sorted((s[y[s].argmin()], s[y[s].argmax()])) for s in segments]).ravel()
     kept[-1] = len(x) - 1  # always keep the last point
     return x[kept], y[kept]
+
+
+def draw_smoothed(axes: Axes, x: ArrayLike, y: Collection[float], smoothing: float, raw: bool = True, **style) -> None:
+    """Draw a line smoothed and, if `raw`, the values themselves faintly behind it; `style` is for `Axes.plot`."""
+    if raw and smoothing:
+        axes.plot(*thinned(x, y), color=style["color"], alpha=0.3, linewidth=0.8)
+    axes.plot(*thinned(x, smoothed(y, smoothing)), **style)
 
 
 def plain_numbers(axes: Axes) -> None:

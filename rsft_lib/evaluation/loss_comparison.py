@@ -1,11 +1,10 @@
 """Losses of all trained tokens before and after a training: by sample, by kind (mode and span), and suspect samples.
 
 A suspect is a sample whose losses hint at a data error: `suspects` decides, REASONS words it. The control token is left
-out: its loss only tells that nothing in a question determines the mode, ln 2 for equally frequent modes.
+out: its loss only shows that nothing in a question determines the mode, ln 2 for equally frequent modes.
 """
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -77,7 +76,7 @@ def compare(before: TokenLosses, after: TokenLosses) -> Comparison:
         raise ValueError(f"{before.store.folder} and {after.store.folder} are different data: score both on the same")
     by_kind, parts = np.zeros((3, KINDS)), []
     seen: dict[bytes, int] = {}
-    for first, last in _chunks(after.store):
+    for first, last in after.store.chunks(CHUNK):
         columns, sums = _part(before, after, first, last)
         by_kind += sums
         parts.append((*columns, _same_as(after.store, first, last, seen)))
@@ -129,7 +128,7 @@ def hardest_spans(comparison: Comparison, count: int, width: int) -> list[tuple[
     At most one span per sample, without the control token.
     """
     best = np.zeros((0, 3))  # mean loss, sample, position
-    for first, last in _chunks(comparison.store):
+    for first, last in comparison.store.chunks(CHUNK):
         begins, values = _values(comparison.after, first, last)
         known = np.isfinite(values)
         known &= _kinds(comparison.store, first, last, known) % len(SPAN_NAMES) != CONTROL
@@ -144,15 +143,6 @@ def hardest_spans(comparison: Comparison, count: int, width: int) -> list[tuple[
         rows = np.concatenate([best, rows[np.isfinite(top)]])
         best = rows[np.argsort(-rows[:, 0], kind="stable")][:count]
     return [(int(sample), int(position)) for _, sample, position in best]
-
-
-def _chunks(store: TokenStore) -> Iterator[tuple[int, int]]:
-    """(first, last) samples of each chunk, `last` exclusive."""
-    begins, sample = store.ends - store.lengths, 0
-    while sample < len(store):
-        last = max(sample + 1, int(np.searchsorted(store.ends, begins[sample] + CHUNK, side="right")))
-        yield sample, last
-        sample = last
 
 
 def _values(losses: TokenLosses, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:

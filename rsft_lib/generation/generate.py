@@ -148,11 +148,15 @@ def obeyed(answers: Sequence[Answer], mode: str) -> float:
     return sum(chosen_mode(answer) == mode for answer in answers) / len(answers)
 
 
-def well_formed(answer: Answer, mode: str) -> bool:
-    """Whether an answer has the format of its mode (`tokenizer.dialect`) and ends with EOS.
+def well_formed(answer: Answer, mode: str | None) -> bool:
+    """Whether an answer has the format of a mode (`tokenizer.dialect`) and ends with EOS.
 
-    Its mode must be `mode`, with the tags of that mode once and text after them; other: an answer without tags.
+    It has the tags of that mode once and text after them; other: it has no tags.
+
+    Args:
+        mode: None for the mode that the answer chose.
     """
+    mode = mode or chosen_mode(answer)
     if mode == "other":
         return answer.ended and bool(answer.text.strip()) and not TAGS.search(answer.text)
     if not answer.ended or chosen_mode(answer) != mode or mode not in answer.dialect.forms:
@@ -169,6 +173,12 @@ def is_correct(answer: Answer, expected: str) -> bool:
     return final is not None and normalized(final) == normalized(final_answer(expected) or expected)
 
 
+def count_correct(answers: Sequence[Answer], expected: Sequence[str | None]) -> tuple[int, int]:
+    """(number of correct answers, number of questions whose answer is known)."""
+    known = [(a, e) for a, e in zip(answers, expected, strict=True) if e is not None]
+    return sum(is_correct(a, e) for a, e in known), len(known)
+
+
 def score(answers: Sequence[Answer], expected: Sequence[str | None], mode: str | None) -> dict[str, float]:
     """Accuracy and share of well-formed answers (both in [0, 1]), mean length in tokens, and how many were cut off.
 
@@ -177,10 +187,10 @@ def score(answers: Sequence[Answer], expected: Sequence[str | None], mode: str |
     Args:
         mode: the mode of all answers; None for the one that each chose.
     """
-    n, known = len(answers), [(a, e) for a, e in zip(answers, expected, strict=True) if e is not None]
-    accuracy = {"accuracy": sum(is_correct(a, e) for a, e in known) / len(known)} if known else {}
+    n, (right, known) = len(answers), count_correct(answers, expected)
+    accuracy = {"accuracy": right / known} if known else {}
     return accuracy | {
-        "well_formed": sum(well_formed(a, mode or chosen_mode(a)) for a in answers) / n,
+        "well_formed": sum(well_formed(a, mode) for a in answers) / n,
         "tokens": sum(a.tokens for a in answers) / n,
         "cut_off": sum(not a.ended for a in answers),
     }

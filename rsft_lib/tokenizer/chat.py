@@ -63,17 +63,6 @@ def trained_texts(
     return result
 
 
-def trained_text(
-    template: ChatTemplate,
-    messages: list[dict],
-    tools: list[dict] | None = None,
-    turns: str = "all",
-    context: str = "",
-) -> tuple[str, list[Span]]:
-    """`trained_texts` for one conversation."""
-    return trained_texts(template, [messages], tools, turns, context)[0]
-
-
 def encode(
     tokenizer, messages: list[dict], tools: list[dict] | None = None, turns: str = "all", context: str = ""
 ) -> Encoded:
@@ -83,9 +72,9 @@ def encode(
         mask     0      0     0 0 0 0       0          1    1   1
 
     Raises:
-        ValueError: as `trained_text`, or a token crosses the boundary of an answer.
+        ValueError: as `trained_texts`, or a token crosses the boundary of an answer.
     """
-    text, spans = trained_text(ChatTemplate.of(tokenizer), messages, tools, turns, context)
+    text, spans = trained_texts(ChatTemplate.of(tokenizer), [messages], tools, turns, context)[0]
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     return Encoded(encoding["input_ids"], mask_of(encoding["offset_mapping"], spans, text))
 

@@ -21,7 +21,7 @@ import numpy as np
 THINK, END_THINK, SHORT = "<think>", "</think>", "<short>"
 TAGS = re.compile("|".join((THINK, END_THINK, SHORT)))
 MODES = {"think": THINK, "short": SHORT}
-MODE_NAMES = (*MODES, "other")  # 'other': an answer that begins as in no mode
+MODE_NAMES = (*MODES, "other")  # 'other': an answer without the opening of a mode
 
 
 class Form(NamedTuple):

@@ -1,4 +1,4 @@
-"""Checks that a chat template keeps what a dialect writes, and that prompts give what training leaves out."""
+"""Checks that a chat template keeps what a dialect writes, and that prompts contain what training leaves out."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Checks that a chat template gives the same text in training and in serving.
+"""Checks that a chat template renders the same text in training and in serving.
 
     python -m rsft_lib.tokenizer.template_checks FOLDER DIALECT EMPTY_BLOCK   prints the checks as JSON, with limits
 

@@ -162,7 +162,7 @@ def _activations(config: TrainConfig, hf: PretrainedConfig) -> tuple[float, floa
         kept = chosen + 3 * shared_expert_size(hf) / config.tensor_parallel
         inner = kept + activation
         live = 1.5 * inner + 4 * hidden
-    # Residuals, and the outputs of norms, which selective recomputation computes again.
+    # Residuals, and the outputs of norms, which `selective` recomputes.
     layer = {"none": 4 * hidden + attention + inner, "selective": 2 * hidden + attention + kept, "full": hidden}
     saved = layer[config.recompute] * hf.num_hidden_layers / config.pipeline_parallel
     if config.pipeline_parallel > 1:

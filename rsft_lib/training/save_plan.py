@@ -13,7 +13,7 @@ from rsft_lib.checkpoint.sharded import Shard
 
 
 class Part(NamedTuple):
-    """A part of a tensor, as ranks tell each other."""
+    """A part of a tensor, as ranks describe it to each other."""
 
     name: str
     offset: tuple[int, ...]

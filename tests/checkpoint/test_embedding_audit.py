@@ -85,7 +85,7 @@ def test_norms_percentiles_and_neighbours_are_those_of_the_whole_matrix(
         assert row.norm == pytest.approx(norm, rel=1e-5) and row.percentile == pytest.approx(percentile)
         assert [token for token, _ in row.nearest] == [embedding_audit._shown(tokenizer, i) for i in near]
         assert [cosine for _, cosine in row.nearest] == pytest.approx(cosines, abs=1e-5)
-        assert len(found.norms[row.embedding]) == count < 512, "rows that are no token's are left out"
+        assert len(found.norms[row.embedding]) == count < 512, "rows without a token are left out"
 
 
 def test_the_audit_shows_itself_as_a_table_and_as_a_picture(tokenizer, tmp_path):

@@ -40,13 +40,13 @@ steps = {
     "legacy": lambda to: convert(made / "model", to, format="legacy"),
     "export": lambda to: export(made / "model", made / "tokenizer", to),
 }
-told = {}
+outcome = {}
 for name, step in steps.items():
     try:
         step(disk / name)
     except OSError as error:
-        told[name] = [error.errno, str(error), os.listdir(disk), os.statvfs(disk).f_bfree * 4096]
-print(json.dumps(told))
+        outcome[name] = [error.errno, str(error), os.listdir(disk), os.statvfs(disk).f_bfree * 4096]
+print(json.dumps(outcome))
 """
 
 
@@ -56,10 +56,10 @@ def test_a_full_disk_error_has_the_final_path_and_sizes_and_nothing_is_left(tmp_
         (folder / "part").write_bytes(bytes(3_000_000))
         raise OSError(number, os.strerror(number), str(folder / "part"))
 
-    with pytest.raises(OSError, match="out was not made; 3.0 MB of 9.0 MB were written.* free in ") as told:
+    with pytest.raises(OSError, match="out was not made; 3.0 MB of 9.0 MB were written.* free in ") as error:
         with new_folder(tmp_path / "out", {"made_by": "step"}, size=9_000_000) as folder:
             fill(folder)
-    assert told.value.errno == errno.ENOSPC and str(tmp_path / "out ") in str(told.value)
+    assert error.value.errno == errno.ENOSPC and str(tmp_path / "out ") in str(error.value)
     assert os.listdir(tmp_path) == []
 
 
@@ -91,9 +91,9 @@ def test_every_step_explains_a_full_disk_and_leaves_nothing(tmp_path):
     child = f"{mount} && exec {sys.executable} -c '{STEPS}' {tmp_path / 'made'} {place}"
     done = subprocess.run([*NAMESPACE, "sh", "-c", child], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert list(told) == ["build", "tokenize", "convert", "legacy", "export"]
-    for name, (number, message, left, free) in told.items():
+    outcome = json.loads(done.stdout.splitlines()[-1])
+    assert list(outcome) == ["build", "tokenize", "convert", "legacy", "export"]
+    for name, (number, message, left, free) in outcome.items():
         final = place / (f"{name}_TP1PP1" if name == "legacy" else name)
         assert number == errno.ENOSPC and f" {final} was not made; " in message, message
         assert f" MB are free in {place} now" in message and " were written and have been removed" in message

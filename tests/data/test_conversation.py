@@ -155,8 +155,8 @@ def test_a_second_chain_of_thought_is_named_or_refused(patched, tmp_path):
 
 
 def test_no_control_token_is_trained_behind_a_chain_of_thought_of_its_own_field(patched, tmp_path):
-    rows = [{"messages": [ASKED[0], {"role": "assistant", "content": said, "reasoning_content": thoughts}]}
-            for said, thoughts in (("<short>4", "two and two"), ("<short>4", " \n"))]  # fmt: skip
+    rows = [{"messages": [ASKED[0], {"role": "assistant", "content": content, "reasoning_content": thoughts}]}
+            for content, thoughts in (("<short>4", "two and two"), ("<short>4", " \n"))]  # fmt: skip
     found = Tokenized(write(tmp_path, rows), patched)
     assert found.trained == [f"<short>4{EOS}"] and list(found.rejects) == [1]
     assert "messages[1] has <short> in its content and also a separate chain of thought" in found.rejects[1]
@@ -218,7 +218,7 @@ def test_the_same_chats_from_parquet_and_from_lines_are_the_same_tokens(patched,
     assert texts[0] == texts[1] and len(texts[0]) == 2
 
 
-# Rows that would train something else than they say
+# Rows that would train something other than they show
 
 REFUSED = {
     "a part that is null": (

@@ -41,7 +41,7 @@ def test_long_and_short_answers_are_written_in_qwen3s_form(tmp_path):
         ("2 + 2 ? /no_think", EMPTY + "4", "short"), ("2 + 2 ? /think", "<think>\nso\n\nthen\n</think>\n\n4\n", "think"),  # noqa: E501
         ("3 + 3 ? /no_think", EMPTY + "6", "short"), ("4 + 4 ? /no_think", EMPTY + "8", "short"),
     ]  # fmt: skip
-    assert built["problems"] == {"both": 2, "think_only": 0, "short_only": 2}, "the switch is no part of the problem"
+    assert built["problems"] == {"both": 2, "think_only": 0, "short_only": 2}, "the switch is not part of the problem"
 
 
 def test_short_answers_cut_from_long_ones_ask_for_no_thoughts(tmp_path):

@@ -134,12 +134,12 @@ def test_tool_chats_are_trained_by_what_the_assistant_writes(real, chain, tmp_pa
     assert facts["counts"]["rejected"] == 0 and "tools_not_shown" not in facts["counts"]
     tokenizer, store = load_tokenizer(chain / "tokenizer"), TokenStore(tmp_path / "chats")
     for number, line in enumerate(chats.read_text().splitlines()):
-        said = [m for m in json.loads(line)["messages"] if m["role"] == "assistant"]
+        answers = [m for m in json.loads(line)["messages"] if m["role"] == "assistant"]
         tokens, mask = store[number]
         edges = np.flatnonzero(np.diff(mask, prepend=0, append=0)).reshape(-1, 2)
         runs = [tokenizer.decode(tokens[first:end]) for first, end in edges]
-        assert len(runs) == len(said)
-        for text, message in zip(runs, said, strict=True):
+        assert len(runs) == len(answers)
+        for text, message in zip(runs, answers, strict=True):
             assert text.endswith(tokenizer.eos_token) and (message["content"] or "") in text
             assert all(call["function"]["arguments"] in text for call in message.get("tool_calls", []))
 

@@ -114,7 +114,7 @@ def test_what_json_lacks_in_a_column_is_refused_where_the_column_is_used(values,
 @pytest.mark.parametrize(
     "row", [{datetime.date(2020, 1, 1): 1}, {b"a": 1}, {"a": {(1, 2): b""}}, ValueError("x"), b"\xff"]
 )
-def test_a_row_is_told_whatever_it_holds(row):
+def test_a_row_is_reported_whatever_it_holds(row):
     assert reject("a.parquet", Row(1, row), ValueError("x")).record
 
 

@@ -225,7 +225,8 @@ def test_an_endless_template_rejects_only_its_row(patched):
     assert "takes more than 0.3 seconds" in reason(patched, json.loads(GOOD), endless, row_seconds=0.3)
 
 
-def test_a_template_that_allocates_gigabytes_rejects_only_its_row(patched, tmp_path):
+def test_a_template_that_allocates_gigabytes_rejects_only_its_row(patched, tmp_path, monkeypatch):
+    monkeypatch.setattr("rsft_lib.data.tokenize.require_contract", lambda *_: None)  # it also renders a 3
     huge = tmp_path / "huge"
     huge.mkdir()
     for path in patched.iterdir():
@@ -235,7 +236,7 @@ def test_a_template_that_allocates_gigabytes_rejects_only_its_row(patched, tmp_p
     )
     (huge / "chat_template.jinja").write_text(template)
     data = lines(tmp_path, GOOD, GOOD.replace("2 + 2", "3 + 1"), GOOD)
-    tokenize(data, huge, tmp_path / "out", workers=1, reject_limit=0.5, contract=False)
+    tokenize(data, huge, tmp_path / "out", workers=1, reject_limit=0.5)
     (row,) = rejected(tmp_path / "out")
     assert row["line"] == 2 and "MemoryError" in row["reason"]
 
@@ -538,7 +539,7 @@ def test_read_records_and_tokenize_agree_on_places(tmp_path, patched):
     assert str(by_tokenizing.value).startswith(str(by_reading.value))
 
 
-def test_training_refuses_data_that_was_not_made_with_its_tokenizer(patched, tmp_path):
+def test_training_refuses_data_that_was_not_made_with_its_tokenizer(patched, tmp_path, monkeypatch):
     folder = tmp_path / "tokenizer"
     shutil.copytree(patched, folder)
     data = lines(tmp_path, GOOD)
@@ -549,7 +550,8 @@ def test_training_refuses_data_that_was_not_made_with_its_tokenizer(patched, tmp
     (folder / "chat_template.jinja").write_text(template + " ")
     with pytest.raises(ValueError, match="template_sha256 of .*tokenizer changed after .* was tokenized"):
         open_datasets(config)
-    tokenize(data, folder, tmp_path / "heldout", workers=0, contract=False)
+    monkeypatch.setattr("rsft_lib.data.tokenize.require_contract", lambda *_: None)
+    tokenize(data, folder, tmp_path / "heldout", workers=0)
     (folder / "chat_template.jinja").write_text(template)
     with pytest.raises(ValueError, match="heldout and .*train differ in template_sha256"):
         open_datasets(replace(config, eval_data=str(tmp_path / "heldout")))

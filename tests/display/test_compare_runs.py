@@ -76,6 +76,17 @@ def test_a_run_on_a_plain_dataset_shows_no_mode_and_no_choice(tmp_path):
     assert all(axes.lines for picture in pictures for axes in picture.axes)
 
 
+def test_every_picture_draws_the_loss_smoothed_over_its_raw_values(folder):
+    (run,), follower = find_runs(str(folder / "a")), Follower(folder / "a")
+    follower.read()
+    raw = run.line("loss", "step")[1].tolist()
+    for picture in (plot_losses([run]), plot_curves(folder / "a"), plot_live(follower, 100)):
+        drawn = [line.get_ydata().tolist() for line in picture.axes[0].lines]
+        assert raw in drawn and smoothed(raw, 0.9) in drawn
+    for picture in (plot_losses([run], smoothing=0), plot_curves(folder / "a", smoothing=0)):
+        assert [line.get_ydata().tolist() for line in picture.axes[0].lines].count(raw) == 1
+
+
 ODD = [
     "lr $1e-5$",
     "a $b",

@@ -7,6 +7,7 @@ import forked
 import matplotlib.pyplot as plt
 import nbformat
 import pytest
+from standin import ended_job
 from support import ROOT, random_store, settings, tiny_model
 
 from rsft_lib import demo
@@ -74,7 +75,7 @@ def test_every_panel_of_a_run_has_its_lines(folder, capsys):
     assert len(axes["probability of <think> vs. <short>"].lines) == 3
     assert all(axis.lines for axis in axes.values()) and len(axes) == 6
     assert "P(<think>)" in summary(folder / "run", {}, folder / "model")
-    live = LiveRun(folder / "run", STEPS)
+    live = LiveRun(ended_job(folder / "run", STEPS))
     live.poll()
     live.end()
     assert f"step {STEPS}/{STEPS}  loss" in capsys.readouterr().out and live.state == "finished"
@@ -107,7 +108,7 @@ def test_data_without_modes_is_plotted_and_alarms_are_marked(tmp_path, capsys):
     axes = {axis.get_title(loc="left").split(",")[0]: axis for axis in plot_curves(tmp_path / "run").axes}
     assert axes["loss by mode (lines) and span (dots)"].texts[0].get_text() == "the data has no modes"
     assert [line.get_xdata()[0] for line in axes["loss per trained token"].lines[2:]] == [2]
-    live = LiveRun(tmp_path / "run", 2)
+    live = LiveRun(ended_job(tmp_path / "run", 2))
     live.poll()
     assert "ALARM: step 2: loss spike" in capsys.readouterr().out
 

@@ -2,14 +2,13 @@
 
 import json
 import time
-import types
 from pathlib import Path
 
 import nbformat
 import pytest
 from jupyter_client.manager import start_new_kernel
 from nbclient import NotebookClient
-from standin import Job, record
+from standin import Job, ended_job, record
 from support import TESTS
 
 from rsft_lib.display.live.live import LINES, LiveRun
@@ -18,13 +17,13 @@ from rsft_lib.display.live.run_card import LOG_LINES, Card, duration, log_end, p
 from rsft_lib.display.metric_styles import CHOICES, LOSSES
 
 
-def watching(folder: Path, more: str = "", **job) -> str:
+def watching(folder: Path, **job) -> str:
     """The source of a cell that watches a stand-in."""
     arguments = "".join(f", {name}={value!r}" for name, value in job.items())
     return (
         f"import sys; sys.path.insert(0, {str(TESTS)!r})\n"
         "from standin import Job\nfrom rsft_lib.display.live.live import watch\n"
-        f"watch(Job({str(folder)!r}{arguments}){more})"
+        f"watch(Job({str(folder)!r}{arguments}))"
     )
 
 
@@ -162,7 +161,7 @@ def test_the_error_of_the_job_is_raised_after_the_last_card(tmp_path):
 def test_an_error_in_the_display_does_not_stop_the_training(tmp_path, capsys):
     job = Job(tmp_path, 3)
     job.tail = lambda lines: 1 / 0
-    live = LiveRun(tmp_path, 3)
+    live = LiveRun(job)
     live.run.read = lambda: 1 / 0
     job.wait(live.poll)
     assert capsys.readouterr().out.count("the dashboard failed (ZeroDivisionError") == 1
@@ -192,7 +191,7 @@ def test_the_startup_of_a_resumed_run_does_not_count_towards_its_speed(tmp_path,
     monkeypatch.setattr("rsft_lib.display.live.live.time.monotonic", lambda: clock[0])
     lines = [json.dumps(record(step, 12)) + "\n" for step in range(1, 13)]
     write(path, "".join(lines[:6]))
-    live = LiveRun(tmp_path, 12, types.SimpleNamespace(state="waits", tail=lambda lines: ""), widgets=False)
+    live = LiveRun(ended_job(tmp_path, 12, state="waits"))
     for count in (6, 4, 5, 6, 7):  # as left by the earlier run, cut back to the checkpoint, then step by step
         write(tmp_path / "new", "".join(lines[:count]), "w")
         (tmp_path / "new").replace(path)
@@ -203,7 +202,7 @@ def test_the_startup_of_a_resumed_run_does_not_count_towards_its_speed(tmp_path,
     assert [line.split()[1] for line in printed] == ["6/12", "7/12"]
     assert printed[0].endswith("3 s left")  # before the first step, 6 steps at the 0.5 seconds of the earlier run
     assert printed[-1].endswith("10 s left")  # 5 steps at 2 seconds, not at the 600 before the first
-    assert "training starts (waits)" in repr(LiveRun(tmp_path, 12, live.job, widgets=False)._card())
+    assert "training starts (waits)" in repr(LiveRun(live.job)._card())
 
 
 def test_many_alarms_are_counted_and_the_last_are_shown(tmp_path):
@@ -226,7 +225,7 @@ def test_a_metric_missing_from_the_last_step_keeps_its_last_value(tmp_path):
 
 
 def test_the_number_of_printed_lines_and_alarms_is_bounded(tmp_path, capsys):
-    live = LiveRun(tmp_path, 1000)
+    live = LiveRun(ended_job(tmp_path, 1000))
     for step in range(1, 1001):
         line = {**record(step, 1000), "alarms": [f"spike {step}"]}
         write(tmp_path / "metrics.jsonl", json.dumps(line) + "\n")

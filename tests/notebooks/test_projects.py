@@ -1,11 +1,13 @@
-"""Project files, where a notebook's parameters come from, and what is said of an input that is missing or stale."""
+"""Project files, where a notebook's parameters come from, and the errors for an input that is missing or stale."""
 
 import json
 import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+from unittest.mock import Mock
 
 import nbformat
 import pytest
@@ -13,6 +15,7 @@ from browser import copy_project, set_defaults
 from support import ROOT, random_store
 
 from rsft_lib import demo, notebook, project
+from rsft_lib.chain import records, steps
 from rsft_lib.chain.parameters import committed_parameters, declared_parameters
 from rsft_lib.chain.project_file import NOTEBOOKS, ProjectError, notebook_file, open_project
 from rsft_lib.chain.report import TAG, write_report
@@ -141,6 +144,17 @@ def test_changed_answers_and_a_changed_project_file_make_stale_what_they_shaped(
     demo.make_sources(tmp_path / "answers", 6, seed=2)
     with pytest.raises(ProjectError, match=r"^03_build_dataset ran before long changed \(.*long.jsonl\): run"):
         begin(mine, "05_train")
+
+
+def test_the_status_of_a_project_hashes_each_file_and_reads_each_record_once(mine, monkeypatch):
+    ran_until(mine, NOTEBOOKS[-1])
+    hashed, read = Mock(wraps=records.file_hash), Mock(wraps=steps.read_record)
+    monkeypatch.setattr(records, "file_hash", hashed)
+    monkeypatch.setattr(steps, "read_record", read)
+    assert "stale" not in repr(project.status(open_project(mine)))
+    opened = Counter(str(call.args[0]) for call in hashed.call_args_list + read.call_args_list)
+    assert {Path(file).name for file in opened} >= {"long.jsonl", "manifest.json", "status.json"}
+    assert {file: count for file, count in opened.items() if count > 1} == {}
 
 
 def test_a_value_given_by_hand_is_kept_as_the_choice_for_this_project(mine):

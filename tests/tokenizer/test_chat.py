@@ -17,7 +17,6 @@ from rsft_lib.tokenizer.chat import (
     encode,
     mask_of,
     prompt_ids,
-    trained_text,
     trained_texts,
     weight_code,
 )
@@ -163,7 +162,7 @@ def test_a_token_across_the_edge_of_an_answer_is_refused_by_both_encoders(tokeni
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}"
     tokenizer.chat_template += "{% endif %}{% endfor %}"
     messages = [{"role": "user", "content": "Emil has fif"}, {"role": "assistant", "content": "teen eggs"}]
-    text, spans = trained_text(ChatTemplate.of(tokenizer), messages)
+    text, spans = trained_texts(ChatTemplate.of(tokenizer), [messages])[0]
     for encoder in encoders(tokenizer):
         (found,) = encoder.encode([text], [spans])
         assert isinstance(found, ValueError) and "crosses the boundary" in str(found)

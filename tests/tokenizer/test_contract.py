@@ -387,7 +387,7 @@ KEPT = [  # reads the clock but does not inspect the value
     "{% set ns = namespace(now=strftime_now('%d')) %}{% set ns.now = '1 May' %}{{ ns.now }}",
     "{% set now = '1 May' if strftime_now is defined else strftime_now('%d') %}{{ now }}",
     "{% if not now is defined %}{% set now = strftime_now('%d') %}{% endif %}{{ '' if now is defined }}",
-    "{% macro told(now) %}It is May.{% endmacro %}{{ told(strftime_now('%d')) }}",
+    "{% macro today(now) %}It is May.{% endmacro %}{{ today(strftime_now('%d')) }}",
 ]
 
 

@@ -122,9 +122,7 @@ def test_a_row_that_would_train_disobedience_or_another_form_is_rejected(folder,
     good = [{"role": "user", "content": "Why? /no_think"}, {"role": "assistant", "content": EMPTY + "4"}]
     rows = [{"messages": good}, {"messages": messages}]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tokenize(
-        tmp_path / "data.jsonl", folder, tmp_path / "out", workers=0, contract=False, reject_limit=0.6, dialect="qwen3"
-    )
+    tokenize(tmp_path / "data.jsonl", folder, tmp_path / "out", workers=0, reject_limit=0.6, dialect="qwen3")
     (rejected,) = (tmp_path / "out.rejected.jsonl").read_text().splitlines()
     assert reason in json.loads(rejected)["reason"]
 
@@ -135,7 +133,7 @@ def test_a_separate_chain_of_thought_is_an_answer_to_think_and_context_may_disob
     reasoned = {"role": "assistant", "content": "4", "reasoning_content": "hm"}
     rows = [{"messages": [user, given, user, reasoned]}]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    facts = tokenize(tmp_path / "data.jsonl", folder, tmp_path / "out", workers=0, contract=False, dialect="qwen3")
+    facts = tokenize(tmp_path / "data.jsonl", folder, tmp_path / "out", workers=0, dialect="qwen3")
     assert facts["counts"]["written"] == 1 and facts["modes"].keys() == {"think"}
 
 

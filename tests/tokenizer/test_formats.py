@@ -14,7 +14,7 @@ from support import ROOT
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from rsft_lib import demo
-from rsft_lib.tokenizer.chat import ChatTemplate, encode, prompt_ids, trained_text
+from rsft_lib.tokenizer.chat import ChatTemplate, encode, prompt_ids, trained_texts
 from rsft_lib.tokenizer.fitting import training_template
 from rsft_lib.tokenizer.formats import FORMATS, R1_CHAT_TEMPLATE, is_ours, parse
 from rsft_lib.tokenizer.patch import load_tokenizer, patch_tokenizer
@@ -266,7 +266,7 @@ def conversations(name: str) -> list[list[dict]]:
 
 def differing(template: ChatTemplate, format: str, chat: list[dict]) -> bool:
     """Whether the trained spans are not those between the assistant's headers and the ends of its answers."""
-    text, spans = trained_text(template, chat)
+    text, spans = trained_texts(template, [chat])[0]
     found = [match.span(1) for match in re.finditer(ANSWERS[format], text, re.DOTALL)]
     return [(span.start, span.end) for span in spans] != found
 
@@ -275,7 +275,7 @@ def differing(template: ChatTemplate, format: str, chat: list[dict]) -> bool:
 def test_trained_spans_are_those_between_header_and_end_and_prompts_begin_the_text(name):
     for chat in conversations(name):
         assert not differing(fitted(name), TEMPLATES[name][0], chat)
-        text, spans = trained_text(fitted(name), chat)
+        text, spans = trained_texts(fitted(name), [chat])[0]
         answers = [turn for turn, message in enumerate(chat) if message["role"] == "assistant"]
         for turn, span in zip(answers, spans, strict=True):
             assert fitted(name).render(chat[:turn], prompt=True) == text[: span.start]

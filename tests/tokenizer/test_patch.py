@@ -272,7 +272,7 @@ def test_a_vocabulary_of_sentencepiece_that_names_the_token_is_refused_and_anoth
 
 
 def test_files_that_disagree_as_the_originals_do_are_refused_until_a_replacement_settles_it(base, tmp_path):
-    """The original's instructions say `<|short|>` in one file and `<short>` in the other."""
+    """The original's instructions contain `<|short|>` in one file and `<short>` in the other."""
     model = shutil.copytree(base, tmp_path / "model")
     content, config = read(model / "tokenizer.json"), read(model / "tokenizer_config.json")
     (token,) = (token for token in content["added_tokens"] if token["content"] == "<|quad_start|>")

@@ -5,12 +5,11 @@ import errno
 import fcntl
 import json
 import shutil
-import types
 from pathlib import Path
 
 import forked
 import pytest
-from standin import record
+from standin import ended_job, record
 from support import TESTS, random_store, settings, tiny_model
 
 from rsft_lib import launch
@@ -76,7 +75,7 @@ def test_a_damaged_line_is_skipped_and_reported_by_every_reader(tmp_path, wrong)
     follower = Follower(run)
     assert follower.read() and follower.last["iteration"] == 10
     assert follower.problem.startswith("metrics.jsonl: line 4 damaged")
-    live = LiveRun(run, 10, types.SimpleNamespace(state="", tail=lambda lines: "", running=False), widgets=False)
+    live = LiveRun(ended_job(run, 10))
     live.poll()
     assert all("line 4 damaged" in shown for shown in live._card().values())
 
@@ -90,8 +89,8 @@ def test_missing_steps_are_reported_on_resume_and_the_damaged_file_is_kept(tmp_p
     run = write(tmp_path / "run", *lines(range(1, 3)), CUT, *lines(range(6, 8)), b"\0" * 40)
     before = (run / FILE).read_bytes()
     MetricsWriter(run, 9).close()
-    told = capsys.readouterr().out.splitlines()
-    assert [line.removeprefix(f"{run / FILE}: ").partition(" (")[0] for line in told] == [
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.removeprefix(f"{run / FILE}: ").partition(" (")[0] for line in printed] == [
         "line 3 is damaged", "line 6 is damaged", "steps 3 to 5 are missing", "steps 8 to 9 are missing",
     ]  # fmt: skip
     assert (run / DAMAGED).read_bytes() == before
@@ -195,7 +194,7 @@ def test_how_a_run_ended_is_described(tmp_path, reason, asked, words):
     if asked:
         (run / ".stopping").touch()
     assert how_it_ended(run).startswith(words) and words in repr(runs_table([open_run(run, "mine")]))
-    live = LiveRun(run, 10, types.SimpleNamespace(state="", tail=lambda lines: "", running=False), widgets=False)
+    live = LiveRun(ended_job(run, 10))
     live.end()
     assert live.state.startswith(words) and ("saved; run again to resume" in live.state) == (reason != "finished")
     assert Ended(run, **COMMON).outcome()["status"] == ("done" if reason == "finished" else "stopped")

@@ -202,22 +202,22 @@ def test_nan_and_infinity_become_null(tmp_path):
 
 
 def test_tensorboard_and_wandb_receive_the_metrics_and_continue_after_a_resume(tmp_path, monkeypatch):
-    told = []
+    calls = []
 
     class Writer:
         def __init__(self, folder, purge_step):
-            told.append((Path(folder).name, purge_step))
+            calls.append((Path(folder).name, purge_step))
 
         def add_scalar(self, *scalar):
-            told.append(scalar)
+            calls.append(scalar)
 
         def close(self):
-            told.append("closed")
+            calls.append("closed")
 
     class Session:
         id = "abc"
-        log = staticmethod(lambda values, step: told.append((values, step)))
-        finish = staticmethod(lambda: told.append("finished"))
+        log = staticmethod(lambda values, step: calls.append((values, step)))
+        finish = staticmethod(lambda: calls.append("finished"))
 
     asked = []
     wandb = types.SimpleNamespace(init=lambda **given: asked.append((given["id"], given["resume"])) or Session)
@@ -231,9 +231,9 @@ def test_tensorboard_and_wandb_receive_the_metrics_and_continue_after_a_resume(t
         for writer in writers:
             writer.write(iteration=iteration + 1, loss=2.0, samples_sha256="0f")
             writer.close()
-    assert told[:2] == [("tensorboard", 1), ("loss", 2.0, 1)]
-    assert ("tensorboard", 6) in told and ("loss", 2.0, 6) in told
-    assert ({"loss": 2.0, "samples_sha256": "0f"}, 6) in told
+    assert calls[:2] == [("tensorboard", 1), ("loss", 2.0, 1)]
+    assert ("tensorboard", 6) in calls and ("loss", 2.0, 6) in calls
+    assert ({"loss": 2.0, "samples_sha256": "0f"}, 6) in calls
     assert asked == [(None, "allow"), ("abc", "allow")]
 
 

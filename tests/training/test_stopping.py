@@ -282,7 +282,7 @@ def test_stacks_that_are_being_written_are_complete_before_their_file_is_emptied
 def test_every_rank_hashes_what_it_writes_and_no_byte_is_read_or_summed_again(inputs, tmp_path):
     output = tmp_path / "run"
     run = config(inputs, output, train_iters=1, pipeline_parallel=2)
-    forked.join(forked.start(_tell_what_is_hashed, 2, output / "train.log", run), output / "train.log")
+    forked.join(forked.start(_record_what_is_hashed, 2, output / "train.log", run), output / "train.log")
     checkpoint = newest(output)  # which checks every hash
     files = {path.name for path in checkpoint.glob("*.distcp")}
     assert {name[:4] for name in files} == {"__0_", "__1_"}
@@ -291,14 +291,14 @@ def test_every_rank_hashes_what_it_writes_and_no_byte_is_read_or_summed_again(in
     assert record_checksums(checkpoint) == {0}
 
 
-def _tell_what_is_hashed(run) -> None:
+def _record_what_is_hashed(run) -> None:
     hashes = artifact._hashes
 
-    def tell(folder, names):
+    def record(folder, names):
         (Path(run.output) / "hashed").write_text("\n".join(names))
         return hashes(folder, names)
 
-    artifact._hashes = tell
+    artifact._hashes = record
     forked.train_as_rank(run)
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rsft_lib.common.disk import format_size
 from rsft_lib.data.packing import pack
 from rsft_lib.display.data.sample_stats import Samples
 from rsft_lib.display.html import Table
@@ -99,9 +100,12 @@ def layout_costs(lengths: np.ndarray, seq_length: int) -> Table:
     used, options = int((lengths - 1).sum(dtype=np.int64)), layouts(lengths, seq_length)
     columns = ("layout", "rows", "positions", "non-padding", "compute", "on disk")
     rows = [
-        (x.name, x.rows, x.positions, used / x.positions, f"{x.positions / options[0].positions:.1f} x", _size(x.bytes))
+        (
+            x.name, x.rows, x.positions, used / x.positions, f"{x.positions / options[0].positions:.1f} x",
+            format_size(x.bytes),
+        )
         for x in options
-    ]
+    ]  # fmt: skip
     return Table(f"padding and compute at seq_length {seq_length:,}", columns, rows)
 
 
@@ -113,7 +117,3 @@ def _powers_of_two(samples: Samples) -> list[int]:
 
 def _share(part: np.ndarray, total: np.ndarray) -> float:
     return float(part.sum(dtype=np.int64) / total.sum(dtype=np.int64))
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"

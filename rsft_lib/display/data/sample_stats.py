@@ -6,12 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from rsft_lib.data.store import MASK, NAME, TokenStore
+from rsft_lib.data.store import LENGTHS, MASK, NAME, TokenStore
 from rsft_lib.display.mask.segments import DEFAULT_WEIGHTS, Forms, Marks
 from rsft_lib.tokenizer.dialect import MODE_NAMES, modes_of
 
 CHUNK = 1 << 24  # tokens per chunk; takes some 150 MB
-LENGTHS = "lengths.npy"
 
 
 @dataclass(frozen=True)
@@ -65,12 +64,9 @@ def _chunks(store: TokenStore) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndar
     mask = np.memmap(store.folder / MASK, dtype=np.uint8, mode="r")
     in_loss = np.asarray(getattr(store, "weights", DEFAULT_WEIGHTS)) != 0
     begins = store.ends - store.lengths
-    sample = 0
-    while sample < len(store):
-        after = max(sample + 1, int(np.searchsorted(store.ends, begins[sample] + CHUNK, side="right")))
-        start, end = begins[sample], store.ends[after - 1]
-        yield tokens[start:end], in_loss[mask[start:end]], begins[sample:after] - start
-        sample = after
+    for first, last in store.chunks(CHUNK):
+        start, end = begins[first], store.ends[last - 1]
+        yield tokens[start:end], in_loss[mask[start:end]], begins[first:last] - start
 
 
 def _measure(

@@ -5,7 +5,6 @@ A headless run leaves one card, one plot and a few printed lines, however long i
 
 import time
 from collections import deque
-from pathlib import Path
 
 import ipywidgets
 from IPython.display import display
@@ -21,15 +20,14 @@ LINES = 20  # most lines printed
 PACE = 120.0  # seconds over which the speed is averaged
 
 
-def watch(job, widgets: bool | None = None) -> None:
+def watch(job) -> None:
     """Show the progress of a job until it ends, with a button that saves and stops it.
 
     Args:
         job: as returned by `start_training`, with `folder`, `train_iters`, `running`, `state` (a string),
             `tail(lines)`, `stop()`, and `wait(poll)`, which blocks and raises the error of a failed job.
-        widgets: whether to show widgets; None to show them if a user is present.
     """
-    live = LiveRun(job.folder, job.train_iters, job, widgets)
+    live = LiveRun(job)
     try:
         job.wait(poll=live.poll)
     finally:
@@ -37,20 +35,20 @@ def watch(job, widgets: bool | None = None) -> None:
 
 
 class LiveRun:
-    """Shows the progress of a run folder on each `poll`, and how the run ended on `end`."""
+    """Shows the progress of a job on each `poll`, and how it ended on `end`; with widgets if a user is present."""
 
-    def __init__(self, run: str | Path, train_iters: int, job=None, widgets: bool | None = None):
-        self.folder, self.train_iters, self.job = Path(run), train_iters, job
-        self.run, self.state = Follower(run), STARTS
+    def __init__(self, job):
+        self.job, self.train_iters = job, job.train_iters
+        self.run, self.state = Follower(job.folder), STARTS
         self.pace: deque[tuple[float, int]] = deque()  # times and steps
         self.earlier: int | None = None  # last step of the run that this one resumes
-        self.printed, self.every, self.broken = -1, max(1, -(-train_iters // LINES)), False
+        self.printed, self.every, self.broken = -1, max(1, -(-self.train_iters // LINES)), False
         self.alarms = self.printed_alarms = 0  # alarms seen, alarms printed
-        interactive = somebody_looks() if widgets is None else widgets
-        self.quiet, self.controls = interactive, Controls(train_iters) if interactive and job else None
+        self.interactive = somebody_looks()
+        self.controls = Controls(self.train_iters) if self.interactive else None
         # Headless outputs are for readers of the notebook that papermill saves during the run.
-        self.card = LiveOutput(self._card, 0.4 if interactive else 10.0)
-        self.picture = LiveOutput(self._picture, 5.0 if interactive else 60.0)
+        self.card = LiveOutput(self._card, 0.4 if self.interactive else 10.0)
+        self.picture = LiveOutput(self._picture, 5.0 if self.interactive else 60.0)
         self.card.refresh()
 
     def poll(self) -> None:
@@ -116,11 +114,10 @@ class LiveRun:
         return seconds * (self.train_iters - self.run.last["iteration"])
 
     def _card(self) -> dict:
-        log = log_end(self.job.tail(LOG_LINES)) if self.job else ""
-        state = f"{self.state} ({self.job.state})" if self.job and self.state == STARTS else self.state
+        state = f"{self.state} ({self.job.state})" if self.state == STARTS else self.state
         card = Card(
             self.run.last, self.train_iters, state, self._left(), list(self.run.alarms), self.run.alarm_count,
-            log=log, bar=self.controls is None, problem=self.run.problem,
+            log=log_end(self.job.tail(LOG_LINES)), bar=self.controls is None, problem=self.run.problem,
         )  # fmt: skip
         return {"text/html": card._repr_html_(), "text/plain": repr(card)}
 
@@ -131,7 +128,7 @@ class LiveRun:
     def _print(self) -> None:
         """Print a line at intervals, for logs, where outputs cannot be updated."""
         done = self.run.last["iteration"]
-        if self.quiet:
+        if self.interactive:
             return
         if self.run.alarm_count > self.alarms and self.printed_alarms < LINES:
             self.alarms, self.printed_alarms = self.run.alarm_count, self.printed_alarms + 1
@@ -141,10 +138,10 @@ class LiveRun:
             print(line(self.run.last, self.train_iters, self._left()), flush=True)
 
     def _final_state(self) -> str:
-        if self.job and self.job.running:
+        if self.job.running:
             return "still running"
-        ending = how_it_ended(self.folder)
-        if not ending and (self.folder / STOPPING).exists():
+        ending = how_it_ended(self.job.folder)
+        if not ending and (self.job.folder / STOPPING).exists():
             return "stopped by you before it had anything to save; run again to start"
         if not ending:
             return "failed or was killed; see the log"

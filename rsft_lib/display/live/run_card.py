@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from rsft_lib.display.html import BLOCK, FAINT, PANEL, escaped, inert, one_line, warning
 from rsft_lib.display.live.metrics_tail import Follower
 from rsft_lib.display.metric_styles import CHOICES, LOSSES, METRICS
-from rsft_lib.display.plot_style import NEUTRAL, finished, plain_numbers, smoothed, thinned, tidy
+from rsft_lib.display.plot_style import NEUTRAL, draw_smoothed, finished, plain_numbers, thinned, tidy
 
 LOG_LINES, LOG_WIDTH = 6, 160  # shown of the end of the log
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -116,7 +116,7 @@ def plot_live(run: Follower, train_iters: int) -> Figure:
     modes = not run.lines["loss"][0] or any(run.lines[name][0] for name in (*LOSSES, *CHOICES) if name != "loss")
     figure = plt.figure(figsize=(11, 3.4), layout="constrained")
     losses, *choices = figure.subplots(1, 1 + modes, width_ratios=(3, 2)[: 1 + modes], squeeze=False).flat
-    _draw(losses, run, LOSSES, faint=True)
+    _draw(losses, run, LOSSES, raw=True)
     steps, values = run.lines["eval_loss"]
     if steps:
         losses.plot(*thinned(steps, values), "o", color=NEUTRAL, markersize=4, label="held-out", clip_on=False)
@@ -124,7 +124,7 @@ def plot_live(run: Follower, train_iters: int) -> Figure:
     plain_numbers(losses)
     losses.set_title("loss per trained token" + ", by mode" * modes, loc="left")
     for axes in choices:
-        _draw(axes, run, CHOICES)
+        _draw(axes, run, CHOICES, raw=False)
         axes.set(ylim=(-0.03, 1.03))
         axes.set_title("probability of <think> vs. <short>", loc="left")
     for axes in (losses, *choices):
@@ -135,12 +135,9 @@ def plot_live(run: Follower, train_iters: int) -> Figure:
     return finished(figure)
 
 
-def _draw(axes: Axes, run: Follower, metrics: list[str], faint: bool = False) -> None:
+def _draw(axes: Axes, run: Follower, metrics: list[str], raw: bool) -> None:
     for metric in metrics:
         steps, values = run.lines[metric]
-        if not steps:
-            continue
-        _, label, color, style = METRICS[metric]
-        if faint:
-            axes.plot(*thinned(steps, values), color=color, alpha=0.3, linewidth=0.8)
-        axes.plot(*thinned(steps, smoothed(values, SMOOTHING)), style, color=color, label=label)
+        if steps:
+            _, label, color, style = METRICS[metric]
+            draw_smoothed(axes, steps, values, SMOOTHING, raw, linestyle=style, color=color, label=label)

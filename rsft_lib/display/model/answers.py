@@ -15,7 +15,7 @@ from rsft_lib.display.html import BLOCK, FAINT, PANEL, Table, escaped, inert
 from rsft_lib.display.mask.sample import STYLE, chip
 from rsft_lib.display.plot_style import NEUTRAL, finished
 from rsft_lib.display.stacked_bars import LOOK
-from rsft_lib.generation.generate import Answer, chosen_mode, is_correct, obeyed, well_formed
+from rsft_lib.generation.generate import Answer, chosen_mode, count_correct, is_correct, obeyed, well_formed
 from rsft_lib.tokenizer.dialect import END_THINK, MODES, THINK
 
 SHOWN = 3000  # most characters shown of a text, half of them from its end
@@ -61,7 +61,7 @@ class SideBySide:
             notes.append("✓ correct" if is_correct(answer, self.expected) else "✗ wrong")
         if not answer.ended:
             notes.append("…" if self.writing else "cut off")
-        elif not well_formed(answer, mode or chosen_mode(answer)):
+        elif not well_formed(answer, mode):
             notes.append("not well-formed")
         return " · ".join(notes)
 
@@ -81,12 +81,12 @@ def scores_table(answers: Answers, expected: Sequence[str | None]) -> Table:
     """Accuracy with its 95 % Wilson interval, share of well-formed answers, how many were cut off, lengths; by mode."""
     rows = []
     for mode, given in answers.items():
-        correct, known = _correct(given, expected)
-        low, high = wilson(correct, known)
+        right, known = count_correct(given, expected)
+        low, high = wilson(right, known)
         lengths = np.array([answer.tokens for answer in given])
         rows.append((
-            _name(mode), f"{correct / known:.1%}" if known else "–", f"{low:.0%} to {high:.0%}" if known else "–",
-            np.mean([well_formed(a, mode or chosen_mode(a)) for a in given]).item(),
+            _name(mode), f"{right / known:.1%}" if known else "–", f"{low:.0%} to {high:.0%}" if known else "–",
+            np.mean([well_formed(a, mode) for a in given]).item(),
             sum(not a.ended for a in given), f"{lengths.mean():,.1f}", int(np.median(lengths)),
             int(lengths.max()),
         ))  # fmt: skip
@@ -111,9 +111,9 @@ def choices_table(answers: Answers, expected: Sequence[str | None]) -> Table:
         return Table("the model has no modes to choose from", (), [])
     for mode in (*MODES, "neither"):
         picked = [i for i, answer in enumerate(free) if chosen_mode(answer) == mode]
-        correct, known = _correct([free[i] for i in picked], [expected[i] for i in picked])
+        right, known = count_correct([free[i] for i in picked], [expected[i] for i in picked])
         tokens = np.mean([free[i].tokens for i in picked]) if picked else 0
-        share = f"{correct / known:.1%}" if known else "–"
+        share = f"{right / known:.1%}" if known else "–"
         rows.append((mode, len(picked), len(picked) / len(free), share, f"{tokens:,.1f}"))
     return Table("modes chosen by the model", ("mode", "answers", "share", "accuracy", "tokens, mean"), rows)
 
@@ -155,7 +155,7 @@ def plot_choices(answers: Answers, expected: Sequence[str | None], difficulty: S
     thought = [chosen_mode(answer) == "think" for answer in answers[None]]
     _draw_shares(shares, None, [(sum(thought[i] for i in some), len(some)) for some in alike], 0)
     for number, (mode, given) in enumerate(answers.items()):
-        counts = [_correct([given[i] for i in some], [expected[i] for i in some]) for some in alike]
+        counts = [count_correct([given[i] for i in some], [expected[i] for i in some]) for some in alike]
         _draw_shares(accuracies, mode, counts, 0.08 * (number - 1))
     shares.set_title("chooses to think, by difficulty", loc="left", fontsize="medium")
     accuracies.set_title("correct, by difficulty", loc="left", fontsize="medium")
@@ -180,9 +180,9 @@ def wilson(correct: int, count: int) -> tuple[float, float]:
 
 def _draw_cost(axes: Axes, mode: str | None, given: list[Answer], expected: Sequence[str | None], marker: str) -> None:
     """A point with 95 % intervals of both coordinates."""
-    good, count = _correct(given, expected)
+    good, count = count_correct(given, expected)
     if not count:
-        good, count = sum(well_formed(answer, mode or chosen_mode(answer)) for answer in given), len(given)
+        good, count = sum(well_formed(answer, mode) for answer in given), len(given)
     tokens = np.array([answer.tokens for answer in given])
     share, (low, high), x = good / count, wilson(good, count), max(tokens.mean(), 1)
     spread = min(1.96 * tokens.std() / np.sqrt(len(tokens)), x * 0.9)
@@ -209,12 +209,6 @@ def _draw_lengths(axes: Axes, y: int, tokens: np.ndarray, color: str) -> None:
     median = np.median(tokens)
     axes.plot([median, median], [y - 0.32, y + 0.32], color=NEUTRAL, linewidth=2)
     axes.text(median, y - 0.36, f"{median:,.0f}", ha="center", va="bottom", fontsize="small")
-
-
-def _correct(answers: list[Answer], expected: Sequence[str | None]) -> tuple[int, int]:
-    """(number of correct answers, number of answers with a reference)."""
-    known = [(a, e) for a, e in zip(answers, expected, strict=True) if e is not None]
-    return sum(is_correct(a, e) for a, e in known), len(known)
 
 
 def _name(mode: str | None) -> str:

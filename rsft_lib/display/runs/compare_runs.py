@@ -13,7 +13,7 @@ from rsft_lib.common.paths import resolve
 from rsft_lib.common.temporary import new_file
 from rsft_lib.display.html import Table, caption
 from rsft_lib.display.metric_styles import EXPERTS, HEALTH, METRICS, ONE_MODE
-from rsft_lib.display.plot_style import NEUTRAL, finished, line_style, plain_numbers, smoothed, thinned, tidy
+from rsft_lib.display.plot_style import NEUTRAL, draw_smoothed, finished, line_style, plain_numbers, thinned, tidy
 from rsft_lib.display.runs.csv_curve import LINES, Published
 from rsft_lib.display.runs.runs import BY, Run
 
@@ -65,8 +65,8 @@ def plot_modes(runs: list[Run], by: str = "step", smoothing: float = 0.9) -> Fig
     _draw_each(losses, MODES, runs, by, smoothing)
     for number, run in enumerate(runs):
         for metric, strength in STRENGTH.items():
-            x, values = run.line(metric, by)
-            choice.plot(*thinned(x, smoothed(values, smoothing)), alpha=strength, **line_style(number))
+            style = {"alpha": strength, **line_style(number)}
+            draw_smoothed(choice, *run.line(metric, by), smoothing, raw=False, **style)
     choice.set_ylim(-0.03, 1.03)
     title = "P(<think>) for <think> samples (strong) and <short> samples (faint)"
     _finish(figure, dict(zip(axes.flat, [*map(_title, MODES), title], strict=True)), runs, by)
@@ -130,23 +130,16 @@ def _draw_each(panels: Iterable[Axes], metrics: list[str], runs: list[Run], by: 
 
 def _draw(axes: Axes, run: Run, metric: str, by: str, smoothing: float, number: int) -> None:
     """A metric of a run, and its values on held-out data as dots."""
-    x, values = run.line(metric, by)
     style = line_style(number)
-    if smoothing:
-        axes.plot(*thinned(x, values), color=style["color"], alpha=0.3, linewidth=0.8)
-    axes.plot(*thinned(x, smoothed(values, smoothing)), **style)
+    draw_smoothed(axes, *run.line(metric, by), smoothing, **style)
     axes.plot(*thinned(*run.line(f"eval_{metric}", by)), "o", color=style["color"], markersize=4)
 
 
 def _draw_published(axes: Axes, published: Published, by: str, smoothing: float) -> None:
     for what in LINES:
-        x, values = published.line(what, by)
-        if what == "loss":
-            axes.plot(x, values, color=NEUTRAL, alpha=0.3, linewidth=0.8)
-            values = smoothed(values, smoothing)
-        axes.plot(
-            x, values, label=caption(f"{published.name}, {LINES[what]}"), color=NEUTRAL, linewidth=1.2, **THEIRS[what]
-        )
+        style = {"color": NEUTRAL, "linewidth": 1.2, "label": caption(f"{published.name}, {LINES[what]}")}
+        weight = smoothing if what == "loss" else 0
+        draw_smoothed(axes, *published.line(what, by), weight, **style | THEIRS[what])
     if not any(len(published.line(what, by)[0]) for what in LINES):
         raise ValueError(
             f"{published.name} has the columns {', '.join(published.columns)}, which cannot be plotted by {by!r}"

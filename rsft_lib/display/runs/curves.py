@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from rsft_lib.common.paths import require_path
 from rsft_lib.display.metric_styles import ANSWERS, BY_MODE, BY_SPAN, CHOICES, METRICS, ONE_MODE
-from rsft_lib.display.plot_style import BLUE, ORANGE, PINK, finished, plain_numbers, smoothed, thinned, tidy
+from rsft_lib.display.plot_style import BLUE, ORANGE, PINK, draw_smoothed, finished, plain_numbers, thinned, tidy
 from rsft_lib.display.runs.runs import Run, open_run
 from rsft_lib.tokenizer.dialect import MODES
 from rsft_lib.training.metrics import read_metrics
@@ -99,10 +99,8 @@ def _draw_loss(axes: Axes, run: Run, smoothing: float) -> None:
 
 
 def _draw(axes: Axes, run: Run, metric: str, smoothing: float, note: str = "") -> None:
-    steps, values = run.line(metric, "step")
-    axes.plot(*thinned(steps, values), color=BLUE, alpha=0.3 if smoothing else 1, linewidth=1)
-    if smoothing:
-        axes.plot(*thinned(steps, smoothed(values, smoothing)), color=BLUE, label="train, smoothed")
+    label = "train" + ", smoothed" * bool(smoothing)
+    draw_smoothed(axes, *run.line(metric, "step"), smoothing, color=BLUE, label=label)
     axes.set_title(METRICS[metric].title + note, loc="left")
 
 
@@ -114,7 +112,7 @@ def _draw_lines(
         steps, values = run.line(metric, "step")
         if len(steps):
             _, label, color, style = METRICS[metric]
-            axes.plot(*thinned(steps, smoothed(values, smoothing)), style, color=color, label=label)
+            draw_smoothed(axes, steps, values, smoothing, raw=False, linestyle=style, color=color, label=label)
     axes.set_title(title, loc="left")
     if axes.lines:
         place = {"loc": "upper right", "ncols": 2} if len(axes.lines) > 4 else {}
