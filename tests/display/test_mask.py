@@ -17,10 +17,11 @@ from rsft_lib.data.packed import PackedDataset
 from rsft_lib.data.records import read_records
 from rsft_lib.data.store import StoreWriter, TokenStore
 from rsft_lib.display.data.sample_stats import measure
-from rsft_lib.display.html import FAINT, INK, Table, inert
+from rsft_lib.display.html import Table, inert, tint
+from rsft_lib.display.losses.token_loss_map import STYLES
 from rsft_lib.display.mask.browse import extremes_table, slider
 from rsft_lib.display.mask.pack import show_pack
-from rsft_lib.display.mask.sample import STYLE, literal_example, show_mask, show_sample
+from rsft_lib.display.mask.sample import COLOR, literal_example, show_mask, show_sample
 from rsft_lib.display.mask.segments import Forms, Marks, segments
 from rsft_lib.display.mask.token_text import FOLD, TokenText
 from rsft_lib.tokenizer.chat import encode
@@ -269,11 +270,15 @@ def luminance(colour: str) -> float:
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-def test_text_has_sufficient_contrast():
-    pairs = [(background, ink) for background, ink, _ in STYLE.values()] + [("#ffffff", INK), ("#ffffff", FAINT)]
-    for background, ink in pairs:
-        light, dark = sorted((luminance(background), luminance(ink)), reverse=True)
-        assert (light + 0.05) / (dark + 0.05) >= (4.5 if ink == FAINT else 7), (background, ink)
+@pytest.mark.parametrize(("ground", "ink"), [("#ffffff", "#212121"), ("#111111", "#e0e0e0")])
+def test_the_text_of_a_light_and_of_a_dark_theme_is_legible_over_every_tint(ground, ink):
+    for style in (*map(tint, COLOR.values()), *STYLES[1:-1]):
+        *color, share = map(float, re.findall(r"[\d.]+", style))
+        mixed = [
+            round(c * share + below * (1 - share)) for c, below in zip(color, bytes.fromhex(ground[1:]), strict=True)
+        ]
+        light, dark = sorted((luminance("#" + bytes(mixed).hex()), luminance(ink)), reverse=True)
+        assert (light + 0.05) / (dark + 0.05) >= 7, style
 
 
 def test_a_long_sample_is_folded_and_its_html_small(tokenizer):

@@ -146,10 +146,11 @@ def test_an_executed_notebook_shows_its_pictures_and_runs_no_script_of_the_data(
 
 @in_browser
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_every_text_of_every_notebook_is_legible_in_both_themes(lab, steps, quickstart, theme):
+def test_every_text_of_every_notebook_is_legible_and_at_home_in_both_themes(lab, steps, quickstart, theme):
     for executed in (quickstart[1], *steps.executed.values()):
         shown = texts(lab.context, executed, theme)
         assert shown and [text for text in shown if text["contrast"] < ENOUGH] == [], executed.name
+        assert theme == "light" or [text for text in shown if text["ground"] > 0.5] == [], executed.name
 
 
 def test_figures_have_no_ground_so_that_they_fit_every_theme(steps, quickstart):

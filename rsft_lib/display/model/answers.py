@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter, StrMethodFormatter
 
 from rsft_lib.common.visible import visible
-from rsft_lib.display.html import BLOCK, FAINT, PANEL, Table, escaped, inert
-from rsft_lib.display.mask.sample import STYLE, chip
+from rsft_lib.display.html import BLOCK, FAINT, PANEL, Table, escaped, inert, tint
+from rsft_lib.display.mask.sample import COLOR, chip
 from rsft_lib.display.plot_style import NEUTRAL, finished
 from rsft_lib.display.stacked_bars import LOOK
 from rsft_lib.evaluation.generate import Answer, chosen_mode, is_correct, obeyed, well_formed
@@ -38,7 +38,7 @@ class SideBySide:
 
     def _repr_html_(self) -> str:
         reference = self.expected or ""
-        expected = f" &nbsp; <span style='color:{FAINT}'>expected</span> <b>{inert(reference)}</b>" if reference else ""
+        expected = f" &nbsp; <span style='{FAINT}'>expected</span> <b>{inert(reference)}</b>" if reference else ""
         return (
             f"<div style='{PANEL}'><b>{inert(self.question)}</b>{expected}"
             f"<div style='display:flex;flex-wrap:wrap;margin-top:6px'>{''.join(map(self._column, self.answers))}</div>"
@@ -47,7 +47,7 @@ class SideBySide:
 
     def _column(self, mode: str | None) -> str:
         answer = self.answers[mode]
-        edge = STYLE.get(chosen_mode(answer), STYLE["answer"])[2]
+        edge = COLOR.get(chosen_mode(answer), COLOR["answer"])
         title = "<b>answer</b>" if mode == "other" else chip(mode or chosen_mode(answer))
         if mode is None:
             title = f"<b>free choice</b>: {title}"
@@ -198,7 +198,7 @@ def _text_html(text: str) -> str:
     if not closed and text.startswith(THINK):
         blocks = [("think", text)]
     return "".join(
-        f"<pre style='{BLOCK};background:{STYLE[kind][0]};color:{STYLE[kind][1]}'>{escaped(_cut(part))}</pre>"
+        f"<pre style='{BLOCK};{tint(COLOR[kind])}'>{escaped(_cut(part))}</pre>"
         for kind, part in blocks if part
     )  # fmt: skip
 
