@@ -1,11 +1,14 @@
 """Contrast of the text in the outputs of executed notebooks, in JupyterLab's light and dark theme."""
 
+import re
 from pathlib import Path
 
 import nbformat
 from nbconvert import HTMLExporter
 
 ENOUGH = 4.5  # of WCAG 2.2, level AA, for text of normal size: https://www.w3.org/TR/WCAG22/#contrast-minimum
+
+THEMES = (("#ffffff", "#212121"), ("#111111", "#e0e0e0"))  # ground and text of JupyterLab, light and dark
 
 # Every piece of text in an output with its contrast, as WCAG defines it, and the luminance of the ground behind it.
 TEXTS = """
@@ -58,3 +61,27 @@ def texts(context, executed: Path, theme: str) -> list[dict]:
         return page.evaluate(TEXTS)
     finally:
         page.close()
+
+
+def luminance(color: str) -> float:
+    """Relative luminance of #rrggbb, https://www.w3.org/TR/WCAG22/#dfn-relative-luminance"""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (v / 255 for v in parsed(color))]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(*colors: str) -> float:
+    low, high = sorted(map(luminance, colors))
+    return (high + 0.05) / (low + 0.05)
+
+
+def over(style: str, ground: str) -> str:
+    """The colour of `ground` under a style with a background."""
+    if solid := re.search("background:(#[0-9a-f]{6})", style):
+        return solid[1]
+    *color, share = map(float, re.findall(r"[\d.]+", style)) if style else (0, 0, 0, 0)
+    mixed = [round(c * share + below * (1 - share)) for c, below in zip(color, parsed(ground), strict=True)]
+    return f"#{bytes(mixed).hex()}"
+
+
+def parsed(color: str) -> bytes:
+    return bytes.fromhex(color[1:])

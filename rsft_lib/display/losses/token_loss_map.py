@@ -18,8 +18,8 @@ from rsft_lib.evaluation.loss_comparison import REASONS, Comparison, Suspect
 # Lower bound of each level in nats, and its style and tags. Hard tokens are also underlined, then bold, and the hardest
 # have their loss as a subscript.
 LEVELS = (0.0, 0.1, 0.5, 1.5, 4.0)
-HEAT = "#e8710a"
-STYLES = ("", tint(HEAT, 0.12), tint(HEAT, 0.25), tint(HEAT, 0.42), f"background:{HEAT};color:#000000")
+HEAT = "#f07d1a"
+STYLES = ("", tint(HEAT, 0.12), tint(HEAT, 0.25), tint(HEAT, 0.38), f"background:{HEAT};color:#000000")
 TAGS = ("{}", "{}", "<u>{}</u>", "<b><u>{}</u></b>", "<b><u>{}</u></b>")
 NAMED = 8  # hardest tokens, shown with their loss
 SHOWN = 1200  # most trained tokens shown
