@@ -28,6 +28,7 @@ from rsft_lib.chain.steps import GIVEN, Chain, Value, folder_of
 from rsft_lib.common.artifact import write_json
 from rsft_lib.common.paths import project_root, require_path, resolve
 from rsft_lib.display.live.kernel_events import somebody_looks
+from rsft_lib.display.parameters import ParameterList
 
 STATUS = "application/vnd.rsft.status+json"
 
@@ -50,7 +51,7 @@ class _AboveProgressBar:
 
 
 def begin(namespace: dict, name: str, status: str = "") -> SimpleNamespace:
-    """Check the parameters of a running notebook, print them with their origin, and return them.
+    """Check the parameters of a running notebook, show them with their origin, and return them.
 
     Call it in the cell after the parameters as `begin(globals(), "05_train")`. Parameters that are not given by hand
     come from the project, from its earlier notebooks, or are the defaults. It removes the `status.json` of any earlier
@@ -81,7 +82,7 @@ def begin(namespace: dict, name: str, status: str = "") -> SimpleNamespace:
     plain = {key: value.value for key, value in values.items()}
     folder = resolve(plain[status] if status else folder)
     (folder / STATUS_FILE).unlink(missing_ok=True)
-    _print(values)
+    display(ParameterList(values))
     record = {"parameters": plain, "given": list(given), "inputs": identities(plain)}
     return SimpleNamespace(**plain, folder=folder, record=record)
 
@@ -92,12 +93,6 @@ def _given(namespace: dict, name: str) -> dict:
     typed = [key for key in declared if namespace[key] != committed.get(key, declared[key]).default]
     injected = _injected(namespace.get("In", []))
     return checked({key: namespace[key] for key in dict.fromkeys([*injected, *typed])}, declared)
-
-
-def _print(values: dict[str, Value]) -> None:
-    width = max(map(len, values))
-    for name, (value, origin) in values.items():
-        print(f"{name:<{width}}  {value!r}{f'  ({origin})' if origin else ''}")
 
 
 def finish(parameters: SimpleNamespace, **facts) -> None:

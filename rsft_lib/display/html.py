@@ -1,7 +1,8 @@
 """Dataset text as inert HTML (no markup, control or bidi characters take effect), and tables and bars.
 
-Styles are inline and of the kind that JupyterLab keeps in untrusted notebooks. GitHub drops them all, so everything
-that a colour encodes is also written out.
+Styles are inline and of the kind that JupyterLab keeps in untrusted notebooks, which excludes variables of its theme.
+So text and ground are the theme's, light or dark, and colours are laid over them with little opacity. GitHub drops all
+styles, so everything that a colour encodes is also written out.
 """
 
 import html
@@ -12,23 +13,25 @@ from dataclasses import dataclass
 
 from rsft_lib.common.visible import HIDDEN, visible
 
-INK, FAINT = "#1f2328", "#59636e"  # text and secondary text, on white
-PANEL = (
-    f"background:#ffffff;color:{INK};border:1px solid #d0d7de;border-radius:6px;padding:10px 14px;"
-    "font-size:13px;line-height:1.4"
-)
+FAINT = "opacity:0.75"  # secondary text
+LINE = "1px solid rgba(128,128,128,0.5)"
+PANEL = f"border:{LINE};border-radius:6px;padding:10px 14px;font-size:13px;line-height:1.4"
 BLOCK = (
     "margin:0;padding:3px 8px;white-space:pre-wrap;word-break:normal;overflow-wrap:anywhere;unicode-bidi:plaintext;"
-    "font-size:12px;line-height:1.45;font-family:monospace"
+    "font-size:12px;line-height:1.45;font-family:monospace;background:transparent"
 )
 TABLE = "border-collapse:collapse;margin:2px 0"
 CELL = "text-align:left;vertical-align:top;padding:2px 14px 2px 0;border:0"
-# For every element of a table on a white card: JupyterLab gives it the text colour of its theme, which may be white.
-PAPER = f";background:#ffffff;color:{INK}"
 RIGHT = ";text-align:right"
 ONE_LINE, SHORT = ";white-space:nowrap", 24  # cells of up to SHORT characters do not wrap
 
 GAP = "⋮"  # cell of a row that stands for omitted rows
+
+
+def tint(color: str, share: float = 0.15) -> str:
+    """A style: `color`, as #rrggbb, over the ground of the theme; a low `share` keeps the theme's text legible."""
+    red, green, blue = bytes.fromhex(color[1:])
+    return f"background:rgba({red},{green},{blue},{share})"
 
 
 def escaped(text: str) -> str:
@@ -71,27 +74,23 @@ class Table:
         return visible("\n".join([self.title, *(lines if self.rows else []), *([self.note] if self.note else [])]))
 
     def _repr_html_(self) -> str:
-        return self.html()
-
-    def html(self, paper: str = "") -> str:
-        """The table as HTML; `paper` is PAPER on a card."""
         right = self._right()
-        head = self._row_html("th", self.columns, right, f"{paper};border-bottom:1px solid #8c959f")
-        body = "".join(self._row_html("td", row, right, paper) for row in self.rows)
-        table = f"<table style='{TABLE}{paper}'><thead>{head}</thead><tbody>{body}</tbody></table>"
+        head = self._row_html("th", self.columns, right, f";border-bottom:{LINE}")
+        body = "".join(self._row_html("td", row, right) for row in self.rows)
+        table = f"<table style='{TABLE}'><thead>{head}</thead><tbody>{body}</tbody></table>"
         note = f"<div style='margin-top:4px'>{inert(self.note)}</div>" if self.note else ""
         return (
-            f"<div style='padding:4px 0;font-size:13px{paper}'><b>{inert(self.title)}</b>"
+            f"<div style='padding:4px 0;font-size:13px'><b>{inert(self.title)}</b>"
             f"{table if self.rows else ''}{note}</div>"
         )
 
-    def _row_html(self, tag: str, row: Sequence, right: list[bool], style: str) -> str:
+    def _row_html(self, tag: str, row: Sequence, right: list[bool], style: str = "") -> str:
         cells = (
             f"<{tag} style='{CELL}{RIGHT if is_right else ''}{ONE_LINE if len(text) <= SHORT else ''}{style}'>"
             f"{inert(text)}</{tag}>"
             for text, is_right in zip(map(_cell, row), right, strict=True)
         )
-        return f"<tr style='{style.removeprefix(';')}'>{''.join(cells)}</tr>"
+        return f"<tr>{''.join(cells)}</tr>"
 
     def _right(self) -> list[bool]:
         return [all(_cell(value)[:1].isdigit() for value in column if value != GAP) for column in self._by_column()]
@@ -110,7 +109,8 @@ def bar(parts: Sequence[tuple[float, str, str]]) -> str:
 
 
 def warning(text: str) -> str:
-    return f"<div style='background:#fff1c2;color:#3d2c00;padding:2px 8px;margin:4px 0'><b>!</b> {inert(text)}</div>"
+    style = f"{tint('#e69f00', 0.2)};border-left:4px solid #e69f00;padding:2px 8px;margin:4px 0"
+    return f"<div style='{style}'><b>!</b> {inert(text)}</div>"
 
 
 def _cell(value) -> str:

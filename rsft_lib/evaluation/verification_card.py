@@ -4,6 +4,7 @@
 the report of `checkpoint.verify` with its `proofs` and their tolerances. The model card shows the same.
 """
 
+import json
 import re
 import shlex
 from datetime import UTC, datetime
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from rsft_lib.checkpoint.model_card import markdown_table, with_verification
 from rsft_lib.common.artifact import README, VERIFICATION, own_manifest, read_manifest, write_json
-from rsft_lib.common.paths import resolve
+from rsft_lib.common.paths import require_path, resolve
 from rsft_lib.common.provenance import made_with
 from rsft_lib.common.temporary import new_file
 from rsft_lib.training.metrics import scan_metrics
@@ -41,6 +42,20 @@ def write_card(model: str | Path, run: str | Path, report: dict, scores: dict[st
     with new_file(folder / README) as file:
         file.write(text)
     return card
+
+
+def scores_of(models: str) -> dict[str, dict[str, dict]]:
+    """Scores by mode from the cards of exported models, by name and checkpoint; `models` are comma-separated folders.
+
+    Raises:
+        FileNotFoundError: a model has no card.
+    """
+    found = {}
+    for model in filter(None, map(str.strip, models.split(","))):
+        path = require_path(Path(model) / VERIFICATION, "verification card, from notebook 07")
+        checkpoint = Path(own_manifest(path.parent).get("checkpoint", ""))
+        found[f"{path.parent.name} {checkpoint.name}".strip()] = json.loads(path.read_text(encoding="utf-8"))["scores"]
+    return found
 
 
 def command_of(notebook: str, parameters: dict) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from contrast import THEMES, contrast, over
 from real import REAL, needs_real
 from support import to_messages
 
@@ -17,10 +18,10 @@ from rsft_lib.data.packed import PackedDataset
 from rsft_lib.data.records import read_records
 from rsft_lib.data.store import StoreWriter, TokenStore
 from rsft_lib.display.data.sample_stats import measure
-from rsft_lib.display.html import FAINT, INK, Table, inert
+from rsft_lib.display.html import Table, inert, tint
 from rsft_lib.display.mask.browse import extremes_table, slider
 from rsft_lib.display.mask.pack import show_pack
-from rsft_lib.display.mask.sample import STYLE, literal_example, show_mask, show_sample
+from rsft_lib.display.mask.sample import COLOR, literal_example, show_mask, show_sample
 from rsft_lib.display.mask.segments import Forms, Marks, segments
 from rsft_lib.display.mask.token_text import FOLD, TokenText
 from rsft_lib.tokenizer.chat import encode
@@ -262,18 +263,9 @@ def test_segments_match_a_token_by_token_loop(tokenizer):
             assert mode == (first if first in ("think", "short") else "other")
 
 
-def luminance(colour: str) -> float:
-    """Relative luminance as in WCAG 2.1: https://www.w3.org/TR/WCAG21/#dfn-relative-luminance"""
-    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-def test_text_has_sufficient_contrast():
-    pairs = [(background, ink) for background, ink, _ in STYLE.values()] + [("#ffffff", INK), ("#ffffff", FAINT)]
-    for background, ink in pairs:
-        light, dark = sorted((luminance(background), luminance(ink)), reverse=True)
-        assert (light + 0.05) / (dark + 0.05) >= (4.5 if ink == FAINT else 7), (background, ink)
+@pytest.mark.parametrize(("ground", "ink"), THEMES)
+def test_the_text_of_a_light_and_of_a_dark_theme_is_legible_over_every_color(ground, ink):
+    assert min(contrast(over(tint(color), ground), ink) for color in COLOR.values()) >= 7
 
 
 def test_a_long_sample_is_folded_and_its_html_small(tokenizer):

@@ -3,9 +3,12 @@
 import html
 import json
 import re
+from io import BytesIO
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from contrast import THEMES, contrast, over
 
 from rsft_lib import demo
 from rsft_lib.common.artifact import MANIFEST, file_hash, new_folder
@@ -15,7 +18,8 @@ from rsft_lib.data.span_kinds import KINDS, MODE_NAMES, control_tokens, kinds
 from rsft_lib.data.splits import splits_of
 from rsft_lib.data.store import ROWS, TokenStore
 from rsft_lib.data.tokenize import tokenize
-from rsft_lib.display.losses import token_loss_map
+from rsft_lib.display.losses import browse, token_loss_map
+from rsft_lib.display.losses.browse import clickable_plot
 from rsft_lib.display.losses.comparison import (
     hardest_table,
     kinds_table,
@@ -23,7 +27,7 @@ from rsft_lib.display.losses.comparison import (
     suspects_table,
     write_suspects,
 )
-from rsft_lib.display.losses.token_loss_map import COLORS, level_of, show_losses
+from rsft_lib.display.losses.token_loss_map import STYLES, level_of, show_losses
 from rsft_lib.evaluation import loss_comparison, token_loss_cache
 from rsft_lib.evaluation.loss_comparison import Suspect, chosen, compare, hardest_spans, suspects, typical
 from rsft_lib.evaluation.score import FILE, TokenLosses
@@ -285,18 +289,26 @@ def test_hard_tokens_are_marked_without_colour_and_show_their_loss(folder, compa
     assert [level_of(x) for x in (0, 0.09, 0.1, 0.6, 2, 4, 50)] == [0, 0, 1, 2, 3, 4, 4]
 
 
-def luminance(color: str) -> float:
-    channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-    return float(np.dot([0.2126, 0.7152, 0.0722], linear))
+@pytest.mark.parametrize(("ground", "ink"), THEMES)
+def test_every_level_is_readable_and_farther_from_the_ground_than_the_previous(ground, ink):
+    levels = [over(style, ground) for style in STYLES]
+    assert min(contrast(level, ink) for level in levels[:-1]) >= 7 and contrast(levels[-1], "#000000") >= 7
+    distances = [contrast(level, ground) for level in levels]
+    assert distances == sorted(distances) and len(set(distances)) == len(STYLES)
 
 
-def test_every_level_is_readable_and_darker_than_the_previous():
-    backgrounds = [luminance(background) for background, _ in COLORS]
-    for background, ink in COLORS:
-        high, low = sorted((luminance(background), luminance(ink)), reverse=True)
-        assert (high + 0.05) / (low + 0.05) >= 7
-    assert backgrounds == sorted(backgrounds, reverse=True)
+def test_each_button_of_the_clickable_plot_lies_on_a_point_and_shows_its_sample(folder, comparison):
+    suspected = [Suspect(3, ("rose",)), Suspect(5, ("twice",))]
+    grid, shown = clickable_plot(comparison, load_tokenizer(folder / "tokenizer"), suspected).children
+    picture, *buttons = grid.children
+    pixels = plt.imread(BytesIO(picture.value))  # [height, width, RGBA]
+    assert len(buttons) == len(comparison) and [button.tooltip for button in buttons[-2:]] == ["sample 5", "sample 3"]
+    for button in buttons:
+        top, left = (int(button.layout.margin.split()[i].removesuffix("px")) + browse.SIZE // 2 for i in (0, 3))
+        assert pixels[top - 1 : top + 2, left - 1 : left + 2, 3].max() > 0.2, button.tooltip
+    assert (pixels[..., 3] > 0.2).mean() < 0.2, "the picture is mostly empty, so that a misplaced button is noticed"
+    buttons[-2].click()
+    assert "sample 5 of" in shown.value and html.escape("an earlier sample has the same tokens") in shown.value
 
 
 def test_a_long_sample_is_shown_around_its_hardest_token_and_stays_small(folder, tmp_path):

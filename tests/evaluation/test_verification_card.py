@@ -7,7 +7,7 @@ import pytest
 
 from rsft_lib.checkpoint.model_card import model_card
 from rsft_lib.common.artifact import MANIFEST, file_hash, new_folder, verify
-from rsft_lib.evaluation.verification_card import as_markdown, command_of, losses, write_card
+from rsft_lib.evaluation.verification_card import as_markdown, command_of, losses, scores_of, write_card
 from rsft_lib.notebook import checked, declared_parameters, project_root
 
 RECORDS = [
@@ -51,6 +51,14 @@ def test_the_card_has_everything_that_was_proved_and_measured_and_from_what(expo
         "checkpoint (manifest)": "c" * 64, "base (manifest)": "b" * 64, "data (manifest)": "d" * 64,
         "model.safetensors": file_hash(model / "model.safetensors"),
     }  # fmt: skip
+
+
+def test_scores_of_several_models_are_read_by_name_and_checkpoint(exported):
+    model, run = exported
+    with pytest.raises(FileNotFoundError, match="verification card"):
+        scores_of(str(model))
+    write_card(model, run, REPORT, SCORES, "the command")
+    assert scores_of(f"{model}, ") == {"model iter_0000002": SCORES} and scores_of("") == {}
 
 
 def test_the_model_card_shows_it_and_the_model_stays_intact(exported):

@@ -411,6 +411,19 @@ def test_the_plot_has_accuracy_against_tokens_for_each_mode_or_form_without_refe
     assert [bar.lines[0].get_ydata()[0] for bar in unknown.containers] == [0.5, 1.0, 0.5]
 
 
+def test_a_line_leads_from_other_checkpoints_to_the_point_of_each_mode():
+    names = dict.fromkeys(["think", "short", "free choice"])
+    others = {
+        name: {mode: {"accuracy": y, "tokens": x} for mode in names} for name, x, y in (("a", 4, 0.1), ("b", 6, 0.3))
+    }
+    costs = plot_answers(ANSWERS, EXPECTED, others).axes[0]
+    lines = [line.get_xydata().tolist() for line in costs.lines if len(line.get_xydata()) == 3]
+    assert lines == [[[4, 0.1], [6, 0.3], end] for end in ([9.5, 0.5], [3.0, 0.5], [2.5, 1.0])]
+    assert sorted(text.get_text() for text in costs.texts) == ["a", "a", "a", "b", "b", "b"]
+    with pytest.raises(ValueError, match="b: no accuracy in mode short; run notebook 07 on it"):
+        plot_answers(ANSWERS, EXPECTED, others | {"b": {"think": others["b"]["think"]}})
+
+
 @pytest.mark.parametrize(
     ("correct", "count", "low", "high"), [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (81, 263, 0.2553, 0.3662)]
 )

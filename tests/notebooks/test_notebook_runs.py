@@ -1,10 +1,12 @@
 """Notebooks as runs, with real kernels and the real papermill."""
 
+import re
 import subprocess
 import sys
 
 import nbformat
 import pytest
+from chain import outputs
 
 from rsft_lib.chain.parameters import Parameter, checked, declared_parameters
 from rsft_lib.notebook import pairs, run
@@ -113,11 +115,11 @@ def test_begin_can_run_again_after_later_cells_made_variables(tmp_path):
 
 def test_given_parameters_are_marked_and_defaults_are_not(tmp_path):
     executed, _ = run(write_notebook(tmp_path), tmp_path / "executed", {"steps": 9})
-    printed = "".join(
-        output["text"] for cell in nbformat.read(executed, 4).cells for output in cell.outputs if "text" in output
-    )
-    steps, lr = (next(line for line in printed.splitlines() if line.startswith(name)) for name in ("steps", "lr"))
+    data = next(output["data"] for output in outputs(executed) if "text/html" in output.get("data", {}))
+    steps, lr = (re.search(rf"^{name} .*$", data["text/plain"], re.MULTILINE)[0] for name in ("steps", "lr"))
     assert "9" in steps and "given" in steps and "given" not in lr
+    changed, folded = data["text/html"].split("<details>")
+    assert "steps" in changed and "steps" not in folded and "lr" in folded and "lr" not in changed
 
 
 def test_a_progress_bar_in_a_notebook_is_one_output_that_ends_at_100_percent(tmp_path):
@@ -125,9 +127,9 @@ def test_a_progress_bar_in_a_notebook_is_one_output_that_ends_at_100_percent(tmp
     slow += "with progress.progress('read', 'B', 9) as bar:\n"
     slow += "    for _ in range(4):\n        bar.update(2)\n        bar.refresh()"
     executed, _ = run(write_notebook(tmp_path, slow), tmp_path / "executed", {})
-    outputs = [output for cell in nbformat.read(executed, 4).cells for output in cell.outputs]
-    assert "\r" not in "".join(output.get("text", "") for output in outputs)
-    (bar,) = [text for output in outputs if "read:" in (text := output.get("data", {}).get("text/plain", ""))]
+    shown = outputs(executed)
+    assert "\r" not in "".join(output.get("text", "") for output in shown)
+    (bar,) = [text for output in shown if "read:" in (text := output.get("data", {}).get("text/plain", ""))]
     assert bar.startswith("read: 100%") and "9.00/9.00" in bar
 
 

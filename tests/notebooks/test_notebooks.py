@@ -1,7 +1,7 @@
 """All notebooks headless, and in JupyterLab.
 
 The notebooks run once, headless, as a chain. A real Chromium opens the executed ones, and runs the interactive ones: 04
-with its slider and 05 with its dashboard. Screenshots are saved in outputs/screenshots.
+with its slider, 05 with its dashboard and 08 with its clickable plot. Screenshots are saved in outputs/screenshots.
 """
 
 import json
@@ -106,12 +106,13 @@ def test_a_failed_run_removes_the_earlier_status(steps):
 
 @pytest.fixture(scope="module")
 def lab(steps, quickstart, tmp_path_factory):
-    """JupyterLab on a copy of the project, with the chain's outputs as defaults of notebooks 04 and 05."""
+    """JupyterLab on a copy of the project, with the chain's outputs as defaults of notebooks 04, 05 and 08."""
     from playwright.sync_api import sync_playwright
 
     project, private = copy_project(tmp_path_factory.mktemp("project")), tmp_path_factory.mktemp("private")
     for name, changed in {
         "04_tokenize_and_inspect": {},
+        "08_loss_lab": {},
         # So many steps that it only ends if stopped.
         "05_train": {"output": str(project / "stopped"), "train_iters": 100_000},
     }.items():
@@ -146,10 +147,11 @@ def test_an_executed_notebook_shows_its_pictures_and_runs_no_script_of_the_data(
 
 @in_browser
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_every_text_of_every_notebook_is_legible_in_both_themes(lab, steps, quickstart, theme):
+def test_every_text_of_every_notebook_is_legible_and_at_home_in_both_themes(lab, steps, quickstart, theme):
     for executed in (quickstart[1], *steps.executed.values()):
         shown = texts(lab.context, executed, theme)
         assert shown and [text for text in shown if text["contrast"] < ENOUGH] == [], executed.name
+        assert theme == "light" or [text for text in shown if text["ground"] > 0.5] == [], executed.name
 
 
 def test_figures_have_no_ground_so_that_they_fit_every_theme(steps, quickstart):
@@ -184,6 +186,19 @@ def test_the_slider_of_the_mask_viewer_changes_the_sample(inspected):
     shown.get_by_text("sample 1 of").wait_for()
     viewer.locator("select").select_option("short")
     shown.get_by_text("90 of 180 samples").wait_for()
+
+
+@in_browser
+def test_a_click_on_a_point_of_the_loss_plot_shows_its_sample(lab):
+    with lab.notebook("notebooks/08_loss_lab") as book:
+        book.run()
+        viewer = book.page.locator(".widget-vbox", has=book.page.locator(".widget-image"))
+        shown = viewer.locator(".widget-html")
+        for number in (7, 100):
+            viewer.get_by_title(f"sample {number}", exact=True).click(force=True)  # another button may lie over it
+            shown.get_by_text(re.compile(r"sample \d+ of 180: loss")).wait_for()
+        assert shown.locator("pre").count() == 4
+        assert_nothing_hostile_ran(book.page)
 
 
 @in_browser

@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from rsft_lib.display.html import BLOCK, FAINT, PANEL, escaped, inert, one_line, warning
+from rsft_lib.display.html import BLOCK, FAINT, PANEL, escaped, inert, one_line, tint, warning
 from rsft_lib.display.live.metrics_tail import Follower
 from rsft_lib.display.metric_styles import CHOICES, LOSSES, METRICS
 from rsft_lib.display.plot_style import NEUTRAL, draw_smoothed, finished, plain_numbers, thinned, tidy
@@ -65,7 +65,7 @@ class Card:
     def _repr_html_(self) -> str:
         style = "padding:0 18px 4px 0;white-space:nowrap"
         tiles = "".join(
-            f"<div style='{style}'><span style='color:{FAINT}'>{inert(name)}</span><br><b>{inert(value)}</b></div>"
+            f"<div style='{style}'><span style='{FAINT}'>{inert(name)}</span><br><b>{inert(value)}</b></div>"
             for name, value in self.facts().items()
         )
         width = "width:100%;height:10px;margin:4px 0"
@@ -81,8 +81,8 @@ class Card:
     def _log(self) -> str:
         if not self.log:
             return ""
-        style = f"{BLOCK};background:#f4f4f4;color:#474747;max-height:11em;overflow:hidden"
-        return f"<div style='color:{FAINT}'>end of the log</div><pre style='{style}'>{self.log}</pre>"
+        style = f"{BLOCK};{tint(NEUTRAL)};max-height:11em;overflow:hidden"
+        return f"<div style='{FAINT}'>end of the log</div><pre style='{style}'>{self.log}</pre>"
 
 
 def log_end(log: str) -> str:

@@ -1,6 +1,7 @@
 """Token losses before and after a training as tables and plots: by mode and span, by sample, and suspect samples."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -45,7 +46,7 @@ def plot_comparison(losses: Comparison, suspects: list[Suspect]) -> Figure:
     """Loss by mode and span before and after, and a point for each sample; below the diagonal the loss fell."""
     figure, (bars, points) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     _draw_kinds(bars, losses)
-    _draw_samples(points, losses, suspects)
+    draw_samples(points, losses, suspects)
     for axes in (bars, points):
         axes.spines[["top", "right"]].set_visible(False)
     return finished(figure)
@@ -129,15 +130,21 @@ def _draw_kinds(axes: Axes, losses: Comparison) -> None:
     axes.legend(frameon=False, fontsize="small", loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0)
 
 
-def _draw_samples(axes: Axes, losses: Comparison, suspects: list[Suspect]) -> None:
+def drawn_at(losses: Comparison, samples: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Where samples are drawn: loss before and after, float [samples, 2]."""
+    return np.stack([losses.loss_before[samples], np.maximum(losses.loss_after[samples], LEAST)], axis=1)
+
+
+def draw_samples(axes: Axes, losses: Comparison, suspects: list[Suspect]) -> None:
+    """A point for each sample, its loss before and after, and circles around the most suspect."""
     chosen = np.unique(np.linspace(0, len(losses) - 1, min(POINTS, len(losses))).astype(int))
     for mode, marker in zip(range(len(MODE_NAMES)), "osx", strict=True):
         part = chosen[losses.modes[chosen] == mode]
         if len(part):
             color = LOOK[MODE_NAMES[mode]]["facecolor"]
             axes.scatter(
-                losses.loss_before[part], np.maximum(losses.loss_after[part], LEAST), s=10, alpha=0.35, marker=marker,
-                color=color, label=MODE_NAMES[mode], linewidths=0,
+                *drawn_at(losses, part).T, s=10, alpha=0.35, marker=marker, color=color, label=MODE_NAMES[mode],
+                linewidths=0,
             )  # fmt: skip
     low, high = axes.get_xlim()
     axes.plot([low, high], [low, high], ":", color=NEUTRAL, linewidth=1, label="unchanged")
@@ -151,7 +158,7 @@ def _draw_samples(axes: Axes, losses: Comparison, suspects: list[Suspect]) -> No
 
 def _ring(axes: Axes, losses: Comparison, samples: list[int]) -> None:
     """Circles around samples, with their numbers in a column on the right, in the order of the circles."""
-    points = sorted((max(float(losses.loss_after[i]), LEAST), float(losses.loss_before[i]), i) for i in samples)
+    points = sorted((y, x, i) for i, (x, y) in zip(samples, drawn_at(losses, samples).tolist(), strict=True))
     heights = axes.transData.transform([(x, y) for y, x, _ in points])[:, 1] if points else []
     places = axes.transAxes.inverted().transform([(0, height) for height in heights])[:, 1] if points else []
     lowest = 0.0

@@ -9,16 +9,17 @@ from transformers import PreTrainedTokenizerBase
 
 from rsft_lib.common.visible import visible
 from rsft_lib.data.span_kinds import MODE_NAMES
-from rsft_lib.display.html import BLOCK, FAINT, PANEL, escaped, inert, one_line, warning
+from rsft_lib.display.html import BLOCK, FAINT, PANEL, escaped, inert, one_line, tint, warning
 from rsft_lib.display.mask.sample import chip
 from rsft_lib.display.mask.token_text import TokenText
+from rsft_lib.display.plot_style import NEUTRAL
 from rsft_lib.evaluation.loss_comparison import REASONS, Comparison, Suspect
 
-# Lower bound of each level in nats, and its (background, text) colours and tags. Hard tokens are also underlined, then
-# bold, and the hardest have their loss as a subscript. Contrast is at least 7 : 1.
+# Lower bound of each level in nats, and its style and tags. Hard tokens are also underlined, then bold, and the hardest
+# have their loss as a subscript.
 LEVELS = (0.0, 0.1, 0.5, 1.5, 4.0)
-COLORS = (("#ffffff", "#474747"), ("#fdeee2", "#474033"), ("#f9cfa6", "#3d2600"), ("#f0a060", "#2b1700"),
-          ("#7a2e00", "#ffffff"))  # fmt: skip
+HEAT = "#f07d1a"
+STYLES = ("", tint(HEAT, 0.12), tint(HEAT, 0.25), tint(HEAT, 0.38), f"background:{HEAT};color:#000000")
 TAGS = ("{}", "{}", "<u>{}</u>", "<b><u>{}</u></b>", "<b><u>{}</u></b>")
 NAMED = 8  # hardest tokens, shown with their loss
 SHOWN = 1200  # most trained tokens shown
@@ -87,10 +88,10 @@ class HeatView:
             for level, low in enumerate(LEVELS)
         )
         left_out = int(np.isfinite(self.after).sum() - np.isfinite(self.after[self.first : self.last]).sum())
-        more = f"<div style='color:{FAINT}'>{left_out:,} more trained tokens are not shown</div>" if left_out else ""
+        more = f"<div style='{FAINT}'>{left_out:,} more trained tokens are not shown</div>" if left_out else ""
         return (
             f"<div style='{PANEL}'>{chip(self.mode)} &nbsp; <b>{inert(self.head)}</b>"
-            f"<div style='color:{FAINT}'>token loss (and probability) from {legend}; "
+            f"<div>token loss (and probability) from {legend}; "
             f"hover for position, id and both losses</div>{''.join(warning(REASONS[why]) for why in self.why)}{more}"
             f"<div style='display:flex;flex-wrap:wrap;margin-top:6px'>{self._map('before')}{self._map('after')}</div>"
             "</div>"
@@ -104,14 +105,14 @@ class HeatView:
         cut = "… " if len(context) > CONTEXT else ""
         return (
             f"<div style='flex:1 1 28em;min-width:0;margin-right:10px'><b>{which}</b>, mean {np.nanmean(losses):.3f}"
-            f"<pre style='{BLOCK};background:#f4f4f4;color:#474747'>{cut}{escaped(context[-CONTEXT:])}</pre>"
-            f"<pre style='{BLOCK};line-height:1.9;background:#ffffff;color:#474747'>{body}</pre></div>"
+            f"<pre style='{BLOCK};{tint(NEUTRAL)}'>{cut}{escaped(context[-CONTEXT:])}</pre>"
+            f"<pre style='{BLOCK};line-height:1.9'>{body}</pre></div>"
         )
 
     def _piece(self, piece: TokenGroup, loss: float, named: set[int]) -> str:
         text = escaped(self.text.between(piece.start, piece.end))
         if not np.isfinite(loss):
-            return f"<span style='color:#8c959f'>{text}</span>"
+            return f"<span style='{FAINT}'>{text}</span>"
         number = f"<sub>{loss:.1f}</sub>" if piece.start in named and loss >= LEVELS[2] else ""
         ids = f", id {self.text.ids[piece.start]}" if piece.end - piece.start == 1 else f" to {piece.end - 1}"
         return _marked(text, level_of(loss), f"{piece.start}{ids}: {piece.before:.3f} → {piece.after:.3f}", number)
@@ -165,11 +166,10 @@ def level_of(loss: float) -> int:
 
 
 def _marked(text: str, level: int, title: str = "", number: str = "") -> str:
-    background, ink = COLORS[level]
     hover = f" title='{title}'" if title else ""
     rest = text.rstrip("\n")  # put the number before trailing line breaks
     marked = f"{TAGS[level].format(rest)}{number}{text[len(rest) :]}"
-    return f"<span{hover} style='background:{background};color:{ink}'>{marked}</span>"
+    return f"<span{hover} style='{STYLES[level]}'>{marked}</span>"
 
 
 def _mean(values: np.ndarray) -> float:

@@ -8,15 +8,15 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from rsft_lib.data.store import TokenStore
-from rsft_lib.display.html import FAINT, GAP, PANEL, PAPER, Table, bar, one_line
-from rsft_lib.display.mask.sample import SHIFT, STYLE, MaskView, show_sample
+from rsft_lib.display.html import FAINT, GAP, PANEL, Table, bar, one_line
+from rsft_lib.display.mask.sample import COLOR, SHIFT, MaskView, show_sample
 from rsft_lib.display.mask.segments import ANSWER
 
 JUNCTIONS = 2  # sample boundaries shown
 ROWS = 12  # samples listed before the rest is folded
 TOKENS, CHARACTERS = 24, 48  # shown of a sample's beginning and end
-SEAM = "border-right:1px solid #ffffff"
-PADDING = "background:repeating-linear-gradient(135deg,#ffffff 0 4px,#b0b0b0 4px 6px)"
+SEAM = "margin-right:1px"
+PADDING = "background:repeating-linear-gradient(135deg,transparent 0 4px,#999999 4px 6px)"
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,11 @@ class PackView:
         padding = self.seq_length - self.cu_seqlens[len(self.samples)]
         parts += [(padding, f"{padding:,} padding positions", PADDING)] * bool(padding)
         more = len(self.samples) - ROWS
-        rest = f"<details><summary>{more} more samples</summary>{self.contents(ROWS).html(PAPER)}</details>"
+        rest = f"<details><summary>{more} more samples</summary>{self.contents(ROWS)._repr_html_()}</details>"
         return (
             f"<div style='{PANEL}'><b>{self.header}</b>{bar(parts)}"
-            f"<div style='color:{FAINT}'>each part of the bar is a sample; striped: padding</div>"
-            f"{self.junctions().html(PAPER)}{self.contents(0, ROWS).html(PAPER)}{rest if more > 0 else ''}</div>"
+            f"<div style='{FAINT}'>each part of the bar is a sample; striped: padding</div>"
+            f"{self.junctions()._repr_html_()}{self.contents(0, ROWS)._repr_html_()}{rest if more > 0 else ''}</div>"
         )
 
 
@@ -100,7 +100,7 @@ def show_pack(store: TokenStore, numbers: list[int], tokenizer: PreTrainedTokeni
 
 
 def _colour(view: MaskView) -> str:
-    return f"background:{STYLE.get(view.mode, STYLE[ANSWER])[2]}"
+    return f"background:{COLOR.get(view.mode, COLOR[ANSWER])}"
 
 
 def _listed(numbers: list[int]) -> str:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rsft_lib.common.visible import visible
 from rsft_lib.data.store import TokenStore
-from rsft_lib.display.html import BLOCK, FAINT, GAP, PANEL, PAPER, Table, bar, escaped, inert, warning
+from rsft_lib.display.html import BLOCK, FAINT, GAP, PANEL, Table, bar, escaped, inert, tint, warning
 from rsft_lib.display.mask.segments import (
     ANSWER,
     CONTEXT,
@@ -29,7 +29,7 @@ from rsft_lib.display.mask.segments import (
     segments,
 )
 from rsft_lib.display.mask.token_text import Piece, TokenText
-from rsft_lib.display.plot_style import BLUE, GREEN, ORANGE, PINK
+from rsft_lib.display.plot_style import BLUE, GREEN, GREY, ORANGE, PINK
 from rsft_lib.tokenizer.chat import encode
 from rsft_lib.tokenizer.dialect import THINKLESS, Dialect
 
@@ -37,14 +37,7 @@ BOUNDARIES = 8  # mask boundaries shown in the label-shift table
 SHIFT = ("reads id", "reads", "predicts id", "predicts", "in the loss")
 LEGEND = "● trained · ○ not trained · ↵ line break · boxed: added tokens · hover over segment boundaries for ids"
 
-# Background, text (contrast at least 7 : 1) and edge of each segment kind.
-STYLE = {
-    CONTEXT: ("#f4f4f4", "#474747", "#b0b0b0"),
-    THOUGHT: ("#e3eff9", "#08304f", BLUE),
-    ANSWER: ("#e0f3ec", "#063f2e", GREEN),
-    SHORT_ANSWER: ("#fdeee2", "#552a00", ORANGE),
-    END: ("#f8e8f1", "#4b1231", PINK),
-}
+COLOR = {CONTEXT: GREY, THOUGHT: BLUE, ANSWER: GREEN, SHORT_ANSWER: ORANGE, END: PINK}  # by kind of segment
 
 
 @dataclass(frozen=True)
@@ -112,10 +105,10 @@ class MaskView:
         summary = "label shift: what each position predicts at the boundaries of the mask"
         return (
             f"<div style='{PANEL}'>{chip(self.mode)} &nbsp; {title}<b>{self.header}</b>"
-            f"<div style='color:{FAINT}'>{inert(self.ends)}</div>"
-            f"<div style='color:{FAINT}'>{LEGEND}</div>{''.join(warning(remark) for remark in self.remarks)}"
-            f"{bar([(len(s), f'{_label(s)}, {_extent(s)}', f'background:{STYLE[s.kind][2]}') for s in self.segments])}"
-            f"{self.body()}<details><summary>{summary}</summary>{self.label_shift().html(PAPER)}</details></div>"
+            f"<div style='{FAINT}'>{inert(self.ends)}</div>"
+            f"<div style='{FAINT}'>{LEGEND}</div>{''.join(warning(remark) for remark in self.remarks)}"
+            f"{bar([(len(s), f'{_label(s)}, {_extent(s)}', f'background:{COLOR[s.kind]}') for s in self.segments])}"
+            f"{self.body()}<details><summary>{summary}</summary>{self.label_shift()._repr_html_()}</details></div>"
         )
 
     def body(self) -> str:
@@ -194,8 +187,9 @@ def literal_example(tokenizer: PreTrainedTokenizerBase, dialect: Dialect) -> Tab
 
 
 def chip(kind: str) -> str:
-    background = STYLE.get(kind, STYLE[ANSWER])[1]
-    return f"<b style='background:{background};color:#ffffff;padding:2px 10px;border-radius:10px'>{kind}</b>"
+    color = COLOR.get(kind, COLOR[ANSWER])
+    style = f"{tint(color, 0.25)};border:1px solid {color};padding:1px 10px;border-radius:10px"
+    return f"<b style='{style}'>{kind}</b>"
 
 
 def _label(segment: Segment) -> str:
@@ -209,17 +203,17 @@ def _extent(segment: Segment) -> str:
 
 
 def _segment_html(segment: Segment, pieces: Iterable[Piece]) -> str:
-    background, ink, edge = STYLE[segment.kind]
+    color = COLOR[segment.kind]
     blocks = []
     for folded, grouped in groupby(pieces, lambda piece: piece.folded):
         group = list(grouped)
-        block = f"<pre style='{BLOCK};background:{background};color:{ink}'>{''.join(map(_piece_html, group))}</pre>"
+        block = f"<pre style='{BLOCK}'>{''.join(map(_piece_html, group))}</pre>"
         if folded:
             more = f"{group[-1].end - group[0].start:,} more tokens, {group[0].start:,} to {group[-1].end - 1:,}"
             block = f"<details><summary style='padding-left:8px'>{more}</summary>{block}</details>"
         blocks.append(block)
     return (
-        f"<div style='display:flex;margin:3px 0;background:{background};color:{ink};border-left:6px solid {edge}'>"
+        f"<div style='display:flex;margin:3px 0;{tint(color)};border-left:6px solid {color}'>"
         f"<div style='flex:0 0 14em;padding:3px 8px'><b>{_label(segment)}</b> &nbsp; "
         f"<span style='white-space:nowrap'>{_extent(segment)}</span></div>"
         f"<div style='flex:1 1 0;min-width:0'>{''.join(blocks)}</div></div>"

@@ -1,18 +1,20 @@
 """Answers of a model by mode: side by side, accuracy, length, and the mode that the model chooses itself."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter, StrMethodFormatter
 
 from rsft_lib.common.visible import visible
-from rsft_lib.display.html import BLOCK, FAINT, PANEL, Table, escaped, inert
-from rsft_lib.display.mask.sample import STYLE, chip
+from rsft_lib.display.html import BLOCK, FAINT, PANEL, Table, caption, escaped, inert, tint
+from rsft_lib.display.mask.sample import COLOR, chip
 from rsft_lib.display.plot_style import NEUTRAL, finished
 from rsft_lib.display.stacked_bars import LOOK
 from rsft_lib.generation.generate import Answer, chosen_mode, count_correct, is_correct, obeyed, well_formed
@@ -38,7 +40,7 @@ class SideBySide:
 
     def _repr_html_(self) -> str:
         reference = self.expected or ""
-        expected = f" &nbsp; <span style='color:{FAINT}'>expected</span> <b>{inert(reference)}</b>" if reference else ""
+        expected = f" &nbsp; <span style='{FAINT}'>expected</span> <b>{inert(reference)}</b>" if reference else ""
         return (
             f"<div style='{PANEL}'><b>{inert(self.question)}</b>{expected}"
             f"<div style='display:flex;flex-wrap:wrap;margin-top:6px'>{''.join(map(self._column, self.answers))}</div>"
@@ -47,7 +49,7 @@ class SideBySide:
 
     def _column(self, mode: str | None) -> str:
         answer = self.answers[mode]
-        edge = STYLE.get(chosen_mode(answer), STYLE["answer"])[2]
+        edge = COLOR.get(chosen_mode(answer), COLOR["answer"])
         title = "<b>answer</b>" if mode == "other" else chip(mode or chosen_mode(answer))
         if mode is None:
             title = f"<b>free choice</b>: {title}"
@@ -118,15 +120,25 @@ def choices_table(answers: Answers, expected: Sequence[str | None]) -> Table:
     return Table("modes chosen by the model", ("mode", "answers", "share", "accuracy", "tokens, mean"), rows)
 
 
-def plot_answers(answers: Answers, expected: Sequence[str | None]) -> Figure:
+def plot_answers(
+    answers: Answers, expected: Sequence[str | None], others: Mapping[str, dict[str, dict]] = MappingProxyType({})
+) -> Figure:
     """Accuracy against the tokens it takes, and answer lengths, by mode.
 
     Where no answer is known, the share of well-formed answers takes the place of accuracy.
+
+    Args:
+        others: scores of other checkpoints, from `verification_card.scores_of`; a line leads through them to this one.
+
+    Raises:
+        ValueError: another checkpoint was not scored in the same way.
     """
     figure, (costs, lengths) = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
+    known = any(e is not None for e in expected)
     for marker, (mode, given) in zip("osDv", answers.items(), strict=False):
-        _draw_cost(costs, mode, given, expected, marker)
-    what = "correct" if any(e is not None for e in expected) else "well-formed (no answers are known)"
+        point = _draw_cost(costs, mode, given, expected, marker)
+        _draw_others(costs, mode, others, point, "accuracy" if known else "well_formed")
+    what = "correct" if known else "well-formed (no answers are known)"
     costs.set(ylim=(-0.05, 1.05), xscale="log", xlabel="tokens per answer, mean")
     costs.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     costs.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
@@ -178,7 +190,9 @@ def wilson(correct: int, count: int) -> tuple[float, float]:
     return float((middle - width) / (1 + z**2 / count)), float((middle + width) / (1 + z**2 / count))
 
 
-def _draw_cost(axes: Axes, mode: str | None, given: list[Answer], expected: Sequence[str | None], marker: str) -> None:
+def _draw_cost(
+    axes: Axes, mode: str | None, given: list[Answer], expected: Sequence[str | None], marker: str
+) -> Line2D:
     """A point with 95 % intervals of both coordinates."""
     good, count = count_correct(given, expected)
     if not count:
@@ -186,11 +200,26 @@ def _draw_cost(axes: Axes, mode: str | None, given: list[Answer], expected: Sequ
     tokens = np.array([answer.tokens for answer in given])
     share, (low, high), x = good / count, wilson(good, count), max(tokens.mean(), 1)
     spread = min(1.96 * tokens.std() / np.sqrt(len(tokens)), x * 0.9)
-    axes.errorbar(
+    point, *_ = axes.errorbar(
         x, share, xerr=spread, yerr=[[max(share - low, 0)], [max(high - share, 0)]], fmt=marker, markersize=9,
         color=LOOK[mode or "other"]["facecolor"], markerfacecolor=None if mode else "none",
         label=f"{_name(mode)}: {share:.0%}, {x:,.0f} tokens",
     )  # fmt: skip
+    return point
+
+
+def _draw_others(axes: Axes, mode: str | None, others: Mapping[str, dict[str, dict]], point: Line2D, good: str) -> None:
+    """Small points of other checkpoints in the mode of `point`, joined to it in the order given."""
+    places = []
+    for name, scores in others.items():
+        score = scores.get(mode or "free choice", {})
+        if good not in score:
+            raise ValueError(f"{name}: no {good} in mode {_name(mode)}; run notebook 07 on it with these questions")
+        places.append((max(score["tokens"], 1), score[good]))
+        axes.annotate(caption(name), places[-1], xytext=(5, 3), textcoords="offset points", fontsize="x-small")
+    if places:
+        style = {"marker": point.get_marker(), "markersize": 4, "linestyle": ":", "color": point.get_color()}
+        axes.plot(*zip(*places, (point.get_xdata()[0], point.get_ydata()[0]), strict=True), **style)
 
 
 def _draw_shares(axes: Axes, mode: str | None, counts: list[tuple[int, int]], shift: float) -> None:
@@ -224,7 +253,7 @@ def _text_html(text: str) -> str:
     if not closed and text.startswith(THINK):
         blocks = [("think", text)]
     return "".join(
-        f"<pre style='{BLOCK};background:{STYLE[kind][0]};color:{STYLE[kind][1]}'>{escaped(_cut(part))}</pre>"
+        f"<pre style='{BLOCK};{tint(COLOR[kind])}'>{escaped(_cut(part))}</pre>"
         for kind, part in blocks if part
     )  # fmt: skip
 

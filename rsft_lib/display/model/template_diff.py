@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 from rsft_lib.common.visible import visible
-from rsft_lib.display.html import BLOCK, INK, Table, escaped
+from rsft_lib.display.html import BLOCK, Table, escaped, tint
+from rsft_lib.display.plot_style import BLUE, ORANGE
 
-# Background and text colour of a line by its first character.
 TITLE = "font-weight:bold"
-STYLE = {"+": "background:#e3eff9;color:#08304f", "-": "background:#fdeee2;color:#552a00"}
+STYLE = {"+": tint(BLUE), "-": tint(ORANGE)}  # of a line, by its first character
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Difference:
         body = "".join(f"<div style='{style}'>{escaped(line) or ' '}</div>" for style, line in pairs)
         return (
             f"<details><summary>diff: {count['-']} lines removed, {count['+']} added</summary>"
-            f"<pre style='{BLOCK};background:#ffffff;color:{INK}'>{body}</pre></details>"
+            f"<pre style='{BLOCK}'>{body}</pre></details>"
         )
 
 
