@@ -23,6 +23,7 @@ def chained(folder: Path) -> dict[str, dict]:
         "05_train": {
             "checkpoint": place["megatron"], "data": tokens["train"], "eval_data": tokens["heldout"],
             "output": place["run"], "train_iters": STEPS, "eval_interval": 3, "nproc": 2,
+            "eval_generate_every": STEPS, "eval_question_count": 3, "eval_max_new_tokens": 8,
         },
         "06_loss_curves": {"runs": place["run"], "output": str(folder / "curves")},
         "07_export_and_generate": {

@@ -4,7 +4,6 @@ The weights are written and exported to a temporary folder as at the end of a ru
 the questions with transformers. So any layout can answer, and with the tokens that the exported model would write.
 """
 
-import json
 import shutil
 from pathlib import Path
 
@@ -13,9 +12,9 @@ import torch
 from rsft_lib.checkpoint.export import export_unfinished
 from rsft_lib.common.paths import require_path
 from rsft_lib.common.progress import without_bars
-from rsft_lib.common.temporary import new_file
 from rsft_lib.data.store import TokenStore
-from rsft_lib.generation.generate import Answer, chosen_mode, generate_modes, is_correct, score
+from rsft_lib.generation.answer_files import NAMES, write_answers
+from rsft_lib.generation.generate import Answer, chosen_mode, generate_modes, score
 from rsft_lib.generation.inference_engines import Sampling
 from rsft_lib.generation.questions import held_out_questions, modes_asked, room_for_answers
 from rsft_lib.tokenizer.patch import load_tokenizer
@@ -24,7 +23,6 @@ from rsft_lib.training.saving import write_weights
 from rsft_lib.training.state import TrainState
 from rsft_lib.training.watchdog import deadline
 
-FOLDER = "answers"  # in the run folder: a file of answers for each evaluation
 TEMPORARY = ".answers.tmp"
 Answers = dict[str | None, list[Answer]]
 
@@ -65,7 +63,7 @@ class LiveAnswers:
                 if first:
                     shutil.rmtree(folder, ignore_errors=True)
             if first:
-                self._write(answers, state.iteration)
+                write_answers(self.output, state.iteration, self.questions, answers)
             return metrics(answers, [question.expected for question in self.questions])
 
     def _export(self, state: TrainState, folder: Path, first: bool) -> None:
@@ -98,34 +96,14 @@ class LiveAnswers:
         numbers = range(len(self.questions))
         return {mode: [parts[number % ranks][mode][number // ranks] for number in numbers] for mode in self.modes}
 
-    def _write(self, answers: Answers, iteration: int) -> None:
-        (self.output / FOLDER).mkdir(exist_ok=True)
-        with new_file(self.output / FOLDER / f"step_{iteration:07d}.jsonl") as file:
-            for number, question in enumerate(self.questions):
-                given = {name_of(mode): answers[mode][number] for mode in self.modes}
-                record = {
-                    "question": question.text, "expected": question.expected,
-                    "answers": {
-                        name: {
-                            "text": answer.text, "tokens": answer.tokens, "ended": answer.ended,
-                            "correct": None if question.expected is None else is_correct(answer, question.expected),
-                        } for name, answer in given.items()
-                    },
-                }  # fmt: skip
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-
-
-def name_of(mode: str | None) -> str:
-    """The name of a mode in metrics: 'choice' if the model chose, 'answer' if it has no modes."""
-    return {None: "choice", "other": "answer"}.get(mode, str(mode))
-
 
 def metrics(answers: Answers, expected: list[str | None]) -> dict[str, float]:
     """`generate.score` in each mode, as `think_accuracy` etc., `choice_thinks`: the share of <think> by own choice, and
     `questions` with a known answer."""
     found = {
-        f"{name_of(mode)}_{name}": value
-        for mode, given in answers.items() for name, value in score(given, expected, mode).items()
+        f"{name}_{metric}": value
+        for name, mode in NAMES.items() if mode in answers
+        for metric, value in score(answers[mode], expected, mode).items()
     }  # fmt: skip
     if free := answers.get(None):
         found["choice_thinks"] = sum(chosen_mode(answer) == "think" for answer in free) / len(free)

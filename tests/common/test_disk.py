@@ -86,7 +86,7 @@ def test_every_step_explains_a_full_disk_and_leaves_nothing(tmp_path):
     if tried.returncode:
         pytest.skip(f"no file system can be mounted here: {tried.stderr.strip()}")
     demo.make_model(tmp_path / "made" / "model", seed=0)
-    demo.make_sources(tmp_path / "made" / "sources", 8000, seed=0)
+    demo.make_sources(tmp_path / "made" / "sources", 11_000, seed=0)
     patch_tokenizer(tmp_path / "made" / "model", tmp_path / "made" / "tokenizer", {"<|quad_start|>": "<short>"})
     child = f"{mount} && exec {sys.executable} -c '{STEPS}' {tmp_path / 'made'} {place}"
     done = subprocess.run([*NAMESPACE, "sh", "-c", child], capture_output=True, text=True)

@@ -189,10 +189,10 @@ BUILT = {
     "problems": {"both": 4, "think_only": 2, "short_only": 1},
     "findings": {"final answers differ": 1},
     "balance": {
-        split: {mode: dict(zip(("samples", "prompt", "answer"), n, strict=True)) for mode, n in modes.items()}
+        split: {mode: dict(zip(("samples", "choices", "prompt", "answer"), n, strict=True)) for mode, n in modes.items()}
         for split, modes in {
-            "train": {"think": (5, 50, 900), "short": (5, 50, 100)},
-            "heldout": {"think": (2, 20, 30), "short": (0, 0, 0)},
+            "train": {"think": (5, 5, 50, 900), "short": (5, 3, 50, 100)},
+            "heldout": {"think": (2, 2, 20, 30), "short": (0, 0, 0, 0)},
         }.items()
     },
 }  # fmt: skip

@@ -15,6 +15,9 @@ from rsft_lib.display.live.live import LINES, LiveRun
 from rsft_lib.display.live.metrics_tail import Follower
 from rsft_lib.display.live.run_card import LOG_LINES, Card, duration, log_end, plot_live
 from rsft_lib.display.metric_styles import CHOICES, LOSSES
+from rsft_lib.generation.answer_files import write_answers
+from rsft_lib.generation.generate import Answer
+from rsft_lib.generation.questions import Question
 
 
 def watching(folder: Path, **job) -> str:
@@ -63,6 +66,32 @@ def test_the_end_of_the_log_is_shown_as_a_terminal_would(long):
 
 def test_the_card_shows_how_the_run_ended(long):
     assert "step 100,000 of 100,000 · 100.0% · finished" in long[0].cells[0].outputs[0].data["text/plain"]
+
+
+def test_the_newest_answers_to_held_out_questions_are_shown(tmp_path):
+    questions = [
+        Question([{"role": "user", "content": text}], None, "4") for text in ("2 + 2 ?", "<b>1 + 3</b> ?", "x")
+    ]
+    for step, text in ((2, "early"), (11, "Answer: 4")):
+        answers = {
+            "think": [Answer(f"<think>\nhm\n</think>\n\n{text}", 9, True)] * 3,
+            "short": [Answer(f"<short>{text}", 3, False)] * 3,
+            None: [Answer(f"<short>{text}", 3, True)] * 3,
+        }
+        write_answers(tmp_path, step, questions, answers)
+    metrics = record(1, 1) | {"questions": 3, "choice_accuracy": 0.25}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(metrics) + "\n")
+    book = executed(
+        f"import sys; sys.path.insert(0, {str(TESTS)!r})\n"
+        "from pathlib import Path\nfrom standin import ended_job\nfrom rsft_lib.display.live.live import LiveRun\n"
+        f"LiveRun(ended_job(Path({str(tmp_path)!r}), 1)).end()"
+    )
+    shown = [output.data for output in book.cells[0].outputs if output.output_type == "display_data"]
+    (answers,) = [data for data in shown if "answered after step 11" in data["text/plain"]]
+    assert "early" not in answers["text/html"] and "&lt;b&gt;1 + 3" in answers["text/html"]
+    assert "expected: 4" in answers["text/plain"] and answers["text/plain"].count("question: ") == 2
+    assert "cut off" in answers["text/plain"] and "✓ correct" in answers["text/plain"]
+    assert "own choice correct 25.0%" in shown[0]["text/plain"]
 
 
 class Kernel:

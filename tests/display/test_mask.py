@@ -248,7 +248,7 @@ def test_segments_match_a_token_by_token_loop(tokenizer):
         for token, weight in zip(ids.tolist(), weights.tolist(), strict=True):
             if not weight:
                 kinds.append("context")
-                state = "answer"
+                state = {marks.think: "think", marks.short: "short"}.get(token, "answer")  # a mode that was given
                 continue
             state = {marks.think: "think", marks.short: "short"}.get(token, state)
             kinds.append("EOS" if token == marks.eos else state)

@@ -374,7 +374,7 @@ def test_preflight_reports_the_experts_and_the_auxiliary_loss_that_is_not_used(t
     random_store(tmp_path / "store")
     run = settings(checkpoint=str(tmp_path / "hf"), data=str(tmp_path / "store"), output=str(tmp_path / "run"))
     text = preflight(dataclasses.replace(run, expert_parallel=2, freeze_router=True), nproc=4)
-    assert "8 per layer, 2 per token, none dropped; router in float32, frozen; router_aux_loss 0 (router_aux" in text
+    assert "8 per layer, 4 per token, none dropped; router in float32, frozen; router_aux_loss 0 (router_aux" in text
     assert "4 = 4 data; 2 of them with different experts" in text
     with pytest.raises(ValueError, match="number of experts=8 is not divisible by expert_parallel=3"):
         preflight(dataclasses.replace(run, expert_parallel=3, global_batch_size=6), nproc=3)

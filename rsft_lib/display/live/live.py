@@ -5,6 +5,7 @@ A headless run leaves one card, one plot and a few printed lines, however long i
 
 import time
 from collections import deque
+from pathlib import Path
 
 import ipywidgets
 from IPython.display import display
@@ -13,10 +14,13 @@ from rsft_lib.display.live.kernel_events import process_widget_events, somebody_
 from rsft_lib.display.live.live_output import LiveOutput, png
 from rsft_lib.display.live.metrics_tail import Follower
 from rsft_lib.display.live.run_card import LOG_LINES, Card, duration, log_end, plot_live
+from rsft_lib.display.model.answers import SideBySide
+from rsft_lib.generation.answer_files import newest_answers
 from rsft_lib.training.run_folder import STOPPING, how_it_ended
 
 STARTS = "training starts"
 LINES = 20  # most lines printed
+QUESTIONS, SAMPLES = "questions", 2  # the metric of steps with answers; answers shown
 PACE = 120.0  # seconds over which the speed is averaged
 
 
@@ -49,6 +53,7 @@ class LiveRun:
         # Headless outputs are for readers of the notebook that papermill saves during the run.
         self.card = LiveOutput(self._card, 0.4 if self.interactive else 10.0)
         self.picture = LiveOutput(self._picture, 5.0 if self.interactive else 60.0)
+        self.answers = LiveOutput(self._answers, 5.0 if self.interactive else 60.0)
         self.card.refresh()
 
     def poll(self) -> None:
@@ -72,6 +77,8 @@ class LiveRun:
         self.card.refresh(now=True)
         if self.run.last:
             self.picture.refresh(now=True)
+        if QUESTIONS in self.run.last:
+            self.answers.refresh(now=True)
 
     def _check_button(self) -> None:
         if not self.controls:
@@ -91,6 +98,8 @@ class LiveRun:
         self.card.refresh()
         if len(self.run.lines["loss"][0]) > 1:  # a line has two points
             self.picture.refresh()
+        if QUESTIONS in self.run.last:
+            self.answers.refresh()
         if self.run.last:
             self._print()
 
@@ -124,6 +133,13 @@ class LiveRun:
     def _picture(self) -> dict:
         text = f"loss by mode and probability of the mode, up to step {self.run.last['iteration']:,}"
         return {"image/png": png(plot_live(self.run, self.train_iters)), "text/plain": text}
+
+    def _answers(self) -> dict:
+        """The newest answers to the first held-out questions."""
+        step, asked = newest_answers(Path(self.job.folder), SAMPLES)
+        cards, head = [SideBySide(*one) for one in asked], f"held-out questions, answered after step {step:,}"
+        html = "".join(card._repr_html_() for card in cards)
+        return {"text/html": f"<b>{head}</b>{html}", "text/plain": "\n\n".join([head, *map(repr, cards)])}
 
     def _print(self) -> None:
         """Print a line at intervals, for logs, where outputs cannot be updated."""
