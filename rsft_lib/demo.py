@@ -32,7 +32,7 @@ QWEN2_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-STEPS = {1: 0.66, 2: 0.12, 3: 0.11, 4: 0.11}  # steps of a problem -> share of such problems
+STEPS = {1: 0.7, 2: 0.1, 3: 0.1, 4: 0.1}  # steps of a problem -> share of such problems
 MOST = 20_000
 NAMES = ["Anna", "Ben", "Carl", "Dora", "Emil", "Fay", "Gus", "Hanna"]
 THINGS = ["apples", "books", "coins", "eggs", "cards", "pens", "shells", "stamps"]
