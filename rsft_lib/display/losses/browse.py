@@ -35,6 +35,7 @@ def clickable_plot(losses: Comparison, tokenizer: PreTrainedTokenizerBase, suspe
     """The loss of each sample before and after; a click on a point shows its map below."""
     figure, axes = plt.subplots(figsize=(WIDTH / DPI, HEIGHT / DPI), dpi=DPI, layout="constrained")
     draw_samples(axes, losses, suspects)
+    axes.spines[["top", "right"]].set_visible(False)
     file, shown = BytesIO(), widgets.HTML("click on a point to see its sample")
     finished(figure).savefig(file, dpi=DPI)  # arranges the axes, too
 
