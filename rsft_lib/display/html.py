@@ -15,7 +15,7 @@ from rsft_lib.common.visible import HIDDEN, visible
 
 FAINT = "opacity:0.75"  # secondary text
 LINE = "1px solid rgba(128,128,128,0.5)"
-PANEL = f"border:{LINE};border-radius:6px;padding:10px 14px;font-size:13px;line-height:1.4"
+PANEL = f"border:{LINE};border-radius:6px;padding:10px 14px;font-size:13px;line-height:1.4;overflow-x:auto"
 BLOCK = (
     "margin:0;padding:3px 8px;white-space:pre-wrap;word-break:normal;overflow-wrap:anywhere;unicode-bidi:plaintext;"
     "font-size:12px;line-height:1.45;font-family:monospace;background:transparent"

@@ -20,7 +20,7 @@ GREY = "#999999"
 plt.rcParams.update({
     "axes.facecolor": "none", "legend.facecolor": "none", "text.color": NEUTRAL,
     "axes.labelcolor": NEUTRAL, "axes.edgecolor": NEUTRAL, "xtick.color": NEUTRAL, "ytick.color": NEUTRAL,
-    "grid.color": NEUTRAL,
+    "grid.color": NEUTRAL, "legend.edgecolor": NEUTRAL,
 })  # fmt: skip
 COLORS, DASHES = (BLUE, ORANGE, GREEN, PINK, SKY, NEUTRAL), ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 MAX_POINTS = 1000  # per line
