@@ -94,7 +94,8 @@ def test_the_audit_shows_itself_as_a_table_and_as_a_picture(tokenizer, tmp_path)
     lines = repr(found).splitlines()
     assert len(lines) == 5 and lines[1].startswith("<short>      input") and "&lt;short&gt;" in found._repr_html_()
     figure = plot_audit(found)
-    assert [axes.get_title() for axes in figure.axes] == [f"{n} embedding, {len(tokenizer)} tokens" for n in ("input", "output")]
+    titles = [f"{name} embedding, {len(tokenizer)} tokens" for name in ("input", "output")]
+    assert [axes.get_title() for axes in figure.axes] == titles
     assert [text.get_text().split()[0] for text in figure.axes[0].get_legend().get_texts()] == TOKENS
 
 

@@ -183,13 +183,14 @@ def test_a_single_sample_can_be_plotted(tmp_path):
     plot_lengths(samples, 16).savefig(io.BytesIO())
 
 
+COUNTED = ("samples", "choices", "prompt", "answer")
 BUILT = {
     "unit": "tokens",
     "records": {"read": 12, "rejected": 1, "disagreeing": 2, "cut": 3},
     "problems": {"both": 4, "think_only": 2, "short_only": 1},
     "findings": {"final answers differ": 1},
     "balance": {
-        split: {mode: dict(zip(("samples", "choices", "prompt", "answer"), n, strict=True)) for mode, n in modes.items()}
+        split: {mode: dict(zip(COUNTED, numbers, strict=True)) for mode, numbers in modes.items()}
         for split, modes in {
             "train": {"think": (5, 5, 50, 900), "short": (5, 3, 50, 100)},
             "heldout": {"think": (2, 2, 20, 30), "short": (0, 0, 0, 0)},
