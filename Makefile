@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraint
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,--extra-index-url https://download.pytorch.org/whl/cpu)
 
 LONGEST := $(patsubst %,tests/%.py,notebooks/test_notebooks notebooks/test_other_data launch/test_slurm \
-  notebooks/test_project_chain training/test_stopping training/test_start notebooks/test_train_notebook \
+  notebooks/test_project_chain notebooks/test_sweep training/test_stopping training/test_start notebooks/test_train_notebook \
   launch/test_orphans data/test_real_input model/test_families tokenizer/test_contract)
 
 # What depends on the version of megatron-core; `make test-engine VENV=.venv-3.12 PYTHON=python3.12` runs it with another.
@@ -25,7 +25,7 @@ help:  ## list the targets
 demo: $(VENV)/.installed  ## run the whole method on a tiny model, 2 to 4 minutes on 2 CPU cores
 	@$(BIN)/python -m rsft_lib.notebook notebooks/00_quickstart.ipynb outputs/quickstart
 
-gallery: $(VENV)/.installed  ## all notebooks executed with the tiny model, as pages in outputs/gallery; 10 minutes
+gallery: $(VENV)/.installed  ## all notebooks executed with the tiny model, as pages in outputs/gallery; 13 minutes
 	@for notebook in notebooks/*.ipynb; do $(BIN)/python -m rsft_lib.notebook $$notebook outputs/gallery || exit; done
 	@$(BIN)/jupyter nbconvert --log-level=ERROR --to html outputs/gallery/*.ipynb
 	@ls $(CURDIR)/outputs/gallery/*.html

@@ -17,7 +17,7 @@ from pathlib import Path
 import yaml
 
 from rsft_lib.chain.parameters import read_yaml
-from rsft_lib.chain.project_file import NOTEBOOKS, Project, locate, notebook_file, open_project
+from rsft_lib.chain.project_file import NOTEBOOKS, Project, locate, notebook_file, notebook_number, open_project
 from rsft_lib.chain.report import write_report
 from rsft_lib.chain.steps import Chain, state
 from rsft_lib.common.cores import usable_cores
@@ -28,6 +28,7 @@ from rsft_lib.data.records import source_of
 from rsft_lib.display.html import Table
 from rsft_lib.notebook import run as run_notebook
 
+LAST = "08_loss_lab"  # a sweep (09) trains again and again, so it is run only when asked for
 LONGEST = 16_384  # positions per pack of a new project, if its model can have as many
 HEAD = """\
 # Any parameter of a notebook can be set here, in a section with the notebook's name.
@@ -98,7 +99,7 @@ def _ranks() -> int:
     return torch.cuda.device_count() or min(2, usable_cores())
 
 
-def run(project: str, first: str = NOTEBOOKS[0], last: str = NOTEBOOKS[-1]) -> tuple[Path, str]:
+def run(project: str, first: str = NOTEBOOKS[0], last: str = LAST) -> tuple[Path, str]:
     """Run the notebooks of a project that are not done, in order, and write the report.
 
     Args:
@@ -112,7 +113,7 @@ def run(project: str, first: str = NOTEBOOKS[0], last: str = NOTEBOOKS[-1]) -> t
         RuntimeError: a notebook failed.
         ValueError: there is no such project or notebook, or an earlier notebook has to be run first.
     """
-    opened, names = open_project(project), NOTEBOOKS[_index(first) : _index(last) + 1]
+    opened, names = open_project(project), NOTEBOOKS[notebook_number(first) : notebook_number(last) + 1]
     os.chdir(project_root())  # where relative paths of a project start
     executed = opened.folder / "executed"
     executed.mkdir(parents=True, exist_ok=True)
@@ -135,13 +136,6 @@ def _stopped(project: Project, names: tuple[str, ...], executed: Path) -> Iterat
         _, result = run_notebook(notebook_file(name), executed, {"project": str(project.file)})
         if result["status"] != "done":
             yield f"{name}: {result.get('hint', '')}"
-
-
-def _index(notebook: str) -> int:
-    found = [number for number, name in enumerate(NOTEBOOKS) if name.startswith(notebook)]
-    if len(found) != 1:
-        raise ValueError(f"there is no notebook {notebook!r}; choose from {', '.join(NOTEBOOKS)}")
-    return found[0]
 
 
 def status(project: Project) -> Table:
@@ -170,7 +164,7 @@ def main() -> int:
     chain = commands.add_parser("run", help="run the notebooks that are not done, and write a report")
     chain.add_argument("project")
     chain.add_argument("--from", dest="first", default=NOTEBOOKS[0], metavar="NOTEBOOK")
-    chain.add_argument("--to", dest="last", default=NOTEBOOKS[-1], metavar="NOTEBOOK")
+    chain.add_argument("--to", dest="last", default=LAST, metavar="NOTEBOOK")
     commands.add_parser("status", help="what is done, stale or missing").add_argument("project")
     arguments = vars(parser.parse_args())
     try:

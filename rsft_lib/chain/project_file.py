@@ -20,8 +20,9 @@ from rsft_lib.common.paths import project_root, resolve
 
 NOTEBOOKS = (
     "01_patch_tokenizer", "02_convert_checkpoint", "03_build_dataset", "04_tokenize_and_inspect", "05_train",
-    "06_loss_curves", "07_export_and_generate", "08_loss_lab",
+    "06_loss_curves", "07_export_and_generate", "08_loss_lab", "09_sweep",
 )  # fmt: skip
+TRAIN, SWEEP = "05_train", "09_sweep"
 SHARED = {  # name -> the notebooks that take it from the project; later ones take it from these
     "model": ("01_patch_tokenizer",),
     "long": ("03_build_dataset",), "short": ("03_build_dataset",), "hybrid": ("03_build_dataset",),
@@ -57,6 +58,18 @@ class Project:
 def notebook_file(notebook: str) -> Path:
     """The path of a notebook by its name, such as `05_train`."""
     return project_root() / "notebooks" / f"{notebook}.ipynb"
+
+
+def notebook_number(notebook: str) -> int:
+    """The place in NOTEBOOKS of a notebook by its name, or by how it begins, such as `05`.
+
+    Raises:
+        ValueError: there is no such notebook.
+    """
+    found = [number for number, name in enumerate(NOTEBOOKS) if name.startswith(notebook)]
+    if len(found) != 1:
+        raise ValueError(f"there is no notebook {notebook!r}; choose from {', '.join(NOTEBOOKS)}")
+    return found[0]
 
 
 def open_project(project: str | Path) -> Project:

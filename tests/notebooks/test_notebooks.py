@@ -42,13 +42,23 @@ def write_hostile_sources(folder: Path) -> None:
         file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
+def project_to_sweep(folder: Path, training: dict) -> Path:
+    """A project with a training, to be run with two learning rates and two seeds."""
+    training = {name: value for name, value in training.items() if name != "output"} | {"nproc": 1}
+    file = folder / "swept.yaml"
+    vary = "{lr: [1e-3, 2e-3], seed: [1, 2]}"
+    file.write_text(json.dumps({"05_train": training, "09_sweep": {"vary": vary, "output": str(folder / "sweep")}}))
+    return file
+
+
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory) -> SimpleNamespace:
-    """Notebooks 01 to 08: their `folder`, `given` parameters, `executed` notebooks and `status`."""
+    """Notebooks 01 to 09: their `folder`, `given` parameters, `executed` notebooks and `status`."""
     folder = tmp_path_factory.mktemp("steps")
     demo.make_model(folder / "model", seed=1)
     write_hostile_sources(folder / "sources")
     given = chained(folder)
+    given["09_sweep"] = {"project": str(project_to_sweep(folder, given["05_train"]))}
     done = {name: run(NOTEBOOKS / f"{name}.ipynb", folder / "executed", given[name]) for name in given}
     executed, status = ({name: result[i] for name, result in done.items()} for i in (0, 1))
     return SimpleNamespace(folder=folder, given=given, executed=executed, status=status)
@@ -136,6 +146,7 @@ def assert_nothing_hostile_ran(page) -> None:
     ("name", "hostile"),
     [
         ("00_quickstart", False), ("06_loss_curves", False), ("07_export_and_generate", True), ("08_loss_lab", True),
+        ("09_sweep", False),
     ],
 )  # fmt: skip
 def test_an_executed_notebook_shows_its_pictures_and_runs_no_script_of_the_data(lab, steps, quickstart, name, hostile):

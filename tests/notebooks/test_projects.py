@@ -20,9 +20,10 @@ from rsft_lib.chain.parameters import committed_parameters, declared_parameters
 from rsft_lib.chain.project_file import NOTEBOOKS, ProjectError, notebook_file, open_project
 from rsft_lib.chain.report import TAG, write_report
 from rsft_lib.chain.steps import FROM, state
+from rsft_lib.chain.sweep import plan
 from rsft_lib.common.artifact import new_folder
 
-OWN_FOLDER = ("05_train", "06_loss_curves", "08_loss_lab")  # their status is in their output
+OWN_FOLDER = ("05_train", "06_loss_curves", "08_loss_lab", "09_sweep")  # their status is in their output
 
 
 @pytest.fixture
@@ -187,6 +188,28 @@ def test_an_output_of_the_project_file_is_part_of_it(mine, tmp_path):
     mine.write_text(mine.read_text() + f"  output: {tmp_path}/scratch\n")
     assert ran(mine, "05_train") == tmp_path / "scratch"
     assert begin(mine, "06_loss_curves").runs == str(tmp_path / "scratch")
+
+
+def test_a_trial_of_a_sweep_takes_what_notebooks_before_it_made_in_the_project(mine, tmp_path):
+    ran_until(mine, "04_tokenize_and_inspect")
+    base, names = begin(mine, "05_train"), ("checkpoint", "data", "eval_data")
+    mine.write_text(mine.read_text() + f"  output: {tmp_path}/scratch\n")  # no place for several runs
+    (trial,) = plan(str(mine), "lr: 2e-3", tmp_path / "trials")
+    p = begin(trial.project.file, "05_train")
+    assert trial.notebooks == ("05_train",) and p.lr == 2e-3 and p.epochs == base.epochs
+    assert p.output == str(tmp_path / "trials" / "lr=0.002" / "05_train")
+    assert [getattr(p, name) for name in names] == [getattr(base, name) for name in names]
+    (trial,) = plan(str(mine), "03_build_dataset.seed: 5", tmp_path / "trials")
+    assert trial.notebooks == ("03_build_dataset", "04_tokenize_and_inspect", "05_train")
+    for name in trial.notebooks[:2]:
+        assert ran(trial.project.file, name).parent == trial.project.folder
+    p = begin(trial.project.file, "05_train")
+    assert p.checkpoint == base.checkpoint and Path(p.data).is_relative_to(trial.project.folder)
+    assert state(trial.project, "03_build_dataset").record["parameters"]["seed"] == 5
+    ran(mine, "01_patch_tokenizer", content="other")
+    assert state(trial.project, "03_build_dataset").kind == "stale"
+    with pytest.raises(ProjectError, match="02_convert_checkpoint ran before tokenizer changed.*; a sweep takes its"):
+        plan(str(mine), "lr: 2e-3", tmp_path / "trials")
 
 
 def test_answers_given_by_hand_are_not_mixed_with_those_of_the_project(mine):
