@@ -259,8 +259,9 @@ def test_segments_match_a_token_by_token_loop(tokenizer):
         assert [s.weight for s in parts for _ in range(len(s))] == weights.tolist()
         if weights.any():
             first = int(np.flatnonzero(weights)[0])
-            mode = {marks.think: "think", marks.short: "short"}.get(int(ids[first]), "other")
-            assert forms.mode_at(ids, first) == mode
+            named = {marks.think: "think", marks.short: "short"}
+            given = named.get(int(ids[first - 1]), "other") if first else "other"  # by the prompt
+            assert forms.mode_at(ids, first) == named.get(int(ids[first]), given)
 
 
 @pytest.mark.parametrize(("ground", "ink"), THEMES)
@@ -331,7 +332,7 @@ def test_widgets_filter_by_mode_and_length_and_show_the_static_view(tokenizer, t
     samples = measure(store, tokenizer)
     rows = extremes_table(store, tokenizer, samples).rows
     assert [row[:4] for row in rows] == [
-        ("think", "shortest", "0", 22), ("short", "shortest", "2", 10), ("short", "median", "1", 12),
+        ("think", "shortest", "0", 21), ("short", "shortest", "2", 10), ("short", "median", "1", 12),
     ]  # fmt: skip
     box = slider(store, tokenizer, samples)
     (mode_of, lengths), (back, place, forth), html = box.children[0].children, box.children[1].children, box.children[2]
