@@ -9,6 +9,8 @@ from torch import Tensor
 WINDOW = 100  # number of previous steps in the statistics
 FEWEST = 20  # minimum number of previous steps for an alarm
 SPIKE = 6.0  # standard deviations above the mean of the window
+RECENT = 3  # steps whose mean must be so high: one step of a mode may have few tokens
+LEAST = 0.1  # nats above the mean of the window
 ONE_SIDED = 0.02  # a mode with a lower probability has collapsed
 SHOWN = 8  # experts that an alarm names
 BOTH = 0.1  # minimum share of a mode in the data for a collapse alarm
@@ -17,9 +19,9 @@ BOTH = 0.1  # minimum share of a mode in the data for a collapse alarm
 class Alarms:
     """Checks the metrics of every step.
 
-    Spike: the loss of a mode (the total loss if modes are unknown) exceeds the mean of the last WINDOW steps by more
-    than SPIKE standard deviations and 10 %. Losses are compared per mode, since the total loss also varies with the
-    proportion of modes in a batch.
+    Spike: the loss of a mode (the total loss if modes are unknown), in the mean of RECENT steps, exceeds the mean of
+    the last WINDOW steps by more than SPIKE standard deviations, 10 % and LEAST. Losses are compared per mode, since
+    the total loss also varies with the proportion of modes in a batch.
     Collapse: over the window, the model's probability of <think> or <short> is below ONE_SIDED, although its share in
     the data is at least BOTH.
     Dead experts: experts that have not received a token in FEWEST steps; each is reported once.
@@ -44,7 +46,8 @@ class Alarms:
         previous, message = self.losses[name], ""
         if len(previous) >= FEWEST:
             mean, deviation = statistics.fmean(previous), statistics.pstdev(previous)
-            if loss > mean + max(SPIKE * deviation, 0.1 * mean):
+            recent = statistics.fmean([*previous, loss][-RECENT:])
+            if min(loss, recent) > mean + max(SPIKE * deviation, 0.1 * mean, LEAST):
                 message = f"loss spike: {name} {loss:.4f} after a mean of {mean:.4f} over {len(previous)} steps"
         previous.append(loss)
         return message

@@ -245,6 +245,13 @@ def test_a_loss_spike_raises_an_alarm_and_noise_does_not():
     assert "loss spike: loss 3.0000" in found
 
 
+def test_the_rare_wrong_token_of_a_mode_with_few_tokens_is_no_spike_but_a_loss_that_stays_high_is():
+    watch = Alarms()
+    rare = [0.02 + (0.9 if step % 50 == 9 else 0.0) for step in range(209)]
+    assert [watch.look({"loss": loss}) for loss in rare] == [[]] * 209
+    assert [bool(watch.look({"loss": 1.2})) for _ in range(3)] == [False, False, True]
+
+
 def test_a_step_of_one_mode_is_not_a_spike_but_a_jump_within_a_mode_is():
     def step(number: int, think: bool = True, short: float = 0.7) -> dict:
         losses = {"loss_mode_think": 0.1 + 0.01 * math.sin(7 * number)} if think else {}
