@@ -156,8 +156,8 @@ class TrainConfig:
     """Records (JSON Lines) with these questions; empty for those from which `eval_data` was tokenized."""
     eval_question_count: int = 64
     """Number of questions, the first ones."""
-    eval_max_new_tokens: int = 0
-    """Maximum tokens per answer; 0 for a quarter more than the longest held-out answer."""
+    eval_max_new_tokens: int = 1024
+    """Maximum tokens per answer, also in memory; 0 for a quarter more than the longest held-out answer."""
     tensorboard: bool = False
     """Whether to write TensorBoard files to `output/tensorboard`."""
     wandb_project: str = ""

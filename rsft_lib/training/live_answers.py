@@ -24,6 +24,10 @@ from rsft_lib.training.state import TrainState
 from rsft_lib.training.watchdog import deadline
 
 TEMPORARY = ".answers.tmp"
+OUT_OF_MEMORY = (
+    "held-out questions were not answered, for the memory did not suffice beside the training: lower "
+    "eval_max_new_tokens or eval_question_count"
+)
 Answers = dict[str | None, list[Answer]]
 
 
@@ -52,19 +56,22 @@ class LiveAnswers:
 
     def __call__(self, state: TrainState) -> dict[str, float]:
         """Metrics of the answers: accuracy, form and length in each mode, and the share of answers with thoughts."""
-        with deadline(self.timeout), torch.random.fork_rng(), without_bars():
-            folder = self.output / TEMPORARY
-            first = torch.distributed.get_rank() == 0
+        folder, first = self.output / TEMPORARY, torch.distributed.get_rank() == 0
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with deadline(self.timeout), torch.random.fork_rng(devices), without_bars():
             try:
                 self._export(state, folder, first)
                 answers = self._gathered(self._answer(folder / "exported"))
-                torch.distributed.barrier()
             finally:
                 if first:
                     shutil.rmtree(folder, ignore_errors=True)
+        if not answers:
             if first:
-                write_answers(self.output, state.iteration, self.questions, answers)
-            return metrics(answers, [question.expected for question in self.questions])
+                print(f"step {state.iteration}: {OUT_OF_MEMORY}", flush=True)
+            return {}
+        if first:
+            write_answers(self.output, state.iteration, self.questions, answers)
+        return metrics(answers, [question.expected for question in self.questions])
 
     def _export(self, state: TrainState, folder: Path, first: bool) -> None:
         if first:
@@ -78,21 +85,26 @@ class LiveAnswers:
         torch.distributed.barrier()
 
     def _answer(self, model: Path) -> Answers:
-        """The answers to this rank's share of the questions."""
+        """The answers to this rank's share of the questions; empty if its memory does not suffice."""
         rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
         own = self.questions[rank::ranks]
         if not own:
             return {mode: [] for mode in self.modes}
-        answers = generate_modes(model, own, self.modes, self.sampling, "transformers", dialect=self.dialect)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # of the model that answered
-        return answers
+        try:
+            return generate_modes(model, own, self.modes, self.sampling, "transformers", dialect=self.dialect)
+        except torch.OutOfMemoryError:
+            return {}
+        finally:
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()  # of the model that answered
 
     def _gathered(self, own: Answers) -> Answers:
-        """The answers of all ranks in the order of the questions."""
+        """The answers of all ranks in the order of the questions; empty if they are for any rank."""
         ranks = torch.distributed.get_world_size()
         parts: list[Answers] = [{}] * ranks
-        torch.distributed.all_gather_object(parts, own)
+        torch.distributed.all_gather_object(parts, own)  # also, all have read the exported model
+        if not all(parts):
+            return {}
         numbers = range(len(self.questions))
         return {mode: [parts[number % ranks][mode][number // ranks] for number in numbers] for mode in self.modes}
 

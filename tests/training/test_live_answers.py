@@ -1,6 +1,9 @@
 """Answers to held-out questions during training, against those of the exported checkpoints of the same steps."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -90,3 +93,22 @@ def test_answering_does_not_change_the_training(inputs, tmp_path):
         start_training(replace(config, output=str(tmp_path / name), eval_generate_every=every), 1).wait()
         losses.append([record["loss"] for record in read_metrics(tmp_path / name)])
     assert losses[0] == losses[1]
+
+
+def test_without_memory_for_answers_the_training_goes_on(inputs, tmp_path):
+    _, config = inputs
+    code = (
+        "import sys, torch\nfrom pathlib import Path\nfrom rsft_lib.training import live_answers, train\n"
+        "from rsft_lib.training.config import TrainConfig\n"
+        "def generate_modes(*given, **more): raise torch.OutOfMemoryError('CUDA out of memory')\n"
+        "live_answers.generate_modes = generate_modes\n"
+        "train.run(TrainConfig.from_file(Path(sys.argv[1])))\n"
+    )
+    run = replace(config, output=str(tmp_path / "run"), global_batch_size=1)
+    (tmp_path / "config.json").write_text(json.dumps(run.to_json()))
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    command = [sys.executable, "-c", code, str(tmp_path / "config.json")]
+    done = subprocess.run(command, env=os.environ | rank, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "step 2: held-out questions were not answered" in done.stdout
+    assert ["think_accuracy" in record for record in read_metrics(tmp_path / "run")] == [False] * 3
