@@ -44,7 +44,8 @@ def write_hostile_sources(folder: Path) -> None:
 
 def project_to_sweep(folder: Path, training: dict) -> Path:
     """A project with a training, to be run with two learning rates and two seeds."""
-    training = {name: value for name, value in training.items() if name != "output"} | {"nproc": 1}
+    small = {"nproc": 1, "global_batch_size": 4, "eval_iters": 1, "eval_generate_every": 0}
+    training = {name: value for name, value in training.items() if name != "output"} | small
     file = folder / "swept.yaml"
     vary = "{lr: [1e-3, 2e-3], seed: [1, 2]}"
     file.write_text(json.dumps({"05_train": training, "09_sweep": {"vary": vary, "output": str(folder / "sweep")}}))

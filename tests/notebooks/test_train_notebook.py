@@ -47,7 +47,7 @@ def test_the_defaults_are_those_of_the_library_where_they_are_not_taken_from_the
 @pytest.mark.parametrize("name", PROJECTS)
 def test_a_project_of_the_kit_sets_what_a_training_can_run_with(name):
     given = open_project(name).parameters["05_train"]
-    place = {"checkpoint": "c", "data": "d", "output": "o"}
+    place = {"checkpoint": "c", "data": "d", "output": "o", "eval_data": "e"}
     values = {name: parameter.default for name, parameter in DECLARED.items()} | given | place
     settings = {name: values[name] for name in SETTINGS} | {"seq_length": 16_384}
     TrainConfig(**settings).data_parallel(values["nproc"] * values["slurm_nodes"])
