@@ -153,7 +153,8 @@ class TrainConfig:
     """Steps between answers to held-out questions, in each mode and by the model's choice, and after the last step; 0
     for never."""
     eval_questions: str = ""
-    """Records (JSON Lines) with these questions; empty for those from which `eval_data` was tokenized."""
+    """Records (JSON Lines) with these questions; empty for those from which `eval_data` was tokenized. Without either,
+    none are asked."""
     eval_question_count: int = 64
     """Number of questions, the first ones."""
     eval_max_new_tokens: int = 1024
@@ -198,11 +199,6 @@ class TrainConfig:
                 self.lr_schedule == "wsd" and self.warmup_fraction + self.decay_fraction > 1,
             ),
             (f"adam_beta1 is {self.adam_beta1}; it must be below 1", self.adam_beta1 >= 1),
-            (
-                f"eval_generate_every is {self.eval_generate_every}, but there are no questions: give eval_questions "
-                "or eval_data",
-                self.eval_generate_every > 0 and not (self.eval_questions or self.eval_data),
-            ),
             (f"adam_beta2 is {self.adam_beta2}; it must be below 1", self.adam_beta2 >= 1),
             (
                 "precision 'fp8' needs Transformer Engine; backend is 'torch'",

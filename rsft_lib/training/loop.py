@@ -104,11 +104,14 @@ class Run:
     ):  # fmt: skip
         self.config, self.state, self.data, self.hf, self.output = config, state, data, hf, output
         self.stop, self.saver, self.stopped, self.alarms = stop, saver, "", Alarms()
+        self.first = torch.distributed.get_rank() == 0
         self.loader, self.answers = Loader(data.train, config), None
-        if config.eval_generate_every:
+        if config.eval_generate_every and not (config.eval_questions or config.eval_data):
+            if self.first:
+                print("no questions are asked (eval_generate_every): give eval_questions or eval_data", flush=True)
+        elif config.eval_generate_every:
             store = (data.held_out or data.train).store
             self.answers = LiveAnswers(config, store, output, saver.model_config)
-        self.first = torch.distributed.get_rank() == 0
         self.writers = open_writers(output, state.iteration, config) if self.first else []
 
     def step(self) -> None:

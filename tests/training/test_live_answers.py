@@ -80,10 +80,11 @@ def test_a_model_answers_during_training_as_its_exported_checkpoints_do(inputs, 
     assert {path.name for path in (tmp_path / "run").glob(".answers*")} == set()
 
 
-def test_questions_need_a_source_and_the_tokenizer_of_the_data(inputs, tmp_path):
+def test_without_held_out_questions_none_are_asked_and_the_log_says_so(inputs, tmp_path):
     _, config = inputs
-    with pytest.raises(ValueError, match="eval_generate_every is 2, but there are no questions"):
-        replace(config, eval_data="")
+    start_training(replace(config, eval_data="", output=str(tmp_path / "run")), 1).wait()
+    assert "no questions are asked (eval_generate_every)" in (tmp_path / "run" / "train.log").read_text()
+    assert not (tmp_path / "run" / "answers").exists()
 
 
 def test_answering_does_not_change_the_training(inputs, tmp_path):
