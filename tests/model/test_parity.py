@@ -142,7 +142,7 @@ def test_the_auxiliary_loss_of_routers_has_the_gradient_of_that_of_transformers(
     losses = [(x * mask).sum() for x, mask in zip(losses_by_transformers(hf, store), masks, strict=True)]
     inputs = [torch.from_numpy(store[i][0][:-1]).long()[None] for i in range(3)]
     gates = torch.cat([hf(ids, output_router_logits=True).router_logits[0] for ids in inputs])
-    imbalance = load_balancing_loss_func((gates,), num_experts=8, top_k=2)
+    imbalance = load_balancing_loss_func((gates,), num_experts=8, top_k=hf.config.num_experts_per_tok)
     (sum(losses) / sum(int(mask.sum()) for mask in masks) + 0.7 * imbalance).backward()
     with ranks():
         config, state = loaded_state(tmp_path, router_aux_loss=0.7)

@@ -161,7 +161,7 @@ def test_a_token_across_the_edge_of_an_answer_is_refused_by_both_encoders(tokeni
         mask_of([(0, 3), (3, 6)], [Span(4, 6)], "abcdef")
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}"
     tokenizer.chat_template += "{% endif %}{% endfor %}"
-    messages = [{"role": "user", "content": "Emil has fif"}, {"role": "assistant", "content": "teen eggs"}]
+    messages = [{"role": "user", "content": "Emil has sev"}, {"role": "assistant", "content": "en eggs"}]
     text, spans = trained_texts(ChatTemplate.of(tokenizer), [messages])[0]
     for encoder in encoders(tokenizer):
         (found,) = encoder.encode([text], [spans])

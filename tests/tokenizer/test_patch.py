@@ -148,9 +148,10 @@ def test_the_source_is_untouched_and_only_files_of_the_tokenizer_are_copied(sour
 
 
 def test_a_file_that_names_no_token_is_copied_byte_for_byte(model, tmp_path):
-    (model / "generation_config.json").write_text('{"eos_token_id":426 , "top_p": 1e0}')
+    text = f'{{"eos_token_id":{load_tokenizer(model).eos_token_id} , "top_p": 1e0}}'
+    (model / "generation_config.json").write_text(text)
     patch_tokenizer(model, tmp_path / "out", SHORT)
-    assert (tmp_path / "out" / "generation_config.json").read_text() == '{"eos_token_id":426 , "top_p": 1e0}'
+    assert (tmp_path / "out" / "generation_config.json").read_text() == text
 
 
 def test_patching_twice_gives_the_same_bytes(source, patched):

@@ -72,7 +72,11 @@ class Forms:
     def short_from(self, ids: np.ndarray, first: int) -> int | None:
         """Where a short answer at `first` goes on after its opening; None for another answer."""
         opening = self.openings[MODE_NAMES.index("short")]
-        return max(first, first + opening.offset + len(opening.ids)) if self.mode_at(ids, first) == "short" else None
+        if self.mode_at(ids, first) != "short":
+            return None
+        begins = first + opening.offset
+        written = begins >= 0 and ids[begins : begins + len(opening.ids)].tolist() == list(opening.ids)
+        return max(first, begins + len(opening.ids)) if written else first  # else the prompt ends with the opening
 
     @property
     def tags(self) -> list[list[str]]:
