@@ -22,7 +22,7 @@ ENGINE := tests/model tests/training $(patsubst %,tests/%.py,checkpoint/test_con
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-demo: $(VENV)/.installed  ## run the whole method on a tiny model, 2 to 4 minutes on 2 CPU cores
+demo: $(VENV)/.installed  ## run the whole method on a tiny model, 3 to 5 minutes on 2 CPU cores
 	@$(BIN)/python -m rsft_lib.notebook notebooks/00_quickstart.ipynb outputs/quickstart
 
 gallery: $(VENV)/.installed  ## all notebooks executed with the tiny model, as pages in outputs/gallery; 13 minutes
