@@ -63,6 +63,10 @@ class State(NamedTuple):
     why: str
     record: dict
 
+    def made(self, fact: str) -> str:
+        """What it recorded as made, such as `output`; empty if it made no such thing."""
+        return str({**self.record["parameters"], **self.record}.get(fact, ""))
+
 
 def folder_of(project: Project, notebook: str) -> Path:
     """The folder of a notebook in its project, with its `status.json`; `output`, if the project file sets it."""
@@ -109,7 +113,7 @@ class Chain:
             raise ProjectError(f"{name}: {found.why}: run notebook {maker} first, or give {name}")
         if found.kind != "done":
             raise ProjectError(found.why)
-        return str({**found.record["parameters"], **found.record}.get(fact, ""))
+        return found.made(fact)
 
     def _state(self, notebook: str) -> State:
         """Whether a notebook ran to its end and its record still holds; `why` explains what to do if not."""

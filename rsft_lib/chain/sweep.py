@@ -153,7 +153,7 @@ def _inputs(base: Project, notebook: str, own: tuple[str, ...]) -> dict[str, str
             if found.kind != "done":
                 command = f"python -m rsft_lib.project run {base.file} --to {maker[:2]}"
                 raise ProjectError(f"{found.why}; a sweep takes its output, so run this first: {command}")
-            inputs[name] = str({**found.record["parameters"], **found.record}.get(fact, ""))
+            inputs[name] = found.made(fact)
     return inputs
 
 

@@ -44,14 +44,25 @@ def _fields(answer: Answer, expected: str | None) -> dict:
     return fields | {"dialect": answer.dialect.name}
 
 
+def remove_later(run: Path, iteration: int) -> None:
+    """Remove the answers of steps after `iteration`, from which a run resumes."""
+    for path in (run / FOLDER).glob("step_*.jsonl"):
+        if _step(path) > iteration:
+            path.unlink()
+
+
 def newest_answers(run: Path, count: int) -> tuple[int, list[Asked]]:
     """The newest step with answers, and the first `count` of them; (0, []) without any."""
-    path = max((run / FOLDER).glob("step_*.jsonl"), default=None)
+    path = max((run / FOLDER).glob("step_*.jsonl"), key=_step, default=None)
     if path is None:
         return 0, []
     with path.open(encoding="utf-8") as file:
         records = [json.loads(line) for _, line in zip(range(count), file, strict=False)]
-    return int(path.stem.removeprefix("step_")), [_asked(record) for record in records]
+    return _step(path), [_asked(record) for record in records]
+
+
+def _step(path: Path) -> int:
+    return int(path.stem.removeprefix("step_"))
 
 
 def _asked(record: dict) -> Asked:

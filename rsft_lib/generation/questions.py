@@ -55,7 +55,8 @@ def held_out_questions(path: str | Path, count: int, dialect: Dialect = THINKLES
             last = messages[-1]
             messages[-1] = last | {"content": dialect.without_switch(last["content"])[0]}
             expected = None if is_empty(answer) else str(answer)
-            question = Question(messages, tools, expected, record.get("difficulty"))
+            difficulty = record.get("difficulty")
+            question = Question(messages, tools, expected, difficulty if isinstance(difficulty, int | float) else None)
             questions.setdefault(json.dumps(messages), question)
         if len(questions) == count:
             break

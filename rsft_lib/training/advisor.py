@@ -89,7 +89,7 @@ def _layouts(config: TrainConfig, hf: PretrainedConfig, ranks: int) -> Iterator[
     for tensor, pipeline, context, expert, recompute, (moments, gradients) in itertools.product(
         sizes, sizes, sizes, experts, CHOICES["recompute"], states
     ):
-        # Not possible: a size that does not divide the model, the ranks or the batch.
+        # Not possible: model, ranks or batch are not divisible by a size.
         with suppress(ValueError):
             layout = dataclasses.replace(
                 config, tensor_parallel=tensor, sequence_parallel=tensor > 1, pipeline_parallel=pipeline,

@@ -13,7 +13,7 @@ from rsft_lib.checkpoint.export import export_unfinished
 from rsft_lib.common.paths import require_path
 from rsft_lib.common.progress import without_bars
 from rsft_lib.data.store import TokenStore
-from rsft_lib.generation.answer_files import NAMES, write_answers
+from rsft_lib.generation.answer_files import NAMES, remove_later, write_answers
 from rsft_lib.generation.generate import Answer, chosen_mode, generate_modes, score
 from rsft_lib.generation.inference_engines import Sampling
 from rsft_lib.generation.questions import held_out_questions, modes_asked, room_for_answers
@@ -34,8 +34,8 @@ Answers = dict[str | None, list[Answer]]
 class LiveAnswers:
     """Asks the same questions whenever it is called; collective over all ranks."""
 
-    def __init__(self, config: TrainConfig, store: TokenStore, output: Path, model_config: Path):
-        """Read the questions.
+    def __init__(self, config: TrainConfig, store: TokenStore, output: Path, model_config: Path, iteration: int):
+        """Read the questions, and remove answers after step `iteration`, at which the run starts or resumes.
 
         Args:
             store: the held-out data, or else the training data.
@@ -53,6 +53,9 @@ class LiveAnswers:
         limit = config.eval_max_new_tokens or room_for_answers(path, load_tokenizer(self.tokenizer))
         self.sampling = Sampling(limit)
         self.output, self.model_config, self.timeout = output, model_config, config.save_timeout
+        if torch.distributed.get_rank() == 0:
+            shutil.rmtree(output / TEMPORARY, ignore_errors=True)  # of a run that was killed
+            remove_later(output, iteration)
 
     def __call__(self, state: TrainState) -> dict[str, float]:
         """Metrics of the answers: accuracy, form and length in each mode, and the share of answers with thoughts."""

@@ -111,7 +111,7 @@ class Run:
                 print("no questions are asked (eval_generate_every): give eval_questions or eval_data", flush=True)
         elif config.eval_generate_every:
             store = (data.held_out or data.train).store
-            self.answers = LiveAnswers(config, store, output, saver.model_config)
+            self.answers = LiveAnswers(config, store, output, saver.model_config, state.iteration)
         self.writers = open_writers(output, state.iteration, config) if self.first else []
 
     def step(self) -> None:

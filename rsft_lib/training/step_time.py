@@ -121,7 +121,7 @@ def _exchange(config: TrainConfig, hf: PretrainedConfig, rates: Rates, tokens: f
         seconds += (2 + again) * _ring(2 * tokens * context * width, context, rates)
     if expert > 1:
         hidden = hf.hidden_size / (tensor if config.sequence_parallel else 1)
-        seconds += (4 + 2 * again) * _ring(2 * tokens * hf.num_experts_per_tok * hidden, expert, rates)
+        seconds += (4 + 2 * again) * _ring(2 * tokens * min(hf.num_experts_per_tok, expert) * hidden, expert, rates)
     return seconds
 
 

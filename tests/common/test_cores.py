@@ -90,6 +90,7 @@ def test_the_quota_is_rounded_up_and_capped_by_the_affinity(monkeypatch, quota, 
 
 def make_group() -> tuple[Path, dict[str, str]]:
     """A real control group, and the files that limit it to half a core; skips if none can be created."""
+    tried = []
     for folder, files in [
         ("/sys/fs/cgroup/cpu", {"cpu.cfs_period_us": "100000", "cpu.cfs_quota_us": "50000"}),
         ("/sys/fs/cgroup", {"cpu.max": "50000 100000"}),
@@ -97,12 +98,14 @@ def make_group() -> tuple[Path, dict[str, str]]:
         group = Path(folder, f"rsft-test-{uuid.uuid4().hex[:8]}")
         try:
             group.mkdir()
-        except OSError:
+        except OSError as error:
+            tried.append(f"{folder}: {error.strerror}")
             continue
         if all((group / name).exists() for name in files):
             return group, files
         group.rmdir()
-    pytest.skip("this user can make no control group for CPU time here")
+        tried.append(f"{folder}: a group there has no {next(iter(files))}")
+    pytest.skip(f"no control group for CPU time can be made here: {'; '.join(tried)}")
 
 
 def test_a_real_quota_is_seen_by_a_process_in_its_group():

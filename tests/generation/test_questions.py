@@ -47,6 +47,11 @@ def test_answers_may_be_a_quarter_longer_than_the_longest_of_the_records(tmp_pat
         room_for_answers(write(tmp_path, [{"messages": [{"role": "user", "content": "x"}]}]), tokenizer)
 
 
+def test_a_difficulty_is_a_number(tmp_path):
+    rows = [{"instruction": f"{level}?", "output": "x", "difficulty": level} for level in (2, 0.5, "hard", None)]
+    assert [question.difficulty for question in held_out_questions(write(tmp_path, rows), 9)] == [2, 0.5, None, None]
+
+
 @pytest.mark.parametrize("count", [0, -1])
 def test_a_count_below_one_is_rejected(tmp_path, count):
     with pytest.raises(ValueError, match=f"^questions is {count}; expected at least 1$"):

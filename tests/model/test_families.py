@@ -139,6 +139,13 @@ def test_settings_that_do_not_fit_the_model_or_the_machine_are_refused(message, 
         build_state(settings(checkpoint=str(tmp_path), data="d", output="o", **changes), tmp_path)
 
 
+def test_a_token_is_sent_once_per_rank_or_once_per_expert_whichever_is_less(tmp_path):
+    tiny_family(tmp_path, "qwen3_moe")  # 4 experts per token
+    model = read_config(tmp_path)
+    sent = {n: transformer_config(model, expert_model_parallel_size=n).moe_token_dispatcher_type for n in (2, 4, 8)}
+    assert sent == {2: "allgather", 4: "alltoall", 8: "alltoall"}
+
+
 def test_the_older_format_is_refused_with_experts(tmp_path):
     tiny_family(tmp_path / "hf", "qwen3_moe")
     with pytest.raises(ValueError, match="format 'legacy' has no experts, and model_type is 'qwen3_moe'"):

@@ -15,6 +15,7 @@ from rsft_lib.checkpoint.convert import convert
 from rsft_lib.checkpoint.export import export
 from rsft_lib.data.hybrid import build_hybrid
 from rsft_lib.data.tokenize import tokenize
+from rsft_lib.generation.answer_files import newest_answers
 from rsft_lib.generation.generate import generate_modes, score
 from rsft_lib.generation.inference_engines import Sampling
 from rsft_lib.generation.questions import held_out_questions
@@ -94,6 +95,20 @@ def test_answering_does_not_change_the_training(inputs, tmp_path):
         start_training(replace(config, output=str(tmp_path / name), eval_generate_every=every), 1).wait()
         losses.append([record["loss"] for record in read_metrics(tmp_path / name)])
     assert losses[0] == losses[1]
+
+
+def test_answers_of_steps_that_were_lost_are_removed_when_a_run_resumes(inputs, tmp_path):
+    _, config = inputs
+    run = replace(config, output=str(tmp_path / "run"), eval_generate_every=1, save_interval=2, train_iters=2)
+    start_training(run, 1).wait()
+    answers = tmp_path / "run" / "answers"
+    lost = answers / "step_0000009.jsonl"
+    lost.write_text((answers / "step_0000002.jsonl").read_text())
+    (tmp_path / "run" / ".answers.tmp").mkdir()
+    start_training(replace(run, train_iters=3), 1).wait()
+    assert sorted(path.name for path in answers.iterdir()) == [f"step_000000{step}.jsonl" for step in (1, 2, 3)]
+    assert not (tmp_path / "run" / ".answers.tmp").exists()
+    assert newest_answers(tmp_path / "run", 2)[0] == 3
 
 
 def test_without_memory_for_answers_the_training_goes_on(inputs, tmp_path):
