@@ -252,8 +252,10 @@ SECTIONS = {
     "checkpoint-1.5b": Section(3, "1.5b", checkpoint, {}, gpus=1, target="waits 1 s, resumed 20 s"),
     "checkpoint-7b": Section(3, "7b", checkpoint, {**SELECTIVE, **LOW}, target="waits 2 s, exported 40 s"),
     "1.5b-64k-cp4": run(3, "1.5b", "MFU 0.48", length=2**16, context_parallel=4),
+    "1.5b-64k-cp2": run(3, "1.5b", "MFU 0.48", length=2**16, context_parallel=2, **SELECTIVE),
     "1.5b-64k-1gpu": run(3, "1.5b", "MFU 0.48", gpus=1, length=2**16, **SELECTIVE, **LOW),
     "1.5b-128k-cp4": run(3, "1.5b", "MFU 0.45", length=2**17, context_parallel=4, **SELECTIVE),
+    "1.5b-128k-cp2": run(3, "1.5b", "MFU 0.45", length=2**17, context_parallel=2, **SELECTIVE),
     "1.5b-128k-1gpu": run(3, "1.5b", "MFU 0.45", gpus=1, length=2**17, **SELECTIVE, **LOW),
     "1.5b-128k-replicas": run(3, "1.5b", "MFU 0.45", length=2**17, **SELECTIVE, **LOW),
     "1.5b-256k-1gpu": run(3, "1.5b", "fits", gpus=1, length=2**18, **FULL, **LOW),
@@ -406,7 +408,13 @@ def best(output: Path, gpus: int, small: bool, file: Path | None) -> list[str]:
         folder, data = inputs_of(section, output, small)
         config = dataclasses.replace(config_of(section, folder, data, gpus), global_batch_size=MICRO_BATCHES * gpus)
         sample = sample_length(PackedDataset(TokenStore(data), section.length, 0))
-        chosen = advise(config, read_config(folder), gpus, rates.read_rates(file) if file else rates.H100, sample)[0]
+        try:
+            chosen, *_ = advise(
+                config, read_config(folder), gpus, rates.read_rates(file) if file else rates.H100, sample
+            )
+        except ValueError as error:
+            lines.append(f"advised for {model} at {length:,}: {error}")
+            continue
         rate = MICRO_BATCHES * length / chosen.time.total
         lines.append(f"advised for {model} at {length:,}: {name(chosen)}, {rate:,.0f} tokens/s/GPU")
     return lines

@@ -1,7 +1,9 @@
 """Sharded state dicts of a built model and its optimizer: names in checkpoints, and loading."""
 
 import re
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from rsft_lib.checkpoint import any_format
 from rsft_lib.checkpoint.formats import torch_dist
 from rsft_lib.checkpoint.lazy_weights import Box, Piece, Weights, overlaps, refuse, resized
-from rsft_lib.common.artifact import verification
+from rsft_lib.common.artifact import WRITERS, verification
 from rsft_lib.model.config import read_config
 
 # One tensor per layer and weight, and optimizer states with the shapes of the weights: loadable at any parallel size.
@@ -73,11 +75,11 @@ def load(state_dict: dict, folder: Path) -> None:
     """Fill the sharded tensors of this rank's state dict, at any parallel size, from a `torch_dist` checkpoint.
 
     Replaces megatron-core's `dist_checkpointing.load`, which executes pickles in the checkpoint. Tensors are
-    memory-mapped, so a rank only reads its own shards; padding rows are 0. The files that this rank reads are hashed
-    in threads at the same time, and nothing of a file is read before its hash is verified.
+    memory-mapped, so a rank only reads its own shards; padding rows are 0. Threads hash the files that this rank reads,
+    others read them; nothing of a file is read before its hash is verified.
 
     Raises:
-        DamagedError: a file differs from its manifest. Tensors from files before it are filled.
+        DamagedError: a file differs from its manifest. Some tensors of other files are filled.
         ValueError: a file is unsafe, or the tensors do not match this run.
     """
     places, stored = _places(state_dict), torch_dist.stored_parts(folder)
@@ -93,11 +95,21 @@ def load(state_dict: dict, folder: Path) -> None:
             verified(part.info.relative_path)
             return files.open(part)
 
-        for place in places:
+        @torch.no_grad()
+        def fill(place: ShardedTensor) -> None:
             weights = Weights({place.key: [opened(part, _box(place)) for part in stored[place.key]]})
             if place.allow_shape_mismatch:
                 weights = resized(weights, [place.key], place.global_shape[0])
-            _fill(place, _read(weights, place))
+            # A copy, since one thread would read the file while the others wait to copy to the GPU.
+            _fill(place, _read(weights, place).clone())
+
+        with ThreadPoolExecutor(WRITERS) as threads:
+            try:
+                for of_optimizer in (False, True):  # master weights also set the weights, so they come second
+                    some = [place for place in places if isinstance(place, Shard) == of_optimizer]
+                    deque(threads.map(fill, some), maxlen=0)
+            finally:
+                threads.shutdown(cancel_futures=True)
 
 
 def value_of(place: ShardedTensor) -> torch.Tensor:

@@ -103,11 +103,15 @@ class PackedDataset:
             loss_mask: float32 [1, positions]; the loss weight of each label, 0 where it is not trained.
             kinds: int64 [1, positions], see `span_kinds`.
             padding: bool [1, positions], True at positions that belong to no sample.
-            cu_seqlens: int32 [samples + 1]; the padding of each pack counts as one untrained sample.
+            cu_seqlens: int32 [samples + 1]; the padding of each pack counts as one untrained sample, but belongs to the
+                sample of a pack with a single one: that sample does not see it, and attention is faster in one piece.
         """
         parts = [part for index in packs for part in self._parts(index)]
         tokens, labels, weights, label_kinds = (np.concatenate(column) for column in zip(*parts, strict=True))
         lengths = [len(part[0]) for part in parts]
+        ends = [0, *np.cumsum(lengths)]
+        if len(packs) == len(self.samples(packs)) == 1:
+            ends = [0, ends[-1]]
         return {
             "tokens": torch.from_numpy(tokens).long()[None],
             "labels": torch.from_numpy(labels).long()[None],
@@ -115,7 +119,7 @@ class PackedDataset:
             "kinds": torch.from_numpy(label_kinds).long()[None],
             "position_ids": torch.from_numpy(np.concatenate([np.arange(n) for n in lengths]))[None],
             "padding": torch.from_numpy(self._padding(packs))[None],
-            "cu_seqlens": torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
+            "cu_seqlens": torch.tensor(ends, dtype=torch.int32),
         }
 
     def _parts(self, index: int) -> list[tuple[np.ndarray, ...]]:

@@ -110,6 +110,8 @@ def test_adamw_makes_the_same_steps(dtype, moments):
 
 
 ENDS = [0, 100, 137, 400, 512]
+ONE_SAMPLE = [0, 4096]  # whole chunks of it have a kernel of their own
+SAMPLES = pytest.mark.parametrize("ends", [ENDS, ONE_SAMPLE, [0, 3072, 3500, 4096]], ids=["several", "one", "mixed"])
 ATTENTIONS = [
     TorchAttention,
     pytest.param(TEAttention, marks=pytest.mark.skipif(not HAS_TE, reason="Transformer Engine is not installed")),
@@ -128,27 +130,32 @@ def attention(kind: type, context: int = 1):
     return lambda *heads, samples: module(*(x.unsqueeze(1) for x in heads), attention_bias=samples).squeeze(1)
 
 
+def heads_and_grad(length: int) -> list[torch.Tensor]:
+    """Query, key, value and the gradient of the output."""
+    return [random(length, *shape) for shape in ((12, 128), (2, 128), (2, 128), (12 * 128,))]
+
+
+@SAMPLES
 @pytest.mark.parametrize("kind", ATTENTIONS)
-def test_attention_and_its_gradients_match_float32_sample_by_sample(kind):
-    query, key, value, grad = random(512, 12, 128), random(512, 2, 128), random(512, 2, 128), random(512, 12 * 128)
+def test_attention_and_its_gradients_match_float32_sample_by_sample(kind, ends):
+    query, key, value, grad = heads_and_grad(ends[-1])
     results = []
     for module, device in ((attention(TorchAttention), "cpu"), (attention(kind), "cuda")):
         wide = torch.float32 if device == "cpu" else torch.bfloat16
         inputs = [x.to(device, wide).requires_grad_() for x in (query, key, value)]
-        output = module(*inputs, samples=packed(ENDS, torch.device(device)))
+        output = module(*inputs, samples=packed(ends, torch.device(device)))
         output.backward(grad.to(device, wide))
         results.append([output, *(x.grad for x in inputs)])
     for found, expected in zip(results[1], results[0], strict=True):
         assert apart(found.detach(), expected.detach()) < 1e-2
 
 
+@SAMPLES
 @pytest.mark.parametrize("kind", ATTENTIONS)
-def test_the_outputs_of_two_context_parallel_ranks_match_one_rank(kind):
-    query, key, value, grad = (
-        x.cuda() for x in (random(512, 12, 128), random(512, 2, 128), random(512, 2, 128), random(512, 12 * 128))
-    )
+def test_the_outputs_of_two_context_parallel_ranks_match_one_rank(kind, ends):
+    query, key, value, grad = (x.cuda() for x in heads_and_grad(ends[-1]))
     leaves = [x.requires_grad_() for x in (query, key, value)]
-    whole = attention(kind)(*leaves, samples=packed(ENDS, query.device))
+    whole = attention(kind)(*leaves, samples=packed(ends, query.device))
     whole.backward(grad)
     expected = [x.grad.clone() for x in leaves]
     for x in leaves:
@@ -157,7 +164,7 @@ def test_the_outputs_of_two_context_parallel_ranks_match_one_rank(kind):
     for rank in range(2):
         own = [share(x[None], rank, 2)[0] for x in (query, whole, grad)]
         chunks = (
-            c._replace(query_ends=c.query_ends.cuda(), key_ends=c.key_ends.cuda()) for c in chunks_of(ENDS, rank, 2)
+            c._replace(query_ends=c.query_ends.cuda(), key_ends=c.key_ends.cuda()) for c in chunks_of(ends, rank, 2)
         )
         output = part(own[0], key, value, samples=tuple(chunks))
         assert apart(output.detach(), own[1].detach().cpu()) < 1e-2

@@ -28,14 +28,19 @@ class PackView:
     seq_length: int
 
     @cached_property
+    def ends(self) -> list[int]:
+        """0 and the end of each sample."""
+        return np.cumsum([0, *(len(view.ids) - 1 for view in self.samples)]).tolist()
+
+    @property
     def cu_seqlens(self) -> list[int]:
-        """Cumulative sequence lengths: each sample's start and the end; padding is a last, untrained sample."""
-        ends = np.cumsum([0, *(len(view.ids) - 1 for view in self.samples)]).tolist()
+        """Cumulative sequence lengths as in `PackedDataset.batch`."""
+        ends = self.ends if len(self.samples) > 1 else [0]
         return ends + [self.seq_length] * (ends[-1] < self.seq_length)
 
     @property
     def header(self) -> str:
-        filled = self.cu_seqlens[len(self.samples)]
+        filled = self.ends[-1]
         trained = sum(int(np.count_nonzero(view.weights[1:])) for view in self.samples)
         return (
             f"{len(self.samples):,} samples in {filled:,} of {self.seq_length:,} positions "
@@ -44,7 +49,7 @@ class PackView:
 
     def contents(self, first: int = 0, last: int | None = None) -> Table:
         """Samples `first` to `last` of the pack and their positions."""
-        rows, every = [], list(zip(self.numbers, self.samples, pairwise(self.cu_seqlens), strict=False))
+        rows, every = [], list(zip(self.numbers, self.samples, pairwise(self.ends), strict=True))
         for number, view, (start, end) in every[first:last]:
             n, last = view.counts, len(view.ids)
             begins, ends = view.text.between(0, min(TOKENS, last)), view.text.between(max(0, last - TOKENS), last)
@@ -58,7 +63,7 @@ class PackView:
     def junctions(self) -> Table:
         """The last positions of a sample and the first of the next, at the first boundaries."""
         rows = []
-        for k, end in enumerate(self.cu_seqlens[1 : len(self.samples)][:JUNCTIONS], start=1):
+        for k, end in enumerate(self.ends[1:-1][:JUNCTIONS], start=1):
             before, after = self.samples[k - 1], self.samples[k]
             length = len(before.ids) - 1
             near = [(k - 1, before, i, end - length + i) for i in range(max(0, length - 2), length)]
@@ -76,7 +81,7 @@ class PackView:
             (len(view.ids) - 1, f"sample {number}, {view.mode}", f"{_colour(view)};{SEAM}")
             for number, view in zip(self.numbers, self.samples, strict=True)
         ]
-        padding = self.seq_length - self.cu_seqlens[len(self.samples)]
+        padding = self.seq_length - self.ends[-1]
         parts += [(padding, f"{padding:,} padding positions", PADDING)] * bool(padding)
         more = len(self.samples) - ROWS
         rest = f"<details><summary>{more} more samples</summary>{self.contents(ROWS)._repr_html_()}</details>"
