@@ -43,6 +43,13 @@ MEASURED = {  # on H100s: model, GPUs, tokens of a pack, of a sample, packs of a
     "7B TP2 PP2": (LARGE, 4, 16_384, TRACES, 16, {"pipeline_parallel": 2, **TP2}, 9_131, 55.0),
     "7B TP4 32K": (LARGE, 4, 32_768, 0, 8, {**TP4, **SELECTIVE}, 6_652, 36.4),
 }
+H200 = dataclasses.replace(H100, copy=4.24e12)
+MEASURED_ON_H200 = {
+    "1.5B on an H200": (SMALL, 1, 16_384, TRACES, 8, {}, 43_275, 51.4),
+    "1.5B 64K on an H200": (SMALL, 1, 65_536, 0, 2, {**SELECTIVE, **LOW}, 18_437, 46.5),
+    "1.5B 128K on an H200": (SMALL, 1, 131_072, 0, 1, {**SELECTIVE, **LOW}, 10_965, 76.4),
+    "1.5B 256K on an H200": (SMALL, 1, 262_144, 0, 1, {**FULL, **LOW}, 4_446, 65.3),
+}
 # Measured with the layers of then, which needed less for a recomputed layer's backward pass.
 LESS_MEMORY_THEN = {"1.5B 64K"}
 
@@ -51,11 +58,12 @@ def run(length: int, packs: int, **layout) -> TrainConfig:
     return TrainConfig(checkpoint="c", data="d", output="o", seq_length=length, global_batch_size=packs, **layout)
 
 
-@pytest.mark.parametrize("name", MEASURED)
+@pytest.mark.parametrize("name", MEASURED | MEASURED_ON_H200)
 def test_time_and_memory_are_predicted_within_10_and_5_percent(name):
-    model, gpus, length, sample, packs, layout, per_gpu, gib = MEASURED[name]
+    model, gpus, length, sample, packs, layout, per_gpu, gib = (MEASURED | MEASURED_ON_H200)[name]
+    known = H200 if name in MEASURED_ON_H200 else H100
     config = run(length, packs, **layout)
-    seconds = step_time(config, model, gpus, H100, sample).total
+    seconds = step_time(config, model, gpus, known, sample).total
     assert packs * length / gpus / seconds == pytest.approx(per_gpu, rel=0.1)
     assert memory(config, model, gpus).total / GIB == pytest.approx(gib, rel=0.1 if name in LESS_MEMORY_THEN else 0.05)
 
