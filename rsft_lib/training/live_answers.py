@@ -5,6 +5,7 @@ the questions with transformers. So any layout can answer, and with the tokens t
 """
 
 import shutil
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from rsft_lib.common.paths import require_path
 from rsft_lib.common.progress import without_bars
 from rsft_lib.data.store import TokenStore
 from rsft_lib.generation.answer_files import NAMES, remove_later, write_answers
-from rsft_lib.generation.generate import Answer, chosen_mode, generate_modes, score
+from rsft_lib.generation.generate import Answer, chosen_mode, open_speaker, score
 from rsft_lib.generation.inference_engines import Sampling
 from rsft_lib.generation.questions import held_out_questions, modes_asked, room_for_answers
 from rsft_lib.tokenizer.patch import load_tokenizer
@@ -24,6 +25,7 @@ from rsft_lib.training.state import TrainState
 from rsft_lib.training.watchdog import deadline
 
 TEMPORARY = ".answers.tmp"
+BATCHES = (256, 32)  # prompts in a batch, and where the memory does not suffice
 OUT_OF_MEMORY = (
     "held-out questions were not answered, for the memory did not suffice beside the training: lower "
     "eval_max_new_tokens or eval_question_count"
@@ -93,13 +95,19 @@ class LiveAnswers:
         own = self.questions[rank::ranks]
         if not own:
             return {mode: [] for mode in self.modes}
-        try:
-            return generate_modes(model, own, self.modes, self.sampling, "transformers", dialect=self.dialect)
-        except torch.OutOfMemoryError:
-            return {}
-        finally:
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()  # of the model that answered
+        for batch_size in BATCHES:
+            try:
+                speaker = open_speaker(model, "transformers", batch_size, self.dialect)
+                # A batch takes as long as its longest answer, so the modes share one.
+                asked = [(question, mode) for mode in self.modes for question in own]
+                answers = iter(speaker.answers(asked, self.sampling))
+                return {mode: list(islice(answers, len(own))) for mode in self.modes}
+            except torch.OutOfMemoryError:
+                speaker = None
+            finally:
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()  # of the model that answered
+        return {}
 
     def _gathered(self, own: Answers) -> Answers:
         """The answers of all ranks in the order of the questions; empty if they are for any rank."""

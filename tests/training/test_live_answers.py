@@ -116,8 +116,8 @@ def test_without_memory_for_answers_the_training_goes_on(inputs, tmp_path):
     code = (
         "import sys, torch\nfrom pathlib import Path\nfrom rsft_lib.training import live_answers, train\n"
         "from rsft_lib.training.config import TrainConfig\n"
-        "def generate_modes(*given, **more): raise torch.OutOfMemoryError('CUDA out of memory')\n"
-        "live_answers.generate_modes = generate_modes\n"
+        "def open_speaker(*given, **more): raise torch.OutOfMemoryError('CUDA out of memory')\n"
+        "live_answers.open_speaker = open_speaker\n"
         "train.run(TrainConfig.from_file(Path(sys.argv[1])))\n"
     )
     run = replace(config, output=str(tmp_path / "run"), global_batch_size=1)
