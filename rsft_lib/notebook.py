@@ -26,6 +26,7 @@ from rsft_lib.chain.project_file import ProjectError, notebook_file, open_projec
 from rsft_lib.chain.records import STATUS_FILE, identities
 from rsft_lib.chain.steps import GIVEN, Chain, Value, folder_of
 from rsft_lib.common.artifact import write_json
+from rsft_lib.common.mappings import pairs as pairs  # for notebooks
 from rsft_lib.common.paths import project_root, require_path, resolve
 from rsft_lib.display.live.kernel_events import somebody_looks
 from rsft_lib.display.parameters import ParameterList
@@ -165,22 +166,6 @@ def run(notebook: str | Path, folder: str | Path, parameters: dict) -> tuple[Pat
         if STATUS in output.get("data", {}):
             return executed, output["data"][STATUS]
     raise RuntimeError(f"{notebook.name} did not reach its last cell; was its kernel killed? See {executed}")
-
-
-def pairs(text: str) -> dict[str, str]:
-    """Parse a parameter that maps strings to strings.
-
-    >>> pairs("<|quad_start|> -> <short>, <|quad_end|> -> <long>")
-    {'<|quad_start|>': '<short>', '<|quad_end|>': '<long>'}
-
-    Raises:
-        ValueError: a part is not of the form `this -> that`.
-    """
-    parts = [[side.strip() for side in part.split("->")] for part in text.split(",") if part.strip()]
-    for pair in parts:
-        if len(pair) != 2 or not all(pair):
-            raise ValueError(f"found {' -> '.join(pair)!r} in {text!r}, expected `this -> that`, comma-separated")
-    return dict(parts)
 
 
 def _injected(executed_cells: list[str]) -> list[str]:

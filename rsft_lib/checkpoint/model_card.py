@@ -55,7 +55,7 @@ BLOCK = {  # by whether it is masked
     True: "The block was not trained: for short answers set `enable_thinking=False`, which writes it into the prompt.",
 }
 PLAIN = "A model fine-tuned from `{base}` on responses only."
-OMITTED = ("checkpoint", "data", "eval_data", "output")  # paths on the machine of the training
+OMITTED = ("checkpoint", "data", "eval_data", "eval_more", "eval_questions", "output")  # paths
 
 
 def model_card(name: str, checkpoint: Path, weights: dict) -> str:

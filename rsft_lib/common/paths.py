@@ -11,6 +11,7 @@ MAKERS = {  # missing input -> the notebook that makes it
     "training data": "03_build_dataset", "dataset of the tokens": "03_build_dataset",
     "held-out records": "03_build_dataset",
     "data": "04_tokenize_and_inspect", "eval_data": "04_tokenize_and_inspect", "tokens": "04_tokenize_and_inspect",
+    "eval_more": "04_tokenize_and_inspect on these records",
     "run folder": "05_train",
     "exported model": "07_export_and_generate",
     "folder of token losses": "08_loss_lab",

@@ -16,6 +16,8 @@ from rsft_lib.tokenizer.dialect import END_THINK, MODES, TAGS, THINK, THINKLESS,
 from rsft_lib.tokenizer.patch import load_tokenizer
 
 ASKED = (*MODES, None, "other")  # modes of `generate_modes`
+LOOP, LOOPED = 4, 64  # times that a passage is repeated, and characters that it then covers, in a loop
+LONGEST = 2000  # characters of a passage
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,16 @@ def well_formed(answer: Answer, mode: str | None) -> bool:
     return TAGS.findall(answer.text) == expected and bool(answer.text.rpartition(expected[-1])[2].strip())
 
 
+def loops(answer: Answer) -> bool:
+    """Whether an answer ends in a repetition loop: the same passage at least four times, over at least 64 characters.
+
+    As arXiv:1904.09751 counts phrases repeated at the end of a generation, but in characters: the limit of an answer
+    may cut a passage anywhere.
+    """
+    periods = range(1, min(LONGEST, len(answer.text) // LOOP) + 1)
+    return any(answer.text.endswith(answer.text[-n:] * max(LOOP, -(-LOOPED // n))) for n in periods)
+
+
 def is_correct(answer: Answer, expected: str) -> bool:
     """Whether the final answer, after any chain of thought, matches; numbers are compared by value."""
     if answer.text.startswith(THINK) and END_THINK not in answer.text:
@@ -180,7 +192,8 @@ def count_correct(answers: Sequence[Answer], expected: Sequence[str | None]) -> 
 
 
 def score(answers: Sequence[Answer], expected: Sequence[str | None], mode: str | None) -> dict[str, float]:
-    """Accuracy and share of well-formed answers (both in [0, 1]), mean length in tokens, and how many were cut off.
+    """Accuracy, shares of well-formed answers and of those that loop (all in [0, 1]), mean length in tokens, and how
+    many were cut off.
 
     Accuracy is that of questions with a known answer, and is left out without any.
 
@@ -193,4 +206,5 @@ def score(answers: Sequence[Answer], expected: Sequence[str | None], mode: str |
         "well_formed": sum(well_formed(a, mode) for a in answers) / n,
         "tokens": sum(a.tokens for a in answers) / n,
         "cut_off": sum(not a.ended for a in answers),
+        "loops": sum(map(loops, answers)) / n,
     }

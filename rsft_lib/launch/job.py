@@ -9,6 +9,7 @@ from rsft_lib.checkpoint.run_checkpoints import checkpoints
 from rsft_lib.common.artifact import write_json
 from rsft_lib.launch.failure import failure
 from rsft_lib.launch.log import read_end, without_report
+from rsft_lib.training.best import best_of
 from rsft_lib.training.metrics import scan_metrics
 from rsft_lib.training.run_folder import JOB, LOG, STOPPING, how_it_ended, read_ended, read_record
 
@@ -129,6 +130,7 @@ class Job:
             "job": self.state,
             "checkpoint": str(saved[-1] if saved else "none"),
         }
+        facts |= {"best": best} if (best := best_of(self.folder)) else {}
         facts |= {"damaged": "; ".join(metrics.problems)} if metrics.problems else {}
         return {**self.status(), **facts, "summary": "\n".join(f"{name:<15}{value}" for name, value in facts.items())}
 

@@ -57,6 +57,8 @@ def start_training(config: TrainConfig, nproc: int, options: LaunchOptions = HER
         for name in ("checkpoint", "data", "eval_data"):
             if path := getattr(config, name):
                 require_path(path, name)
+        for path in config.more_held_out().values():
+            require_path(path, "eval_more")
         _clear(output)
         write_json(output / CONFIG, config.to_json())
         if options.launcher == "slurm":

@@ -8,10 +8,13 @@ import inspect
 import itertools
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+
+from rsft_lib.common.mappings import pairs
 
 SHAPES_THE_RUN = (  # besides model and data, which are compared by hash, and train_iters, which may grow
     "seq_length", "global_batch_size", "packing", "normalize_by", "split", "lr", "min_lr", "lr_schedule",
@@ -28,6 +31,7 @@ CHOICES = {
     "normalize_by": ("token", "sample"),
     "lr_schedule": ("constant", "linear", "cosine", "wsd"),
 }
+BEST = re.compile(r"eval_(.+_)?loss(_.+)?|(think|short|choice|answer)_(accuracy|well_formed)")  # for keep_best
 MAY_BE_ZERO = {"seed", "keep_last", "keep_every", "hang_timeout", "eval_generate_every", "eval_max_new_tokens"}
 
 
@@ -54,6 +58,8 @@ class TrainConfig:
     """Run folder: `config.json`, `metrics.jsonl`, `train.log` and the checkpoints `iter_0000000`."""
     eval_data: str = ""
     """Folder with tokenized held-out (evaluation) data; empty to use the evaluation share of `split`."""
+    eval_more: str = ""
+    """More held-out data, each evaluated by itself: `name -> folder`, comma-separated. Its loss is `eval_NAME_loss`."""
     split: str = "999,1,0"
     """If `eval_data` is empty: shares of `data`, in its order, for training, evaluation and a final test."""
 
@@ -134,6 +140,9 @@ class TrainConfig:
     """Checkpoints to keep; 0 for all."""
     keep_every: int = 0
     """Besides `keep_last`, keep the checkpoints of steps that are multiples of this; 0 for none."""
+    keep_best: str = ""
+    """Besides these, keep the checkpoint that was best by this metric of an evaluation, such as `eval_loss` (lowest) or
+    `choice_accuracy` (highest); empty for none. Checkpoints are compared whose step was evaluated."""
     async_save: bool = False
     """Whether training continues while a checkpoint is written."""
     save_timeout: int = 1800
@@ -146,12 +155,12 @@ class TrainConfig:
     log_interval: int = 10
     """Steps between log lines; `metrics.jsonl` has every step."""
     eval_interval: int = 100
-    """Steps between evaluations; the last step is always evaluated."""
+    """Steps between evaluations; a new run also evaluates before its first step, and every run after its last."""
     eval_iters: int = 10
     """Batches of `global_batch_size` packs per evaluation; fewer if the held-out data ends before."""
     eval_generate_every: int = 0
-    """Steps between answers to held-out questions, in each mode and by the model's choice, and after the last step; 0
-    for never."""
+    """Steps between answers to held-out questions, in each mode and by the model's choice, before the first step and
+    after the last as well; 0 for never."""
     eval_questions: str = ""
     """Records (JSON Lines) with these questions; empty for those from which `eval_data` was tokenized. Without either,
     none are asked."""
@@ -172,6 +181,7 @@ class TrainConfig:
         for problem, holds in self._contradictions():
             if holds:
                 raise ValueError(problem)
+        self.more_held_out()
 
     def _check(self, field: dataclasses.Field) -> None:
         name, value = field.name, getattr(self, field.name)
@@ -232,6 +242,7 @@ class TrainConfig:
                 self.keep_every % self.save_interval > 0,
             ),
             ("keep_every needs keep_last: without it all are kept", self.keep_every > 0 and self.keep_last == 0),
+            *self._best_contradictions(),
             (
                 "tensorboard is true but not installed: pip install tensorboard",
                 self.tensorboard and not importable("tensorboard"),
@@ -242,6 +253,36 @@ class TrainConfig:
             ),
             (f"split is {self.split!r}; it must be three numbers, e.g. '999,1,0'", not _is_split(self.split)),
         ]  # fmt: skip
+
+    def _best_contradictions(self) -> list[tuple[str, bool]]:
+        """The same for `keep_best`: it must be a metric with a direction, measured whenever a checkpoint is saved."""
+        answers = not self.keep_best.startswith("eval_")
+        name = "eval_generate_every" if answers else "eval_interval"
+        every = getattr(self, name)
+        return [] if not self.keep_best else [
+            (
+                f"keep_best is {self.keep_best!r}; it must be a held-out loss such as 'eval_loss', or the accuracy or "
+                "well_formed share of answers, such as 'choice_accuracy'",
+                not BEST.fullmatch(self.keep_best),
+            ),
+            (f"keep_best={self.keep_best} needs {name}, which is 0", every == 0),
+            (
+                f"save_interval={self.save_interval} is not a multiple of {name}={every}: checkpoints would have no "
+                f"{self.keep_best} for keep_best",
+                self.save_interval % (every or 1) > 0,
+            ),
+        ]  # fmt: skip
+
+    def more_held_out(self) -> dict[str, str]:
+        """`eval_more` as name -> folder.
+
+        Raises:
+            ValueError: it is not of the form `name -> folder`, or a name is not made of letters, digits, - and _.
+        """
+        folders = pairs(self.eval_more)
+        if wrong := [name for name in folders if not re.fullmatch(r"[\w-]+", name)]:
+            raise ValueError(f"eval_more has the name {wrong[0]!r}; use letters, digits, - and _")
+        return folders
 
     def layout(self) -> dict:
         """The parallel sizes, by the names that `model.config.check_layout` gives them."""

@@ -1,6 +1,6 @@
 """Training, held-out and test data of a run, and the facts that identify them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rsft_lib.common.artifact import MANIFEST, file_hash
 from rsft_lib.common.paths import require_path, resolve
@@ -15,11 +15,17 @@ RECORDED = ("tokenizer_sha256", "template_sha256", "options")  # fields of the s
 
 @dataclass(frozen=True)
 class Datasets:
-    """Packed samples for training and, optionally, for evaluation and for a test at the end."""
+    """Packed samples for training and, optionally, for evaluation (and more of it, by name) and a test at the end."""
 
     train: PackedDataset
     held_out: PackedDataset | None
     test: PackedDataset | None
+    more: dict[str, PackedDataset] = field(default_factory=dict)
+
+    def evaluated(self) -> dict[str, PackedDataset]:
+        """What is evaluated in between, by the beginning of its metrics."""
+        main = {"eval_": self.held_out} if self.held_out else {}
+        return main | {f"eval_{name}_": data for name, data in self.more.items()}
 
     def facts(self) -> dict:
         """Facts that must not change when a run is resumed."""
@@ -42,19 +48,25 @@ def open_datasets(config: TrainConfig) -> Datasets:
     """
     store = TokenStore(require_path(config.data, "data"))
     refuse_another_tokenizer(store)
+    more = {name: _held_out(config, store, folder, "eval_more") for name, folder in config.more_held_out().items()}
     if config.eval_data:
-        held_out = TokenStore(require_path(config.eval_data, "eval_data"))
-        for name in ("tokenizer_sha256", "template_sha256"):
-            if held_out.manifest.get(name) != store.manifest.get(name):
-                raise ValueError(
-                    f"{held_out.folder} and {store.folder} differ in {name}: tokenize both with the same tokenizer"
-                )
-        return Datasets(_packed(config, store), _packed(config, held_out), None)
+        return Datasets(_packed(config, store), _held_out(config, store, config.eval_data, "eval_data"), None, more)
     train, held, test = split(len(store), config.split)
     if not train:
         raise ValueError(f"split {config.split!r} of {len(store)} samples in {store.folder} leaves no training samples")
-    rest = (_packed(config, store, part) if part else None for part in (held, test))
-    return Datasets(_packed(config, store, train), *rest)
+    held_out, tested = (_packed(config, store, part) if part else None for part in (held, test))
+    return Datasets(_packed(config, store, train), held_out, tested, more)
+
+
+def _held_out(config: TrainConfig, store: TokenStore, folder: str, setting: str) -> PackedDataset:
+    """Held-out data in a folder of its own, tokenized as the training data in `store`."""
+    held_out = TokenStore(require_path(folder, setting))
+    for name in ("tokenizer_sha256", "template_sha256"):
+        if held_out.manifest.get(name) != store.manifest.get(name):
+            raise ValueError(
+                f"{held_out.folder} and {store.folder} differ in {name}: tokenize both with the same tokenizer"
+            )
+    return _packed(config, held_out)
 
 
 def refuse_another_tokenizer(store: TokenStore) -> None:

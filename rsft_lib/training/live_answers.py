@@ -5,6 +5,7 @@ the questions with transformers. So any layout can answer, and with the tokens t
 """
 
 import shutil
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -14,9 +15,11 @@ from rsft_lib.common.paths import require_path
 from rsft_lib.common.progress import without_bars
 from rsft_lib.data.store import TokenStore
 from rsft_lib.generation.answer_files import NAMES, remove_later, write_answers
-from rsft_lib.generation.generate import Answer, chosen_mode, generate_modes, score
+from rsft_lib.generation.generate import Answer, chosen_mode, count_correct, open_speaker, score
 from rsft_lib.generation.inference_engines import Sampling
+from rsft_lib.generation.intervals import wilson
 from rsft_lib.generation.questions import held_out_questions, modes_asked, room_for_answers
+from rsft_lib.tokenizer.dialect import MODES
 from rsft_lib.tokenizer.patch import load_tokenizer
 from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.saving import write_weights
@@ -24,6 +27,7 @@ from rsft_lib.training.state import TrainState
 from rsft_lib.training.watchdog import deadline
 
 TEMPORARY = ".answers.tmp"
+BATCHES = (256, 32)  # prompts in a batch, and where the memory does not suffice
 OUT_OF_MEMORY = (
     "held-out questions were not answered, for the memory did not suffice beside the training: lower "
     "eval_max_new_tokens or eval_question_count"
@@ -93,13 +97,19 @@ class LiveAnswers:
         own = self.questions[rank::ranks]
         if not own:
             return {mode: [] for mode in self.modes}
-        try:
-            return generate_modes(model, own, self.modes, self.sampling, "transformers", dialect=self.dialect)
-        except torch.OutOfMemoryError:
-            return {}
-        finally:
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()  # of the model that answered
+        for batch_size in BATCHES:
+            try:
+                speaker = open_speaker(model, "transformers", batch_size, self.dialect)
+                # A batch takes as long as its longest answer, so the modes share one.
+                asked = [(question, mode) for mode in self.modes for question in own]
+                answers = iter(speaker.answers(asked, self.sampling))
+                return {mode: list(islice(answers, len(own))) for mode in self.modes}
+            except torch.OutOfMemoryError:
+                speaker = None
+            finally:
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()  # of the model that answered
+        return {}
 
     def _gathered(self, own: Answers) -> Answers:
         """The answers of all ranks in the order of the questions; empty if they are for any rank."""
@@ -113,13 +123,16 @@ class LiveAnswers:
 
 
 def metrics(answers: Answers, expected: list[str | None]) -> dict[str, float]:
-    """`generate.score` in each mode, as `think_accuracy` etc., `choice_thinks`: the share of <think> by own choice, and
+    """`generate.score` in each mode, as `think_accuracy` etc., with the bounds of accuracy's 95 % interval (Wilson) as
+    `think_accuracy_low` and `_high`; the shares of modes by own choice, `choice_thinks` and `choice_shorts`; and
     `questions` with a known answer."""
-    found = {
-        f"{name}_{metric}": value
-        for name, mode in NAMES.items() if mode in answers
-        for metric, value in score(answers[mode], expected, mode).items()
-    }  # fmt: skip
+    found: dict[str, float] = {"questions": sum(one is not None for one in expected)}
+    for name, mode in NAMES.items():
+        if given := answers.get(mode):
+            found |= {f"{name}_{metric}": value for metric, value in score(given, expected, mode).items()}
+            low, high = wilson(*count_correct(given, expected))
+            found |= {f"{name}_accuracy_low": low, f"{name}_accuracy_high": high} if found["questions"] else {}
     if free := answers.get(None):
-        found["choice_thinks"] = sum(chosen_mode(answer) == "think" for answer in free) / len(free)
-    return found | {"questions": sum(one is not None for one in expected)}
+        for chosen in MODES:
+            found[f"choice_{chosen}s"] = sum(chosen_mode(answer) == chosen for answer in free) / len(free)
+    return found

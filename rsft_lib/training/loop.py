@@ -61,10 +61,12 @@ def train(config: TrainConfig) -> TrainState:
         saver = Saver(
             output, checkpoint / "config.json", facts, iteration=state.iteration, size=checkpoint_bytes(config, hf),
             timeout=config.save_timeout, keep_last=config.keep_last, keep_every=config.keep_every,
+            keep_best=config.keep_best,
         )  # fmt: skip
         if config.async_save:
             saver.reserve(state)
         run = Run(config, state, data, hf, output, stop, saver)
+        run.evaluate_start()
         gc.freeze()  # these objects live until the end; every collection over them would take half a second
         while state.iteration < config.train_iters and not run.stopped:
             run.step()
@@ -119,18 +121,44 @@ class Run:
         config, state, began = self.config, self.state, time.perf_counter()
         record, load = self._train(began)
         last = state.iteration == config.train_iters
-        if self.data.held_out and (last or state.iteration % config.eval_interval == 0):
-            record |= evaluate(state, config, self.data.held_out, "eval_")
-        if self.data.test and last:
-            record |= evaluate(state, config, self.data.test, "test_")
-        if self.answers and (last or state.iteration % config.eval_generate_every == 0):
-            record |= self.answers(state)
+        record |= self._evaluate(last)
         self._look_for_alarms(record, load)
         self._write(record, last)
         self._agree(time.perf_counter() - began)
         if last or self.stopped or state.iteration % config.save_interval == 0:
             self.saver.save(state, wait=last or bool(self.stopped) or not config.async_save)
         watchdog.end_step()
+
+    def evaluate_start(self) -> None:
+        """At the start of a new run, write the evaluation of the model as it is; its step is 0.
+
+        Raises:
+            ValueError: the metric of `keep_best` is not among those evaluated.
+        """
+        if self.state.iteration:
+            return
+        found, best = self._evaluate(last=False), self.config.keep_best
+        answered = "questions" in found or not self.answers  # or else the memory did not suffice
+        if best and best not in found and (answered or best.startswith("eval_")):
+            raise ValueError(f"keep_best is {best!r}, which no evaluation has; they have {', '.join(found) or 'none'}")
+        for writer in self.writers if found else ():
+            writer.write(iteration=0, **found)
+        if self.first and found:
+            losses = [f"{name} {value:.4f}" for name, value in found.items() if name.endswith("_loss")]
+            print("before the first step:", ", ".join(losses), flush=True)
+
+    def _evaluate(self, last: bool) -> dict[str, float]:
+        """Losses on held-out data and the scores of answers to held-out questions, where they are due."""
+        config, state = self.config, self.state
+        record: dict[str, float] = {}
+        if last or state.iteration % config.eval_interval == 0:
+            for prefix, data in self.data.evaluated().items():
+                record |= evaluate(state, config, data, prefix)
+        if self.data.test and last:
+            record |= evaluate(state, config, self.data.test, "test_")
+        if self.answers and (last or state.iteration % config.eval_generate_every == 0):
+            record |= self.answers(state)
+        return record
 
     def end(self) -> None:
         """Finish the last checkpoint, and record and print how the run ended."""

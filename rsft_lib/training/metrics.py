@@ -1,6 +1,7 @@
 """The file `metrics.jsonl`, one JSON object per step, written and read; TensorBoard and Weights & Biases.
 
-`loss_stats.metrics` computes what is in it.
+`loss_stats.metrics` computes what is in it. A new run begins it with the evaluation before its first step: a record
+with iteration 0 and no training loss.
 
 A line may be damaged by a power loss or a full disk. Readers skip and report it.
 """
@@ -39,6 +40,7 @@ class MetricsWriter:
         """
         path, previous = folder / FILE, scan_metrics(folder)
         kept = [record for record in previous.records if record["iteration"] <= iteration]
+        kept = [previous.start, *kept] if previous.start and iteration else kept
         for problem in [*previous.damaged, *_gaps([record["iteration"] for record in kept], iteration)]:
             print(f"{path}: {problem}", flush=True)
         if previous.damaged:
@@ -62,7 +64,7 @@ class TensorBoard:
     def __init__(self, folder: Path, iteration: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder / TENSORBOARD), purge_step=iteration + 1)
+        self.writer = SummaryWriter(str(folder / TENSORBOARD), purge_step=iteration + 1 if iteration else 0)
 
     def write(self, iteration: int, **record) -> None:
         for name, value in record.items():
@@ -107,11 +109,13 @@ class Metrics(NamedTuple):
     """The contents of a run folder's `metrics.jsonl`."""
 
     records: list[dict]
-    """Readable records, in order."""
+    """Readable records of training steps, in order."""
     damaged: list[str]
     """A message for each damaged line."""
     gaps: list[str]
     """A message for each range of missing steps up to the last record."""
+    start: dict
+    """The record of the evaluation before the first step; empty without one."""
 
     @property
     def problems(self) -> list[str]:
@@ -120,7 +124,7 @@ class Metrics(NamedTuple):
 
 
 def scan_metrics(folder: Path) -> Metrics:
-    """The records of a run folder, and their problems; empty before the first step.
+    """The records of a run folder, and their problems; there are none before the first step.
 
     An incomplete last line, which is still being written, is ignored.
     """
@@ -131,12 +135,14 @@ def scan_metrics(folder: Path) -> Metrics:
         record, problem = parse(line)
         records += [record] if record else []
         damaged += [f"line {number} is damaged ({problem})"] if problem else []
+    start = next((record for record in records if record["iteration"] == 0), {})
+    records = [record for record in records if record["iteration"]]
     steps = [record["iteration"] for record in records]
-    return Metrics(records, damaged, _gaps(steps, max(steps, default=0)))
+    return Metrics(records, damaged, _gaps(steps, max(steps, default=0)), start)
 
 
 def read_metrics(folder: str | Path) -> list[dict]:
-    """The readable records of a run folder, in order.
+    """The readable records of a run folder's training steps, in order; `scan_metrics` has the one before them, too.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -165,7 +171,8 @@ def _record(line: bytes) -> dict:
     if b"\0" in line:
         raise ValueError("it contains zero bytes, probably from a power loss")
     record = json.loads(line)
-    if not isinstance(record, dict) or type(record.get("iteration")) is not int or not _is_number(record.get("loss")):
+    step = record.get("iteration") if isinstance(record, dict) else None
+    if type(step) is not int or not (_is_number(record.get("loss")) or step == 0):
         raise ValueError("it is not a record of a step")
     if wrong := [name for name, value in record.items() if value is not None and not _is_known(name, value)]:
         raise ValueError(f"{wrong[0]} is not a finite number")

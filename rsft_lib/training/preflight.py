@@ -216,6 +216,7 @@ def _checkpoint_line(config: TrainConfig, hf: PretrainedConfig) -> str:
     kept = -(-config.train_iters // config.save_interval)
     if config.keep_last:
         kept = min(kept, config.keep_last + (config.train_iters // config.keep_every if config.keep_every else 0) + 1)
+        kept += bool(config.keep_best)
     free = shutil.disk_usage(_first_existing(resolve(config.output))).free
     fits = "" if size * kept < free else "  TOO LITTLE: see keep_last"
     return f"{_size(size)} each, {kept} kept; {_size(free)} free in {config.output}{fits}"

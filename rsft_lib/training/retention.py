@@ -10,15 +10,16 @@ from pathlib import Path
 from rsft_lib.checkpoint.run_checkpoints import checkpoint_folder, checkpoints, step_of
 from rsft_lib.common.artifact import foreign
 from rsft_lib.common.locks import locked
+from rsft_lib.training.best import best_step
 
 # Left behind by an interrupted save, removal or replacement; with `.lock`, its lock file.
 LEFTOVER = re.compile(r"(\.iter_\d{7,}\.(?:tmp|old(?:-[0-9a-f]{8})?))(?:\.lock)?")
 REPORTED: set[Path] = set()  # kept checkpoints that were reported already
 
 
-def remove_old(output: Path, iteration: int, keep_last: int, keep_every: int) -> None:
-    """Remove all checkpoints up to step `iteration` except the last `keep_last` and those at multiples of `keep_every`;
-    `keep_last` 0 keeps all.
+def remove_old(output: Path, iteration: int, keep_last: int, keep_every: int, keep_best: str = "") -> None:
+    """Remove all checkpoints up to step `iteration` except the last `keep_last`, those at multiples of `keep_every` and
+    the best by the metric `keep_best`; `keep_last` 0 keeps all.
 
     Later checkpoints are ignored: they are damaged, or the run would have resumed from them. Symbolic links and
     checkpoints with files of the user are kept. A folder is renamed before it is deleted, so that anything named like a
@@ -27,8 +28,9 @@ def remove_old(output: Path, iteration: int, keep_last: int, keep_every: int) ->
     if not keep_last:
         return
     steps = [step for step in map(step_of, checkpoints(output)) if step <= iteration]
+    best = best_step(output, keep_best, steps)
     for step in steps[:-keep_last]:
-        if keep_every and step % keep_every == 0:
+        if (keep_every and step % keep_every == 0) or step == best:
             continue
         folder = checkpoint_folder(output, step)
         if _stays(folder):

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,11 +36,12 @@ class Saver:
 
     def __init__(
         self, output: Path, model_config: Path, facts: dict, *, iteration: int, size: float, timeout: float,
-        keep_last: int, keep_every: int,
+        keep_last: int, keep_every: int, keep_best: str = "",
     ):  # fmt: skip
         """`iteration` is the step at which the run starts; `size` the estimated bytes of its first checkpoint."""
         self.output, self.model_config, self.facts, self.size = output, model_config, facts, size
-        self.timeout, self.keep_last, self.keep_every = timeout, keep_last, keep_every
+        self.timeout = timeout
+        self.remove_old = partial(remove_old, output, keep_last=keep_last, keep_every=keep_every, keep_best=keep_best)
         self.writing: _Writing | None = None
         self.staging: Staging | None = None
         self.publishing: Future | None = None
@@ -47,7 +49,7 @@ class Saver:
         self.lock = ExitStack()
         if _rank_0():
             remove_leftovers(output)
-            remove_old(output, iteration, keep_last, keep_every)  # in case the last save was killed before that
+            self.remove_old(iteration)  # in case the last save was killed before that
             self.size = next(map(_bytes, reversed(checkpoints(output))), size)
 
     def reserve(self, state: TrainState) -> None:
@@ -142,7 +144,7 @@ class Saver:
             publish(writing.temporary, writing.final, facts)
         self.lock.close()
         self.size = _bytes(writing.final)
-        remove_old(self.output, writing.iteration, self.keep_last, self.keep_every)
+        self.remove_old(writing.iteration)
 
 
 class _Writing:

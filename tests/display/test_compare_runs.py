@@ -11,13 +11,14 @@ from real import REAL, needs_real
 from standin import record
 
 from rsft_lib.display.live.metrics_tail import Follower
-from rsft_lib.display.live.run_card import plot_live
+from rsft_lib.display.live.run_card import Card, plot_live
 from rsft_lib.display.plot_style import line_style, smoothed, thinned
 from rsft_lib.display.runs import compare_runs
 from rsft_lib.display.runs.compare_runs import plot_health, plot_losses, plot_modes, save_figures
 from rsft_lib.display.runs.csv_curve import read_published
 from rsft_lib.display.runs.curves import plot_curves
-from rsft_lib.display.runs.runs import differences_table, find_runs, runs_table, settings_table
+from rsft_lib.display.runs.live_answers import answers_table, plot_live_answers
+from rsft_lib.display.runs.runs import differences_table, find_runs, held_out_table, runs_table, settings_table
 
 COLUMNS = {"step": "total_steps", "loss": "train_loss", "held_out": "val_loss"}
 
@@ -74,6 +75,42 @@ def test_a_run_on_a_plain_dataset_shows_no_mode_and_no_choice(tmp_path):
     assert titles[:2] == ["loss of answer tokens", "loss of EOS"] and len(titles) == 8
     assert not any("mode" in text or "<think>" in text for text in titles)
     assert all(axes.lines for picture in pictures for axes in picture.axes)
+
+
+def test_held_out_sets_and_answers_during_training_are_shown_from_step_0_with_intervals(tmp_path):
+    run = write_run(tmp_path / "run", 20)
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    start = {"iteration": 0, "eval_loss": 5.5}
+    for number, one in enumerate((start, records[9], records[19])):
+        scores = {"accuracy": 0.25 * number, "tokens": 9.5 - number, "well_formed": 0.5, "cut_off": 3, "loops": 0.125}
+        bounds = {"accuracy_low": 0.2 * number, "accuracy_high": 0.4 * number}
+        one |= {f"{mode}_{name}": value for mode in ("think", "choice") for name, value in (scores | bounds).items()}
+        one |= {"eval_math_loss": 6.0 - abs(number - 1), "choice_thinks": 0.375, "choice_shorts": 0.5, "questions": 8}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [start, *records]))
+    (found,), follower = find_runs(str(run)), Follower(run)
+
+    assert len(found) == 20 and follower.read() and follower.last["iteration"] == 20
+    assert [row[1:4] for row in held_out_table([found]).rows] == [
+        ("held-out", "5.500", f"{records[19]['eval_loss']:.3f} at 20"), ("held-out math", "5.000", "5.000 at 0"),
+    ]  # fmt: skip
+    think, choice = answers_table([found]).rows
+    assert think == ("run", "20", "<think>", "50.0%", "40% to 80%", "50.0%", "3", "12.5%", "7.5", "–", "–")
+    assert choice[2] == "own choice" and choice[-2:] == ("37.5%", "50.0%")
+    assert "no run has answered" in answers_table(find_runs(str(write_run(tmp_path / "none", 3)))).title
+
+    panels = {title(axes): axes for axes in plot_live_answers([found]).axes}
+    assert panels["correct <think> answers"].lines[0].get_xydata().tolist() == [[0, 0], [10, 0.25], [20, 0.5]]
+    (band,) = panels["correct <think> answers"].collections
+    assert {(0, 0), (10, 0.2), (10, 0.4), (20, 0.4), (20, 0.8)} <= set(
+        map(tuple, band.get_paths()[0].vertices.round(9))
+    )
+    losses, *_ = plot_losses([found]).axes
+    assert "● held-out, ■ held-out math" in title(losses)
+    for axes in (plot_curves(run).axes[0], plot_live(follower, 20).axes[0]):
+        marks = {line.get_label(): line.get_xdata().tolist() for line in axes.lines}
+        assert marks["held-out math"] == [0, 10, 20] and marks["held-out"][0] == 0
+    facts = Card(follower.last, 20, "training").facts()
+    assert facts["held-out math"] == "5.000" and facts["<think> correct"] == "50.0% (40% to 80%)"
 
 
 def test_every_picture_draws_the_loss_smoothed_over_its_raw_values(folder):

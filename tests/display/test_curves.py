@@ -125,9 +125,10 @@ def test_notebook_06_overlays_runs_and_saves_figures(folder, tmp_path):
     given = {"runs": f"{folder / 'run'}, {tmp_path / 'other'}", "by": "token", "output": str(tmp_path / "out")}
     executed, status = run_notebook(ROOT / "notebooks" / "06_loss_curves.ipynb", tmp_path, given)
     assert status["runs"]["run"] == status["runs"]["other"] and status["runs"]["run"]["steps"] == STEPS
-    assert [path.name for path in sorted((tmp_path / "out").glob("*.png"))] == ["health.png", "losses.png", "modes.png"]
+    names = ["answers.png", "health.png", "losses.png", "modes.png"]
+    assert [path.name for path in sorted((tmp_path / "out").glob("*.png"))] == names
     shown = outputs(executed)
-    assert sum("image/png" in data for data in shown) == 3
+    assert sum("image/png" in data for data in shown) == len(names)
     assert any("running, or killed" in data["text/plain"] for data in shown)
 
 

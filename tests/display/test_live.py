@@ -1,6 +1,7 @@
 """The live dashboard, with a stand-in for the training and real kernels."""
 
 import json
+import re
 import time
 from pathlib import Path
 
@@ -79,7 +80,11 @@ def test_the_newest_answers_to_held_out_questions_are_shown(tmp_path):
             None: [Answer(f"<short>{text}", 3, True)] * 3,
         }
         write_answers(tmp_path, step, questions, answers)
-    metrics = record(1, 1) | {"questions": 3, "choice_accuracy": 0.25}
+    scores = {
+        "accuracy": 0.25, "accuracy_low": 0.06, "accuracy_high": 0.61, "well_formed": 0.5, "tokens": 9.5, "cut_off": 1,
+        "loops": 0.125, "thinks": 0.375, "shorts": 0.625,
+    }  # fmt: skip
+    metrics = record(1, 1) | {"questions": 3} | {f"choice_{name}": value for name, value in scores.items()}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(metrics) + "\n")
     book = executed(
         f"import sys; sys.path.insert(0, {str(TESTS)!r})\n"
@@ -91,6 +96,8 @@ def test_the_newest_answers_to_held_out_questions_are_shown(tmp_path):
     assert "early" not in answers["text/html"] and "&lt;b&gt;1 + 3" in answers["text/html"]
     assert "expected: 4" in answers["text/plain"] and answers["text/plain"].count("question: ") == 2
     assert "cut off" in answers["text/plain"] and "✓ correct" in answers["text/plain"]
+    table = ("own choice", "25.0%", "6% to 61%", "50.0%", "1", "12.5%", "9.5", "37.5%", "62.5%")
+    assert re.search(r"\s{2,}".join(map(re.escape, table)), answers["text/plain"]), answers["text/plain"]
     assert "own choice correct 25.0%" in shown[0]["text/plain"]
 
 

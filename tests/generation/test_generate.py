@@ -20,7 +20,6 @@ from rsft_lib.display.model.answers import (
     plot_choices,
     scores_table,
     side_by_side,
-    wilson,
 )
 from rsft_lib.display.model.checkpoint_tables import outputs_table, tensors_table
 from rsft_lib.generation.generate import (
@@ -29,12 +28,14 @@ from rsft_lib.generation.generate import (
     generate,
     generate_modes,
     is_correct,
+    loops,
     obeyed,
     open_speaker,
     score,
     well_formed,
 )
 from rsft_lib.generation.inference_engines import Sampling, open_engine
+from rsft_lib.generation.intervals import wilson
 from rsft_lib.tokenizer.chat import prompt_ids
 from rsft_lib.tokenizer.dialect import QWEN3
 from rsft_lib.tokenizer.patch import load_tokenizer, patch_tokenizer
@@ -188,11 +189,33 @@ def test_a_score_has_accuracy_well_formed_share_and_mean_length():
     right, wrong = Answer("<short>Answer: two", 3, True), Answer("<short>Answer: three", 3, True)
     endless, silent = Answer("<short>Answer: two two", 8, False), Answer("<short>two", 2, True)
     scores = score([right, wrong, endless, silent], ["two"] * 4, "short")
-    assert scores == {"accuracy": 0.25, "well_formed": 0.75, "tokens": 4.0, "cut_off": 1}
+    assert scores == {"accuracy": 0.25, "well_formed": 0.75, "tokens": 4.0, "cut_off": 1, "loops": 0.0}
     half_known = score([right, wrong, endless, silent], ["two", None, None, "two"], "short")
     assert half_known == scores | {"accuracy": 0.5}
     unknown = score([right, wrong, endless, silent], [None] * 4, "short")
     assert unknown == {name: value for name, value in scores.items() if name != "accuracy"}
+
+
+@pytest.mark.parametrize(
+    ("text", "repeated"),
+    [
+        ("<think>\nSo it is two. " + "Wait, let me check that again. " * 4, True),
+        ("<think>\nSo it is two. " * 9 + "Wait, let me check that again. " * 3, False),
+        ("<think>\nSo it is two. " + "Wait, let me check that again. " * 4 + "Wait, le", True),  # cut off anywhere
+        ("<think>\n" + "Wait, let me check that again. " * 9 + "It is two, after all.", False),
+        ("<short>1" + "0" * 64, True),
+        ("<short>1" + "0" * 63, False),
+        ("<short>0, 0, 0, 0, 0, 0, 0, 0", False),
+        ("".join(f"Then {number} follows. " for number in range(100)), False),
+        ("", False),
+    ],
+)
+def test_an_answer_that_ends_in_the_same_passage_again_and_again_loops(text, repeated):
+    assert loops(Answer(text, 9, False)) == loops(Answer(text, 9, True)) == repeated
+    assert (
+        score([Answer(text, 9, False), Answer("<short>Answer: two", 9, True)], [None] * 2, None)["loops"]
+        == repeated / 2
+    )
 
 
 def test_answers_and_references_must_be_equally_many():
@@ -376,7 +399,7 @@ def test_a_very_long_answer_is_shortened_in_the_middle():
 
 def test_scores_and_choices_are_listed_by_mode():
     rows = {row[0]: row[1:] for row in scores_table(ANSWERS, EXPECTED).rows}
-    assert rows["think"][0] == "50.0%" and rows["think"][2:] == (0.5, 1, "9.5", 9, 12)
+    assert rows["think"][0] == "50.0%" and rows["think"][2:] == (0.5, 1, 0, "9.5", 9, 12)
     assert rows["free choice"][0] == "100.0%" and rows["free choice"][2] == 0.5
     assert scores_table(ANSWERS, [None, None]).rows[0][1:3] == ("–", "–")
     assert [row[:3] for row in choices_table(ANSWERS, EXPECTED).rows] == [

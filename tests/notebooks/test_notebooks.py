@@ -22,7 +22,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rsft_lib import demo
 from rsft_lib.checkpoint.run_checkpoints import newest
+from rsft_lib.common.artifact import own_manifest
 from rsft_lib.notebook import run
+from rsft_lib.training.metrics import scan_metrics
 
 NOTEBOOKS = ROOT / "notebooks"
 in_browser = pytest.mark.skipif(bool(missing()), reason=missing())
@@ -60,6 +62,9 @@ def steps(tmp_path_factory) -> SimpleNamespace:
     write_hostile_sources(folder / "sources")
     given = chained(folder)
     given["09_sweep"] = {"project": str(project_to_sweep(folder, given["05_train"]))}
+    more = f"again -> {given['05_train']['eval_data']}"
+    given["05_train"] |= {"save_interval": 3, "keep_best": "eval_again_loss", "eval_more": more}
+    given["07_export_and_generate"]["which"] = "best"
     done = {name: run(NOTEBOOKS / f"{name}.ipynb", folder / "executed", given[name]) for name in given}
     executed, status = ({name: result[i] for name, result in done.items()} for i in (0, 1))
     return SimpleNamespace(folder=folder, given=given, executed=executed, status=status)
@@ -89,8 +94,19 @@ def test_the_notebooks_chain_through_their_folders(steps):
     assert {status["status"] for status in steps.status.values()} == {"done"}
     assert steps.status["02_convert_checkpoint"]["differing_tensors"] == []
     assert steps.status["05_train"]["iteration"] == STEPS
+    first, middle, last = (evaluated(steps.folder / "run")[step] for step in (0, 3, STEPS))
+    assert first["eval_again_loss"] == first["eval_loss"] > last["eval_loss"] and "choice_accuracy_low" in first
+    best = 3 if middle["eval_again_loss"] <= last["eval_again_loss"] else STEPS
+    assert steps.status["05_train"]["best"].startswith(f"step {best}: eval_again_loss")
+    assert own_manifest(steps.folder / "out")["checkpoint"].endswith(f"iter_{best:07d}")
     assert (steps.folder / "curves" / "losses.png").stat().st_size > 10_000
     assert AutoModelForCausalLM.from_pretrained(steps.folder / "out").config.model_type == "qwen2"
+
+
+def evaluated(run: Path) -> dict[int, dict]:
+    """The records of a run by their step, with that before the first."""
+    found = scan_metrics(run)
+    return {record["iteration"]: record for record in (found.start, *found.records)}
 
 
 def test_no_cell_writes_to_stderr(steps, quickstart):

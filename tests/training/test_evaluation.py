@@ -18,7 +18,7 @@ from rsft_lib.checkpoint.convert import convert
 from rsft_lib.checkpoint.export import export
 from rsft_lib.checkpoint.run_checkpoints import newest
 from rsft_lib.data.store import TokenStore
-from rsft_lib.training.metrics import read_metrics
+from rsft_lib.training.metrics import read_metrics, scan_metrics
 
 STEPS, SAMPLES = 12, 60
 
@@ -30,6 +30,7 @@ def inputs(tmp_path_factory) -> Path:
     convert(folder / "hf", folder / "megatron")
     random_store(folder / "train", SAMPLES)
     random_store(folder / "held-out", samples=23, seed=1)
+    random_store(folder / "others", samples=9, seed=2)
     tiny_tokenizer(folder / "tokenizer")
     return folder
 
@@ -80,6 +81,34 @@ def test_held_out_and_test_loss_are_those_of_transformers_over_exactly_the_sampl
     # What is trained has another loss by now, so that nothing could be taken for the other.
     of_trained = by_transformers(model, of_all, trained, how)
     assert all(last[name] != pytest.approx(of_trained, rel=1e-3) for name in ("eval_loss", "test_loss") if name in last)
+
+
+LAYOUTS = {"one rank": (1, {}), "two replicas of two stages": (4, {"pipeline_parallel": 2})}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_held_out_set_has_a_loss_of_its_own_also_before_the_first_step_of_a_new_run(layout, inputs, tmp_path):
+    (nproc, changes), run = LAYOUTS[layout], tmp_path / "run"
+    sets = {"eval_loss": inputs / "held-out", "eval_others_loss": inputs / "others", "eval_same_loss": inputs / "train"}
+    more = ", ".join(f"{name.split('_')[1]} -> {folder}" for name, folder in list(sets.items())[1:])
+    place = {"checkpoint": str(inputs / "megatron"), "data": str(inputs / "train"), "output": str(run)}
+    given = {"eval_data": str(inputs / "held-out"), "eval_more": more, "eval_interval": 2, "eval_iters": 99, "lr": 5e-3}
+    forked.train(settings(**place, **given, train_iters=4, lr_schedule="constant", **changes), nproc)
+    found = scan_metrics(run)
+    assert [record["iteration"] for record in found.records if "eval_others_loss" in record] == [2, 4]
+
+    export(newest(run), inputs / "tokenizer", tmp_path / "out")
+    for folder, record in ((inputs / "hf", found.start), (tmp_path / "out", found.records[-1])):
+        model = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        for name, data in sets.items():
+            store = TokenStore(data)
+            assert record[name] == pytest.approx(by_transformers(model, store, range(len(store)), "token"), rel=1e-5)
+    assert found.start["iteration"] == 0 and "loss" not in found.start and not found.problems
+
+    forked.train(settings(**place, **given, train_iters=5, lr_schedule="constant", **changes), nproc)
+    resumed = scan_metrics(run)
+    assert (resumed.start, resumed.records[:4]) == (found.start, found.records)
+    assert "before the first step" not in (run / "train.log").read_text()
 
 
 def test_an_evaluation_of_a_few_batches_is_of_samples_that_are_not_trained_and_the_same_every_time(inputs, tmp_path):

@@ -22,9 +22,9 @@ from rsft_lib.generation.questions import held_out_questions
 from rsft_lib.launch import start_training
 from rsft_lib.tokenizer.patch import patch_tokenizer
 from rsft_lib.training.config import TrainConfig
-from rsft_lib.training.metrics import read_metrics
+from rsft_lib.training.metrics import read_metrics, scan_metrics
 
-QUESTIONS, LENGTH, STEPS = 5, 10, (2, 3)
+QUESTIONS, LENGTH, STEPS = 5, 10, (0, 2, 3)
 NAMES = {"think": "think", "short": "short", "choice": None}
 
 
@@ -64,10 +64,12 @@ def test_a_model_answers_during_training_as_its_exported_checkpoints_do(inputs, 
     folder, config = inputs
     start_training(replace(config, output=str(tmp_path / "run"), **changes), nproc).wait()
     questions = held_out_questions(folder / "hybrid" / "heldout.jsonl", QUESTIONS)
-    records = {record["iteration"]: record for record in read_metrics(tmp_path / "run")}
+    found = scan_metrics(tmp_path / "run")
+    records = {record["iteration"]: record for record in (found.start, *found.records)}
     assert not any("think_accuracy" in record for step, record in records.items() if step not in STEPS)
     for step in STEPS:
-        export(tmp_path / "run" / f"iter_{step:07d}", folder / "tokenizer", tmp_path / f"hf{step}")
+        checkpoint = tmp_path / "run" / f"iter_{step:07d}" if step else folder / "megatron"
+        export(checkpoint, folder / "tokenizer", tmp_path / f"hf{step}")
         expected = generate_modes(tmp_path / f"hf{step}", questions, [*NAMES.values()], Sampling(LENGTH))
         lines = (tmp_path / "run" / "answers" / f"step_{step:07d}.jsonl").read_text(encoding="utf-8").splitlines()
         written = [json.loads(line) for line in lines]
@@ -78,6 +80,11 @@ def test_a_model_answers_during_training_as_its_exported_checkpoints_do(inputs, 
             assert len(set(texts)) > 1 or name == "short", "the questions should matter"
             for metric, value in score(expected[mode], [q.expected for q in questions], mode).items():
                 assert records[step][f"{name}_{metric}"] == value
+            share = records[step][f"{name}_accuracy"]
+            for end in ("low", "high"):  # Wilson's bounds are the shares that are 1.96 standard errors away
+                bound = records[step][f"{name}_accuracy_{end}"]
+                assert (share - bound) ** 2 == pytest.approx(1.96**2 * bound * (1 - bound) / QUESTIONS, abs=1e-12)
+                assert 0 <= bound <= 1 and (bound <= share if end == "low" else bound >= share)
     assert {path.name for path in (tmp_path / "run").glob(".answers*")} == set()
 
 
@@ -106,18 +113,22 @@ def test_answers_of_steps_that_were_lost_are_removed_when_a_run_resumes(inputs, 
     lost.write_text((answers / "step_0000002.jsonl").read_text())
     (tmp_path / "run" / ".answers.tmp").mkdir()
     start_training(replace(run, train_iters=3), 1).wait()
-    assert sorted(path.name for path in answers.iterdir()) == [f"step_000000{step}.jsonl" for step in (1, 2, 3)]
+    assert sorted(path.name for path in answers.iterdir()) == [f"step_000000{step}.jsonl" for step in (0, 1, 2, 3)]
     assert not (tmp_path / "run" / ".answers.tmp").exists()
     assert newest_answers(tmp_path / "run", 2)[0] == 3
 
 
-def test_without_memory_for_answers_the_training_goes_on(inputs, tmp_path):
+@pytest.mark.parametrize("most", [32, 0], ids=["in smaller batches", "without them"])
+def test_without_memory_for_answers_the_training_goes_on(inputs, tmp_path, most):
     _, config = inputs
     code = (
         "import sys, torch\nfrom pathlib import Path\nfrom rsft_lib.training import live_answers, train\n"
         "from rsft_lib.training.config import TrainConfig\n"
-        "def generate_modes(*given, **more): raise torch.OutOfMemoryError('CUDA out of memory')\n"
-        "live_answers.generate_modes = generate_modes\n"
+        "load = live_answers.open_speaker\n"
+        "def open_speaker(model, engine, batch_size, dialect):\n"
+        f"    if batch_size > {most}: raise torch.OutOfMemoryError('CUDA out of memory')\n"
+        "    return load(model, engine, batch_size, dialect)\n"
+        "live_answers.open_speaker = open_speaker\n"
         "train.run(TrainConfig.from_file(Path(sys.argv[1])))\n"
     )
     run = replace(config, output=str(tmp_path / "run"), global_batch_size=1)
@@ -126,5 +137,6 @@ def test_without_memory_for_answers_the_training_goes_on(inputs, tmp_path):
     command = [sys.executable, "-c", code, str(tmp_path / "config.json")]
     done = subprocess.run(command, env=os.environ | rank, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "step 2: held-out questions were not answered" in done.stdout
-    assert ["think_accuracy" in record for record in read_metrics(tmp_path / "run")] == [False] * 3
+    assert ("step 2: held-out questions were not answered" in done.stdout) == (most == 0)
+    answered = ["think_accuracy" in record for record in read_metrics(tmp_path / "run")]
+    assert answered == ([False, True, True] if most else [False] * 3)

@@ -25,6 +25,7 @@ from rsft_lib.common.artifact import MANIFEST, new_folder
 from rsft_lib.common.hashing_writer import HashedFile
 from rsft_lib.common.locks import locked
 from rsft_lib.launch.local import LocalJob
+from rsft_lib.training.best import chosen_checkpoint
 from rsft_lib.training.metrics import MetricsWriter, read_metrics
 from rsft_lib.training.retention import remove_leftovers, remove_old
 from rsft_lib.training.run_folder import read_ended
@@ -274,6 +275,51 @@ def test_a_run_that_was_killed_between_its_last_save_and_the_removal_of_older_on
     assert steps(output) == [STEPS // 2, STEPS]
     same(run(inputs, output, keep_last=1), straight[1])
     assert steps(output) == [STEPS]
+
+
+@pytest.mark.parametrize(
+    ("metric", "kept"),
+    [("eval_loss", [3, 6]), ("choice_accuracy", [4, 6]), ("eval_math_loss", [2, 6]), ("test_loss", [6]), ("", [6])],
+)
+def test_the_best_checkpoint_is_kept_besides_the_last(tmp_path, metric, kept):
+    losses, shares = (5.0, 4.0, 1.0, 2.0, 1.0, 3.0), (0.0, 0.25, 0.5, 0.75, 0.75, 0.5)
+    writer = MetricsWriter(tmp_path, 0)
+    writer.write(iteration=0, eval_loss=0.5, choice_accuracy=1.0)  # of no checkpoint
+    for step, (loss, share) in enumerate(zip(losses, shares, strict=True), start=1):
+        more = {"eval_math_loss": 0.5} if step == 2 else {}
+        writer.write(iteration=step, loss=0.1, eval_loss=loss, choice_accuracy=share, **more)
+        empty_checkpoint(tmp_path, step)
+        remove_old(tmp_path, step, keep_last=1, keep_every=0, keep_best=metric)
+    assert steps(tmp_path) == kept
+
+
+def test_a_run_keeps_its_best_checkpoint_through_a_resume_and_exports_it_by_name(inputs, tmp_path):
+    given = {"eval_interval": 1, "save_interval": 1, "lr_schedule": "constant", "warmup_fraction": 0.0, "lr": 2e-2}
+    everything = run(inputs, tmp_path / "all", **given)
+    losses = {record["iteration"]: record["eval_loss"] for record in everything}
+    best = min(losses, key=losses.__getitem__)
+    assert best < STEPS, "the best should not be the last one"
+    for train_iters in (best + 1, STEPS):  # the second one resumes
+        run(inputs, tmp_path / "run", **given, keep_last=1, keep_best="eval_loss", train_iters=train_iters)
+        assert steps(tmp_path / "run") == [best, train_iters]
+    found, expected = (all_tensors(folder / f"iter_{best:07d}") for folder in (tmp_path / "run", tmp_path / "all"))
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+    assert chosen_checkpoint(tmp_path / "run", "best") == tmp_path / "run" / f"iter_{best:07d}"
+    assert chosen_checkpoint(tmp_path / "run", "last") == tmp_path / "run" / f"iter_{STEPS:07d}"
+    job = LocalJob(tmp_path / "run", 0, "", None, train_iters=STEPS, on_interrupt="stop", patience=1)
+    assert job.outcome()["best"] == f"step {best}: eval_loss {losses[best]:.4g}"
+    with pytest.raises(ValueError, match="trained without keep_best"):
+        chosen_checkpoint(tmp_path / "all", "best")
+    with pytest.raises(ValueError, match="which is 'first'; choose last or best"):
+        chosen_checkpoint(tmp_path / "run", "first")
+
+
+def test_a_metric_that_no_evaluation_has_is_refused_before_the_first_step(inputs, tmp_path):
+    with pytest.raises(
+        RuntimeError, match="keep_best is 'eval_math_loss', which no evaluation has; they have eval_loss"
+    ):
+        run(inputs, tmp_path / "run", keep_best="eval_math_loss")
+    assert not read_metrics(tmp_path / "run")
 
 
 def theirs(run: Path, straight: Path) -> dict[Path, bytes]:

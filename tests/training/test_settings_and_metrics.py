@@ -91,6 +91,15 @@ def test_every_setting_is_documented_and_the_training_notebook_has_it_as_a_param
         ),
         ({"keep_every": 5}, "keep_every=5 is not a multiple of save_interval=1000"),
         ({"keep_every": 2000}, "keep_every needs keep_last"),
+        ({"keep_best": "loss"}, "keep_best is 'loss'; it must be a held-out loss such as 'eval_loss'"),
+        ({"keep_best": "think_tokens"}, "keep_best is 'think_tokens'; it must be"),
+        ({"keep_best": "choice_accuracy"}, "keep_best=choice_accuracy needs eval_generate_every, which is 0"),
+        (
+            {"keep_best": "eval_math_loss", "save_interval": 250},
+            "save_interval=250 is not a multiple of eval_interval=100: checkpoints would have no eval_math_loss",
+        ),
+        ({"eval_more": "a folder"}, "expected `this -> that`"),
+        ({"eval_more": "my set -> a folder"}, "eval_more has the name 'my set'; use letters, digits, - and _"),
         ({"split": "9,1"}, "split is '9,1'; it must be three numbers"),
     ],
 )
@@ -231,7 +240,7 @@ def test_tensorboard_and_wandb_receive_the_metrics_and_continue_after_a_resume(t
         for writer in writers:
             writer.write(iteration=iteration + 1, loss=2.0, samples_sha256="0f")
             writer.close()
-    assert calls[:2] == [("tensorboard", 1), ("loss", 2.0, 1)]
+    assert calls[:2] == [("tensorboard", 0), ("loss", 2.0, 1)]
     assert ("tensorboard", 6) in calls and ("loss", 2.0, 6) in calls
     assert ({"loss": 2.0, "samples_sha256": "0f"}, 6) in calls
     assert asked == [(None, "allow"), ("abc", "allow")]

@@ -10,11 +10,13 @@ from pathlib import Path
 import ipywidgets
 from IPython.display import display
 
+from rsft_lib.display.html import Table
 from rsft_lib.display.live.kernel_events import process_widget_events, somebody_looks
 from rsft_lib.display.live.live_output import LiveOutput, png
 from rsft_lib.display.live.metrics_tail import Follower
 from rsft_lib.display.live.run_card import LOG_LINES, Card, duration, log_end, plot_live
 from rsft_lib.display.model.answers import SideBySide
+from rsft_lib.display.runs.live_answers import newest_table
 from rsft_lib.generation.answer_files import newest_answers
 from rsft_lib.training.run_folder import STOPPING, how_it_ended
 
@@ -119,8 +121,8 @@ class LiveRun:
         if self.state not in (STARTS, "training") or not self.run.last:
             return None
         (began, first), (now, last) = (self.pace[0], self.pace[-1]) if self.pace else ((0.0, 0), (0.0, 0))
-        seconds = (now - began) / (last - first) if last > first else self.run.last["seconds"]
-        return seconds * (self.train_iters - self.run.last["iteration"])
+        seconds = (now - began) / (last - first) if last > first else self.run.last.get("seconds")
+        return None if seconds is None else seconds * (self.train_iters - self.run.last["iteration"])
 
     def _card(self) -> dict:
         state = f"{self.state} ({self.job.state})" if self.state == STARTS else self.state
@@ -135,16 +137,16 @@ class LiveRun:
         return {"image/png": png(plot_live(self.run, self.train_iters)), "text/plain": text}
 
     def _answers(self) -> dict:
-        """The newest answers to the first held-out questions."""
+        """The scores of the newest answers to held-out questions, and the first of these answers."""
         step, asked = newest_answers(Path(self.job.folder), SAMPLES)
-        cards, head = [SideBySide(*one) for one in asked], f"held-out questions, answered after step {step:,}"
-        html = "".join(card._repr_html_() for card in cards)
-        return {"text/html": f"<b>{head}</b>{html}", "text/plain": "\n\n".join([head, *map(repr, cards)])}
+        shown: list[Table | SideBySide] = [newest_table(self.run.last, step), *(SideBySide(*one) for one in asked)]
+        html = "".join(one._repr_html_() for one in shown)
+        return {"text/html": html, "text/plain": "\n\n".join(map(repr, shown))}
 
     def _print(self) -> None:
         """Print a line at intervals, for logs, where outputs cannot be updated."""
         done = self.run.last["iteration"]
-        if self.interactive:
+        if self.interactive or not done:
             return
         if self.run.alarm_count > self.alarms and self.printed_alarms < LINES:
             self.alarms, self.printed_alarms = self.run.alarm_count, self.printed_alarms + 1

@@ -5,7 +5,7 @@ from array import array
 from collections import deque
 from pathlib import Path
 
-from rsft_lib.display.metric_styles import CHOICES, LOSSES
+from rsft_lib.display.metric_styles import CHOICES, LOSSES, held_out_sets
 from rsft_lib.training.metrics import FILE, parse
 
 DRAWN = (*LOSSES, "eval_loss", *CHOICES)
@@ -13,7 +13,8 @@ ALARMS = 3  # most recent alarms kept
 
 
 class Follower:
-    """Metrics of a run: `last` has the newest value of each, `lines` all steps and values of those in DRAWN."""
+    """Metrics of a run: `last` has the newest value of each, `lines` all steps and values of those in DRAWN, and of the
+    losses on held-out data."""
 
     def __init__(self, folder: str | Path):
         self.path = Path(folder) / FILE
@@ -63,6 +64,8 @@ class Follower:
         file.seek(self._offset)
 
     def _add(self, record: dict) -> None:
+        for name in held_out_sets(record).values():
+            self.lines.setdefault(name, (array("d"), array("d")))
         self.last |= {name: value for name, value in record.items() if value is not None}
         for name, (steps, values) in self.lines.items():
             if record.get(name) is not None:

@@ -3,14 +3,15 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from rsft_lib.display.html import BLOCK, FAINT, PANEL, escaped, inert, one_line, tint, warning
+from rsft_lib.display.html import BLOCK, FAINT, PANEL, caption, escaped, inert, one_line, tint, warning
 from rsft_lib.display.live.metrics_tail import Follower
-from rsft_lib.display.metric_styles import CHOICES, LOSSES, METRICS
+from rsft_lib.display.metric_styles import CHOICES, LOSSES, MARKERS, METRICS, held_out_sets
 from rsft_lib.display.plot_style import NEUTRAL, draw_smoothed, finished, plain_numbers, thinned, tidy
 
 LOG_LINES, LOG_WIDTH = 6, 160  # shown of the end of the log
@@ -48,15 +49,22 @@ class Card:
         """Labels and formatted values of the newest record."""
         shown = {
             "loss": ("loss", ".3f"), "<think>": ("loss_mode_think", ".3f"), "<short>": ("loss_mode_short", ".3f"),
-            "held-out": ("eval_loss", ".3f"), "P(<think>) if think": ("p_think_when_think", ".1%"),
-            "if short": ("p_think_when_short", ".1%"), "tokens/s": ("tokens_per_second", ",.0f"), "MFU": ("mfu", ".1%"),
+            **{name: (metric, ".3f") for name, metric in held_out_sets(self.record).items()},
+            "P(<think>) if think": ("p_think_when_think", ".1%"), "if short": ("p_think_when_short", ".1%"),
+            "tokens/s": ("tokens_per_second", ",.0f"), "MFU": ("mfu", ".1%"),
             "memory, GiB": ("memory_gib", ".1f"), "grad norm": ("grad_norm", ".2f"), "lr": ("lr", ".2e"),
             "epoch": ("epoch", ".2f"), "<think> correct": ("think_accuracy", ".1%"),
             "<short> correct": ("short_accuracy", ".1%"), "own choice correct": ("choice_accuracy", ".1%"),
             "chooses <think>": ("choice_thinks", ".1%"), "correct": ("answer_accuracy", ".1%"),
         }  # fmt: skip
         values = {name: (self.record.get(key), form) for name, (key, form) in shown.items()}
-        return {name: format(value, form) for name, (value, form) in values.items() if value is not None}
+        found = {name: format(value, form) for name, (value, form) in values.items() if value is not None}
+        return {name: text + self._interval(shown[name][0]) for name, text in found.items()}
+
+    def _interval(self, metric: str) -> str:
+        """The 95 % interval of a metric, if it has one."""
+        low, high = (self.record.get(f"{metric}_{end}") for end in ("low", "high"))
+        return "" if low is None or high is None else f" ({low:.0%} to {high:.0%})"
 
     def __repr__(self) -> str:
         lines = [self.head, "   ".join(f"{name} {value}" for name, value in self.facts().items())]
@@ -117,9 +125,10 @@ def plot_live(run: Follower, train_iters: int) -> Figure:
     figure = plt.figure(figsize=(11, 3.4), layout="constrained")
     losses, *choices = figure.subplots(1, 1 + modes, width_ratios=(3, 2)[: 1 + modes], squeeze=False).flat
     _draw(losses, run, LOSSES, raw=True)
-    steps, values = run.lines["eval_loss"]
-    if steps:
-        losses.plot(*thinned(steps, values), "o", color=NEUTRAL, markersize=4, label="held-out", clip_on=False)
+    for (name, metric), marker in zip(held_out_sets(run.lines).items(), cycle(MARKERS), strict=False):
+        values, label = thinned(*run.lines[metric]), caption(name)
+        if len(values[0]):
+            losses.plot(*values, marker, color=NEUTRAL, markersize=4, label=label, clip_on=False)
     losses.set_yscale("log")
     plain_numbers(losses)
     losses.set_title("loss per trained token" + ", by mode" * modes, loc="left")

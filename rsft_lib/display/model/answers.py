@@ -17,7 +17,8 @@ from rsft_lib.display.html import BLOCK, FAINT, PANEL, Table, caption, escaped, 
 from rsft_lib.display.mask.sample import COLOR, chip
 from rsft_lib.display.plot_style import NEUTRAL, finished
 from rsft_lib.display.stacked_bars import LOOK
-from rsft_lib.generation.generate import Answer, chosen_mode, count_correct, is_correct, obeyed, well_formed
+from rsft_lib.generation.generate import Answer, chosen_mode, count_correct, is_correct, loops, obeyed, well_formed
+from rsft_lib.generation.intervals import wilson
 from rsft_lib.tokenizer.dialect import END_THINK, MODES, THINK
 
 SHOWN = 3000  # most characters shown of a text, half of them from its end
@@ -65,6 +66,8 @@ class SideBySide:
             notes.append("…" if self.writing else "cut off")
         elif not well_formed(answer, mode):
             notes.append("not well-formed")
+        if loops(answer):
+            notes.append("loops")
         return " · ".join(notes)
 
 
@@ -80,7 +83,8 @@ def side_by_side(questions: Sequence[str], answers: Answers, number: int, expect
 
 
 def scores_table(answers: Answers, expected: Sequence[str | None]) -> Table:
-    """Accuracy with its 95 % Wilson interval, share of well-formed answers, how many were cut off, lengths; by mode."""
+    """Accuracy with its 95 % Wilson interval, share of well-formed answers, how many were cut off and how many loop,
+    lengths; by mode."""
     rows = []
     for mode, given in answers.items():
         right, known = count_correct(given, expected)
@@ -89,10 +93,10 @@ def scores_table(answers: Answers, expected: Sequence[str | None]) -> Table:
         rows.append((
             _name(mode), f"{right / known:.1%}" if known else "–", f"{low:.0%} to {high:.0%}" if known else "–",
             np.mean([well_formed(a, mode) for a in given]).item(),
-            sum(not a.ended for a in given), f"{lengths.mean():,.1f}", int(np.median(lengths)),
-            int(lengths.max()),
+            sum(not a.ended for a in given), sum(map(loops, given)), f"{lengths.mean():,.1f}",
+            int(np.median(lengths)), int(lengths.max()),
         ))  # fmt: skip
-    columns = ("mode", "accuracy", "95 % interval", "well-formed", "cut off", "tokens, mean", "median", "max")
+    columns = ("mode", "accuracy", "95 % interval", "well-formed", "cut off", "loops", "tokens, mean", "median", "max")
     return Table(f"answers to {len(given):,} questions", columns, rows)
 
 
@@ -179,15 +183,6 @@ def plot_choices(answers: Answers, expected: Sequence[str | None], difficulty: S
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     return finished(figure)
-
-
-def wilson(correct: int, count: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share, https://doi.org/10.1080/01621459.1927.10502953; (0, 1) if `count` is 0."""
-    if not count:
-        return 0.0, 1.0
-    z, share = 1.96, correct / count
-    middle, width = share + z**2 / (2 * count), z * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
-    return float((middle - width) / (1 + z**2 / count)), float((middle + width) / (1 + z**2 / count))
 
 
 def _draw_cost(

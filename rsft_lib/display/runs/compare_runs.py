@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from rsft_lib.common.paths import resolve
 from rsft_lib.common.temporary import new_file
 from rsft_lib.display.html import Table, caption
-from rsft_lib.display.metric_styles import EXPERTS, HEALTH, METRICS, ONE_MODE
+from rsft_lib.display.metric_styles import EXPERTS, HEALTH, MARKERS, METRICS, ONE_MODE, SIGNS, held_out_sets
 from rsft_lib.display.plot_style import NEUTRAL, draw_smoothed, finished, line_style, plain_numbers, thinned, tidy
 from rsft_lib.display.runs.csv_curve import LINES, Published
 from rsft_lib.display.runs.runs import BY, Run
@@ -36,15 +36,21 @@ def plot_losses(
     """
     _check(by, smoothing)
     figure, axes = plt.subplots(figsize=(11, 5.2), layout="constrained")
+    names = [*held_out_sets(name for run in runs for name in run.columns)]
     for number, run in enumerate(runs):
         _draw(axes, run, "loss", by, smoothing, number)
+        for name, metric in held_out_sets(run.columns).items():
+            style = {"marker": MARKERS[names.index(name) % len(MARKERS)], "color": line_style(number)["color"]}
+            axes.plot(*thinned(*run.line(metric, by)), linestyle="", markersize=4, **style)
         for x in _alarms(run, by):
             axes.plot(x, 1, "v", color=line_style(number)["color"], transform=axes.get_xaxis_transform(), clip_on=False)
     if published:
         _draw_published(axes, published, by, smoothing)
     axes.set_yscale("log")
     plain_numbers(axes)
-    _finish(figure, {axes: "loss per trained token (line: smoothed; faint: raw; dots: held-out; ▼: alarm)"}, runs, by)
+    marks = ", ".join(f"{SIGNS[number % len(SIGNS)]} {name}" for number, name in enumerate(names)) or "no held-out data"
+    title = caption(f"loss per trained token (line: smoothed; faint: raw; {marks}; ▼ alarm)")
+    finish(figure, {axes: title}, runs, by)
     return figure
 
 
@@ -58,7 +64,7 @@ def plot_modes(runs: list[Run], by: str = "step", smoothing: float = 0.9) -> Fig
     if all(run.of_one_mode for run in runs):
         figure, axes = plt.subplots(1, len(ONE_MODE), figsize=(11, 3.9), layout="constrained")
         _draw_each(axes, ONE_MODE, runs, by, smoothing)
-        _finish(figure, dict(zip(axes, map(_title, ONE_MODE), strict=True)), runs, by)
+        finish(figure, dict(zip(axes, map(_title, ONE_MODE), strict=True)), runs, by)
         return figure
     figure, axes = plt.subplots(2, 2, figsize=(11, 7.4), layout="constrained")
     *losses, choice = axes.flat
@@ -69,7 +75,7 @@ def plot_modes(runs: list[Run], by: str = "step", smoothing: float = 0.9) -> Fig
             draw_smoothed(choice, *run.line(metric, by), smoothing, raw=False, **style)
     choice.set_ylim(-0.03, 1.03)
     title = "P(<think>) for <think> samples (strong) and <short> samples (faint)"
-    _finish(figure, dict(zip(axes.flat, [*map(_title, MODES), title], strict=True)), runs, by)
+    finish(figure, dict(zip(axes.flat, [*map(_title, MODES), title], strict=True)), runs, by)
     return figure
 
 
@@ -90,7 +96,7 @@ def plot_health(runs: list[Run], by: str = "step", smoothing: float = 0.9) -> Fi
             place.set_ylim(bottom=0)
     for place in axes.flat[len(panels) :]:
         place.remove()
-    _finish(figure, dict(zip(axes.flat, map(_title, panels), strict=False)), runs, by)
+    finish(figure, dict(zip(axes.flat, map(_title, panels), strict=False)), runs, by)
     return figure
 
 
@@ -129,10 +135,11 @@ def _draw_each(panels: Iterable[Axes], metrics: list[str], runs: list[Run], by: 
 
 
 def _draw(axes: Axes, run: Run, metric: str, by: str, smoothing: float, number: int) -> None:
-    """A metric of a run, and its values on held-out data as dots."""
+    """A metric of a run, and its values on held-out data as dots; those of the loss itself have marks by their set."""
     style = line_style(number)
     draw_smoothed(axes, *run.line(metric, by), smoothing, **style)
-    axes.plot(*thinned(*run.line(f"eval_{metric}", by)), "o", color=style["color"], markersize=4)
+    if metric != "loss":
+        axes.plot(*thinned(*run.line(f"eval_{metric}", by)), "o", color=style["color"], markersize=4)
 
 
 def _draw_published(axes: Axes, published: Published, by: str, smoothing: float) -> None:
@@ -150,7 +157,7 @@ def _alarms(run: Run, by: str) -> Iterable[float]:
     return run.x(by)[np.isin(run.columns["iteration"], run.alarms)]
 
 
-def _finish(figure: Figure, titles: dict[Axes, str], runs: list[Run], by: str) -> None:
+def finish(figure: Figure, titles: dict[Axes, str], runs: list[Run], by: str) -> None:
     """Set titles, axes, and one legend below all panels."""
     for axes, title in titles.items():
         axes.set_title(title, loc="left", fontsize="medium")

@@ -1,5 +1,6 @@
 """One run: its curves as a figure, and a text summary, from `metrics.jsonl`; `compare_runs` plots several runs."""
 
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -7,8 +8,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rsft_lib.common.paths import require_path
-from rsft_lib.display.metric_styles import ANSWERS, BY_MODE, BY_SPAN, CHOICES, METRICS, ONE_MODE
+from rsft_lib.display.html import caption
+from rsft_lib.display.metric_styles import (
+    ANSWERS,
+    BY_MODE,
+    BY_SPAN,
+    CHOICES,
+    MARKERS,
+    METRICS,
+    ONE_MODE,
+    TOKENS,
+    held_out_sets,
+)
 from rsft_lib.display.plot_style import BLUE, ORANGE, PINK, draw_smoothed, finished, plain_numbers, thinned, tidy
+from rsft_lib.display.runs.live_answers import draw_interval
 from rsft_lib.display.runs.runs import Run, open_run
 from rsft_lib.tokenizer.dialect import MODES
 from rsft_lib.training.metrics import read_metrics
@@ -45,7 +58,12 @@ def plot_curves(run: str | Path, smoothing: float = 0.9) -> Figure:
     _draw(next(places), opened, "lr", 0)
     _draw(next(places), opened, "tokens_per_second", smoothing, note=_mfu(opened))
     if answered:
-        _draw_lines(next(places), opened, ANSWERS, "held-out questions: correct answers", 0)
+        axes_of_answers = next(places)
+        _draw_lines(axes_of_answers, opened, ANSWERS, "held-out questions: correct answers, 95 % intervals", 0)
+        for metric in ANSWERS:
+            draw_interval(axes_of_answers, opened, metric, "step", METRICS[metric].color)
+        if not opened.of_one_mode:  # a free place
+            _draw_lines(next(places), opened, TOKENS, "held-out questions: tokens per answer, mean", 0)
     for empty in places:
         empty.remove()
     for place in axes[0]:
@@ -88,11 +106,11 @@ def _choice(record: dict) -> list[str]:
 
 
 def _draw_loss(axes: Axes, run: Run, smoothing: float) -> None:
-    """Training loss, held-out loss as dots, and a vertical line for each of the last alarms."""
+    """Training loss, held-out losses as marks, and a vertical line for each of the last alarms."""
     _draw(axes, run, "loss", smoothing)
-    steps, values = run.line("eval_loss", "step")
-    if len(steps):
-        axes.plot(*thinned(steps, values), "o--", color=ORANGE, label="held-out", markersize=4)
+    for (name, metric), marker in zip(held_out_sets(run.columns).items(), cycle(MARKERS), strict=False):
+        values = thinned(*run.line(metric, "step"))
+        axes.plot(*values, f"{marker}--", color=ORANGE, label=caption(name), markersize=4)
     for step in run.alarms[-50:]:
         axes.axvline(step, color=PINK, linestyle=":", linewidth=1)
     axes.legend(fontsize="small", edgecolor="none")

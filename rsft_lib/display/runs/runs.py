@@ -11,6 +11,7 @@ import numpy as np
 from rsft_lib.common.paths import require_path, resolve
 from rsft_lib.display.html import Table
 from rsft_lib.display.live.run_card import duration
+from rsft_lib.display.metric_styles import held_out_sets
 from rsft_lib.training.metrics import FILE, scan_metrics
 from rsft_lib.training.run_folder import CONFIG, how_it_ended, read_record
 
@@ -23,7 +24,10 @@ PATTERN = re.compile(r"[*?[]")
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder: `columns` has float64 [steps] for each metric, NaN where a step lacks it."""
+    """A run folder: `columns` has float64 [steps] for each metric, NaN where a step lacks it.
+
+    Step 0 is among them if the model was evaluated before the first.
+    """
 
     name: str
     folder: Path
@@ -35,7 +39,7 @@ class Run:
     """Messages about unreadable files or lines."""
 
     def __len__(self) -> int:
-        return len(self.columns["iteration"])
+        return int(np.count_nonzero(self.columns["iteration"]))
 
     @property
     def of_one_mode(self) -> bool:
@@ -51,12 +55,12 @@ class Run:
         if by == "step":
             return steps
         if by == "token":
-            return np.cumsum(self.column("trained_tokens"))
-        return np.cumsum(self.column("seconds")) / 60
+            return np.nancumsum(self.column("trained_tokens"))
+        return np.nancumsum(self.column("seconds")) / 60
 
     def column(self, metric: str) -> np.ndarray:
         """A metric, float64 [steps]; all NaN if no step has it."""
-        return self.columns.get(metric, np.full(len(self), np.nan))
+        return self.columns.get(metric, np.full_like(self.columns["iteration"], np.nan))
 
     def line(self, metric: str, by: str) -> tuple[np.ndarray, np.ndarray]:
         """(x, values) of the steps that have the metric."""
@@ -119,6 +123,7 @@ def open_run(folder: Path, name: str) -> Run:
     if not records:
         why = "; ".join(problems) or "train first (notebook 05_train)"
         raise ValueError(f"{folder} has no metrics yet: {why}")
+    records = [scan.start, *records] if scan.start else records
     metrics = {key for record in records for key, value in record.items() if isinstance(value, int | float)}
     columns = {key: np.array([_number(record.get(key)) for record in records]) for key in metrics}
     alarms = [record["iteration"] for record in records if record.get("alarms")]
@@ -149,6 +154,19 @@ def runs_table(runs: list[Run]) -> Table:
     )  # fmt: skip
     note = "; ".join(f"{run.name}: {problem}" for run in runs for problem in run.problems)
     return Table("runs", columns, rows, note)
+
+
+def held_out_table(runs: list[Run]) -> Table:
+    """The loss on each held-out set: before the first step, at its lowest, and in the last evaluation."""
+    rows = []
+    for run in runs:
+        for name, metric in held_out_sets(run.columns).items():
+            steps, values = run.line(metric, "step")
+            best = int(values.argmin())
+            before = f"{values[0]:.3f}" if steps[0] == 0 else MISSING
+            rows.append((run.name, name, before, f"{values[best]:.3f} at {steps[best]:,.0f}", f"{values[-1]:.3f}"))
+    columns = ("run", "held-out data", "loss before the first step", "lowest", "last")
+    return Table("held-out losses" if rows else "no run was evaluated on held-out data", columns if rows else (), rows)
 
 
 def differences_table(runs: list[Run]) -> Table:
