@@ -17,9 +17,19 @@ from pathlib import Path
 import yaml
 
 from rsft_lib.chain.parameters import read_yaml
-from rsft_lib.chain.project_file import NOTEBOOKS, Project, locate, notebook_file, notebook_number, open_project
+from rsft_lib.chain.project_file import (
+    BUILD,
+    NOTEBOOKS,
+    PAIRS,
+    SWEEP,
+    Project,
+    locate,
+    notebook_file,
+    notebook_number,
+    open_project,
+)  # fmt: skip
 from rsft_lib.chain.report import write_report
-from rsft_lib.chain.steps import Chain, state
+from rsft_lib.chain.steps import Chain, state, taken
 from rsft_lib.common.cores import usable_cores
 from rsft_lib.common.locks import locked
 from rsft_lib.common.paths import project_root, require_path, resolve
@@ -28,7 +38,7 @@ from rsft_lib.data.records import source_of
 from rsft_lib.display.html import Table
 from rsft_lib.notebook import run as run_notebook
 
-LAST = "08_loss_lab"  # a sweep (09) trains again and again, so it is run only when asked for
+LAST = "08_loss_lab"  # a sweep (09) trains again and again, so it is run only when asked for; 10 if 03 needs it
 LONGEST = 16_384  # positions per pack of a new project, if its model can have as many
 HEAD = """\
 # Any parameter of a notebook can be set here, in a section with the notebook's name.
@@ -37,7 +47,16 @@ HEAD = """\
 """
 
 
-def new(project: str, model: str, long: str = "", short: str = "", *, hybrid: str = "", seq_length: int = 0) -> Path:
+def new(
+    project: str,
+    model: str,
+    long: str = "",
+    short: str = "",
+    *,
+    hybrid: str = "",
+    questions: str = "",
+    seq_length: int = 0,
+) -> Path:
     """Begin a project: write its file, which can be edited.
 
     Args:
@@ -45,6 +64,7 @@ def new(project: str, model: str, long: str = "", short: str = "", *, hybrid: st
         model: Hugging Face model folder, or name on the Hub.
         long, short: data files, or names on the Hub; without `short`, short answers are cut from the long ones.
         hybrid: one dataset, with or without modes, instead of `long` and `short`.
+        questions: questions with known answers, if there are no such data: notebook 10 has the model answer them.
         seq_length: positions per pack; by default as many as the model has, at most 16,384.
 
     Returns:
@@ -60,16 +80,17 @@ def new(project: str, model: str, long: str = "", short: str = "", *, hybrid: st
         raise ValueError(f"project is {project!r}; a name has letters, digits, '.', '_' and '-' only")
     if place.file.exists():
         raise FileExistsError(f"{place.file} exists: edit it, or choose another name")
-    if not (long or hybrid):
-        raise ValueError("there is no data; give long and short, or hybrid")
+    if not (long or hybrid or questions):
+        raise ValueError("there is no data; give long and short, hybrid, or questions")
     data = {name: _place(value) for name, value in (("long", long), ("short", short), ("hybrid", hybrid)) if value}
-    for name, value in data.items():
+    asked = {PAIRS: {"questions": _place(questions)}} if questions else {}
+    for name, value in (data | asked.get(PAIRS, {})).items():
         source_of(value, name)
     place.file.parent.mkdir(parents=True, exist_ok=True)
     shared = {"model": _model(model), **data, "seq_length": seq_length or _positions(model), "nproc": _ranks()}
-    training = {"05_train": {"epochs": 3.0, "global_batch_size": 16}}
+    sections = {"05_train": {"epochs": 3.0, "global_batch_size": 16}} | asked
     with new_file(place.file) as file:
-        file.write(HEAD + yaml.safe_dump(shared, sort_keys=False, allow_unicode=True) + "\n" + yaml.safe_dump(training))
+        file.write(HEAD + yaml.safe_dump(shared, sort_keys=False, allow_unicode=True) + "\n" + yaml.safe_dump(sections))
     return place.file
 
 
@@ -113,7 +134,8 @@ def run(project: str, first: str = NOTEBOOKS[0], last: str = LAST) -> tuple[Path
         RuntimeError: a notebook failed.
         ValueError: there is no such project or notebook, or an earlier notebook has to be run first.
     """
-    opened, names = open_project(project), NOTEBOOKS[notebook_number(first) : notebook_number(last) + 1]
+    opened = open_project(project)
+    names = _to_run(opened, first, last)
     os.chdir(project_root())  # where relative paths of a project start
     executed = opened.folder / "executed"
     executed.mkdir(parents=True, exist_ok=True)
@@ -125,7 +147,18 @@ def run(project: str, first: str = NOTEBOOKS[0], last: str = LAST) -> tuple[Path
     return report, hint
 
 
-def _stopped(project: Project, names: tuple[str, ...], executed: Path) -> Iterator[str]:
+def _to_run(project: Project, first: str, last: str) -> list[str]:
+    """The notebooks from first to last; 10 before 03 if that takes the pairs, 09 only if it is one of these two."""
+    names = list(NOTEBOOKS[notebook_number(first) : notebook_number(last) + 1])
+    names = [name for name in names if name != SWEEP or name in (names[0], names[-1])]
+    known = {name for name, value in project.parameters[BUILD].items() if value}
+    if BUILD in names and project.parameters[PAIRS].get("questions") and "hybrid" in taken(BUILD, known):
+        names = [name for name in names if name != PAIRS]
+        names.insert(names.index(BUILD), PAIRS)
+    return names
+
+
+def _stopped(project: Project, names: list[str], executed: Path) -> Iterator[str]:
     """Run what is not done; yields how to resume where a notebook was stopped."""
     for name in names:
         found = state(project, name)
@@ -160,6 +193,7 @@ def main() -> int:
     for name in ("long", "short"):
         begin.add_argument(name, nargs="?", default="")
     begin.add_argument("--hybrid", default="")
+    begin.add_argument("--questions", default="")
     begin.add_argument("--seq-length", type=int, default=0)
     chain = commands.add_parser("run", help="run the notebooks that are not done, and write a report")
     chain.add_argument("project")

@@ -18,6 +18,7 @@ from rsft_lib.chain.project_file import NOTEBOOKS as CHAIN
 NOTEBOOKS = [
     "00_quickstart", "01_patch_tokenizer", "02_convert_checkpoint", "03_build_dataset",
     "04_tokenize_and_inspect", "05_train", "06_loss_curves", "07_export_and_generate", "08_loss_lab", "09_sweep",
+    "10_make_pairs",
 ]  # fmt: skip
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 PYTHONS = ("3.11", "3.12", "3.13")

@@ -20,16 +20,16 @@ from rsft_lib.common.paths import project_root, resolve
 
 NOTEBOOKS = (
     "01_patch_tokenizer", "02_convert_checkpoint", "03_build_dataset", "04_tokenize_and_inspect", "05_train",
-    "06_loss_curves", "07_export_and_generate", "08_loss_lab", "09_sweep",
+    "06_loss_curves", "07_export_and_generate", "08_loss_lab", "09_sweep", "10_make_pairs",
 )  # fmt: skip
-TRAIN, SWEEP = "05_train", "09_sweep"
+BUILD, TRAIN, SWEEP, PAIRS = "03_build_dataset", "05_train", "09_sweep", "10_make_pairs"
 SHARED = {  # name -> the notebooks that take it from the project; later ones take it from these
-    "model": ("01_patch_tokenizer",),
+    "model": ("01_patch_tokenizer", "10_make_pairs"),
     "long": ("03_build_dataset",), "short": ("03_build_dataset",), "hybrid": ("03_build_dataset",),
     "columns": ("03_build_dataset",),
     "dialect": ("01_patch_tokenizer", "03_build_dataset", "04_tokenize_and_inspect"),
     "seq_length": ("04_tokenize_and_inspect",),
-    "nproc": ("05_train", "08_loss_lab"),
+    "nproc": ("05_train", "08_loss_lab", "10_make_pairs"),
 }  # fmt: skip
 MEMORY = {  # how notebook 05 saves GPU memory: of R1-Distill-Qwen-1.5B at 16,384 tokens, 52, 30 and 22 GiB are used
     "": {},

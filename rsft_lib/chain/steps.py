@@ -4,6 +4,7 @@ An earlier notebook must be done, and not stale: it ran with the parameters that
 not changed since.
 """
 
+from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ FROM = {  # notebook -> its parameter -> (the notebook that made it, what of its
     "02_convert_checkpoint": {
         "model": ("01_patch_tokenizer", "model"), "tokenizer": ("01_patch_tokenizer", "output"),
     },
-    "03_build_dataset": {"tokenizer": ("01_patch_tokenizer", "output")},
+    "03_build_dataset": {"tokenizer": ("01_patch_tokenizer", "output"), "hybrid": ("10_make_pairs", "pairs")},
     "04_tokenize_and_inspect": {
         "data": ("03_build_dataset", "output"), "tokenizer": ("01_patch_tokenizer", "output"),
     },
@@ -37,7 +38,7 @@ FROM = {  # notebook -> its parameter -> (the notebook that made it, what of its
         "data": ("04_tokenize_and_inspect", "train"),
     },
 }  # fmt: skip
-TOGETHER = {  # one of these given by hand, none of them is taken from elsewhere
+TOGETHER = {  # one of these given by hand, none of them is taken from elsewhere; one from the project, none from FROM
     "02_convert_checkpoint": {"model", "tokenizer"},
     "03_build_dataset": {"long", "short", "hybrid", "columns"},
     "05_train": {"data", "eval_data"},
@@ -74,6 +75,13 @@ def folder_of(project: Project, notebook: str) -> Path:
     return resolve(output) if output and notebook not in OUTPUTS else project.folder / notebook
 
 
+def taken(notebook: str, known: Collection[str]) -> dict[str, tuple[str, str]]:
+    """The rows of FROM that hold for a notebook of which the parameters `known` are set otherwise."""
+    group = TOGETHER.get(notebook, set())
+    excluded = {*known} | (group if group & {*known} else set())
+    return {name: row for name, row in FROM.get(notebook, {}).items() if name not in excluded}
+
+
 class Chain:
     """The notebooks of a project as they are now; no state and no hash of an input is computed twice."""
 
@@ -101,9 +109,9 @@ class Chain:
         if values["output"] == Value(""):
             place = folder_of(project, notebook) / OUTPUTS.get(notebook, "").format(project.name)
             values["output"] = Value(str(place), f"project {project.name}")
-        for name, (maker, fact) in FROM.get(notebook, {}).items():
-            if values[name] == Value("") and name not in by_hand:
-                values[name] = Value(self._made(maker, fact, name), f"from {maker}")
+        known = by_hand | {name for name, value in values.items() if value != Value("")}
+        for name, (maker, fact) in taken(notebook, known).items():
+            values[name] = Value(self._made(maker, fact, name), f"from {maker}")
         return values | _derived(project, notebook, values)
 
     def _made(self, maker: str, fact: str, name: str) -> str:

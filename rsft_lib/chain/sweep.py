@@ -30,7 +30,7 @@ from rsft_lib.chain.project_file import (
     notebook_number,
     open_project,
 )  # fmt: skip
-from rsft_lib.chain.steps import FROM, State, state
+from rsft_lib.chain.steps import State, state, taken
 from rsft_lib.common.paths import resolve
 from rsft_lib.common.temporary import new_file
 
@@ -102,13 +102,14 @@ def _rows(vary: str) -> list[dict[str, Any]]:
 def _takers(name: str) -> tuple[str, ...]:
     """The notebooks whose parameter is meant."""
     notebook, _, parameter = str(name).rpartition(".")
-    having = [one for one in NOTEBOOKS if one != SWEEP and parameter in declared_parameters(notebook_file(one))]
+    before = NOTEBOOKS[: NOTEBOOKS.index(SWEEP)]
+    having = [one for one in before if parameter in declared_parameters(notebook_file(one))]
     if notebook:
         having = [one for one in having if one == NOTEBOOKS[notebook_number(notebook)]]
     elif TRAIN in having:
         having = [TRAIN]
     elif parameter in SHARED:
-        having = list(SHARED[parameter])
+        having = [one for one in SHARED[parameter] if one in before]
     elif len(having) > 1:
         raise ValueError(f"{name} is a parameter of {', '.join(having)}: write {having[0]}.{name} in vary")
     if not having or parameter in PLACES:
@@ -147,8 +148,9 @@ def _notebooks(takers: dict[str, tuple[str, ...]], last: str) -> tuple[str, ...]
 def _inputs(base: Project, notebook: str, own: tuple[str, ...]) -> dict[str, str]:
     """The inputs of a notebook that notebooks of the base made, not those of the trial."""
     inputs = {}
-    for name, (maker, fact) in FROM.get(notebook, {}).items():
-        if maker not in own and not base.parameters[notebook].get(name):
+    known = {name for name, value in base.parameters[notebook].items() if value}
+    for name, (maker, fact) in taken(notebook, known).items():
+        if maker not in own:
             found = state(base, maker)
             if found.kind != "done":
                 command = f"python -m rsft_lib.project run {base.file} --to {maker[:2]}"

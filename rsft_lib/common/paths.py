@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 MAKERS = {  # missing input -> the notebook that makes it
-    "model folder": "01_patch_tokenizer, which makes the tiny one",
+    "model folder": "01_patch_tokenizer, which makes the tiny one, or 07_export_and_generate, for a trained one",
     "tokenizer": "01_patch_tokenizer on a model folder that has this file",
     "tokenizer folder": "01_patch_tokenizer",
     "checkpoint": "02_convert_checkpoint",

@@ -1,5 +1,6 @@
 """Extract the final answer of a text, and normalize it so that equal answers compare equal as strings."""
 
+import importlib.util
 import re
 import unicodedata
 from fractions import Fraction
@@ -12,6 +13,7 @@ UNIT = re.compile(r"(?<=\w)(?:\\ |~|\s)*\\(?:text|mathrm|mbox)\{[^{}]*\}$|(?<=\d
 WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox)\{([^{}]*)\}")
 FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
 IGNORED = re.compile(r"\\(?:left|right|[!,;: ])|[\s$€£*{}]|^[a-z]\s*=")
+FORMULA = re.compile(r"[\d\\+*/^=<>-]")
 NUMBER = re.compile(r"([+-]?\d{1,40}(?:\.\d{0,40})?)(?:/(\d{1,40}))?%?")
 
 
@@ -51,6 +53,23 @@ def normalized(answer: str) -> str:
     if number and int(number[2] or 1):
         return str(Fraction(number[1]) / int(number[2] or 1))
     return text
+
+
+def has_math_verify() -> bool:
+    """Whether math-verify is installed, `pip install rsft-lib[math]`."""
+    return importlib.util.find_spec("math_verify") is not None
+
+
+def equal_by_math_verify(answer: str, expected: str) -> bool:
+    """Whether math-verify computes two final answers to be equal, such as `2(x + 1)` and `2x + 2`; False for words.
+
+    https://github.com/huggingface/Math-Verify
+    """
+    from math_verify import parse, verify
+
+    if not FORMULA.search(expected):  # `two` would be the product of its letters, whatever their order
+        return False
+    return verify(*(parse(f"${text.strip('$')}$") for text in (expected, answer)))
 
 
 def _braced(text: str) -> str:

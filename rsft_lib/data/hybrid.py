@@ -74,8 +74,8 @@ def build_hybrid(
             to choose: of a problem with answers in both modes, only the control token of the one that it needs is
             trained, short where a short answer is known to be right. The other answer has `mode_given`, so that the
             model can still be asked for either mode.
-        short_up_to: with 'by_need', the maximum difficulty (field `difficulty`, a number) of problems answered short;
-            0 for any.
+        short_up_to: with 'by_need', the maximum difficulty of problems answered short, by the field `difficulty`, or,
+            of notebook 10's pairs, the share of wrong short answers (1 - `short_right`); 0 for any.
         tokenizer: folder of the tokenizer that measures lengths; empty to measure characters.
         columns: field -> its name in the inputs, e.g. {'prompt': 'question', 'response': 'answer'}.
         dialect: how prompts ask for a mode and answers begin in it, a name in `tokenizer.dialect.DIALECTS`; earlier

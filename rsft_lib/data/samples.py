@@ -11,7 +11,8 @@ from rsft_lib.data.records import Row, parse
 from rsft_lib.tokenizer.chat import REASONING
 from rsft_lib.tokenizer.dialect import END_THINK, MODE_NAMES, SHORT, TAGS, THINK, Dialect
 
-COPIED = ("id", "answer", "difficulty")  # fields copied from the record to the sample, unless used in it otherwise
+# Fields copied from the record to the sample, unless used in it otherwise; the last two are of notebook 10.
+COPIED = ("id", "answer", "difficulty", "long_right", "short_right")
 
 
 class Sample(NamedTuple):
@@ -126,6 +127,8 @@ def _read(row: Row, columns: dict[str, str], style: Style, mode_of) -> Sample:
     sample |= {"tools": tools} if tools else {}
     sample |= kept
     stated, final = _stated(kept), final_answer(answer)
+    if stated and "short_right" in kept:  # notebook 10 has verified it, maybe in a notation unknown to `normalized`
+        final = stated
     if final and stated is None:
         left_out += ["answer"] * ("answer" in sample)
         sample["answer"] = final
@@ -141,7 +144,7 @@ def _read(row: Row, columns: dict[str, str], style: Style, mode_of) -> Sample:
         "problem": _hash(problem),
         "claim": _hash(problem, claim) if claim else 0,
         "wrong": bool(final and stated and normalized(final) != normalized(stated)),
-        "difficulty": _number(record.get(columns.get("difficulty", "difficulty"))),
+        "difficulty": _difficulty(record, columns),
     }
     return Sample(sample, _line(sample), context, facts, tuple(left_out))
 
@@ -200,11 +203,12 @@ def _stated(record: dict) -> str | None:
     return final_answer(str(stated)) or str(stated)
 
 
-def _number(value) -> float:
-    """A field as a number; NaN for any other text."""
+def _difficulty(record: dict, columns: dict[str, str]) -> float:
+    """The share of wrong short answers that notebook 10 found, or else the field `difficulty`; NaN without a number."""
+    measured = "difficulty" not in columns and record.get("short_right") is not None
     try:
-        return float(value)
-    except (TypeError, ValueError):
+        return 1 - float(record["short_right"]) if measured else float(record[columns.get("difficulty", "difficulty")])
+    except (KeyError, TypeError, ValueError):
         return math.nan
 
 

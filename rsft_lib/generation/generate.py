@@ -12,7 +12,7 @@ from rsft_lib.data.answers import final_answer, normalized
 from rsft_lib.generation.inference_engines import BATCH, Engine, Sampling, open_engine
 from rsft_lib.generation.questions import Question
 from rsft_lib.tokenizer.chat import prompt_ids
-from rsft_lib.tokenizer.dialect import END_THINK, MODES, TAGS, THINK, THINKLESS, Dialect, dialect_of
+from rsft_lib.tokenizer.dialect import END_THINK, MODES, PLAIN, PREFILLED, TAGS, THINK, THINKLESS, Dialect, dialect_of
 from rsft_lib.tokenizer.patch import load_tokenizer
 
 ASKED = (*MODES, None, "other")  # modes of `generate_modes`
@@ -100,8 +100,7 @@ class Speaker:
             seen: called after each token with the answers so far, if all are in one batch; returns whether to stop.
         """
         forms = [mode if mode in self.dialect.forms else None for _, mode in asked]
-        by_form = zip((question for question, _ in asked), forms, strict=True)
-        prompts = [_prompt_ids(self.tokenizer, question, form, self.dialect) for question, form in by_form]
+        prompts = [self.prompt(question, mode) for question, mode in asked]
         openings = [self.dialect.opening(form) for form in forms]  # the answer's tokens that end the prompt
         given = [self.tokenizer(opening, add_special_tokens=False)["input_ids"] for opening in openings]
 
@@ -110,6 +109,14 @@ class Speaker:
 
         show = (lambda written: seen(read(written))) if seen else None
         return read(self.write(prompts, sampling, show))
+
+    def prompt(self, question: str | Question, mode: str | None) -> list[int]:
+        """The ids of a question asked in a mode; in none, if the dialect has no such mode.
+
+        Raises:
+            ValueError: the chat template fails on this conversation.
+        """
+        return _prompt_ids(self.tokenizer, question, mode if mode in self.dialect.forms else None, self.dialect)
 
 
 def open_speaker(
@@ -123,6 +130,14 @@ def open_speaker(
 def trained_dialect(model: str | Path) -> Dialect:
     """The dialect that the export of a model recorded; Thinkless for a model that was not exported by this kit."""
     return dialect_of(own_manifest(Path(model)))
+
+
+def dialect_of_any(model: str | Path) -> Dialect:
+    """How a model is asked for a mode: an export of this kit in its dialect, any other by the tags that it knows."""
+    if own_manifest(Path(model)).get("made_by") == "export":
+        return trained_dialect(model)
+    vocabulary = load_tokenizer(model).get_vocab().keys()
+    return next((dialect for dialect in (THINKLESS, PREFILLED) if {*dialect.tags} <= vocabulary), PLAIN)
 
 
 def _prompt_ids(tokenizer, prompt: str | Question, mode: str | None, dialect: Dialect) -> list[int]:

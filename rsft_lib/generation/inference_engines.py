@@ -3,15 +3,17 @@
 Both use the dtype of the model and the same sampling settings, and ignore its `generation_config.json`.
 """
 
+import hashlib
 import importlib.util
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteria
+from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from rsft_lib.common.progress import progress, without_bars
 from rsft_lib.tokenizer.patch import load_tokenizer
@@ -21,7 +23,11 @@ ENGINES = ("auto", "transformers", "vllm")
 
 
 class Sampling(NamedTuple):
-    """Sampling settings; temperature 0 is greedy decoding."""
+    """Sampling settings; temperature 0 is greedy decoding.
+
+    Every prompt has random numbers of its own (`seeds_of`), so what it samples does not depend on the others in its
+    batch, up to rounding.
+    """
 
     max_new_tokens: int
     temperature: float = 0.0
@@ -70,7 +76,7 @@ def _transformers(folder: Path, batch_size: int) -> Engine:
 
     @torch.no_grad()
     def write(prompts: list[list[int]], sampling: Sampling, seen: Seen | None = None) -> list[list[int]]:
-        torch.manual_seed(sampling.seed)
+        seeds = seeds_of(prompts, sampling.seed)
         # Sorted by length, longest first: little padding, and an out-of-memory error comes at once.
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         written: dict[int, list[int]] = {}
@@ -78,7 +84,8 @@ def _transformers(folder: Path, batch_size: int) -> Engine:
             for start in range(0, len(order), batch_size):
                 numbers = order[start : start + batch_size]
                 watch = _in_order(seen, numbers) if seen else None
-                batch = _batch(model, tokenizer, [prompts[i] for i in numbers], sampling, watch)
+                own = [_Sampler(sampling.temperature, [seeds[i] for i in numbers])] if sampling.temperature else []
+                batch = _batch(model, tokenizer, [prompts[i] for i in numbers], sampling.max_new_tokens, own, watch)
                 written |= zip(numbers, batch, strict=True)
                 bar.update(len(numbers))
         return [written[i] for i in range(len(prompts))]
@@ -102,23 +109,48 @@ class _Watch(StoppingCriteria):
         return torch.full(input_ids.shape[:1], self.seen(rows), device=input_ids.device)
 
 
-def _batch(model, tokenizer, prompts: list[list[int]], sampling: Sampling, seen: Seen | None = None) -> list[list[int]]:
+class _Sampler(LogitsProcessor):
+    """Makes the greatest score of each row a sample of softmax(scores / temperature), by Gumbel noise of its own."""
+
+    def __init__(self, temperature: float, seeds: list[int]):
+        self.temperature, self.seeds = temperature, seeds
+        self.generators: list[torch.Generator] = []
+
+    def __call__(self, input_ids, scores):  # [b, s], [b, vocab]
+        if not self.generators:
+            self.generators = [torch.Generator(scores.device).manual_seed(seed) for seed in self.seeds]
+        noise = torch.empty_like(scores, dtype=torch.float32)
+        for row, generator in zip(noise, self.generators, strict=True):
+            row.exponential_(generator=generator)
+        return scores / self.temperature - noise.log()
+
+
+def seeds_of(prompts: list[list[int]], seed: int) -> list[int]:
+    """A seed below 2**63 for each prompt, from `seed`, its ids, and how often it was asked before in this list."""
+    asked: Counter[bytes] = Counter()
+    seeds = []
+    for ids in prompts:
+        digest = hashlib.sha256(f"{seed} {ids}".encode()).digest()
+        asked[digest] += 1
+        seeds.append(int.from_bytes(hashlib.sha256(digest + bytes(asked[digest])).digest()[:8], "little") >> 1)
+    return seeds
+
+
+def _batch(model, tokenizer, prompts, max_new_tokens: int, samplers: list, seen: Seen | None) -> list[list[int]]:
     width = max(map(len, prompts))  # left padding, so that all prompts end at the same position
     # Padding is masked, so any id will do. The pad token may be missing, or have no embedding row.
     pad = tokenizer.eos_token_id
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts])  # [b, width]
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    options: dict[str, float | None] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    if sampling.temperature:
-        options = {"do_sample": True, "temperature": sampling.temperature, "top_p": 1.0, "top_k": 0}
     output = model.generate(
         ids.to(model.device),
         attention_mask=mask.to(model.device),
-        max_new_tokens=sampling.max_new_tokens,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        logits_processor=samplers,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=pad,
         stopping_criteria=[_Watch(width, tokenizer.eos_token_id, seen)] if seen else None,
-        **options,
     )
     return [_up_to_eos(row, tokenizer.eos_token_id) for row in output[:, width:].tolist()]
 
@@ -145,10 +177,13 @@ def _vllm(folder: Path) -> Engine:
     model = LLM(model=str(folder), dtype=precision(folder))  # "auto" would load an fp32 model in bf16
 
     def write(prompts: list[list[int]], sampling: Sampling, seen: Seen | None = None) -> list[list[int]]:
-        params = SamplingParams(
-            temperature=sampling.temperature, seed=sampling.seed, max_tokens=sampling.max_new_tokens,
-            stop_token_ids=[eos], detokenize=False,
-        )  # fmt: skip
+        params = [
+            SamplingParams(
+                temperature=sampling.temperature, seed=seed, max_tokens=sampling.max_new_tokens,
+                stop_token_ids=[eos], detokenize=False,
+            )
+            for seed in seeds_of(prompts, sampling.seed)
+        ]  # fmt: skip
         outputs = model.generate([{"prompt_token_ids": ids} for ids in prompts], params)
         written = [_up_to_eos(list(request.outputs[0].token_ids), eos) for request in outputs]
         if seen:

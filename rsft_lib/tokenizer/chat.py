@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rsft_lib.tokenizer.chat_template import ChatTemplate, Span
-from rsft_lib.tokenizer.dialect import TAGS, THINKLESS, Dialect
+from rsft_lib.tokenizer.dialect import TAGS, THINK, THINKLESS, Dialect
 
 # Message fields in which other tools keep the chain of thought.
 REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -109,7 +109,18 @@ def prompt_ids(
     tools: list[dict] | None = None,
     dialect: Dialect = THINKLESS,
 ) -> list[int]:
-    """Token ids of a prompt that asks for a mode: the conversation, the assistant's header and what the dialect adds.
+    """Token ids of `prompt_text`."""
+    return tokenizer(prompt_text(tokenizer, messages, mode, tools, dialect), add_special_tokens=False)["input_ids"]
+
+
+def prompt_text(
+    tokenizer,
+    messages: list[dict],
+    mode: str | None = None,
+    tools: list[dict] | None = None,
+    dialect: Dialect = THINKLESS,
+) -> str:
+    """A prompt that asks for a mode: the conversation, the assistant's header and what the dialect adds.
 
     Args:
         mode: 'think' or 'short'; None lets the model choose.
@@ -119,8 +130,10 @@ def prompt_ids(
         message | {"content": dialect.ask(message["content"], mode)} if turn in users[-1:] else message
         for turn, message in enumerate(messages)
     ]
-    text = ChatTemplate.of(tokenizer).render(asking, tools, prompt=True) + dialect.opening(mode)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    text, opening = ChatTemplate.of(tokenizer).render(asking, tools, prompt=True), dialect.opening(mode)
+    if opening and text.rstrip().endswith(THINK):  # as the prompts of R1's own template do
+        text = text.rstrip().removesuffix(THINK)
+    return text + opening
 
 
 def weight_code(message: dict) -> int:

@@ -159,6 +159,13 @@ QWEN3 = Dialect(
     empty_block="short",
 )  # fmt: skip
 DIALECTS = {dialect.name: dialect for dialect in (THINKLESS, QWEN3)}
+# How a model is asked that was not trained by this kit. One that thinks answers short after an empty think block, as in
+# "NoThinking", https://arxiv.org/abs/2504.09858, and as Qwen3 does; one without <think> in its vocabulary always does.
+PREFILLED = replace(
+    QWEN3, name="prefilled", given=("think", "short"),
+    forms={mode: form._replace(switch="") for mode, form in QWEN3.forms.items()},
+)  # fmt: skip
+PLAIN = Dialect("plain", {})
 
 
 def dialect_of(settings: dict) -> Dialect:

@@ -268,6 +268,15 @@ def test_sampling_is_reproducible_and_its_frequencies_follow_the_temperature(mod
     assert small[0] == small[1] != small[2]
 
 
+def test_what_a_prompt_samples_depends_neither_on_its_batch_nor_on_its_place(model):
+    tokenizer = load_tokenizer(model)
+    ids = [prompt_ids(tokenizer, [{"role": "user", "content": text}]) for text in (*QUESTIONS, QUESTIONS[0])]
+    whole = open_engine(model, "transformers")(ids, Sampling(12, 1.0, seed=1))
+    assert open_engine(model, "transformers", batch_size=1)(ids, Sampling(12, 1.0, seed=1)) == whole
+    assert open_engine(model, "transformers")(ids[2::-1], Sampling(12, 1.0, seed=1)) == whole[2::-1]
+    assert whole[0] != whole[3], "the same prompt, asked twice"
+
+
 class Vllm(types.ModuleType):
     """A stand-in for the parts of vLLM that `engines` uses; it answers with transformers."""
 
@@ -287,8 +296,9 @@ class Vllm(types.ModuleType):
                 self.write = open_engine(model, "transformers")
 
             def generate(self, prompts, how):
-                outer.calls.append(how.how)
-                written = self.write([p["prompt_token_ids"] for p in prompts], Sampling(how.how["max_tokens"]))
+                outer.calls.append(how[0].how)
+                written = self.write([p["prompt_token_ids"] for p in prompts], Sampling(how[0].how["max_tokens"]))
+                assert len(how) == len(prompts) == len({one.how["seed"] for one in how})
                 one = types.SimpleNamespace
                 return [one(outputs=[one(token_ids=tuple(ids))]) for ids in written]
 
@@ -303,7 +313,9 @@ def test_vllm_gets_token_ids_and_returns_the_same_answers(model, monkeypatch):
     (loaded, dtype), *asked = sys.modules["vllm"].calls
     assert (loaded, dtype) == (str(model), "float32") and len(asked) == 3
     eos = load_tokenizer(model).eos_token_id
-    assert asked[0] == {"temperature": 0.0, "seed": 3, "max_tokens": 6, "stop_token_ids": [eos], "detokenize": False}
+    seed = asked[0].pop("seed")
+    assert 0 <= seed < 2**63 and seed not in (asked[1]["seed"], asked[2]["seed"])
+    assert asked[0] == {"temperature": 0.0, "max_tokens": 6, "stop_token_ids": [eos], "detokenize": False}
 
 
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype", None])

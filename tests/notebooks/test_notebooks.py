@@ -56,7 +56,7 @@ def project_to_sweep(folder: Path, training: dict) -> Path:
 
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory) -> SimpleNamespace:
-    """Notebooks 01 to 09: their `folder`, `given` parameters, `executed` notebooks and `status`."""
+    """Notebooks 01 to 10: their `folder`, `given` parameters, `executed` notebooks and `status`."""
     folder = tmp_path_factory.mktemp("steps")
     demo.make_model(folder / "model", seed=1)
     write_hostile_sources(folder / "sources")
@@ -65,6 +65,11 @@ def steps(tmp_path_factory) -> SimpleNamespace:
     more = f"again -> {given['05_train']['eval_data']}"
     given["05_train"] |= {"save_interval": 3, "keep_best": "eval_again_loss", "eval_more": more}
     given["07_export_and_generate"]["which"] = "best"
+    given["10_make_pairs"] = {
+        "model": str(folder / "out"), "questions": str(folder / "sources" / "long.jsonl"), "count": 3,
+        "evaluation": str(folder / "hybrid" / "heldout.jsonl"), "output": str(folder / "pairs"),
+        "samples": 2, "max_new_tokens": 8,
+    }  # fmt: skip
     done = {name: run(NOTEBOOKS / f"{name}.ipynb", folder / "executed", given[name]) for name in given}
     executed, status = ({name: result[i] for name, result in done.items()} for i in (0, 1))
     return SimpleNamespace(folder=folder, given=given, executed=executed, status=status)
@@ -107,6 +112,18 @@ def evaluated(run: Path) -> dict[int, dict]:
     """The records of a run by their step, with that before the first."""
     found = scan_metrics(run)
     return {record["iteration"]: record for record in (found.start, *found.records)}
+
+
+def test_notebook_10_asks_no_held_out_question_and_shows_what_it_left_out(steps):
+    counts, held_out = steps.status["10_make_pairs"]["counts"], set()
+    for line in (steps.folder / "hybrid" / "heldout.jsonl").read_text().splitlines():
+        held_out.add(json.loads(line)["instruction"])
+    leaks = [
+        json.loads(line) for line in (steps.folder / "pairs" / "questions" / "leaks.jsonl").read_text().splitlines()
+    ]
+    assert len(leaks) == counts["leaked"] and held_out <= {leak["question"] for leak in leaks}
+    assert counts["kept"] == 3 and len(held_out) == counts["evaluation"] == 10
+    assert all(leak["text"].lower() in leak["question"].lower() for leak in leaks)
 
 
 def test_no_cell_writes_to_stderr(steps, quickstart):
@@ -163,7 +180,7 @@ def assert_nothing_hostile_ran(page) -> None:
     ("name", "hostile"),
     [
         ("00_quickstart", False), ("06_loss_curves", False), ("07_export_and_generate", True), ("08_loss_lab", True),
-        ("09_sweep", False),
+        ("09_sweep", False), ("10_make_pairs", True),
     ],
 )  # fmt: skip
 def test_an_executed_notebook_shows_its_pictures_and_runs_no_script_of_the_data(lab, steps, quickstart, name, hostile):

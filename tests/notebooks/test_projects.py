@@ -23,7 +23,13 @@ from rsft_lib.chain.steps import FROM, state
 from rsft_lib.chain.sweep import plan
 from rsft_lib.common.artifact import new_folder
 
-OWN_FOLDER = ("05_train", "06_loss_curves", "08_loss_lab", "09_sweep")  # their status is in their output
+OWN_FOLDER = (
+    "05_train",
+    "06_loss_curves",
+    "08_loss_lab",
+    "09_sweep",
+    "10_make_pairs",
+)  # their status is in their output
 
 
 @pytest.fixture
@@ -96,7 +102,56 @@ def test_every_parameter_that_an_earlier_notebook_makes_is_taken_from_it(mine):
         found = state(open_project(mine), name)
         assert found.kind == "done" and set(FROM.get(name, {})) <= set(found.record["parameters"])
         empty = [key for key in FROM.get(name, {}) if not found.record["parameters"][key]]
-        assert empty == (["held_out"] if name.startswith("07") else []), "`ran` splits no dataset"
+        # `ran` splits no dataset, and a project with answers takes none from notebook 10
+        assert empty == {"03": ["hybrid"], "07": ["held_out"]}.get(name[:2], [])
+
+
+@pytest.fixture
+def asking(mine, tmp_path) -> Path:
+    """The file of a project with questions in place of answers."""
+    return project.new("asking.yaml", "model", questions="answers/long.jsonl")
+
+
+def test_a_project_with_questions_only_trains_on_the_pairs_that_notebook_10_makes(asking, mine, tmp_path):
+    ran_until(asking, "02_convert_checkpoint")
+    with pytest.raises(
+        ProjectError, match="^hybrid: 10_make_pairs has not run to its end in project asking: run noteb"
+    ):
+        begin(asking, "03_build_dataset")
+    p = begin(asking, "10_make_pairs")
+    assert (p.questions, p.model) == (str(tmp_path / "answers/long.jsonl"), str(tmp_path / "model"))
+    notebook.finish(p, pairs=f"{p.output}/pairs/pairs.jsonl")
+    p = begin(asking, "03_build_dataset")
+    assert p.hybrid == f"{asking.with_suffix('')}/10_make_pairs/pairs/pairs.jsonl" and not p.long
+    assert begin(asking, "03_build_dataset", long="l").hybrid == ""
+    ran(asking, "03_build_dataset")
+    (trial,) = plan(str(asking), "03_build_dataset.seed: 5", tmp_path / "trials")
+    assert begin(trial.project.file, "03_build_dataset").hybrid == p.hybrid
+    demo.make_sources(tmp_path / "answers", 6, seed=2)
+    with pytest.raises(ProjectError, match="^10_make_pairs ran before questions changed"):
+        begin(asking, "03_build_dataset")
+
+
+def test_a_run_makes_pairs_before_they_are_needed_and_sweeps_only_when_asked(asking, mine):
+    def numbers(file, *ends):
+        return [name[:2] for name in project._to_run(open_project(file), *ends)]
+
+    assert numbers(mine, "01", "08") == ["01", "02", "03", "04", "05", "06", "07", "08"]
+    assert numbers(mine, "07", "09") == ["07", "08", "09"] and numbers(mine, "08", "10") == ["08", "10"]
+    assert numbers(asking, "02", "04") == ["02", "10", "03", "04"] and numbers(asking, "10", "10") == ["10"]
+    assert numbers(asking, "01", "10") == ["01", "02", "10", "03", "04", "05", "06", "07", "08"]
+
+
+def test_a_changed_evaluation_set_makes_the_pairs_stale(asking, tmp_path):
+    names = [str(tmp_path / f"{number}.jsonl") for number in (1, 2)]
+    for name in names:
+        Path(name).write_text("{}\n")
+    p = begin(asking, "10_make_pairs", evaluation=", ".join(names))
+    p.folder.mkdir(parents=True)
+    notebook.finish(p)
+    assert state(open_project(asking), "10_make_pairs").kind == "done"
+    Path(names[1]).write_text("{}\n{}\n")
+    assert state(open_project(asking), "10_make_pairs").why.startswith("10_make_pairs ran before evaluation changed")
 
 
 def test_a_wrong_name_is_one_line_with_the_nearest_name_and_replaces_nothing(mine, tmp_path):

@@ -90,7 +90,7 @@ def findings_table(folder: str | Path, count: int = 5) -> Table:
     with (resolve(folder) / FINDINGS).open(encoding="utf-8") as file:
         findings = [json.loads(line) for line in islice(file, count)]
     rows = [
-        (finding["finding"], _begin(finding["problem"]), answer["place"], str(answer["says"]), answer["length"])
+        (finding["finding"], begin(finding["problem"]), answer["place"], str(answer["says"]), answer["length"])
         for finding in findings for answer in finding["answers"]
     ]  # fmt: skip
     title = f"first {count} findings" if rows else "no findings"
@@ -100,15 +100,17 @@ def findings_table(folder: str | Path, count: int = 5) -> Table:
 def records_table(path: Path, count: int = 4) -> Table:
     """The first records of a split, with the beginning and end of each answer."""
     rows = [
-        (record["mode"], _begin(record["instruction"]), _begin(record["output"]), _end(record["output"]))
+        (record["mode"], begin(record["instruction"]), begin(record["output"]), end(record["output"]))
         for _, record in islice(read_records(path), count)
     ]
     return Table(f"first {count} records of {path.name}", ("mode", "problem", "answer begins", "answer ends"), rows)
 
 
-def _begin(text: str) -> str:
-    return one_line(text[:CHARACTERS]) + " …" * (len(text) > CHARACTERS)
+def begin(text: str, count: int = CHARACTERS) -> str:
+    """The first characters of a text, on one line."""
+    return one_line(text[:count]) + " …" * (len(text) > count)
 
 
-def _end(text: str) -> str:
+def end(text: str) -> str:
+    """The last characters of a text, on one line."""
     return "… " * (len(text) > CHARACTERS) + one_line(text[-CHARACTERS:])
