@@ -11,6 +11,7 @@ from rsft_lib.common.paths import require_path
 from rsft_lib.data.answers import final_answer, normalized
 from rsft_lib.generation.inference_engines import BATCH, Engine, Sampling, open_engine
 from rsft_lib.generation.questions import Question
+from rsft_lib.generation.thinking_budget import with_budget
 from rsft_lib.tokenizer.chat import prompt_ids
 from rsft_lib.tokenizer.dialect import END_THINK, MODES, TAGS, THINK, THINKLESS, Dialect, dialect_of
 from rsft_lib.tokenizer.patch import load_tokenizer
@@ -96,6 +97,7 @@ class Speaker:
 
         Args:
             seen: called after each token with the answers so far, if all are in one batch; returns whether to stop.
+                With a budget it is called once, at the end.
         """
         forms = [mode if mode in self.dialect.forms else None for _, mode in asked]
         by_form = zip((question for question, _ in asked), forms, strict=True)
@@ -107,7 +109,8 @@ class Speaker:
             return [_answer(self.tokenizer, [*g, *w], self.dialect) for g, w in zip(given, written, strict=True)]
 
         show = (lambda written: seen(read(written))) if seen else None
-        return read(self.write(prompts, sampling, show))
+        write = self.write if sampling.budget_tokens is None else with_budget(self.write, self.tokenizer, given)
+        return read(write(prompts, sampling, show))
 
 
 def open_speaker(

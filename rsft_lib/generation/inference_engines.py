@@ -21,11 +21,15 @@ ENGINES = ("auto", "transformers", "vllm")
 
 
 class Sampling(NamedTuple):
-    """Sampling settings; temperature 0 is greedy decoding."""
+    """Sampling settings; temperature 0 is greedy decoding.
+
+    `budget_tokens` limits the thoughts of an answer (`thinking_budget`), `max_new_tokens` all that it writes.
+    """
 
     max_new_tokens: int
     temperature: float = 0.0
     seed: int = 0
+    budget_tokens: int | None = None
 
 
 Seen = Callable[[list[list[int]]], bool]  # ids of each continuation so far -> whether to stop

@@ -283,6 +283,20 @@ def test_vllm_gets_token_ids_and_returns_the_same_answers(model, monkeypatch):
     assert asked[0] == {"temperature": 0.0, "seed": 3, "max_tokens": 6, "stop_token_ids": [eos], "detokenize": False}
 
 
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+def test_a_budget_closes_thoughts_that_go_on_in_either_engine(model, tmp_path, monkeypatch, engine):
+    monkeypatch.setitem(sys.modules, "vllm", Vllm())
+    endless = scripted(
+        model, tmp_path, "<｜Assistant｜><think> two two", f"<short></think> three{demo.EOS}", "</think> three"
+    )
+    whole = generate_modes(endless, QUESTIONS, ["think", "short", None], Sampling(9), engine)
+    found = generate_modes(endless, QUESTIONS, [*whole], Sampling(9, budget_tokens=4), engine)
+    closed = [Answer("<think> two two two two</think> three", 7, True)] * 3
+    assert found == {"think": closed, "short": whole["short"], None: closed}
+    assert well_formed(closed[0], "think") and not whole["think"][0].ended
+    assert generate_modes(endless, QUESTIONS, [*whole], Sampling(9, budget_tokens=9), engine) == whole
+
+
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype", None])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_both_engines_use_the_dtype_of_the_model(model, tmp_path, monkeypatch, dtype, key):
