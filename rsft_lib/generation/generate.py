@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 from transformers import PreTrainedTokenizerBase
 
@@ -75,8 +76,7 @@ def generate_modes(
     """
     if unknown := [mode for mode in modes if mode not in ASKED]:
         raise ValueError(f"mode is {unknown[0]!r}; choose one of {', '.join(map(repr, ASKED))}")
-    speaker = open_speaker(model, engine, batch_size, dialect)
-    return {mode: speaker.answers([(prompt, mode) for prompt in prompts], sampling) for mode in modes}
+    return open_speaker(model, engine, batch_size, dialect).in_modes(prompts, modes, sampling)
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,29 @@ class Speaker:
     tokenizer: PreTrainedTokenizerBase
     dialect: Dialect
     write: Engine
+
+    def in_modes(
+        self, prompts: Sequence[str | Question], modes: Sequence[str | None], sampling: Sampling
+    ) -> dict[str | None, list[Answer]]:
+        """The answers in each of several modes."""
+        return {mode: self.answers([(prompt, mode) for prompt in prompts], sampling) for mode in modes}
+
+    def within_budgets(
+        self, prompts: Sequence[str | Question], whole: Sequence[Answer], sampling: Sampling
+    ) -> dict[int | None, list[Answer]]:
+        """The answers with thoughts by thinking budget in tokens, from the smallest to that of `whole`, None for none.
+
+        The budgets are a quarter, a half, once and twice the median length of the thoughts of `whole`, which are the
+        answers to the prompts by `sampling`.
+        """
+        thoughts = [answer.text.removeprefix(THINK).partition(END_THINK)[0] for answer in whole]
+        lengths = [len(self.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in thoughts]
+        budgets = {int(factor * median(lengths)) for factor in (0.25, 0.5, 1, 2)} if lengths else set()
+        most = sampling.max_new_tokens if sampling.budget_tokens is None else sampling.budget_tokens
+        asked = [(prompt, "think") for prompt in prompts]
+        limited = {n: sampling._replace(budget_tokens=n) for n in sorted(budgets) if 0 < n < most}
+        within: dict[int | None, list[Answer]] = {n: self.answers(asked, each) for n, each in limited.items()}
+        return within | ({sampling.budget_tokens: list(whole)} if whole else {})
 
     def answers(
         self,

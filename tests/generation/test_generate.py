@@ -14,9 +14,11 @@ from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2ForCausalL
 from rsft_lib import demo
 from rsft_lib.common.artifact import write_manifest
 from rsft_lib.display.model.answers import (
+    budgets_table,
     choices_table,
     obedience_table,
     plot_answers,
+    plot_budgets,
     plot_choices,
     scores_table,
     side_by_side,
@@ -295,6 +297,27 @@ def test_a_budget_closes_thoughts_that_go_on_in_either_engine(model, tmp_path, m
     assert found == {"think": closed, "short": whole["short"], None: closed}
     assert well_formed(closed[0], "think") and not whole["think"][0].ended
     assert generate_modes(endless, QUESTIONS, [*whole], Sampling(9, budget_tokens=9), engine) == whole
+
+
+def test_the_curve_asks_with_a_quarter_to_twice_the_median_thoughts_and_shows_accuracy(model, tmp_path):
+    endless = scripted(model, tmp_path, "<think> two two", f"</think>Answer: three{demo.EOS}")
+    speaker, sampling, expected = open_speaker(endless), Sampling(20), ["three", "three", None]
+    whole = speaker.in_modes(QUESTIONS, ["think"], sampling)
+    within = speaker.within_budgets(QUESTIONS, whole["think"], sampling)
+    assert [*within] == [5, 10, None] and within[None] == whole["think"], "20 tokens are the limit, 40 more than that"
+    for budget in (5, 10):
+        closed = "<think>" + " two" * budget + "</think>Answer: three"
+        assert [answer.text for answer in within[budget]] == [closed] * 3
+    rows = budgets_table(within, expected).rows
+    assert [row[:2] for row in rows] == [("5", "100.0%"), ("10", "100.0%"), ("none", "0.0%")]
+    others = {"before": {"think": {"accuracy": 0.9}, "think within 7 tokens": {"accuracy": 0.5}}}
+    lines = plot_budgets(within, whole, expected, others).axes[0].get_lines()
+    drawn = {line.get_label(): (*line.get_xdata(), *line.get_ydata()) for line in lines}
+    assert drawn["before"] == (7, 0.5) and (5, 10, 1, 1) in drawn.values()
+    limited = speaker.within_budgets(QUESTIONS, within[5], Sampling(20, budget_tokens=5))
+    assert [*limited] == [1, 2, 5] and limited[5] == within[5]
+    assert speaker.within_budgets(QUESTIONS, [], sampling) == {} and not budgets_table({}, expected).rows
+    assert plot_budgets({}, whole, expected).axes
 
 
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype", None])
