@@ -215,3 +215,10 @@ def test_a_row_that_says_it_is_cut_and_has_no_close_is_rejected(tokenizer_of, tm
     reasons = [json.loads(line)["reason"] for line in (tmp_path / "out.rejected.jsonl").read_text().splitlines()]
     assert "thoughts_cut is true, but the answer contains no </think>" in reasons[0]
     assert "thoughts_cut is 1, expected true or false" in reasons[1]
+
+
+def test_a_trace_that_is_cut_already_is_not_built_into_a_dataset_as_a_whole_one(tmp_path):
+    rows = [{"prompt": "a", "response": "<think>x</think>4", "thoughts_cut": True}]
+    data = write(tmp_path / "rows.jsonl", [*rows, {"prompt": "b", "response": "<short>4"}])
+    build_hybrid("", "", tmp_path / "out", 0, 0, hybrid=data, reject_limit=1)
+    assert "a budget has cut this answer already" in (tmp_path / "out.rejected.jsonl").read_text()
