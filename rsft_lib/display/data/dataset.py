@@ -56,7 +56,7 @@ def budgets_table(built: dict) -> Table:
     if not built.get("thoughts_cut"):
         return Table("no thinking budgets: all thoughts are whole", (), [])
     found, budgets = built["thoughts_cut"], built["budgets"]
-    most = budgets["most"] or "the length of the thoughts"
+    most = f"{budgets['most']:,} tokens" if budgets["most"] else "the length of the thoughts"
     rows = [
         ("long answers in the training split", found["long"]),
         ("thoughts cut", found["cut"]),
@@ -65,7 +65,7 @@ def budgets_table(built: dict) -> Table:
         *((f"tokens of thoughts left: {what}", n)
           for what, n in zip(("minimum", "median", "maximum"), found["tokens"], strict=False)),
     ]  # fmt: skip
-    return Table(f"thinking budgets of {budgets['least']} to {most} tokens", ("", "count"), rows)
+    return Table(f"thinking budgets, from {budgets['least']:,} tokens to {most}", ("", "count"), rows)
 
 
 def _unpaired(problems: dict[str, int]) -> str:
