@@ -88,8 +88,8 @@ def main(folder: Path, seeds: int = 3, share: float = 0.1) -> None:
         ("at half", [(whole[str(half)], cut[str(half)]) for half, whole, cut in rows]),
     ):
         means = [interval([pair[i] for pair in pairs]) for i in (0, 1)]
-        gain, ratio = interval([b - a for a, b in pairs]), interval([b / a for a, b in pairs])
-        print(f"{what:<9} whole {means[0]}  cut {means[1]}  difference {gain}  ratio {ratio}")
+        gain, ratio = interval([b - a for a, b in pairs]), fmean(b for _, b in pairs) / fmean(a for a, _ in pairs)
+        print(f"{what:<9} whole {means[0]}  cut {means[1]}  difference {gain}  ratio of the means {ratio:.2f}")
 
 
 if __name__ == "__main__":
