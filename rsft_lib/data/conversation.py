@@ -4,7 +4,7 @@
 {"instruction": ..., "input": ..., "output": ..., "system": ..., "history": [[question, answer], ...]}     Alpaca
 {"prompt": ..., "response": ...}   {"problem": ..., "solution": ...}
 
-A message, or a record of the last two layouts, may have `mode_given` (`tokenizer.chat`).
+A message, or a record of the last two layouts, may have `mode_given` and `thoughts_cut` (`tokenizer.chat`).
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,8 @@ SYSTEM = ("system", "system_prompt")  # becomes the first message
 SHAREGPT_KEYS = {"from": "role", "value": "content"}
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
 ROLES = ("system", "user", "assistant", "tool")
-MESSAGE_FIELDS = {"role", "content", "name", "tool_calls", "tool_call_id", "train", "weight", "mode_given", *REASONING}
+FLAGS = ("mode_given", "thoughts_cut")  # of the last answer, also as fields of the record
+MESSAGE_FIELDS = {"role", "content", "name", "tool_calls", "tool_call_id", "train", "weight", *FLAGS, *REASONING}
 
 
 class Conversation(NamedTuple):
@@ -50,9 +51,9 @@ def conversation(record: dict, columns: dict[str, str] | None = None) -> Convers
     if layout in PAIRS:
         prompt, response = layout
         messages = _turns(known, prompt, response, used)
-        if known.get("mode_given") is True:
-            used.add("mode_given")
-            messages[-1]["mode_given"] = True
+        flags = {name: True for name in FLAGS if known.get(name) is True}
+        used |= flags.keys()
+        messages[-1] |= flags
     else:
         (name,) = layout
         messages = [_message(message, f"{name}[{i}]", unused) for i, message in enumerate(_list(known[name], name))]
@@ -193,7 +194,7 @@ def _with_openai_keys(message: dict, place: str) -> dict:
 
 
 def _check_flags(message: dict, place: str) -> None:
-    for name in ("train", "mode_given"):
+    for name in ("train", *FLAGS):
         if not isinstance(message.get(name, True), bool):
             raise ValueError(f"{place}: {name} is {message[name]!r:.60}, expected true or false")
 

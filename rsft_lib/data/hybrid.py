@@ -19,6 +19,7 @@ import numpy as np
 
 from rsft_lib.common.artifact import file_hash, new_folder, reusable
 from rsft_lib.common.paths import require_path, resolve
+from rsft_lib.data.budgets import Budgets, cut_thoughts
 from rsft_lib.data.conversation import RULES
 from rsft_lib.data.encoder import Encoder, Tokens, best_encoder
 from rsft_lib.data.pairs import OTHER, balance, coverage, disagreeing, held_back, not_shorter, unneeded
@@ -44,6 +45,9 @@ def build_hybrid(
     cut_short: bool = False,
     modes: str = "both",
     short_up_to: float = 0.0,
+    budget_share: float = 0.0,
+    budget_min: int = 1,
+    budget_max: int = 0,
     tokenizer: str | Path = "",
     columns: dict[str, str] | None = None,
     dialect: str = THINKLESS.name,
@@ -76,6 +80,9 @@ def build_hybrid(
             model can still be asked for either mode.
         short_up_to: with 'by_need', the maximum difficulty of problems answered short, by the field `difficulty`, or,
             of notebook 10's pairs, the share of wrong short answers (1 - `short_right`); 0 for any.
+        budget_share: fraction of the long answers in the training set that get a thinking budget, drawn uniformly from
+            `budget_min` to `budget_max` tokens (0: to the length of their own thoughts). Longer thoughts are cut there:
+            the sample has `thoughts_cut`, and its `</think>` is not trained (`data.budgets`). It needs `tokenizer`.
         tokenizer: folder of the tokenizer that measures lengths; empty to measure characters.
         columns: field -> its name in the inputs, e.g. {'prompt': 'question', 'response': 'answer'}.
         dialect: how prompts ask for a mode and answers begin in it, a name in `tokenizer.dialect.DIALECTS`; earlier
@@ -88,7 +95,8 @@ def build_hybrid(
     Returns:
         The manifest. `counts`: samples by split and mode; `balance`: also the lengths of their prompts and answers in
         `unit`; `problems`: their number by the modes of their answers; `records`: numbers read, rejected, dropped and
-        cut; `unused_fields`: field -> number of records in which it is in no sample.
+        cut; `unused_fields`: field -> number of records in which it is in no sample; with budgets `thoughts_cut`: what
+        `budgets.cut_thoughts` returns.
 
     Raises:
         FileExistsError: `folder` is something else, or was made from other answers.
@@ -103,6 +111,8 @@ def build_hybrid(
     if hybrid and cut_short:
         raise ValueError("cut_short is for `long`: from a hybrid dataset no short answers are cut")
     _check_modes(modes, short_up_to, forms, bool(short or hybrid))
+    budgets = Budgets(budget_share, budget_min, budget_max)
+    budgets.check(tokenizer)
     given = [(long, long_sample), *([(short, short_sample)] if short else [])]
     given = [(hybrid, declared_sample)] if hybrid else given
     inputs = [(source_of(data, INPUT_NAMES[make]), make) for data, make in given]
@@ -114,6 +124,7 @@ def build_hybrid(
         "dialect": dialect, "empty_think": empty_think, "modes": modes, "short_up_to": short_up_to,
         "on_disagreement": on_disagreement, "unit": "tokens" if tokenizer else "characters",
         "tokenizer_sha256": _tokenizer_hash(tokenizer),
+        "budgets": budgets._asdict() if budget_share else None,
     }  # fmt: skip
     destination = resolve(folder)
     known = None not in facts["sources"].values()
@@ -138,7 +149,11 @@ def build_hybrid(
         facts["problems"] = coverage(scratch.rows[kept])
         facts["findings"] = dict(Counter(finding["finding"] for finding in findings))
         facts["unused_fields"] = dict(reader.unused)
-        facts["balance"] = splits = _write_splits(scratch, kept, held_out, seed, temporary)
+        held = _held_back(scratch.rows[kept], held_out, seed)
+        if budget_share:
+            tokenizer_json = load_tokenizer(tokenizer).backend_tokenizer.to_str()
+            facts["thoughts_cut"] = cut_thoughts(scratch, kept[~held], tokenizer_json, budgets, seed)
+        facts["balance"] = splits = _write_splits(scratch, kept, held, seed, temporary)
         facts["counts"] = {s: {mode: n["samples"] for mode, n in modes.items()} for s, modes in splits.items()}
         lines = (json.dumps(finding, ensure_ascii=False) + "\n" for finding in findings)
         (temporary / FINDINGS).write_text("".join(lines), encoding="utf-8")
@@ -304,11 +319,16 @@ def _counts(rows: np.ndarray, kept: np.ndarray, rejected: int) -> dict[str, int]
     }
 
 
-def _write_splits(scratch: Scratch, kept: np.ndarray, held_out: float, seed: int, folder: Path) -> dict:
-    """Write the samples `kept`, shuffled, and return their balance by split and mode."""
-    held = held_back(scratch.rows[kept], held_out, seed)
+def _held_back(rows: np.ndarray, held_out: float, seed: int) -> np.ndarray:
+    """`pairs.held_back`, with a message if there is nothing to hold out."""
+    held = held_back(rows, held_out, seed)
     if held_out and not held.any():
         print("there is only one question, so nothing is held out: heldout.jsonl is not written")
+    return held
+
+
+def _write_splits(scratch: Scratch, kept: np.ndarray, held: np.ndarray, seed: int, folder: Path) -> dict:
+    """Write the samples `kept`, shuffled, and return their balance by split and mode; `held`: bool [kept]."""
     order = np.random.default_rng(seed).permutation(len(kept))
     kept, held, balances = kept[order], held[order], {}
     for split, numbers in (("train", kept[~held]), ("heldout", kept[held])):

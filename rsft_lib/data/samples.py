@@ -188,6 +188,8 @@ def _answer(message: dict) -> str:
     if message.get("tool_calls"):
         raise ValueError("an answer calls a tool; notebook 04 accepts such conversations unchanged")
     thoughts = next((message[name] for name in REASONING if message.get(name)), "")
+    if message.get("thoughts_cut"):
+        raise ValueError("thoughts_cut: a budget has cut this answer already; notebook 04 accepts it unchanged")
     if not thoughts:
         return message["content"]
     if tags := TAGS.findall(thoughts + message["content"]):

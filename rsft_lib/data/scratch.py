@@ -44,15 +44,29 @@ class Scratch:
         return block
 
     def line(self, number: int) -> bytes:
+        line = self._stored(number)
+        return line[:-2] + b', "mode_given": true}\n' if self.rows["given"][number] else line
+
+    def record(self, number: int) -> dict:
+        return json.loads(self._stored(number))
+
+    def replace(self, number: int, record: dict, answer: int) -> None:
+        """Replace a sample by `record`, whose answer has the length `answer`."""
+        line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
+        self.rows[number]["offset"] = self.file.seek(0, os.SEEK_END)
+        self.rows[number]["size"], self.rows[number]["answer"] = len(line), answer
+        self.file.write(line)
+        self.file.flush()
+
+    def _stored(self, number: int) -> bytes:
         row = self.rows[number]
-        line = os.pread(self.file.fileno(), int(row["size"]), int(row["offset"]))
-        return line[:-2] + b', "mode_given": true}\n' if row["given"] else line
+        return os.pread(self.file.fileno(), int(row["size"]), int(row["offset"]))
 
     def finding(self, what: str, *numbers: int) -> dict:
         """An entry of the list of findings, about samples of one problem."""
         finding: dict = {"finding": what, "problem": "", "answers": []}
         for number in numbers:
-            row, record = self.rows[number], json.loads(self.line(number))
+            row, record = self.rows[number], self.record(number)
             place = f"{self.sources[row['source']]}:{row['line']}"
             final = final_answer(record["output"]) or record.get("answer")
             finding["problem"] = record["instruction"]

@@ -49,17 +49,25 @@ def kinds(labels: np.ndarray, trained: np.ndarray, control: Control) -> np.ndarr
     """The kind of each label of one sample.
 
     Args:
-        labels: int [n]; trained: bool [n]. A run of trained labels is an answer.
+        labels: int [n]; trained: bool [n]. A run of trained labels is an answer, and goes on after an untrained
+            `</think>` in it, with which a thinking budget has cut the thoughts.
 
     Returns:
         uint8 [n]; undefined (0) where not trained.
     """
     result = np.zeros(len(labels), dtype=np.uint8)
-    edges = np.flatnonzero(np.diff(trained.astype(np.int8), prepend=0, append=0)).reshape(-1, 2)
+    answers = trained | forced_closes(labels, trained, control.end_think)
+    edges = np.flatnonzero(np.diff(answers.astype(np.int8), prepend=0, append=0)).reshape(-1, 2)
     modes = modes_of(labels, edges[:, 0], control.openings)
     for (first, end), mode in zip(edges.tolist(), modes.tolist(), strict=True):
         result[first:end] = mode * len(SPAN_NAMES) + _spans(labels[first:end], mode, control)
-    return result
+    return np.where(trained, result, 0)
+
+
+def forced_closes(tokens: np.ndarray, trained: np.ndarray, end_think: int) -> np.ndarray:
+    """Which tokens, bool [n], are an untrained `</think>` between trained ones, where a budget has cut the thoughts."""
+    around = np.pad(trained, 1)
+    return (tokens == end_think) & ~trained & around[:-2] & around[2:]
 
 
 def _spans(labels: np.ndarray, mode: int, control: Control) -> np.ndarray:

@@ -58,6 +58,17 @@ def scores_of(models: str) -> dict[str, dict[str, dict]]:
     return found
 
 
+def budget_name(budget: int) -> str:
+    """The name in a card for the scores of answers with a thinking budget, in tokens."""
+    return f"think within {budget} tokens"
+
+
+def budgets_of(scores: dict[str, dict]) -> dict[int, dict]:
+    """The scores with a thinking budget of a card, by the budget in tokens."""
+    found = {name: re.fullmatch(budget_name(0).replace("0", r"(\d+)"), name) for name in scores}
+    return {int(match[1]): scores[name] for name, match in found.items() if match}
+
+
 def command_of(notebook: str, parameters: dict) -> str:
     """The command that runs a notebook with these parameters."""
     given = [part for name, value in parameters.items() for part in ("-p", name, str(value))]

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 from transformers import PreTrainedTokenizerBase
 
@@ -11,6 +12,7 @@ from rsft_lib.common.paths import require_path
 from rsft_lib.data.answers import final_answer, normalized
 from rsft_lib.generation.inference_engines import BATCH, Engine, Sampling, open_engine
 from rsft_lib.generation.questions import Question
+from rsft_lib.generation.thinking_budget import with_budget
 from rsft_lib.tokenizer.chat import prompt_ids
 from rsft_lib.tokenizer.dialect import END_THINK, MODES, PLAIN, PREFILLED, TAGS, THINK, THINKLESS, Dialect, dialect_of
 from rsft_lib.tokenizer.patch import load_tokenizer
@@ -76,8 +78,7 @@ def generate_modes(
     """
     if unknown := [mode for mode in modes if mode not in ASKED]:
         raise ValueError(f"mode is {unknown[0]!r}; choose one of {', '.join(map(repr, ASKED))}")
-    speaker = open_speaker(model, engine, batch_size, dialect)
-    return {mode: speaker.answers([(prompt, mode) for prompt in prompts], sampling) for mode in modes}
+    return open_speaker(model, engine, batch_size, dialect).in_modes(prompts, modes, sampling)
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,29 @@ class Speaker:
     tokenizer: PreTrainedTokenizerBase
     dialect: Dialect
     write: Engine
+
+    def in_modes(
+        self, prompts: Sequence[str | Question], modes: Sequence[str | None], sampling: Sampling
+    ) -> dict[str | None, list[Answer]]:
+        """The answers in each of several modes."""
+        return {mode: self.answers([(prompt, mode) for prompt in prompts], sampling) for mode in modes}
+
+    def within_budgets(
+        self, prompts: Sequence[str | Question], whole: Sequence[Answer], sampling: Sampling
+    ) -> dict[int | None, list[Answer]]:
+        """The answers with thoughts by thinking budget in tokens, from the smallest to that of `whole`, None for none.
+
+        The budgets are a quarter, a half, once and twice the median length of the thoughts of `whole`, which are the
+        answers to the prompts by `sampling`.
+        """
+        thoughts = [answer.text.removeprefix(THINK).partition(END_THINK)[0] for answer in whole]
+        lengths = [len(self.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in thoughts]
+        budgets = {int(factor * median(lengths)) for factor in (0.25, 0.5, 1, 2)} if lengths else set()
+        most = sampling.max_new_tokens if sampling.budget_tokens is None else sampling.budget_tokens
+        asked = [(prompt, "think") for prompt in prompts]
+        limited = {n: sampling._replace(budget_tokens=n) for n in sorted(budgets) if 0 < n < most}
+        within: dict[int | None, list[Answer]] = {n: self.answers(asked, each) for n, each in limited.items()}
+        return within | ({sampling.budget_tokens: list(whole)} if whole else {})
 
     def answers(
         self,
@@ -98,6 +122,7 @@ class Speaker:
 
         Args:
             seen: called after each token with the answers so far, if all are in one batch; returns whether to stop.
+                With a budget it is called once, at the end.
         """
         forms = [mode if mode in self.dialect.forms else None for _, mode in asked]
         prompts = [self.prompt(question, mode) for question, mode in asked]
@@ -108,7 +133,8 @@ class Speaker:
             return [_answer(self.tokenizer, [*g, *w], self.dialect) for g, w in zip(given, written, strict=True)]
 
         show = (lambda written: seen(read(written))) if seen else None
-        return read(self.write(prompts, sampling, show))
+        write = self.write if sampling.budget_tokens is None else with_budget(self.write, self.tokenizer, given)
+        return read(write(prompts, sampling, show))
 
     def prompt(self, question: str | Question, mode: str | None) -> list[int]:
         """The ids of a question asked in a mode; in none, if the dialect has no such mode.

@@ -26,12 +26,14 @@ class Sampling(NamedTuple):
     """Sampling settings; temperature 0 is greedy decoding.
 
     Every prompt has random numbers of its own (`seeds_of`), so what it samples does not depend on the others in its
-    batch, up to rounding.
+    batch, up to rounding. `budget_tokens` limits the thoughts of an answer (`thinking_budget`), `max_new_tokens` all of
+    it.
     """
 
     max_new_tokens: int
     temperature: float = 0.0
     seed: int = 0
+    budget_tokens: int | None = None
 
 
 Seen = Callable[[list[list[int]]], bool]  # ids of each continuation so far -> whether to stop

@@ -1,8 +1,9 @@
 """Render conversations with a chat template, tokenize them, and compute the loss mask.
 
 A conversation is a list of messages with `role` (system, user, assistant, tool) and `content`. An assistant message
-may have `train: false`, which makes it context only, `weight`, a factor on the loss of its tokens, or
-`mode_given: true`, with which its control token is context, as in a prompt that asks for the mode.
+may have `train: false`, which makes it context only, `weight`, a factor on the loss of its tokens,
+`mode_given: true`, with which its control token is context, as in a prompt that asks for the mode, or
+`thoughts_cut: true`, with which its `</think>` is context: a thinking budget wrote it, not the model.
 """
 
 import json
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rsft_lib.tokenizer.chat_template import ChatTemplate, Span
-from rsft_lib.tokenizer.dialect import TAGS, THINK, THINKLESS, Dialect
+from rsft_lib.tokenizer.dialect import END_THINK, TAGS, THINK, THINKLESS, Dialect
 
 # Message fields in which other tools keep the chain of thought.
 REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -165,10 +166,20 @@ def _trained_spans(
         if code:
             given = TAGS.match(text, start) if messages[turn].get("mode_given") else None
             start = given.end() if given else start + len(context) * text.startswith(context, start)
-            spans.append(Span(start, end, code))
+            spans += _around_forced_close(messages[turn], turn, text, Span(start, end, code))
     if not spans:
         raise ValueError("the conversation has no assistant message to train on")
     return spans
+
+
+def _around_forced_close(message: dict, turn: int, text: str, answer: Span) -> list[Span]:
+    """The span of an answer; without `</think>`, where its thoughts are cut."""
+    if not message.get("thoughts_cut"):
+        return [answer]
+    close = text.find(END_THINK, answer.start, answer.end)
+    if close < 0:
+        raise ValueError(f"message {turn}: thoughts_cut is true, but the answer contains no {END_THINK}")
+    return [answer._replace(end=close), answer._replace(start=close + len(END_THINK))]
 
 
 def _locate_answers(template: ChatTemplate, messages: list[dict], tools: list[dict] | None) -> tuple[str, list[Span]]:

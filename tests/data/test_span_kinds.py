@@ -113,3 +113,17 @@ def test_metrics_are_means_over_the_tokens_of_a_kind():
     assert weight_sum(counts.tolist()) == 2.0 and trained_tokens(counts.tolist()) == 7
     assert metrics(counts.tolist(), "eval_", kinds=False) == {"eval_loss": 7.0}
     assert metrics([0.0] * SIZE) == {"loss": 0.0}
+
+
+def test_an_answer_goes_on_after_a_forced_close_and_an_untrained_answer_is_none():
+    """
+    labels   9  <think> 9 </think> 9 <eos>  9  <think> 9 </think> 9 <eos>  9  <short> 9 <eos>
+    trained  0     1    1    0     1   1    0     0    0    0     0   0    0     1    1   1
+    """
+    long = [WORD, THINK, WORD, END, WORD, EOS]
+    labels = np.array([*long, *long, WORD, SHORT, WORD, EOS])
+    trained = np.array([0, 1, 1, 0, 1, 1, *[0] * 6, 0, 1, 1, 1], dtype=bool)
+    expected = ["think/control", "think/think", "think/answer", "think/eos"]
+    expected += ["short/control", "short/answer", "short/eos"]
+    found = kinds(labels, trained, CONTROL)
+    assert named(found[trained]) == expected and not found[~trained].any()

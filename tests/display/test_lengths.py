@@ -24,21 +24,25 @@ TOKENIZER = SimpleNamespace(
 
 
 def random_sample(rng: np.random.Generator) -> tuple[list[int], list[int]]:
-    """A conversation of one to three turns, each of any mode, maybe cut, maybe with </think> in its question."""
+    """A conversation of one to three turns, each of any mode, maybe truncated, with </think> in its question or as a
+    forced close."""
     ids, mask = [1], [0]
     for _ in range(rng.integers(1, 4)):
-        question = rng.choice([9, 10, END_THINK], size=rng.integers(1, 8)).tolist()
+        question = [9, *rng.choice([9, 10, END_THINK], size=rng.integers(1, 8)).tolist(), 9]
         body = rng.integers(20, 99, size=rng.integers(1, 12)).tolist()
         thoughts = [THINK, *body, END_THINK] if rng.random() < 0.9 else [THINK, *body]
         answer = [thoughts + [11], [SHORT, *body], body][rng.integers(3)] + [EOS]
         ids += question + answer
-        mask += [0] * len(question) + [1] * len(answer)
+        forced = rng.random() < 0.2
+        mask += [0] * len(question) + [int(not (forced and token == END_THINK)) for token in answer]
     cut = rng.integers(0, 3) if mask[-4:] == [1] * 4 else 0
     return ids[: len(ids) - cut], mask[: len(mask) - cut]
 
 
 def closed_at(ids: list[int], mask: list[int]) -> list[int]:
-    return [at for at, (token, trained) in enumerate(zip(ids, mask, strict=True)) if token == END_THINK and trained]
+    """The positions of </think> in answers, trained or forced."""
+    closes = [at for at, token in enumerate(ids) if token == END_THINK and (mask[at] or mask[at - 1])]
+    return [at for at in closes if mask[at] or at + 1 < len(ids) and mask[at + 1]]
 
 
 def write_store(folder: Path, samples: list[tuple[list[int], list[int]]], lengths: list[int] = ()) -> TokenStore:
@@ -60,11 +64,10 @@ def test_columns_match_a_loop_over_the_samples(chunk, monkeypatch, tmp_path):
     samples = sample_stats.measure(write_store(tmp_path / "store", written), TOKENIZER)
     for i, (ids, mask) in enumerate(written):
         first = mask.index(1)
-        closings = [
-            at + 1 for at, (token, trained) in enumerate(zip(ids, mask, strict=True)) if token == END_THINK and trained
-        ]
+        closings = closed_at(ids, mask)
         assert samples.lengths[i] == len(ids) and samples.trained[i] == sum(mask) and samples.first[i] == first
-        assert samples.closed[i] == (closings[-1] if closings else 0)
+        assert samples.closed[i] == (closings[-1] + 1 if closings else 0)
+        assert samples.cut[i] == any(not mask[at] for at in closings)
         assert samples.ended[i] == (ids[-1] == EOS)
         assert MODES[samples.modes[i]] == {THINK: "think", SHORT: "short"}.get(ids[first], "other")
     assert len(samples) == 300 and samples.present == ["think", "short", "other"] and not len(samples.dropped)
@@ -128,9 +131,7 @@ def test_costs_match_truncating_and_dropping_every_sample(tmp_path):
         assert row["drop: trained tokens lost"] == pytest.approx(sum(sum(mask) for _, mask in over) / trained)
         assert row["truncate: tokens lost"] == pytest.approx(sum(len(ids) - limit for ids, _ in over) / every)
         assert row["truncate: nothing trained"] == sum(not any(mask[:limit]) for _, mask in over)
-        ended = [
-            [at for at, (t, m) in enumerate(zip(ids, mask, strict=True)) if t == END_THINK and m] for ids, mask in over
-        ]
+        ended = [closed_at(ids, mask) for ids, mask in over]
         assert row["truncate: without </think>"] == sum(bool(at) and at[-1] >= limit for at in ended)
 
 

@@ -14,9 +14,11 @@ from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2ForCausalL
 from rsft_lib import demo
 from rsft_lib.common.artifact import write_manifest
 from rsft_lib.display.model.answers import (
+    budgets_table,
     choices_table,
     obedience_table,
     plot_answers,
+    plot_budgets,
     plot_choices,
     scores_table,
     side_by_side,
@@ -316,6 +318,41 @@ def test_vllm_gets_token_ids_and_returns_the_same_answers(model, monkeypatch):
     seed = asked[0].pop("seed")
     assert 0 <= seed < 2**63 and seed not in (asked[1]["seed"], asked[2]["seed"])
     assert asked[0] == {"temperature": 0.0, "max_tokens": 6, "stop_token_ids": [eos], "detokenize": False}
+
+
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+def test_a_budget_closes_thoughts_that_go_on_in_either_engine(model, tmp_path, monkeypatch, engine):
+    monkeypatch.setitem(sys.modules, "vllm", Vllm())
+    endless = scripted(
+        model, tmp_path, "<｜Assistant｜><think> two two", f"<short></think> three{demo.EOS}", "</think> three"
+    )
+    whole = generate_modes(endless, QUESTIONS, ["think", "short", None], Sampling(9), engine)
+    found = generate_modes(endless, QUESTIONS, [*whole], Sampling(9, budget_tokens=4), engine)
+    closed = [Answer("<think> two two two two</think> three", 7, True)] * 3
+    assert found == {"think": closed, "short": whole["short"], None: closed}
+    assert well_formed(closed[0], "think") and not whole["think"][0].ended
+    assert generate_modes(endless, QUESTIONS, [*whole], Sampling(9, budget_tokens=9), engine) == whole
+
+
+def test_the_curve_asks_with_a_quarter_to_twice_the_median_thoughts_and_shows_accuracy(model, tmp_path):
+    endless = scripted(model, tmp_path, "<think> two two", f"</think>Answer: three{demo.EOS}")
+    speaker, sampling, expected = open_speaker(endless), Sampling(20), ["three", "three", None]
+    whole = speaker.in_modes(QUESTIONS, ["think"], sampling)
+    within = speaker.within_budgets(QUESTIONS, whole["think"], sampling)
+    assert [*within] == [5, 10, None] and within[None] == whole["think"], "20 tokens are the limit, 40 more than that"
+    for budget in (5, 10):
+        closed = "<think>" + " two" * budget + "</think>Answer: three"
+        assert [answer.text for answer in within[budget]] == [closed] * 3
+    rows = budgets_table(within, expected).rows
+    assert [row[:2] for row in rows] == [("5", "100.0%"), ("10", "100.0%"), ("none", "0.0%")]
+    others = {"before": {"think": {"accuracy": 0.9}, "think within 7 tokens": {"accuracy": 0.5}}}
+    lines = plot_budgets(within, whole, expected, others).axes[0].get_lines()
+    drawn = {line.get_label(): (*line.get_xdata(), *line.get_ydata()) for line in lines}
+    assert drawn["before"] == (7, 0.5) and (5, 10, 1, 1) in drawn.values()
+    limited = speaker.within_budgets(QUESTIONS, within[5], Sampling(20, budget_tokens=5))
+    assert [*limited] == [1, 2, 5] and limited[5] == within[5]
+    assert speaker.within_budgets(QUESTIONS, [], sampling) == {} and not budgets_table({}, expected).rows
+    assert plot_budgets({}, whole, expected).axes
 
 
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype", None])

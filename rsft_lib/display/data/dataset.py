@@ -51,6 +51,23 @@ def origin_table(built: dict) -> Table:
     return Table("origin of the samples", ("", "count"), rows, _unpaired(built["problems"]))
 
 
+def budgets_table(built: dict) -> Table:
+    """How many long answers of the training split were cut at a thinking budget; empty if there are no budgets."""
+    if not built.get("thoughts_cut"):
+        return Table("no thinking budgets: all thoughts are whole", (), [])
+    found, budgets = built["thoughts_cut"], built["budgets"]
+    most = f"{budgets['most']:,} tokens" if budgets["most"] else "the length of the thoughts"
+    rows = [
+        ("long answers in the training split", found["long"]),
+        ("thoughts cut", found["cut"]),
+        ("- share of the long answers", found["cut"] / max(found["long"], 1)),
+        ("stayed whole: thoughts within their budget", found["whole"]),
+        *((f"tokens of thoughts left: {what}", n)
+          for what, n in zip(("minimum", "median", "maximum"), found["tokens"], strict=False)),
+    ]  # fmt: skip
+    return Table(f"thinking budgets, from {budgets['least']:,} tokens to {most}", ("", "count"), rows)
+
+
 def _unpaired(problems: dict[str, int]) -> str:
     """A warning if no problem has both modes; empty for a dataset without modes."""
     if problems.get("both", 1):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from rsft_lib.data.span_kinds import forced_closes
 from rsft_lib.data.store import LENGTHS, MASK, NAME, TokenStore
 from rsft_lib.display.mask.segments import DEFAULT_WEIGHTS, Forms, Marks
 from rsft_lib.tokenizer.dialect import MODE_NAMES, modes_of
@@ -20,7 +21,8 @@ class Samples:
     lengths: np.ndarray  # before truncation
     trained: np.ndarray  # targets in the loss
     first: np.ndarray  # position of the first trained token
-    closed: np.ndarray  # tokens up to and including the last trained </think>, 0 if there is none
+    closed: np.ndarray  # tokens up to and including the last </think> of an answer, 0 if there is none
+    cut: np.ndarray  # bool: a thinking budget has cut the thoughts, so a </think> is not trained
     ended: np.ndarray  # bool: the last token is EOS
     modes: np.ndarray  # uint8, indices into MODE_NAMES, by the beginning of the first trained answer
     dropped: np.ndarray  # int32 [records]: lengths of records that were too long to be stored
@@ -46,7 +48,7 @@ def measure(store: TokenStore, tokenizer: PreTrainedTokenizerBase) -> Samples:
     """
     marks, forms = Marks.of(tokenizer), Forms.of(tokenizer, store.dialect)
     parts = [_measure(*chunk, marks, forms) for chunk in _chunks(store)]
-    trained, first, closed, ended, modes = (np.concatenate(column) for column in zip(*parts, strict=True))
+    trained, first, closed, cut, ended, modes = (np.concatenate(column) for column in zip(*parts, strict=True))
     wrong = np.flatnonzero((trained == 0) | (trained == store.lengths - 1))
     if len(wrong):
         i = wrong[0]
@@ -55,7 +57,7 @@ def measure(store: TokenStore, tokenizer: PreTrainedTokenizerBase) -> Samples:
             f"with {trained[i]} of {store.lengths[i] - 1}: the mask is wrong; check the chat template (notebook 01)"
         )
     lengths, dropped = _rendered(store)
-    return Samples(lengths, trained, first, closed, ended, modes, dropped)
+    return Samples(lengths, trained, first, closed, cut, ended, modes, dropped)
 
 
 def _chunks(store: TokenStore) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -79,10 +81,12 @@ def _measure(
     starts = np.append(np.flatnonzero(trained[1:] & ~trained[:-1]) + 1, len(tokens) - 1)
     first = starts[np.searchsorted(starts, begins)]
     modes = modes_of(tokens, first, forms.openings)
-    closings = np.append(-1, np.flatnonzero((tokens == marks.end_think) & trained))
+    forced = forced_closes(tokens, trained, marks.end_think)
+    closings = np.append(-1, np.flatnonzero(forced | (tokens == marks.end_think) & trained))
     last = closings[np.searchsorted(closings, ends) - 1]
     closed = np.where(last >= begins, last - begins + 1, 0)
-    return counts, (first - begins).astype(np.int32), closed.astype(np.int32), tokens[ends - 1] == marks.eos, modes
+    cut, ended = np.logical_or.reduceat(forced, begins), tokens[ends - 1] == marks.eos
+    return counts, (first - begins).astype(np.int32), closed.astype(np.int32), cut, ended, modes
 
 
 def _rendered(store: TokenStore) -> tuple[np.ndarray, np.ndarray]:

@@ -20,6 +20,7 @@ from rsft_lib.display.mask.segments import (
     CONTEXT,
     DEFAULT_WEIGHTS,
     END,
+    FORCED,
     SHORT_ANSWER,
     THOUGHT,
     Forms,
@@ -37,7 +38,8 @@ BOUNDARIES = 8  # mask boundaries shown in the label-shift table
 SHIFT = ("reads id", "reads", "predicts id", "predicts", "in the loss")
 LEGEND = "● trained · ○ not trained · ↵ line break · boxed: added tokens · hover over segment boundaries for ids"
 
-COLOR = {CONTEXT: GREY, THOUGHT: BLUE, ANSWER: GREEN, SHORT_ANSWER: ORANGE, END: PINK}  # by kind of segment
+# By kind of segment.
+COLOR = {CONTEXT: GREY, THOUGHT: BLUE, FORCED: GREY, ANSWER: GREEN, SHORT_ANSWER: ORANGE, END: PINK}
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from rsft_lib.data.span_kinds import forced_closes
 from rsft_lib.tokenizer.dialect import (
     END_THINK,
     MODE_NAMES,
@@ -19,6 +20,7 @@ from rsft_lib.tokenizer.dialect import (
 )
 
 CONTEXT, THOUGHT, ANSWER, SHORT_ANSWER, END = "context", "think", "answer", "short", "EOS"
+FORCED = "forced close"  # the </think> of a thinking budget
 DEFAULT_WEIGHTS = (0.0, 1.0)  # loss weight by mask byte, unless the store defines others
 
 
@@ -99,12 +101,15 @@ def segments(ids: np.ndarray, weights: np.ndarray, marks: Marks, forms: Forms) -
     changed = np.flatnonzero(np.diff(weights)) + 1
     begins = np.flatnonzero(np.diff(weights != 0, prepend=False) & (weights != 0)).tolist()
     short = {forms.short_from(ids, first) for first in begins}
+    forced = set(np.flatnonzero(forced_closes(ids, weights != 0, marks.end_think)).tolist())
     cuts = np.unique(np.concatenate([[0], changed, marked, marked + 1, [len(ids)]]))
     parts: list[Segment] = []
     state = ANSWER
     for start, end in zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True):
         weight, token = float(weights[start]), int(ids[start])
-        if not weight:
+        if start in forced:
+            kind = FORCED
+        elif not weight:
             kind = state = CONTEXT
         else:
             state = SHORT_ANSWER if start in short else state  # after an empty think block
@@ -131,7 +136,8 @@ def remarks(ids: np.ndarray, parts: list[Segment], marks: Marks, forms: Forms) -
         if tags not in forms.tags:
             expected = " or ".join(dict.fromkeys(" ".join(tags) for tags in forms.tags[1:]))
             warnings.append(f"the answer at {start:,} contains {' '.join(tags)}; expected {expected}, once")
-        if tags[:2] == [THINK, END_THINK] and forms.mode_at(ids, start) != forms.dialect.empty_block:
+        forced = any(part.kind == FORCED and start <= part.start < end for part in parts)
+        if tags[:2] == [THINK, END_THINK] and not forced and forms.mode_at(ids, start) != forms.dialect.empty_block:
             opened, closed = (begin + ids[begin:end].tolist().index(token) for token in marks[:2])
             if closed - opened <= 2:  # at most a line break
                 warnings.append(f"empty chain of thought at {opened:,}")
@@ -143,6 +149,6 @@ def remarks(ids: np.ndarray, parts: list[Segment], marks: Marks, forms: Forms) -
 
 
 def _answers(parts: list[Segment]) -> list[tuple[int, int]]:
-    """(start, end) of each contiguous span of trained tokens."""
-    spans = (list(group) for trained, group in groupby(parts, lambda s: s.trained) if trained)
+    """(start, end) of each contiguous span of trained tokens and the forced close in it."""
+    spans = (list(group) for inside, group in groupby(parts, lambda s: s.trained or s.kind == FORCED) if inside)
     return [(span[0].start, span[-1].end) for span in spans]

@@ -17,12 +17,14 @@ from rsft_lib.display.html import BLOCK, FAINT, PANEL, Table, caption, escaped, 
 from rsft_lib.display.mask.sample import COLOR, chip
 from rsft_lib.display.plot_style import NEUTRAL, finished
 from rsft_lib.display.stacked_bars import LOOK
+from rsft_lib.evaluation.verification_card import budgets_of
 from rsft_lib.generation.generate import Answer, chosen_mode, count_correct, is_correct, loops, obeyed, well_formed
 from rsft_lib.generation.intervals import wilson
 from rsft_lib.tokenizer.dialect import END_THINK, MODES, THINK
 
 SHOWN = 3000  # most characters shown of a text, half of them from its end
 Answers = dict[str | None, list[Answer]]  # by requested mode; None if the model chose
+Within = Mapping[int | None, list[Answer]]  # by thinking budget in tokens; None for none
 
 
 @dataclass(frozen=True)
@@ -169,10 +171,11 @@ def plot_choices(answers: Answers, expected: Sequence[str | None], difficulty: S
     levels = sorted(set(difficulty))
     alike = [[i for i, level in enumerate(difficulty) if level == one] for one in levels]
     thought = [chosen_mode(answer) == "think" for answer in answers[None]]
-    _draw_shares(shares, None, [(sum(thought[i] for i in some), len(some)) for some in alike], 0)
+    places = np.arange(len(levels))
+    _draw_shares(shares, None, [(sum(thought[i] for i in some), len(some)) for some in alike], places)
     for number, (mode, given) in enumerate(answers.items()):
         counts = [count_correct([given[i] for i in some], [expected[i] for i in some]) for some in alike]
-        _draw_shares(accuracies, mode, counts, 0.08 * (number - 1))
+        _draw_shares(accuracies, mode, counts, places + 0.08 * (number - 1))
     shares.set_title("chooses to think, by difficulty", loc="left", fontsize="medium")
     accuracies.set_title("correct, by difficulty", loc="left", fontsize="medium")
     accuracies.legend(fontsize="small", frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
@@ -182,6 +185,52 @@ def plot_choices(answers: Answers, expected: Sequence[str | None], difficulty: S
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
+    return finished(figure)
+
+
+def budgets_table(within: Within, expected: Sequence[str | None]) -> Table:
+    """Accuracy and length of answers with thoughts by thinking budget; empty for a model without modes."""
+    rows = []
+    for budget, given in within.items():
+        right, known = count_correct(given, expected)
+        low, high = wilson(right, known)
+        interval = (f"{right / known:.1%}", f"{low:.0%} to {high:.0%}") if known else ("–", "–")
+        formed = np.mean([well_formed(answer, "think") for answer in given]).item()
+        tokens = np.mean([answer.tokens for answer in given])
+        rows.append(("none" if budget is None else f"{budget:,}", *interval, formed, f"{tokens:,.1f}"))
+    columns = ("thinking budget, tokens", "accuracy", "95 % interval", "well-formed", "tokens, mean")
+    return Table("answers within a thinking budget" if rows else "the model has no thoughts to limit", columns, rows)
+
+
+def plot_budgets(
+    within: Within, answers: Answers, expected: Sequence[str | None],
+    others: Mapping[str, dict[str, dict]] = MappingProxyType({}),
+) -> Figure:  # fmt: skip
+    """Accuracy against the thinking budget, with that of short answers and that without a budget.
+
+    Args:
+        others: scores of other checkpoints, from `verification_card.scores_of`, at their own budgets.
+    """
+    figure, axes = plt.subplots(figsize=(9, 3.6), layout="constrained")
+    limited = {budget: given for budget, given in within.items() if budget is not None}
+    _draw_shares(axes, "think", [count_correct(given, expected) for given in limited.values()], [*limited])
+    for name, style, given in (("no budget", "--", within.get(None)), ("short", ":", answers.get("short"))):
+        if given and (known := count_correct(given, expected))[1]:
+            share, mode = known[0] / known[1], "short" if name == "short" else "think"
+            label = f"{name}: {share:.0%}, {np.mean([a.tokens for a in given]):,.0f} tokens"
+            axes.axhline(share, linestyle=style, color=LOOK[mode]["facecolor"], label=label)
+    for marker, (name, scores) in zip("sDv^", others.items(), strict=False):
+        theirs = {budget: score.get("accuracy", np.nan) for budget, score in budgets_of(scores).items()}
+        axes.plot([*theirs], [*theirs.values()], marker=marker, color=NEUTRAL, linestyle=":", label=caption(name))
+    axes.set(ylim=(-0.05, 1.05), xlabel="thinking budget: maximum tokens of thoughts")
+    axes.set_xscale("log" if limited else "linear")
+    axes.set_xticks([*limited], [f"{budget:,}" for budget in limited], minor=False)
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.set_title("correct within a budget; lines: 95 % intervals", loc="left", fontsize="medium")
+    axes.legend(fontsize="small", frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
     return finished(figure)
 
 
@@ -217,12 +266,12 @@ def _draw_others(axes: Axes, mode: str | None, others: Mapping[str, dict[str, di
         axes.plot(*zip(*places, (point.get_xdata()[0], point.get_ydata()[0]), strict=True), **style)
 
 
-def _draw_shares(axes: Axes, mode: str | None, counts: list[tuple[int, int]], shift: float) -> None:
-    """A line of shares with their intervals, moved to the side by `shift`."""
+def _draw_shares(axes: Axes, mode: str | None, counts: list[tuple[int, int]], places: Sequence[float]) -> None:
+    """A line of shares with their intervals at `places` [counts]."""
     share = np.array([good / count if count else np.nan for good, count in counts])
-    low, high = np.array([wilson(*pair) for pair in counts]).T
+    low, high = np.array([wilson(*pair) for pair in counts]).reshape(-1, 2).T
     axes.errorbar(
-        np.arange(len(counts)) + shift, share, yerr=np.clip([share - low, high - share], 0, None), marker="o",
+        places, share, yerr=np.clip([share - low, high - share], 0, None), marker="o",
         color=LOOK[mode or "other"]["facecolor"], markerfacecolor=None if mode else "none", label=_name(mode),
     )  # fmt: skip
 
