@@ -73,7 +73,8 @@ def make_inputs(folder: Path, tiny: bool) -> None:
         make_traces(folder)
         model, questions = real / "tokenizers" / "r1-distill-qwen", real / "data" / "short_gsm8k_train.jsonl"
     (folder / "model").mkdir(exist_ok=True)
-    (folder / "model" / "config.json").write_bytes((model / "config.json").read_bytes())
+    config = json.loads((model / "config.json").read_text())
+    (folder / "model" / "config.json").write_text(json.dumps({"dtype": "float32" if tiny else "bfloat16"} | config))
     (folder / "questions.jsonl").write_bytes(questions.read_bytes())
     (folder / "ready").touch()
 
