@@ -52,10 +52,10 @@ def origin_table(built: dict) -> Table:
 
 
 def budgets_table(built: dict) -> Table:
-    """How many long answers of the training split were cut at a thinking budget; empty if there are no budgets."""
-    if not built.get("thoughts_cut"):
+    """How many long answers of the training split were cut at a budget; empty without budgets or long answers."""
+    found, budgets = built.get("thoughts_cut", {}), built.get("budgets")
+    if not budgets or not found["long"]:
         return Table("no thinking budgets: all thoughts are whole", (), [])
-    found, budgets = built["thoughts_cut"], built["budgets"]
     most = f"{budgets['most']:,} tokens" if budgets["most"] else "the length of the thoughts"
     rows = [
         ("long answers in the training split", found["long"]),
