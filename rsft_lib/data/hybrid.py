@@ -305,6 +305,7 @@ def _mark_unneeded(rows: np.ndarray, kept: np.ndarray, short_up_to: float) -> No
     """Mark the samples of `kept` in a mode that their problem does not need as of a given mode."""
     if short_up_to and np.isnan(rows["difficulty"][kept]).all():
         raise ValueError(f"{short_up_to=}, but no record has a number in the field `difficulty`; name it in `columns`")
+    rows["given"] = False  # also where an earlier build has set it
     rows["given"][kept[unneeded(rows[kept], short_up_to)]] = True
 
 

@@ -145,6 +145,7 @@ def _read(row: Row, columns: dict[str, str], style: Style, mode_of) -> Sample:
         "claim": _hash(problem, claim) if claim else 0,
         "wrong": bool(final and stated and normalized(final) != normalized(stated)),
         "difficulty": _difficulty(record, columns),
+        "given": messages[-1].get("mode_given", False),
     }
     return Sample(sample, _line(sample), context, facts, tuple(left_out))
 
@@ -166,6 +167,7 @@ def _left_out(messages: list[dict]) -> list[str]:
         if message["role"] == "assistant":
             thoughts = next((message[name] for name in REASONING if message.get(name)), None)
             used |= {name for name in REASONING if message.get(name) == thoughts}
+            used |= {"mode_given"} if message is messages[-1] else set()
         names += [f"messages[].{name}" for name, value in message.items() if name not in used and not is_empty(value)]
     return list(dict.fromkeys(names))
 

@@ -151,6 +151,9 @@ def test_by_need_a_problem_is_short_where_a_short_answer_is_known_to_be_right(tm
     assert chosen(tmp_path) == expected and len(read(tmp_path)) == len(longs) + len(shorts)
     choices = {mode: n["choices"] for mode, n in built["balance"]["train"].items()}
     assert choices == Counter(expected.values())
+    build_hybrid("", "", tmp_path / "again" / "out", held_out=0, seed=0, hybrid=tmp_path / "out" / "train.jsonl")
+    samples = [sorted(json.dumps(r, sort_keys=True) for r in read(folder)) for folder in (tmp_path, tmp_path / "again")]
+    assert samples[0] == samples[1], "built again, it trains the same choices"
 
 
 def test_a_short_answer_cut_from_a_long_one_is_no_sign_that_thoughts_are_not_needed(tmp_path):
