@@ -30,6 +30,7 @@ def done(tmp_path_factory) -> tuple[Path, dict[str, tuple[Path, dict]]]:
     given, steps = chained(folder), {}
     given["01_patch_tokenizer"] |= {"dialect": "qwen3", "replacements": ""}
     given["03_build_dataset"]["dialect"] = given["04_tokenize_and_inspect"]["dialect"] = "qwen3"
+    given["03_build_dataset"]["budget_share"] = 0.0  # whole thoughts, to compare with the sources
     given["07_export_and_generate"] |= {"questions": QUESTIONS, "verify": False}
     for name in ("01_patch_tokenizer", "03_build_dataset", "04_tokenize_and_inspect", "07_export_and_generate"):
         if name.startswith("07"):
