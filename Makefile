@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraint
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,--extra-index-url https://download.pytorch.org/whl/cpu)
 
 LONGEST := $(patsubst %,tests/%.py,notebooks/test_notebooks notebooks/test_other_data launch/test_slurm \
-  notebooks/test_project_chain notebooks/test_sweep training/test_stopping training/test_start notebooks/test_train_notebook \
+  notebooks/test_project_chain notebooks/test_experts notebooks/test_sweep notebooks/test_dialect_chain training/test_stopping training/test_start notebooks/test_train_notebook \
   launch/test_orphans data/test_real_input model/test_families tokenizer/test_contract)
 
 # What depends on the version of megatron-core; `make test-engine VENV=.venv-3.12 PYTHON=python3.12` runs it with another.
