@@ -12,7 +12,7 @@ STATUS_FILE = "status.json"
 HASHED = 2**26
 INPUTS = {  # parameters that name an input
     "model", "template", "long", "short", "hybrid", "tokenizer", "data", "checkpoint", "eval_data", "runs", "run",
-    "held_out", "before", "short_model", "questions", "evaluation",
+    "held_out", "before", "short_model", "questions", "evaluation", "eval_questions", "eval_more",
 }  # fmt: skip
 
 
@@ -27,11 +27,11 @@ def identity(path: str) -> str:
 
     That of a folder of this kit is its manifest's, that of a run its newest checkpoint's. Elsewhere only files of up to
     `HASHED` bytes are read, and of larger ones, such as weights, the size and the time of the last change are compared.
-    Of comma-separated paths it is the hashes one after the other.
+    Of comma-separated paths, also as `name -> path`, it is the hashes one after the other.
     """
     place = resolve(path)
-    if "," in path and not place.exists():
-        return "".join(identity(part.strip()) for part in path.split(","))
+    if ("," in path or "->" in path) and not place.exists():
+        return "".join(identity(part.rpartition("->")[2].strip()) for part in path.split(","))
     if not path or not place.exists():
         return ""
     saved = checkpoints(place)

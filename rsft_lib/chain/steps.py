@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rsft_lib.chain.parameters import declared_parameters
-from rsft_lib.chain.project_file import Project, ProjectError, notebook_file
+from rsft_lib.chain.project_file import BUILD, Project, ProjectError, notebook_file
 from rsft_lib.chain.records import STATUS_FILE, identity
 from rsft_lib.common.artifact import own_manifest
 from rsft_lib.common.paths import resolve
@@ -38,7 +38,7 @@ FROM = {  # notebook -> its parameter -> (the notebook that made it, what of its
         "data": ("04_tokenize_and_inspect", "train"),
     },
 }  # fmt: skip
-TOGETHER = {  # one of these given by hand, none of them is taken from elsewhere; one from the project, none from FROM
+TOGETHER = {  # one of these given by hand, none of them is taken from elsewhere
     "02_convert_checkpoint": {"model", "tokenizer"},
     "03_build_dataset": {"long", "short", "hybrid", "columns"},
     "05_train": {"data", "eval_data"},
@@ -77,8 +77,8 @@ def folder_of(project: Project, notebook: str) -> Path:
 
 def taken(notebook: str, known: Collection[str]) -> dict[str, tuple[str, str]]:
     """The rows of FROM that hold for a notebook of which the parameters `known` are set otherwise."""
-    group = TOGETHER.get(notebook, set())
-    excluded = {*known} | (group if group & {*known} else set())
+    answers = TOGETHER[BUILD] if notebook == BUILD else set()  # the project's own are not mixed with notebook 10's
+    excluded = {*known} | (answers if answers & {*known} else set())
     return {name: row for name, row in FROM.get(notebook, {}).items() if name not in excluded}
 
 

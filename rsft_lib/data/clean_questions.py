@@ -14,7 +14,7 @@ from rsft_lib.common.artifact import new_folder, reusable
 from rsft_lib.common.paths import resolve
 from rsft_lib.data.answers import final_answer
 from rsft_lib.data.conversation import CHATS, PAIRS, RULES, conversation, is_empty
-from rsft_lib.data.overlap import EvaluationQuestions, normalized_words
+from rsft_lib.data.overlap import EvaluationQuestions, normalized_words, signs
 from rsft_lib.data.records import Source, parse, source_of
 from rsft_lib.data.rejects import Rejects, reject
 
@@ -37,8 +37,8 @@ def clean_questions(
 
     `leaks.jsonl` lists the questions left out since they share a run of 13 words with an evaluation question
     (`data.overlap`), with the words; `forms.jsonl` those that share only forms, and are not left out;
-    `duplicates.jsonl` those that have the words of an earlier one; `FOLDER.rejected.jsonl`, beside the folder, the
-    unusable records, also of the evaluation sets.
+    `duplicates.jsonl` those with the words and signs of an earlier one; `FOLDER.rejected.jsonl`, beside the folder,
+    the unusable records, also of the evaluation sets.
 
     Args:
         questions: a file or Hub name, in any layout of notebook 03 (`data.conversation`), or with a field `question`;
@@ -128,7 +128,8 @@ def _distinct(
     for place, record in rows:
         text = text_of(record["messages"])
         words = " ".join(normalized_words(text)) or text
-        earlier = first.setdefault(hashlib.blake2b(words.encode(), digest_size=16).digest(), place)
+        key = f"{words} {signs(text)}".encode()
+        earlier = first.setdefault(hashlib.blake2b(key, digest_size=16).digest(), place)
         if earlier == place:
             known.count(text)
             _line(scratch, {"place": place, **record})
@@ -171,7 +172,8 @@ def question_of(record: dict, columns: dict[str, str] | None = None) -> tuple[li
     Raises:
         ValueError: there is no question, or a field is of the wrong type or damaged.
     """
-    messages, tools, _ = conversation(_with_answer(record, columns or {}), columns)
+    columns = {ours: theirs for ours, theirs in (columns or {}).items() if ours != "answer"}
+    messages, tools, _ = conversation(_with_answer(record, columns), columns)
     response = ""
     while messages and messages[-1]["role"] == "assistant":
         response = messages.pop().get("content") or ""

@@ -113,6 +113,16 @@ def normalized_words(text: str) -> list[str]:
     return [unicodedata.normalize("NFKC", word.casefold()).replace("−", "-") for word in words]
 
 
+def signs(text: str) -> str:
+    """The brackets, mathematical symbols, and `!` and `|`, of a text, by which questions of the same words differ.
+
+    >>> signs("Is (3 + 4)! = 7?")
+    '(+)!='
+    """
+    text = unicodedata.normalize("NFKC", text)
+    return "".join(sign for sign in text if sign in "!|" or unicodedata.category(sign) in ("Sm", "Ps", "Pe"))
+
+
 def _runs(words: list[str]) -> list[str]:
     return [" ".join(words[at : at + LENGTH]) for at in range(len(words) - LENGTH + 1)]
 

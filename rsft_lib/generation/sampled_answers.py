@@ -24,6 +24,7 @@ from rsft_lib.generation.inference_engines import BATCH, Sampling
 from rsft_lib.generation.questions import Question
 
 CHUNK = 64  # questions
+OF_TORCHRUN = ("TORCHELASTIC_", "MASTER_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_", "ROLE_")
 
 
 class Asked(NamedTuple):
@@ -139,6 +140,16 @@ def _line(answers: list[Answer]) -> str:
     return json.dumps({"answers": found}, ensure_ascii=False) + "\n"
 
 
+def _own_device(local: int) -> None:
+    """Let this process see the GPU of its rank only, if there are any; before CUDA starts."""
+    visible, gpus = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count()
+    if not gpus:
+        return
+    if local >= gpus:
+        raise ValueError(f"nproc is above the number of visible GPUs, {gpus}; every rank needs one of its own")
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[local] if visible else str(local)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write the answers that are missing, as one of the ranks of torchrun.")
     parser.add_argument("questions", type=Path)
@@ -148,8 +159,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=BATCH)
     given = parser.parse_args()
     rank, ranks, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[local] if visible else str(local)  # before CUDA starts
+    _own_device(local)
+    for name in [name for name in os.environ if name.startswith(OF_TORCHRUN)]:
+        del os.environ[name]  # vLLM's own process group would wait for a store of torchrun's
     torch.set_num_threads(1)  # on a CPU, rounding depends on it
     asked = [Asked(*one)._replace(sampling=Sampling(*one[Asked._fields.index("sampling")])) for one in given.asked]
     write_missing(asked, read_questions(given.questions), given.folder, given.engine, given.batch_size, rank, ranks)

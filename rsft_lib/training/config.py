@@ -258,12 +258,16 @@ class TrainConfig:
         """The same for `keep_best`: it must be a metric with a direction, measured whenever a checkpoint is saved."""
         answers = not self.keep_best.startswith("eval_")
         name = "eval_generate_every" if answers else "eval_interval"
-        every = getattr(self, name)
+        every, losses = getattr(self, name), ("eval_loss", *(f"eval_{one}_loss" for one in self.more_held_out()))
         return [] if not self.keep_best else [
             (
                 f"keep_best is {self.keep_best!r}; it must be a held-out loss such as 'eval_loss', or the accuracy or "
                 "well_formed share of answers, such as 'choice_accuracy'",
                 not BEST.fullmatch(self.keep_best),
+            ),
+            (
+                f"keep_best is {self.keep_best!r}, but the held-out losses are {', '.join(losses)}",
+                not answers and not self.keep_best.startswith(losses),
             ),
             (f"keep_best={self.keep_best} needs {name}, which is 0", every == 0),
             (

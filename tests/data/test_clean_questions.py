@@ -161,6 +161,18 @@ def test_questions_are_kept_in_order_and_all_others_are_listed_with_the_reason(t
     assert "the known answer is None" in rejected[2]["reason"]
 
 
+def test_brackets_and_signs_make_another_question(tmp_path):
+    texts = ["(3+4)*2 ?", "3+(4*2) ?", "Last digit of 7!", "Last digit of 7", "Count A \u222a B.", "Count A \u2229 B."]
+    source = write(tmp_path / "questions.jsonl", [{"question": text, "answer": "1"} for text in texts])
+    assert clean_questions(source, tmp_path / "cleaned")["counts"]["kept"] == len(texts)
+
+
+def test_the_known_answer_may_be_in_the_response_that_a_column_names(tmp_path):
+    source = write(tmp_path / "questions.jsonl", [{"problem": "Four?", "solution": "It is \\boxed{4}."}])
+    clean_questions(source, tmp_path / "cleaned", columns={"answer": "solution"})
+    assert [one["answer"] for one in lines(tmp_path / "cleaned", "questions")] == ["4"]
+
+
 def test_questions_that_share_a_form_only_are_kept_and_listed(tmp_path):
     texts = [f"{FORM} name prime {number}." for number in range(COMMON + 1)]
     source = write(tmp_path / "q.jsonl", [{"question": text, "answer": "x"} for text in [*texts, texts[0]]])

@@ -89,6 +89,13 @@ def test_each_value_is_shown_with_its_origin_and_one_given_by_hand_wins(mine, ca
     assert p.output == str(outputs / "05_train") and p.epochs == 3.0 and shown["weight_decay"] == ("0.1", "")
 
 
+def test_a_held_out_set_in_the_project_file_leaves_the_training_data_to_notebook_04(mine, tmp_path):
+    ran_until(mine, "04_tokenize_and_inspect")
+    mine.write_text(mine.read_text() + f"\n05_train: {{eval_data: {tmp_path}}}\n")
+    p = begin(mine, "05_train")
+    assert p.data.endswith("train") and p.eval_data == str(tmp_path)
+
+
 def test_lengths_follow_from_one_another(mine):
     ran_until(mine, "03_build_dataset")
     given = ({}, {"max_length": 300}, {"seq_length": 500}, {"max_length": 300, "seq_length": 500})

@@ -316,9 +316,9 @@ def test_a_run_keeps_its_best_checkpoint_through_a_resume_and_exports_it_by_name
 
 def test_a_metric_that_no_evaluation_has_is_refused_before_the_first_step(inputs, tmp_path):
     with pytest.raises(
-        RuntimeError, match="keep_best is 'eval_math_loss', which no evaluation has; they have eval_loss"
+        RuntimeError, match="keep_best is 'eval_loss_mode_other', which no evaluation has; they have eval_loss"
     ):
-        run(inputs, tmp_path / "run", keep_best="eval_math_loss")
+        run(inputs, tmp_path / "run", keep_best="eval_loss_mode_other")
     assert not read_metrics(tmp_path / "run")
 
 

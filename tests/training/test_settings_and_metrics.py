@@ -95,7 +95,11 @@ def test_every_setting_is_documented_and_the_training_notebook_has_it_as_a_param
         ({"keep_best": "think_tokens"}, "keep_best is 'think_tokens'; it must be"),
         ({"keep_best": "choice_accuracy"}, "keep_best=choice_accuracy needs eval_generate_every, which is 0"),
         (
-            {"keep_best": "eval_math_loss", "save_interval": 250},
+            {"keep_best": "eval_maht_loss", "eval_more": "math -> folder"},
+            "keep_best is 'eval_maht_loss', but the held-out losses are eval_loss, eval_math_loss",
+        ),
+        (
+            {"keep_best": "eval_math_loss", "eval_more": "math -> folder", "save_interval": 250},
             "save_interval=250 is not a multiple of eval_interval=100: checkpoints would have no eval_math_loss",
         ),
         ({"eval_more": "a folder"}, "expected `this -> that`"),
