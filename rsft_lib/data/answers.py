@@ -56,7 +56,7 @@ def normalized(answer: str) -> str:
 
 
 def has_math_verify() -> bool:
-    """Whether math-verify is installed, `pip install rsft-lib[math]`."""
+    """Whether math-verify is installed, `pip install -e '.[math]'` in a checkout."""
     return importlib.util.find_spec("math_verify") is not None
 
 

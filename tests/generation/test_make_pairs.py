@@ -207,7 +207,7 @@ def test_an_answer_in_a_notation_that_only_math_verify_knows_is_right_and_notebo
     assert built["records"] == {"read": 2, "rejected": 0, "disagreeing": 0, "cut": 0}
 
 
-@pytest.mark.skipif(not has_math_verify(), reason="math-verify is not installed (pip install rsft-lib[math])")
+@pytest.mark.skipif(not has_math_verify(), reason="math-verify is not installed (pip install -e '.[math]')")
 def test_math_verify_knows_equal_formulas_and_is_not_asked_about_words():
     equal = [("2(x + 1)", "2x + 2"), ("\\frac{2}{4}", "0.5"), ("x^2-1", "(x-1)(x+1)"), ("y+1", "$1+y$")]
     assert all(equal_by_math_verify(*pair) for pair in equal)
