@@ -9,7 +9,7 @@ from train_gpu import GIB, LENGTH, MICRO_BATCHES, usual_step
 
 from rsft_lib.data.packed import PackedDataset
 from rsft_lib.data.store import TokenStore
-from rsft_lib.model.attention import TEAttention, packed
+from rsft_lib.model.attention import TEAttention, samples_of
 from rsft_lib.model.config import head_dim, read_config, transformer_config
 from rsft_lib.model.distributed import ranks
 from rsft_lib.model.loss_head import Targets, add_product_, weighted_loss
@@ -100,7 +100,7 @@ def _attention(hf, data: Path, alone: bool = True) -> float:
         width, heads, groups = head_dim(hf), hf.num_attention_heads, hf.num_key_value_heads
         times = []
         for pack in usual_step(packs):
-            samples = packed(packs.batch([pack])["cu_seqlens"].tolist(), torch.device("cuda"))
+            samples = samples_of(packs.batch([pack])["cu_seqlens"].tolist(), torch.device("cuda"))
             query, key, value = (random(LENGTH, 1, n, width).requires_grad_() for n in (heads, groups, groups))
             grad = random(LENGTH, 1, heads * width)
 

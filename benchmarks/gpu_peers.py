@@ -11,7 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rsft_lib.data.packed import PackedDataset
 from rsft_lib.data.store import TokenStore
-from rsft_lib.model.attention import packed
+from rsft_lib.model.attention import samples_of
 from rsft_lib.model.config import read_config
 from rsft_lib.model.distributed import ranks
 from rsft_lib.model.loss_head import Targets
@@ -138,7 +138,7 @@ def _ours(model: Path, batch: dict, backend: str, hf: PretrainedConfig):
         targets = Targets(*(t.cuda() for t in _targets(batch)))
         total, log_probabilities = chunk(
             batch["tokens"].cuda(), batch["position_ids"].cuda(), None, labels=targets,
-            samples=packed(batch["cu_seqlens"].tolist(), torch.device("cuda")),
+            samples=samples_of(batch["cu_seqlens"].tolist(), torch.device("cuda")),
         )  # fmt: skip
         total.backward()
         finalize_model_grads(state.chunks, None)

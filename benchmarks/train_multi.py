@@ -1,6 +1,7 @@
 """Training on several GPUs of one machine: layouts, long samples, checkpoints; floors, other libraries and predictions.
 
     RSFT_REAL_DATA=FOLDER python benchmarks/train_multi.py --output OUT --gpus 4 [--part 1] [--sections ...] [--small]
+    ... --gpus 4 --one-rank 0      rank 0 of 4 by itself on one GPU, without exchanges (one_rank.py)
 
 Models have real shapes and random weights; packs of 16,384 tokens are filled with the real traces in RSFT_REAL_DATA,
 longer ones with samples that are traces joined. A part takes less than 10 minutes: each of its sections runs in
@@ -31,6 +32,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # the modules beside this one
 
+import one_rank
 import train_gpu
 from train_gpu import LENGTH, MICRO_BATCHES, make_traces, measure, randomize, settings, usual_step
 
@@ -95,6 +97,49 @@ def ours(config: TrainConfig, steps: int = 3, warmup: int = 2) -> dict:
     result = measure(config, steps)
     result.pop("load")
     return result
+
+
+def attention_of_ranks(config: TrainConfig) -> dict:
+    """Kernels of a layer's attention over the usual packs, and the efficiency of context parallelism for them."""
+    seconds = {size: attention_seconds(config, size) for size in (1, 2, 4)}
+    efficiency = {f"cp{size}": seconds[1] / (size * taken) for size, taken in seconds.items()}
+    return {"ms": 1000 * seconds[1] / config.global_batch_size, **efficiency}
+
+
+def attention_seconds(config: TrainConfig, size: int) -> float:
+    """Seconds of a layer's attention, forward and backward, on one of `size` context-parallel ranks."""
+    from gpu_floor import random
+
+    from rsft_lib.model.attention import TEAttention, samples_of
+    from rsft_lib.model.config import head_dim, transformer_config
+
+    hf = read_config(config.checkpoint)
+    inner = TEAttention(transformer_config(hf, context_parallel_size=size), 1, None, "self").cuda()
+    inner._exchange = lambda by_rank: by_rank
+    data, width = PackedDataset(TokenStore(config.data), config.seq_length, 0), head_dim(hf)
+    heads, groups, seconds = hf.num_attention_heads, hf.num_key_value_heads, 0.0
+    for pack in usual_step(data, config.global_batch_size):
+        ends = data.batch([pack])["cu_seqlens"].tolist()
+        query, key, value = (random(ends[-1] // size, 1, n, width).requires_grad_() for n in (heads, groups, groups))
+        samples, grad = samples_of(ends, "cuda"), random(ends[-1] // size, 1, heads * width)
+
+        def both(query=query, key=key, value=value, samples=samples, grad=grad):
+            inner(query, key, value, attention_bias=samples).backward(grad)
+
+        seconds += kernel_seconds(both)
+    return seconds
+
+
+def kernel_seconds(function: Callable, repeats: int = 5) -> float:
+    """Time of a call's kernels on the GPU, without the gaps between them."""
+    for _ in range(2):
+        function()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        for _ in range(repeats):
+            function()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in profiler.key_averages()) / repeats / 1e6
 
 
 def plain_megatron(config: TrainConfig) -> dict:
@@ -227,12 +272,19 @@ def run(part: int, model: str, target: str = "", gpus: int = 0, length: int = LE
     return Section(part, model, work, layout, length, gpus, packs, target)
 
 
+LONG = {"length": 2**16, "packs": 2, "gpus": 1}
 SECTIONS = {
+    "attention-1.5b": Section(0, "1.5b", attention_of_ranks, {}, gpus=1),
+    "attention-7b": Section(0, "7b", attention_of_ranks, {}, gpus=1),
+    "attention-1.5b-64k": Section(0, "1.5b", attention_of_ranks, {}, **LONG),
+    "attention-7b-64k": Section(0, "7b", attention_of_ranks, {}, **LONG),
     "rates": Section(1, "1.5b", measure_rates, {}),
     "floor-1.5b": Section(1, "1.5b", floor, {}, gpus=1),
     "1.5b-1gpu": run(1, "1.5b", "MFU 0.52, 53 GiB", gpus=1),
     "1.5b-replicas": run(1, "1.5b", ">= 0.99 of 1gpu"),
     "1.5b-tp2": run(1, "1.5b", ">= 0.85 of 1gpu", **TP2),
+    "1.5b-cp4": run(1, "1.5b", context_parallel=4),
+    "1.5b-cp2": run(1, "1.5b", context_parallel=2),
     "1.5b-fp8": run(1, "1.5b", gpus=1, precision="fp8"),
     "1.5b-fsdp2-liger": Section(1, "1.5b", partial(fsdp2, checkpointing=False), {}),
     "1.5b-fsdp2-liger-checkpointing": Section(1, "1.5b", partial(fsdp2, checkpointing=True), {}),
@@ -242,7 +294,9 @@ SECTIONS = {
     "7b-cp2": run(2, "7b", "MFU 0.56", context_parallel=2, **LOW),
     "7b-replicas": run(2, "7b", "MFU 0.56", **SELECTIVE, **LOW),
     "7b-replicas-fp8": run(2, "7b", "MFU 0.66", precision="fp8", **SELECTIVE, **LOW),
-    "7b-tp2": run(2, "7b", **TP2),
+    "7b-1gpu": run(2, "7b", "MFU 0.56", gpus=1, **SELECTIVE, **LOW),
+    "7b-1gpu-fp8": run(2, "7b", "MFU 0.66", gpus=1, precision="fp8", **SELECTIVE, **LOW),
+    "7b-tp2": run(2, "7b", ">= 0.90 of a replica", **TP2),
     "7b-shipped": run(2, "7b", **TP2, **SELECTIVE),
     "7b-fsdp2-liger-checkpointing": Section(2, "7b", partial(fsdp2, checkpointing=True), {}),
     "7b-megatron": Section(2, "7b", plain_megatron, {"backend": "te", **FULL, **LOW}),
@@ -308,8 +362,11 @@ def config_of(section: Section, model: Path, data: Path, gpus: int) -> TrainConf
     )  # fmt: skip
 
 
-def run_here(key: str, section: Section, config: TrainConfig, output: Path) -> None:
+def run_here(key: str, section: Section, config: TrainConfig, arguments: argparse.Namespace) -> None:
     """Run a section as a rank; the first writes the result, or the error."""
+    first = arguments.one_rank or 0
+    if arguments.one_rank is not None:
+        one_rank.become(first, section.gpus or arguments.gpus)
     if not torch.cuda.is_available():  # the script is being tried
         for unknown in ("reset_peak_memory_stats", "max_memory_allocated", "max_memory_reserved"):
             setattr(torch.cuda, unknown, lambda: 0)
@@ -323,16 +380,17 @@ def run_here(key: str, section: Section, config: TrainConfig, output: Path) -> N
         except Exception as error:
             traceback.print_exc()
             result = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
-        if torch.distributed.get_rank() == 0:
-            (output / f"{key}.json").write_text(json.dumps(result | {"gpus": world}, indent=1))
-    sys.stdout.flush()
-    os._exit("error" in result)  # without cleanup, which may hang after an error
+        if torch.distributed.get_rank() == first:
+            (arguments.output / f"{key}.json").write_text(json.dumps(result | {"gpus": world}, indent=1))
+        sys.stdout.flush()
+        os._exit("error" in result)  # without cleanup, which may hang after an error
 
 
 def run_section(key: str, arguments: argparse.Namespace, limit: float) -> None:
-    gpus = SECTIONS[key].gpus or arguments.gpus
+    gpus = 1 if arguments.one_rank is not None else SECTIONS[key].gpus or arguments.gpus
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}", __file__]
     command += ["--output", str(arguments.output), "--gpus", str(arguments.gpus), "--here", key]
+    command += [] if arguments.one_rank is None else ["--one-rank", str(arguments.one_rank)]
     began = time.time()
     (arguments.output / f"{key}.json").unlink(missing_ok=True)
     with (arguments.output / f"{key}.log").open("w") as log:
@@ -424,6 +482,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for inputs and results")
     parser.add_argument("--gpus", type=int, required=True)
+    parser.add_argument("--one-rank", type=int, metavar="RANK", help="only this rank, on one GPU, without exchanges")
     parser.add_argument("--part", type=int, choices=[1, 2, 3], help="sections of one call; all by default")
     parser.add_argument("--sections", nargs="*", choices=list(SECTIONS))
     parser.add_argument("--seconds", type=int, default=85, help="time limit of a section")
@@ -435,7 +494,7 @@ def main() -> None:
     if arguments.here:
         section = sections(arguments.small)[arguments.here]
         model, data = inputs_of(section, arguments.output, arguments.small)
-        run_here(arguments.here, section, config_of(section, model, data, arguments.gpus), arguments.output)
+        run_here(arguments.here, section, config_of(section, model, data, arguments.gpus), arguments)
     chosen = arguments.sections or [k for k, s in SECTIONS.items() if arguments.part in (None, s.part)]
     began = time.time()
     (arguments.output / "inputs").mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,7 @@ from rsft_lib.common.artifact import MANIFEST, file_hash, new_folder, read_manif
 from rsft_lib.common.paths import require_path, resolve
 from rsft_lib.data.packed import PackedDataset
 from rsft_lib.data.store import TokenStore
-from rsft_lib.model.attention import packed
+from rsft_lib.model.attention import samples_of
 from rsft_lib.model.config import read_config, transformer_config
 from rsft_lib.model.cpu_shim import device
 from rsft_lib.model.distributed import ranks
@@ -122,7 +122,7 @@ def _pack_losses(model: ResponseModel, dataset: PackedDataset, index: int) -> tu
     output = model(
         batch["tokens"].to(device()), batch["position_ids"].to(device()),
         labels=Targets(*(tensor.to(device()) for tensor in targets)),
-        samples=packed(batch["cu_seqlens"].tolist(), device()),
+        samples=samples_of(batch["cu_seqlens"].tolist(), device()),
     )  # fmt: skip
     # A position predicts the next token.
     labels = [np.arange(store.ends[s] - store.lengths[s] + 1, store.ends[s]) for s in dataset.samples([index])]

@@ -10,7 +10,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from rsft_lib.model.attention import packed
+from rsft_lib.model.attention import samples_of
 from rsft_lib.model.config import attention_window, check_layout, inverse_frequencies, padded_vocab_size
 from rsft_lib.model.layers import block_spec
 from rsft_lib.model.loss_head import Loss, Targets, weighted_loss
@@ -42,7 +42,7 @@ class ResponseModel(GPTModel):
         input_ids, position_ids: int64 [b, s]; positions restart with every sample.
         attention_mask: None; attention is causal within each sample.
         labels: `loss_head.Targets` for a loss; None returns logits [b, s, v / TP].
-        samples: the `attention.Chunk`s of this rank; None if every row is one sample.
+        samples: the `attention.Samples` of the whole micro-batch; None if every row is one sample.
         padding_mask: bool [b, s], True for padding, which routers of experts do not count.
         loss_weight: sum of the loss weights of the micro-batch on all context-parallel ranks, for the auxiliary loss.
     """
@@ -63,7 +63,7 @@ class ResponseModel(GPTModel):
             for_layers = {"attention_bias": samples}
             return super().forward(input_ids, position_ids, attention_mask, extra_block_kwargs=for_layers, **rest)
         rows, length = input_ids.shape
-        samples = packed([length * i for i in range(rows + 1)], input_ids.device)
+        samples = samples_of([length * i for i in range(rows + 1)], input_ids.device)
         positions = position_ids.expand(rows, -1).reshape(1, -1)
         logits = self.forward(input_ids.view(1, -1), positions, attention_mask, samples=samples, **rest)
         return logits.view(rows, length, -1) if self.post_process else logits

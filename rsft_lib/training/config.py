@@ -199,7 +199,7 @@ class TrainConfig:
 
     def _contradictions(self) -> list[tuple[str, bool]]:
         """(error message, whether it applies) for combinations of settings."""
-        row, pieces = self.seq_length * self.micro_batch_size, 2 * self.context_parallel
+        row = self.seq_length * self.micro_batch_size
         importable = lambda name: importlib.util.find_spec(name) is not None  # noqa: E731
         return [
             (f"min_lr {self.min_lr} is above lr {self.lr}", self.min_lr > self.lr),
@@ -229,8 +229,8 @@ class TrainConfig:
             ),
             (
                 f"seq_length={self.seq_length} x micro_batch_size={self.micro_batch_size} is not divisible by "
-                f"2 x context_parallel={self.context_parallel}",
-                self.context_parallel > 1 and row % pieces > 0,
+                f"context_parallel={self.context_parallel}",
+                row % self.context_parallel > 0,
             ),
             (
                 f"the {row // self.context_parallel} tokens of a context-parallel rank are not divisible by "

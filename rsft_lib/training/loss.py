@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rsft_lib.model.attention import Chunk, chunks_of, share
+from rsft_lib.model.attention import Samples, samples_of
 from rsft_lib.model.cpu_shim import device
 from rsft_lib.model.loss_head import Loss, Targets
 from rsft_lib.training.loss_stats import tally
@@ -26,7 +26,8 @@ class MicroBatch(NamedTuple):
     targets: Targets
     kinds: Tensor
     """int64 [n], the kind of each target."""
-    chunks: tuple[Chunk, ...]
+    samples: Samples
+    """Of the whole micro-batch."""
     padding: Tensor
     """bool [1, t], True at positions that belong to no sample."""
     weight: Tensor
@@ -39,19 +40,19 @@ class MicroBatch(NamedTuple):
 
 def micro_batch(batch: dict[str, Tensor], rank: int, size: int) -> MicroBatch:
     """Shard the tensors of `PackedDataset.batch` for a context-parallel rank, on the CPU."""
-    own = {name: share(rows, rank, size) for name, rows in batch.items() if name != "cu_seqlens"}
+    own = {name: rows.chunk(size, dim=1)[rank] for name, rows in batch.items() if name != "cu_seqlens"}
     positions = own["loss_mask"][0].nonzero()[:, 0]
     targets = Targets(positions, own["labels"][0, positions], own["loss_mask"][0, positions])
-    chunks = chunks_of(batch["cu_seqlens"].tolist(), rank, size)
+    samples = samples_of(batch["cu_seqlens"].tolist())
     kinds, weight = own["kinds"][0, positions], batch["loss_mask"].sum()
-    return MicroBatch(own["tokens"], own["position_ids"], targets, kinds, chunks, own["padding"], weight)
+    return MicroBatch(own["tokens"], own["position_ids"], targets, kinds, samples, own["padding"], weight)
 
 
 def forward_step(batches: Iterator[MicroBatch], model):
     """Run one micro-batch through this rank's part of the model; called by megatron-core's schedules."""
     batch = next(batches).each(lambda tensor: tensor.to(device(), non_blocking=True))
     output = model(
-        batch.tokens, batch.position_ids, None, labels=batch.targets, samples=batch.chunks,
+        batch.tokens, batch.position_ids, None, labels=batch.targets, samples=batch.samples,
         padding_mask=batch.padding, loss_weight=batch.weight,
     )  # fmt: skip
     return output, partial(total_and_tally, weights=batch.targets.weights, kinds=batch.kinds)

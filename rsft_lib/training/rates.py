@@ -21,7 +21,7 @@ from types import SimpleNamespace
 import torch
 
 from rsft_lib.common.artifact import write_json
-from rsft_lib.model.attention import TEAttention, TorchAttention, packed
+from rsft_lib.model.attention import TEAttention, TorchAttention, samples_of
 from rsft_lib.model.cpu_shim import device, gpu
 from rsft_lib.model.distributed import ranks
 from rsft_lib.model.gpt import resolve_backend
@@ -119,7 +119,7 @@ def _attention(length: int, dtype: torch.dtype, seconds: float) -> float:
         num_attention_heads=heads, kv_channels=width, num_query_groups=groups,
     )  # fmt: skip
     kind = TEAttention if resolve_backend("auto") == "te" else TorchAttention
-    attention, samples = kind(config, 1, None, "self"), packed([0, length], device())
+    attention, samples = kind(config, 1, None, "self"), samples_of([0, length], device())
     query, key, value = (
         torch.randn(length, 1, n, width, device=device(), dtype=dtype, requires_grad=True)
         for n in (heads, groups, groups)

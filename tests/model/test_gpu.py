@@ -5,10 +5,10 @@ import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from attending import attend
 from families import tiny_family
 from support import TESTS, VOCAB, all_tensors, random_store, settings, tiny_model
 
@@ -17,7 +17,7 @@ from rsft_lib.checkpoint.run_checkpoints import newest
 from rsft_lib.common.artifact import write_json
 from rsft_lib.evaluation.score import TokenLosses
 from rsft_lib.launch import launch, launch_scoring
-from rsft_lib.model.attention import TEAttention, TorchAttention, chunks_of, packed, share
+from rsft_lib.model.attention import TEAttention, TorchAttention, samples_of
 from rsft_lib.model.distributed import ranks
 from rsft_lib.model.loss_head import Targets, add_product_, cross_entropy_backward_, log_sum_exp, weighted_loss
 from rsft_lib.training.adam import MASTER, AdamW
@@ -118,18 +118,6 @@ ATTENTIONS = [
 ]
 
 
-def attention(kind: type, context: int = 1):
-    """The module as a function of query, key and value [t, heads, d] and samples -> [t, heads * d]."""
-    config = SimpleNamespace(
-        context_parallel_size=context, tensor_model_parallel_size=1, num_attention_heads=12, num_query_groups=2,
-        kv_channels=128, softmax_scale=None, no_rope_freq=None,
-    )  # fmt: skip
-    module = kind(config, 1, None, "self")
-    if context > 1:
-        module._gather = lambda key, value: (key, value)  # every rank is passed all of them
-    return lambda *heads, samples: module(*(x.unsqueeze(1) for x in heads), attention_bias=samples).squeeze(1)
-
-
 def heads_and_grad(length: int) -> list[torch.Tensor]:
     """Query, key, value and the gradient of the output."""
     return [random(length, *shape) for shape in ((12, 128), (2, 128), (2, 128), (12 * 128,))]
@@ -140,10 +128,10 @@ def heads_and_grad(length: int) -> list[torch.Tensor]:
 def test_attention_and_its_gradients_match_float32_sample_by_sample(kind, ends):
     query, key, value, grad = heads_and_grad(ends[-1])
     results = []
-    for module, device in ((attention(TorchAttention), "cpu"), (attention(kind), "cuda")):
+    for one, device in ((TorchAttention, "cpu"), (kind, "cuda")):
         wide = torch.float32 if device == "cpu" else torch.bfloat16
         inputs = [x.to(device, wide).requires_grad_() for x in (query, key, value)]
-        output = module(*inputs, samples=packed(ends, torch.device(device)))
+        output = attend(one, *inputs, samples_of(ends, device))
         output.backward(grad.to(device, wide))
         results.append([output, *(x.grad for x in inputs)])
     for found, expected in zip(results[1], results[0], strict=True):
@@ -152,25 +140,16 @@ def test_attention_and_its_gradients_match_float32_sample_by_sample(kind, ends):
 
 @SAMPLES
 @pytest.mark.parametrize("kind", ATTENTIONS)
-def test_the_outputs_of_two_context_parallel_ranks_match_one_rank(kind, ends):
-    query, key, value, grad = (x.cuda() for x in heads_and_grad(ends[-1]))
-    leaves = [x.requires_grad_() for x in (query, key, value)]
-    whole = attention(kind)(*leaves, samples=packed(ends, query.device))
-    whole.backward(grad)
-    expected = [x.grad.clone() for x in leaves]
-    for x in leaves:
-        x.grad = None
-    part = attention(kind, context=2)
-    for rank in range(2):
-        own = [share(x[None], rank, 2)[0] for x in (query, whole, grad)]
-        chunks = (
-            c._replace(query_ends=c.query_ends.cuda(), key_ends=c.key_ends.cuda()) for c in chunks_of(ends, rank, 2)
-        )
-        output = part(own[0], key, value, samples=tuple(chunks))
-        assert apart(output.detach(), own[1].detach().cpu()) < 1e-2
-        output.backward(own[2])
-    for x, wanted in zip(leaves, expected, strict=True):
-        assert apart(x.grad, wanted.cpu()) < 1e-2
+@pytest.mark.parametrize("size", [2, 4, 8])  # heads divided, groups repeated, heads padded
+def test_context_parallel_ranks_together_match_one_rank(kind, ends, size):
+    tensors, results = [x.cuda() for x in heads_and_grad(ends[-1])], []
+    for parallel in (1, size):
+        query, key, value = (x.clone().requires_grad_() for x in tensors[:3])
+        output = attend(kind, query, key, value, samples_of(ends, "cuda"), ranks=parallel)
+        output.backward(tensors[3])
+        results.append([output, query.grad, key.grad, value.grad])
+    for found, expected in zip(results[1], results[0], strict=True):
+        assert apart(found.detach(), expected.detach().cpu()) < 1e-2
 
 
 @pytest.fixture(autouse=True)

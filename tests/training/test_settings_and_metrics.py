@@ -84,7 +84,7 @@ def test_every_setting_is_documented_and_the_training_notebook_has_it_as_a_param
         ({"moments": "bf16"}, "precision is 'fp32'"),
         ({"sequence_parallel": True}, "sequence_parallel needs tensor_parallel above 1"),
         ({"virtual_pipeline": 2}, "virtual_pipeline needs pipeline_parallel above 1"),
-        ({"context_parallel": 5}, "seq_length=96 x micro_batch_size=1 is not divisible by 2 x context_parallel=5"),
+        ({"context_parallel": 5}, "seq_length=96 x micro_batch_size=1 is not divisible by context_parallel=5"),
         (
             {"sequence_parallel": True, "tensor_parallel": 5},
             "the 96 tokens of a context-parallel rank are not divisible by tensor_parallel=5",
