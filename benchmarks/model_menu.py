@@ -41,7 +41,7 @@ SELECTIVE, FULL = {"recompute": "selective"}, {"recompute": "full"}
 
 
 def shape(project: str) -> PretrainedConfig:
-    """The configuration of a project's model, without what depends on no shape."""
+    """The configuration of a project's model, as far as it has shapes."""
     kind, *sizes = SHAPES[project]
     return AutoConfig.for_model(kind, tie_word_embeddings=False, **dict(zip(FIELDS, sizes, strict=True)))
 
@@ -87,6 +87,7 @@ MEASURED = [
 
 
 def run(length: int, packs: int, **layout) -> TrainConfig:
+    """Settings with `packs` packs of `length` tokens in a step."""
     return TrainConfig(checkpoint="c", data="d", output="o", seq_length=length, global_batch_size=packs, **layout)
 
 

@@ -120,8 +120,13 @@ def laid_out(config: TrainConfig, layout: str, nproc: int, nodes: int = 1) -> Tr
     rates = dataclasses.replace(read_rates(), gpus_per_node=nproc)
     length = sample_length(data)
     advice = advise(config, hf, ranks, rates, length)
+    best = advice[0].config
     print(table(advice, hf, ranks, rates, length))
-    return advice[0].config
+    defaults = TrainConfig.with_defaults({})
+    for key in LAYOUT:
+        if getattr(config, key) not in (defaults[key], getattr(best, key)):
+            print(f"layout 'auto' replaces {key}={getattr(config, key)!r}; to keep it, set layout to 'given'")
+    return best
 
 
 def sample_length(data: PackedDataset) -> float:
@@ -191,7 +196,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--gpus", type=int, default=1)
-    parser.add_argument("--gpus-per-node", type=int, default=8, help="of one machine")
+    parser.add_argument("--gpus-per-node", type=int, default=8, help="GPUs of one machine")
     parser.add_argument("--seq-length", type=int, default=16384)
     parser.add_argument("--global-batch-size", type=int, default=128)
     parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"])
