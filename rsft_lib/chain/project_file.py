@@ -124,7 +124,7 @@ def _checked(content: dict, file: Path) -> dict[str, dict]:
     memory = shared.pop("memory", "")
     if memory not in MEMORY:
         raise ValueError(f"{file}: memory is {memory!r}; choose {', '.join(map(repr, MEMORY))}")
-    found: dict[str, dict] = {name: {} for name in NOTEBOOKS} | {"05_train": dict(MEMORY[memory])}
+    found: dict[str, dict] = {name: {} for name in NOTEBOOKS} | {TRAIN: dict(MEMORY[memory])}
     for name, value in shared.items():
         for taker in SHARED[name]:
             found[taker][name] = value
@@ -132,4 +132,6 @@ def _checked(content: dict, file: Path) -> dict[str, dict]:
         if not isinstance(section, dict):
             raise ValueError(f"{file}: {name} is {section!r}, expected indented lines of the form `name: value`")
         found[name] |= checked(section, declared[name], f"{file}, {name}: ")
+    if memory and found[TRAIN].get("layout") == "auto":
+        raise ValueError(f"{file}: memory {memory!r} and layout 'auto' both choose recompute and dtypes: remove one")
     return found

@@ -19,7 +19,8 @@ class LaunchOptions:
     launcher: str = "local"
     """'local': torchrun on this machine; 'slurm': a batch job."""
     layout: str = "given"
-    """Parallel sizes, recomputation and dtypes of states: 'given' by the settings, or 'auto' for the advisor's best."""
+    """Parallel sizes, `recompute`, `moments` and `gradients`: 'given' by the settings, or 'auto' to replace them by the
+    advisor's best for the number of ranks. On a login node without a GPU it assumes H100s."""
     on_interrupt: str = "stop"
     """If the notebook is interrupted or its kernel ends for any reason: 'stop' (save and end) or 'leave' (continue)."""
     slurm_nodes: int = 1

@@ -67,7 +67,7 @@ def advise(
     """
     possible = [
         Advice(one, memory(one, hf, ranks).total, step_time(one, hf, ranks, rates, sample_length))
-        for one in _layouts(config, hf, ranks)
+        for one in _layouts(config, hf, ranks, rates.gpus_per_node)
     ]
     fitting = sorted((a for a in possible if a.nbytes < USABLE * rates.memory), key=lambda advice: advice.rank)
     if not fitting:
@@ -80,7 +80,8 @@ def advise(
     return fitting
 
 
-def _layouts(config: TrainConfig, hf: PretrainedConfig, ranks: int) -> Iterator[TrainConfig]:
+def _layouts(config: TrainConfig, hf: PretrainedConfig, ranks: int, gpus_per_node: int) -> Iterator[TrainConfig]:
+    """Those that are possible, with tensor-, context- and expert-parallel ranks on one machine."""
     sizes = [2**n for n in range(ranks.bit_length()) if ranks % 2**n == 0]
     experts = sizes if expert_count(hf) else [1]
     states = (
@@ -89,6 +90,8 @@ def _layouts(config: TrainConfig, hf: PretrainedConfig, ranks: int) -> Iterator[
     for tensor, pipeline, context, expert, recompute, (moments, gradients) in itertools.product(
         sizes, sizes, sizes, experts, CHOICES["recompute"], states
     ):
+        if gpus_per_node % (tensor * context) or gpus_per_node % expert:
+            continue
         # Not possible: model, ranks or batch are not divisible by a size.
         with suppress(ValueError):
             layout = dataclasses.replace(
@@ -101,8 +104,11 @@ def _layouts(config: TrainConfig, hf: PretrainedConfig, ranks: int) -> Iterator[
             yield layout
 
 
-def laid_out(config: TrainConfig, layout: str, ranks: int) -> TrainConfig:
-    """`config` as it is given, or, with `layout` "auto", with the best layout for this machine, its data and `ranks`.
+def laid_out(config: TrainConfig, layout: str, nproc: int, nodes: int = 1) -> TrainConfig:
+    """`config` as it is given, or, with `layout` "auto", with the best layout for its data and these ranks.
+
+    Args:
+        nproc: ranks on each of `nodes` machines, whose GPUs are assumed to be as this one's; without any, H100s.
 
     Raises:
         ValueError: no layout fits.
@@ -110,11 +116,17 @@ def laid_out(config: TrainConfig, layout: str, ranks: int) -> TrainConfig:
     if layout == "given":
         return config
     data = open_datasets(config).train
-    hf, rates = read_config(require_path(config.checkpoint, "checkpoint")), read_rates()
+    hf, ranks = read_config(require_path(config.checkpoint, "checkpoint")), nproc * nodes
+    rates = dataclasses.replace(read_rates(), gpus_per_node=nproc)
     length = sample_length(data)
     advice = advise(config, hf, ranks, rates, length)
+    best = advice[0].config
     print(table(advice, hf, ranks, rates, length))
-    return advice[0].config
+    defaults = TrainConfig.with_defaults({})
+    for key in LAYOUT:
+        if getattr(config, key) not in (defaults[key], getattr(best, key)):
+            print(f"layout 'auto' replaces {key}={getattr(config, key)!r}; to keep it, set layout to 'given'")
+    return best
 
 
 def sample_length(data: PackedDataset) -> float:
@@ -184,6 +196,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--gpus-per-node", type=int, default=8, help="GPUs of one machine")
     parser.add_argument("--seq-length", type=int, default=16384)
     parser.add_argument("--global-batch-size", type=int, default=128)
     parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"])
@@ -192,7 +205,8 @@ def main() -> None:
     )
     parser.add_argument("--rates", type=Path, help="a file that rsft_lib.training.rates has written")
     given = parser.parse_args()
-    hf, rates = read_config(given.model), read_rates(given.rates)
+    hf = read_config(given.model)
+    rates = dataclasses.replace(read_rates(given.rates), gpus_per_node=given.gpus_per_node)
     config = TrainConfig(
         checkpoint=str(given.model), data="", output="", seq_length=given.seq_length, precision=given.precision,
         global_batch_size=given.global_batch_size,

@@ -44,6 +44,10 @@ class Rates:
     """Bytes/s read and written by operations on elements."""
     links: dict[int, float] = field(default_factory=dict)
     """Ranks -> bytes/s that each sends in a ring all-reduce among them (its bus bandwidth)."""
+    gpus_per_node: int = 8
+    """GPUs of one machine."""
+    network: float = 50e9
+    """Bytes/s between machines for each GPU; not measured but assumed: one 400 Gb/s InfiniBand adapter per GPU."""
     host: float = 7e-3
     """Seconds in which a CPU starts the kernels of one layer, forward and backward."""
     source: str = ""
@@ -52,6 +56,12 @@ class Rates:
     def link(self, size: int) -> float:
         """The bus bandwidth among `size` ranks; the nearest size that was measured."""
         return self.links[min(self.links, key=lambda known: abs(known - size))] if self.links else self.copy / 20
+
+    def link_across(self, ranks: int, size: int) -> float:
+        """The same for `size` of `ranks` consecutive ranks: if these are on several machines, the ring crosses between
+        them over the adapters of all its GPUs of a machine."""
+        within, adapters = self.link(size), size * self.gpus_per_node / ranks
+        return within if ranks <= self.gpus_per_node else min(within, adapters * self.network)
 
 
 # Fitted to step times measured on H100s (benchmarks/NOTES.md, "The advisor"), not to isolated kernels.

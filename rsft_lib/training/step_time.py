@@ -27,7 +27,7 @@ class StepTime:
     elements: float
     """Norms, activations, rotary embedding, residuals: limited by memory bandwidth."""
     exchange: float
-    """Between tensor-, context- and expert-parallel ranks, while the GPU waits."""
+    """Between tensor-, context- and expert-parallel ranks, and stages on other machines, while the GPU waits."""
     host: float
     """The GPU waits for the CPU to start its kernels."""
     bubble: float
@@ -55,7 +55,7 @@ def step_time(
     products, attention = _products(config, hf, rates), _attention(config, hf, rates, sample_length)
     parts = [tokens * products, tokens * attention, tokens * _elements(config, hf) / rates.copy]
     layers = hf.num_hidden_layers / config.pipeline_parallel
-    exchange = layers * _exchange(config, hf, rates, tokens)
+    exchange = layers * _exchange(config, hf, rates, tokens) + _between_stages(config, hf, ranks, rates, tokens)
     micro = sum(parts) + exchange
     waits = max(0.0, layers * rates.host - micro)
     bubble = (config.pipeline_parallel - 1) / config.virtual_pipeline * (micro + waits)
@@ -125,9 +125,17 @@ def _exchange(config: TrainConfig, hf: PretrainedConfig, rates: Rates, tokens: f
     return seconds
 
 
-def _ring(nbytes: float, size: int, rates: Rates) -> float:
+def _between_stages(config: TrainConfig, hf: PretrainedConfig, ranks: int, rates: Rates, tokens: float) -> float:
+    """Seconds per micro-batch to send activations and gradients to stages on other machines; within one, nothing."""
+    if config.pipeline_parallel == 1 or ranks <= rates.gpus_per_node:
+        return 0.0
+    hidden = hf.hidden_size / (config.tensor_parallel if config.sequence_parallel else 1)
+    return 2 * (LATENCY + 2 * tokens * hidden / rates.network)
+
+
+def _ring(nbytes: float, size: int, rates: Rates, link: float = 0.0) -> float:
     """Seconds to all-gather or reduce-scatter `nbytes`, the size of the whole, among `size` ranks."""
-    return LATENCY + nbytes * (size - 1) / size / rates.link(size) if size > 1 else 0.0
+    return LATENCY + nbytes * (size - 1) / size / (link or rates.link(size)) if size > 1 else 0.0
 
 
 def _update(config: TrainConfig, hf: PretrainedConfig, ranks: int, rates: Rates, micro: float) -> float:
@@ -135,6 +143,7 @@ def _update(config: TrainConfig, hf: PretrainedConfig, ranks: int, rates: Rates,
     gradient, moment = (2 if name == "bf16" else 4 for name in (config.gradients, config.moments))
     # Weights and their lower bits, gradients and two moments, read and written; gradients are zeroed and summed before.
     traffic = (sharded * (8 + 2 * gradient + 4 * moment) + held * gradient) / rates.copy
-    replicas = ranks // (config.tensor_parallel * config.pipeline_parallel)
-    exchange = _ring(held * (gradient + 2), replicas, rates)
+    stage = ranks // config.pipeline_parallel  # consecutive ranks
+    replicas = stage // config.tensor_parallel
+    exchange = _ring(held * (gradient + 2), replicas, rates, rates.link_across(stage, replicas))
     return traffic + (max(0.0, exchange - UPDATE_HIDES * micro) if config.overlap else exchange)

@@ -72,7 +72,7 @@ def test_a_job_of_two_nodes_is_stopped_before_its_limit_requeued_and_ends_as_an_
     forked.train(settings(output=str(tmp_path / "straight"), **place), 2)
 
     run = tmp_path / "run"
-    given = settings(output=str(run), **place).to_json() | TWO | {"nproc": 1}
+    given = settings(output=str(run), **place).to_json() | TWO | {"nproc": 1, "layout": "auto"}
     process = start_notebook(tmp_path, given)
     wait_until(lambda: run.exists() and len(read_metrics(run)) >= 3, 300, "three steps", run / "train.log")
     job = launch.attach(run).id
@@ -89,6 +89,7 @@ def test_a_job_of_two_nodes_is_stopped_before_its_limit_requeued_and_ends_as_an_
     status = json.loads((run / "status.json").read_text())
     assert status["ended"] == "finished" and status["checkpoint"] == str(run / "iter_0000300")
     shown = (tmp_path / "out.ipynb").read_text()
+    assert "replicas is best" in shown and "2 = 2 data" in (run / "train.log").read_text()
     assert f"Slurm job {job}: running on n[0-1]" in shown and "image/png" in shown
     for written in [shown, *(path.read_text() for path in run.glob("*.*") if path.is_file())]:
         assert SECRET not in written
