@@ -37,6 +37,7 @@ FIELDS = (
 )  # fmt: skip
 LOW = {"moments": "bf16", "gradients": "bf16"}
 TP2, TP4 = ({"tensor_parallel": size, "sequence_parallel": True} for size in (2, 4))
+CP2, CP4 = ({"context_parallel": size} for size in (2, 4))
 SELECTIVE, FULL = {"recompute": "selective"}, {"recompute": "full"}
 
 
@@ -62,15 +63,14 @@ class Measured(NamedTuple):
     """Of one GPU."""
     gib: float
     device: str = "H100"
+    alone: bool = False
+    """Whether one of the ranks was measured by itself, without exchanges."""
 
 
 MEASURED = [
     Measured("r1-1.5b", 1, LENGTH, TRACES, 8, {}, 43_180, 51.4),
     Measured("r1-1.5b", 4, LENGTH, TRACES, 32, {}, 43_360, 38.8),
     Measured("r1-1.5b", 4, LENGTH, TRACES, 16, TP2, 33_800, 21.6),
-    Measured("r1-1.5b", 4, LENGTH, TRACES, 8, {"context_parallel": 4}, 20_350, 21.6),
-    Measured("r1-1.5b", 4, 65_536, 0, 8, {"context_parallel": 4, **SELECTIVE}, 15_165, 24.2),
-    Measured("r1-1.5b", 4, 131_072, 0, 8, {"context_parallel": 4, **FULL}, 7_518, 19.5),
     Measured("r1-1.5b", 1, 65_536, 0, 8, {**FULL, **LOW}, 14_693, 26.4),
     Measured("r1-1.5b", 4, LENGTH, TRACES, 16, {"pipeline_parallel": 4}, 29_510, 32.7),
     Measured("r1-7b", 4, LENGTH, TRACES, 16, {**TP2, **SELECTIVE}, 9_197, 46.8),
@@ -83,6 +83,15 @@ MEASURED = [
     Measured("r1-1.5b", 1, 65_536, 0, 2, {**SELECTIVE, **LOW}, 18_437, 46.5, "H200"),
     Measured("r1-1.5b", 1, 131_072, 0, 1, {**SELECTIVE, **LOW}, 10_965, 76.4, "H200"),
     Measured("r1-1.5b", 1, 262_144, 0, 1, {**FULL, **LOW}, 4_446, 65.3, "H200"),
+    Measured("r1-1.5b", 4, LENGTH, TRACES, 16, TP2, 41_790, 21.7, "H200", alone=True),
+    Measured("r1-1.5b", 4, LENGTH, TRACES, 8, CP4, 27_117, 21.1, "H200", alone=True),
+    Measured("r1-1.5b", 4, 65_536, 0, 2, CP4, 18_894, 40.6, "H200", alone=True),
+    Measured("r1-1.5b", 4, 65_536, 0, 4, {**CP2, **SELECTIVE}, 18_562, 31.8, "H200", alone=True),
+    Measured("r1-1.5b", 4, 131_072, 0, 1, {**CP4, **SELECTIVE}, 11_035, 32.7, "H200", alone=True),
+    Measured("r1-1.5b", 4, 131_072, 0, 2, {**CP2, **SELECTIVE}, 11_104, 49.3, "H200", alone=True),
+    Measured("r1-7b", 4, LENGTH, TRACES, 32, {**SELECTIVE, **LOW}, 10_593, 56.4, "H200", alone=True),
+    Measured("r1-7b", 4, LENGTH, TRACES, 16, {**CP2, **LOW}, 12_360, 67.9, "H200", alone=True),
+    Measured("r1-7b", 4, LENGTH, TRACES, 8, {**CP4, **LOW}, 11_919, 53.8, "H200", alone=True),
 ]
 
 

@@ -16,7 +16,12 @@ class OneRank(distributed.ProcessGroup):
     def allreduce(self, tensors, opts=None):
         return _done(tensors)
 
-    allreduce_coalesced = broadcast = send = recv = allreduce
+    allreduce_coalesced = broadcast = allreduce
+
+    def send(self, tensors, rank, tag):
+        return _done(tensors)
+
+    recv = send
 
     def all_to_all_single(self, output, given, output_sizes, input_sizes, opts=None):
         output.copy_(given)

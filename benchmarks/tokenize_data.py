@@ -45,12 +45,16 @@ SEQ_LENGTH = 16384
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--copies", type=int, default=10, help="copies of the data in the larger file")
+    parser.add_argument("--workers", type=int, nargs="*", help="only this: numbers of processes for the larger file")
     parser.add_argument("--peer", default="", help="another command to time on the same file")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         patch_tokenizer(REAL / "tokenizers" / "r1-distill-qwen", folder / "tok", {"<|quad_start|>": "<short>"})
         write_data(folder, arguments.copies)
+        if arguments.workers:
+            scaling(folder, arguments.workers)
+            return
         rendered, bare = bare_speed(folder)
         print(f"bare encode_batch       {rendered / bare / 1e6:8.1f} MB/s   ({rendered / 1e6:.1f} MB of text)")
         start, _ = timed(folder, "one")
@@ -92,19 +96,31 @@ def bare_speed(folder: Path) -> tuple[int, float]:
     return sum(len(text.encode()) for text in texts), min(seconds)
 
 
-def run(source: Path, tokenizer: Path, out: Path, seconds) -> None:
+def run(source: Path, tokenizer: Path, out: Path, seconds, workers: int | None) -> None:
     began = time.perf_counter()
-    tokenize(source, tokenizer, out, SEQ_LENGTH)
+    tokenize(source, tokenizer, out, SEQ_LENGTH, workers=workers)
     seconds.value = time.perf_counter() - began
 
 
-def timed(folder: Path, name: str) -> tuple[float, dict[str, float]]:
+def scaling(folder: Path, counts: list[int]) -> None:
+    """Time by number of processes, without start-up, beside the time of the first number times the processes."""
+    first = None
+    for count in counts:
+        start, whole = (timed(folder, name, count)[0] for name in ("one", "nx"))
+        work = (whole - start) * count
+        first = first or work
+        print(
+            f"{count:3} workers: start-up {start:.2f} s, whole {whole:.2f} s, {work / first:.2f} of linear", flush=True
+        )
+
+
+def timed(folder: Path, name: str, workers: int | None = None) -> tuple[float, dict[str, float]]:
     """Seconds of `tokenize` without imports, and the peak memory of each kind of process, in MB."""
     context = multiprocessing.get_context("spawn")
     seconds = context.Value("d")
     source, out = folder / f"{name}.jsonl", folder / f"out-{name}"
     shutil.rmtree(out, ignore_errors=True)
-    process = context.Process(target=run, args=(source, folder / "tok", out, seconds))
+    process = context.Process(target=run, args=(source, folder / "tok", out, seconds, workers))
     peaks = {"reader": 0.0, "worker": 0.0}
     watch = threading.Thread(target=watched, args=(process, peaks))
     process.start()

@@ -1,7 +1,7 @@
 """Training on several GPUs of one machine: layouts, long samples, checkpoints; floors, other libraries and predictions.
 
     RSFT_REAL_DATA=FOLDER python benchmarks/train_multi.py --output OUT --gpus 4 [--part 1] [--sections ...] [--small]
-    ... --gpus 4 --one-rank 0      rank 0 of 4 by itself on one GPU, without exchanges (one_rank.py)
+    ... --gpus 4 --one-rank 0      rank 0 by itself on one GPU, without exchanges (one_rank.py); part 4 needs it
 
 Models have real shapes and random weights; packs of 16,384 tokens are filled with the real traces in RSFT_REAL_DATA,
 longer ones with samples that are traces joined. A part takes less than 10 minutes: each of its sections runs in
@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # the modules beside this one
 
 import one_rank
 import train_gpu
+from model_menu import FIELDS, SHAPES
 from train_gpu import LENGTH, MICRO_BATCHES, make_traces, measure, randomize, settings, usual_step
 
 from rsft_lib.checkpoint import any_format
@@ -59,20 +60,14 @@ QWEN2 = {
     "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "num_hidden_layers": 28, "rms_norm_eps": 1e-6,
     "rope_theta": 1e6, "max_position_embeddings": 2**18, "hidden_act": "silu", "tie_word_embeddings": False,
 }  # fmt: skip
-MODELS = {  # shapes of R1-Distill-Qwen, from their config.json; 14B and 32B with fewer layers, so that 4 GPUs hold them
-    "1.5b": (151_936, 1536, 8960, 28, 12, 2), "7b": (152_064, 3584, 18_944, 28, 28, 4),
-    "14b": (152_064, 5120, 13_824, 24, 40, 8), "32b": (152_064, 5120, 27_648, 12, 40, 8),
-}  # fmt: skip
-FIELDS = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-)  # fmt: skip
+MODELS = {name.removeprefix("r1-"): sizes for name, (kind, *sizes) in SHAPES.items() if kind == "qwen2"}
 SMALL = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }  # fmt: skip
 SHORTER = 32  # with --small
 LOW = {"moments": "bf16", "gradients": "bf16"}
-TP2, TP4 = ({"tensor_parallel": size, "sequence_parallel": True} for size in (2, 4))
+TP2 = {"tensor_parallel": 2, "sequence_parallel": True}
 SELECTIVE, FULL = {"recompute": "selective"}, {"recompute": "full"}
 
 
@@ -267,7 +262,7 @@ def _together() -> None:
 
 def run(part: int, model: str, target: str = "", gpus: int = 0, length: int = LENGTH, **layout) -> Section:
     """A section of `ours`; few packs and steps of long samples, which take seconds each."""
-    packs, steps = {LENGTH: (MICRO_BATCHES, 3), 2**16: (2, 2), 2**17: (1, 1)}.get(length, (1, 1))
+    packs, steps = {2**12: (8, 3), LENGTH: (MICRO_BATCHES, 3), 2**16: (2, 2), 2**17: (1, 1)}.get(length, (1, 1))
     work = partial(ours, steps=steps, warmup=2 if length <= 2**16 else 1)
     return Section(part, model, work, layout, length, gpus, packs, target)
 
@@ -285,6 +280,8 @@ SECTIONS = {
     "1.5b-tp2": run(1, "1.5b", ">= 0.85 of 1gpu", **TP2),
     "1.5b-cp4": run(1, "1.5b", context_parallel=4),
     "1.5b-cp2": run(1, "1.5b", context_parallel=2),
+    "1.5b-4k": run(1, "1.5b", gpus=1, length=2**12),
+    "1.5b-4k-4-packs": run(1, "1.5b", gpus=1, length=2**12, micro_batch_size=4),
     "1.5b-fp8": run(1, "1.5b", gpus=1, precision="fp8"),
     "1.5b-fsdp2-liger": Section(1, "1.5b", partial(fsdp2, checkpointing=False), {}),
     "1.5b-fsdp2-liger-checkpointing": Section(1, "1.5b", partial(fsdp2, checkpointing=True), {}),
@@ -301,8 +298,9 @@ SECTIONS = {
     "7b-fsdp2-liger-checkpointing": Section(2, "7b", partial(fsdp2, checkpointing=True), {}),
     "7b-megatron": Section(2, "7b", plain_megatron, {"backend": "te", **FULL, **LOW}),
     "7b-fsdp2-liger": Section(2, "7b", partial(fsdp2, checkpointing=False), {}),
-    "14b-tp2": run(2, "14b", **TP2, **SELECTIVE),
-    "32b-tp4": run(2, "32b", **TP4, **SELECTIVE),
+    "14b-cp8": run(4, "14b", gpus=16, context_parallel=8, **LOW),
+    "14b-pp2-cp4": run(4, "14b", gpus=8, pipeline_parallel=2, context_parallel=4, **LOW),
+    "32b-tp2-pp2-cp4": run(4, "32b", gpus=16, pipeline_parallel=2, context_parallel=4, **TP2, **LOW),
     "checkpoint-1.5b": Section(3, "1.5b", checkpoint, {}, gpus=1, target="waits 1 s, resumed 20 s"),
     "checkpoint-7b": Section(3, "7b", checkpoint, {**SELECTIVE, **LOW}, target="waits 2 s, exported 40 s"),
     "1.5b-64k-cp4": run(3, "1.5b", "MFU 0.48", length=2**16, context_parallel=4),
@@ -321,7 +319,10 @@ SLOW |= {"checkpoint-7b": 240, "1.5b-256k-1gpu": 200}
 def sections(small: bool) -> dict[str, Section]:
     if not small:
         return SECTIONS
-    return {key: one._replace(length=one.length // SHORTER, packs=1) for key, one in SECTIONS.items()}
+    return {
+        key: one._replace(length=one.length // SHORTER, packs=one.layout.get("micro_batch_size", 1))
+        for key, one in SECTIONS.items()
+    }
 
 
 def inputs_of(section: Section, output: Path, small: bool) -> tuple[Path, Path]:
@@ -364,9 +365,10 @@ def config_of(section: Section, model: Path, data: Path, gpus: int) -> TrainConf
 
 def run_here(key: str, section: Section, config: TrainConfig, arguments: argparse.Namespace) -> None:
     """Run a section as a rank; the first writes the result, or the error."""
-    first = arguments.one_rank or 0
+    gpus = section.gpus or arguments.gpus
+    first = min(arguments.one_rank or 0, gpus - 1)
     if arguments.one_rank is not None:
-        one_rank.become(first, section.gpus or arguments.gpus)
+        one_rank.become(first, gpus)
     if not torch.cuda.is_available():  # the script is being tried
         for unknown in ("reset_peak_memory_stats", "max_memory_allocated", "max_memory_reserved"):
             setattr(torch.cuda, unknown, lambda: 0)
@@ -483,7 +485,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for inputs and results")
     parser.add_argument("--gpus", type=int, required=True)
     parser.add_argument("--one-rank", type=int, metavar="RANK", help="only this rank, on one GPU, without exchanges")
-    parser.add_argument("--part", type=int, choices=[1, 2, 3], help="sections of one call; all by default")
+    parser.add_argument("--part", type=int, choices=[1, 2, 3, 4], help="sections of one call; by default 1 to 3")
     parser.add_argument("--sections", nargs="*", choices=list(SECTIONS))
     parser.add_argument("--seconds", type=int, default=85, help="time limit of a section")
     parser.add_argument("--minutes", type=float, default=9.5, help="time limit of the call; 0 for none")
@@ -495,7 +497,9 @@ def main() -> None:
         section = sections(arguments.small)[arguments.here]
         model, data = inputs_of(section, arguments.output, arguments.small)
         run_here(arguments.here, section, config_of(section, model, data, arguments.gpus), arguments)
-    chosen = arguments.sections or [k for k, s in SECTIONS.items() if arguments.part in (None, s.part)]
+    chosen = arguments.sections or [
+        k for k, s in SECTIONS.items() if s.part == arguments.part or (not arguments.part and 0 < s.part < 4)
+    ]
     began = time.time()
     (arguments.output / "inputs").mkdir(parents=True, exist_ok=True)
     make_traces(arguments.output / "inputs")

@@ -33,8 +33,9 @@ NEARLY = (
 )
 LAYOUT = (
     "tensor_parallel", "sequence_parallel", "pipeline_parallel", "context_parallel", "expert_parallel", "recompute",
-    "moments", "gradients",
+    "moments", "gradients", "micro_batch_size",
 )  # fmt: skip
+MICRO_BATCHES = (1, 2, 4, 8)  # packs; with more, a CPU that starts the kernels keeps up with the GPU on short packs
 
 
 class Advice(NamedTuple):
@@ -50,8 +51,8 @@ class Advice(NamedTuple):
         """Order of preference: time with 1 % more for each simplification that it does without."""
         config = self.config
         low = (config.moments == "bf16") + (config.gradients == "bf16")
-        partitioned = sum(getattr(config, name) > 1 for name in LAYOUT if name.endswith("_parallel"))
-        return self.time.total * NEARLY ** (low + partitioned), partitioned
+        more = sum(getattr(config, name) > 1 for name in LAYOUT if name.endswith(("_parallel", "_size")))
+        return self.time.total * NEARLY ** (low + more), more
 
 
 def advise(
@@ -87,8 +88,8 @@ def _layouts(config: TrainConfig, hf: PretrainedConfig, ranks: int, gpus_per_nod
     states = (
         [("fp32", "fp32")] if config.precision == "fp32" else [("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16")]
     )
-    for tensor, pipeline, context, expert, recompute, (moments, gradients) in itertools.product(
-        sizes, sizes, sizes, experts, CHOICES["recompute"], states
+    for tensor, pipeline, context, expert, recompute, (moments, gradients), packs in itertools.product(
+        sizes, sizes, sizes, experts, CHOICES["recompute"], states, MICRO_BATCHES
     ):
         if gpus_per_node % (tensor * context) or gpus_per_node % expert:
             continue
@@ -97,7 +98,7 @@ def _layouts(config: TrainConfig, hf: PretrainedConfig, ranks: int, gpus_per_nod
             layout = dataclasses.replace(
                 config, tensor_parallel=tensor, sequence_parallel=tensor > 1, pipeline_parallel=pipeline,
                 virtual_pipeline=1, context_parallel=context, expert_parallel=expert, expert_tensor_parallel=1,
-                recompute=recompute, moments=moments, gradients=gradients,
+                recompute=recompute, moments=moments, gradients=gradients, micro_batch_size=packs,
             )  # fmt: skip
             layout.data_parallel(ranks)
             check_layout(hf, **layout.layout())
@@ -141,7 +142,8 @@ def name(advice: Advice) -> str:
     sizes = [f"{key}{size}" for key, size in (short | {"EP": config.expert_parallel}).items() if size > 1]
     low = [key for key in ("moments", "gradients") if getattr(config, key) == "bf16"]
     words = [*(sizes or ["replicas"]), *([config.recompute] if config.recompute != "none" else [])]
-    return " ".join(words) + (f", bf16 {' and '.join(low)}" if low else "")
+    packs = f", {config.micro_batch_size} packs at once" if config.micro_batch_size > 1 else ""
+    return " ".join(words) + (f", bf16 {' and '.join(low)}" if low else "") + packs
 
 
 def table(

@@ -10,6 +10,7 @@ import torch
 from transformers import PretrainedConfig
 
 from rsft_lib.common.paths import require_path, resolve
+from rsft_lib.model.attention import heads_of_rank
 from rsft_lib.model.config import check_layout, head_dim, read_config
 from rsft_lib.model.cpu_shim import gpu
 from rsft_lib.model.loss_head import CHUNK
@@ -150,8 +151,9 @@ def _activations(config: TrainConfig, hf: PretrainedConfig) -> tuple[float, floa
     )
     attention = 2 * (heads + groups)
     if config.context_parallel > 1:
-        # Keys and values of all ranks; a copy of half of the queries, and the outputs before they are joined.
-        attention += 2 * groups * config.context_parallel + 1.5 * heads
+        # Attention saves its own copies, for all tokens and some heads; groups may be on several ranks.
+        _, repeated = context_parallel_width(config, hf)
+        attention += heads + 2 * (repeated - groups)
     kept = 0.0  # by the MLP with selective recomputation
     # Activation, its gradient and that of the products before it; what is recomputed is there as well.
     live = {"none": 2 * inner, "selective": hidden + 2.5 * inner, "full": 2.5 * inner}[config.recompute]
@@ -169,6 +171,17 @@ def _activations(config: TrainConfig, hf: PretrainedConfig) -> tuple[float, floa
         saved *= config.pipeline_parallel * (1 + (config.virtual_pipeline > 1))  # micro-batches of the first stage
     again = 4 * hidden + attention + (inner if expert_count(hf) else 0) if config.recompute == "full" else 0
     return saved, live + again
+
+
+def context_parallel_width(config: TrainConfig, hf: PretrainedConfig) -> tuple[float, float]:
+    """Width of the heads, and of the keys, per token of a context-parallel rank, with padded heads and repeated groups.
+
+    Without context parallelism, those of a tensor-parallel rank.
+    """
+    heads, groups = (max(1, n // config.tensor_parallel) for n in (hf.num_attention_heads, hf.num_key_value_heads))
+    own, own_groups = heads_of_rank(heads, groups, config.context_parallel)
+    width = config.context_parallel * head_dim(hf)
+    return own * width, own_groups * width
 
 
 def _layout(config: TrainConfig, ranks: int) -> str:

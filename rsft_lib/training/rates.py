@@ -48,7 +48,7 @@ class Rates:
     """GPUs of one machine."""
     network: float = 50e9
     """Bytes/s between machines for each GPU; not measured but assumed: one 400 Gb/s InfiniBand adapter per GPU."""
-    host: float = 7e-3
+    host: float = 5.4e-3
     """Seconds in which a CPU starts the kernels of one layer, forward and backward."""
     source: str = ""
     """Where these come from."""
@@ -66,8 +66,8 @@ class Rates:
 
 # Fitted to step times measured on H100s (benchmarks/NOTES.md, "The advisor"), not to isolated kernels.
 H100 = Rates(
-    "H100", 81_559 * 2**20, products=690e12, attention=490e12, half_length=2600, copy=3.02e12,
-    links={2: 170e9, 4: 260e9}, source="defaults, from trainings on H100",
+    "H100", 81_559 * 2**20, products=686e12, attention=475e12, half_length=1780, copy=3.02e12,
+    links={2: 162e9, 4: 274e9}, source="defaults, from trainings on H100",
 )  # fmt: skip
 H200 = dataclasses.replace(
     H100, device="H200", memory=143_771 * 2**20, copy=4.24e12, source="those of an H100 with an H200's memory"

@@ -8,12 +8,12 @@ from rsft_lib.model.config import head_dim
 from rsft_lib.model.weight_map import expert_count
 from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.flops import attention_flops, layer_flops
-from rsft_lib.training.preflight import held_parameters
+from rsft_lib.training.preflight import context_parallel_width, held_parameters
 from rsft_lib.training.rates import Rates
 
 FP8_PRODUCTS = 1.35  # speed of products in FP8 with their casts, over that in bf16
 EXPERT_PRODUCTS = 0.6  # speed of the small products of experts over that of large ones
-CHUNKED_ATTENTION = 0.8  # speed of attention between the two chunks of a context-parallel rank and the keys before them
+EXCHANGED = 12  # reads and writes of the values that are sorted by rank before and after an exchange
 LATENCY = 30e-6  # seconds of an exchange of no bytes
 UPDATE_HIDES = 0.5  # share of a micro-batch behind which gradients and weights are exchanged
 
@@ -91,7 +91,9 @@ def _attention(config: TrainConfig, hf: PretrainedConfig, rates: Rates, sample_l
     flops = attention_flops(hf, length) / config.pipeline_parallel / config.tensor_parallel
     rate = rates.attention * length / (length + rates.half_length)
     again = 4 / 3 if config.recompute == "full" else 1
-    return again * flops / rate / (CHUNKED_ATTENTION if config.context_parallel > 1 else 1)
+    heads, _ = context_parallel_width(config, hf)
+    padded = heads * config.tensor_parallel / (hf.num_attention_heads * head_dim(hf))
+    return again * padded * flops / rate
 
 
 def _elements(config: TrainConfig, hf: PretrainedConfig) -> float:
@@ -103,6 +105,9 @@ def _elements(config: TrainConfig, hf: PretrainedConfig) -> float:
     layer = 12 * inner / tensor + 28 * hidden
     if experts:  # rows to the experts and back, forward and backward, each gathered, scattered and summed
         layer += 24 * hf.num_experts_per_tok * hidden
+    if config.context_parallel > 1:
+        heads, groups = context_parallel_width(config, hf)
+        layer += EXCHANGED * (heads + groups)
     layer *= 4 / 3 if config.recompute == "full" else 1
     return 2 * (layer * hf.num_hidden_layers / config.pipeline_parallel + 3 * hf.vocab_size / tensor)
 
@@ -116,9 +121,9 @@ def _exchange(config: TrainConfig, hf: PretrainedConfig, rates: Rates, tokens: f
         # Before and after attention and MLP, forward and backward; two inputs are gathered again for weight gradients.
         times = 10 + 4 * again + (config.recompute == "selective") if config.sequence_parallel else 8 + 4 * again
         seconds += times * _ring(2 * tokens * hf.hidden_size, tensor, rates)
-    if context > 1:  # keys and values of all ranks, and their gradients
-        width = 2 * hf.num_key_value_heads * head_dim(hf) / tensor
-        seconds += (2 + again) * _ring(2 * tokens * context * width, context, rates)
+    if context > 1:  # queries, keys and values, and outputs; then their gradients
+        heads, groups = context_parallel_width(config, hf)
+        seconds += (2 + again) * sum(_ring(2 * tokens * width, context, rates) for width in (heads + 2 * groups, heads))
     if expert > 1:
         hidden = hf.hidden_size / (tensor if config.sequence_parallel else 1)
         seconds += (4 + 2 * again) * _ring(2 * tokens * min(hf.num_experts_per_tok, expert) * hidden, expert, rates)
