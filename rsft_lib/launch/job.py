@@ -25,6 +25,7 @@ ENVIRONMENT = {  # defaults for the ranks' environment
     "THP_MEM_ALLOC_ENABLE": "1",  # huge pages for CPU memory: fewer page faults when saving and loading
     "NVTE_NORM_FWD_USE_CUDNN": "1", "NVTE_NORM_BWD_USE_CUDNN": "1",  # twice as fast as Transformer Engine's own norms
     "NVTE_USE_CUTLASS_GROUPED_GEMM": "1",  # on Hopper, one kernel for all experts instead of one for each
+    "UB_SKIPMC": "1",  # tensor_overlap through CUDA IPC: NVLink multicast is missing in many VMs
     "TORCHINDUCTOR_COMPILE_THREADS": "1",  # no process pool per rank for a few kernels
 }  # fmt: skip
 

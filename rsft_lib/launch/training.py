@@ -38,6 +38,11 @@ def start_training(config: TrainConfig, nproc: int, options: LaunchOptions = HER
             job. Nothing has been started.
     """
     config.data_parallel(options.ranks(nproc))
+    if config.tensor_overlap and nproc % config.tensor_parallel:
+        raise ValueError(
+            "tensor_overlap needs the tensor-parallel ranks on one machine: "
+            f"nproc={nproc} is not divisible by tensor_parallel={config.tensor_parallel}"
+        )
     config, output = _with_steps(config), resolve(config.output)
     output.mkdir(parents=True, exist_ok=True)
     with locked(output / ".starting"):  # two notebooks must not both find no training and start one

@@ -1,6 +1,8 @@
 """Process groups of a run: data-, tensor-, pipeline-, context- and expert-parallel."""
 
+import importlib
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -51,6 +53,31 @@ def ranks(
             torch.manual_seed(seed)
             tensor_parallel.model_parallel_cuda_manual_seed(seed)
             yield
+            _free_overlap_buffers()
         finally:
             parallel_state.destroy_model_parallel()
             torch.distributed.destroy_process_group()
+
+
+TE_BUFFERS = "transformer_engine.pytorch.module.base"
+
+
+def allocate_overlap_buffers(tokens: int, hidden_size: int, tensor_parallel_size: int, fp8: bool) -> None:
+    """Allocate Transformer Engine's user buffers, in which ranks exchange parts of a matrix while they multiply others.
+
+    Twelve of [tokens, hidden_size], one per linear layer, product and direction; all layers of the model and all stages
+    of a pipeline share them. Collective over all ranks. Consecutive ranks are tensor-parallel and on one machine; every
+    forward pass has `tokens` tokens.
+
+    Args:
+        tokens: of a micro-batch on a context-parallel rank, over all tensor-parallel ranks.
+        fp8: whether products are in FP8, so that what is gathered has a byte per value.
+    """
+    te = importlib.import_module(TE_BUFFERS)
+    mode = te.UserBufferQuantizationMode.FP8 if fp8 else te.UserBufferQuantizationMode.NONE
+    te.initialize_ub([tokens, hidden_size], tensor_parallel_size, quantization_modes=[mode], bootstrap_backend="gloo")
+
+
+def _free_overlap_buffers() -> None:
+    if te := sys.modules.get(TE_BUFFERS):
+        te.destroy_ub()

@@ -96,9 +96,10 @@ def _layouts(config: TrainConfig, hf: PretrainedConfig, ranks: int, gpus_per_nod
         # Not possible: model, ranks or batch are not divisible by a size.
         with suppress(ValueError):
             layout = dataclasses.replace(
-                config, tensor_parallel=tensor, sequence_parallel=tensor > 1, pipeline_parallel=pipeline,
-                virtual_pipeline=1, context_parallel=context, expert_parallel=expert, expert_tensor_parallel=1,
-                recompute=recompute, moments=moments, gradients=gradients, micro_batch_size=packs,
+                config, tensor_parallel=tensor, sequence_parallel=tensor > 1,
+                tensor_overlap=config.tensor_overlap and tensor > 1, pipeline_parallel=pipeline, virtual_pipeline=1,
+                context_parallel=context, expert_parallel=expert, expert_tensor_parallel=1, recompute=recompute,
+                moments=moments, gradients=gradients, micro_batch_size=packs,
             )  # fmt: skip
             layout.data_parallel(ranks)
             check_layout(hf, **layout.layout())

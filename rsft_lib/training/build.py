@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 from rsft_lib.model import engine
 from rsft_lib.model.config import read_config, transformer_config
 from rsft_lib.model.cpu_shim import device
+from rsft_lib.model.distributed import allocate_overlap_buffers
 from rsft_lib.model.gpt import build_model, resolve_backend
 from rsft_lib.model.layers import recomputed
 from rsft_lib.model.router import routers
@@ -33,6 +34,9 @@ def build_state(config: TrainConfig, checkpoint: Path) -> TrainState:
     mcore = model_settings(config, hf)
     if "layernorm" in recomputed(mcore):
         engine.prepare_recomputation()
+    if config.tensor_overlap:
+        tokens = config.seq_length * config.micro_batch_size // config.context_parallel
+        allocate_overlap_buffers(tokens, hf.hidden_size, config.tensor_parallel, config.precision == "fp8")
     stages = range(config.virtual_pipeline) if config.virtual_pipeline > 1 else [None]
     chunks = [_wrapped(config, mcore, hf, stage) for stage in stages]
     # The optimizer step divides by the sum of loss weights, so megatron-core must not divide by the number of tokens.
@@ -51,6 +55,8 @@ def model_settings(config: TrainConfig, hf: PretrainedConfig) -> TransformerConf
     backend = resolve_backend(config.backend, config.precision)
     if config.precision == "fp8" and backend != "te":
         raise ValueError("precision 'fp8' needs a CUDA GPU and transformer-engine; choose 'bf16'")
+    if config.tensor_overlap and backend != "te":
+        raise ValueError("tensor_overlap needs CUDA GPUs and transformer-engine; set it to false")
     settings = transformer_config(
         hf,
         backend,
@@ -61,6 +67,7 @@ def model_settings(config: TrainConfig, hf: PretrainedConfig) -> TransformerConf
         expert_model_parallel_size=config.expert_parallel,
         expert_tensor_parallel_size=config.expert_tensor_parallel,
         sequence_parallel=config.sequence_parallel,
+        tp_comm_overlap=config.tensor_overlap,
         pipeline_dtype=dtype,
         params_dtype=dtype,
         bf16=low,

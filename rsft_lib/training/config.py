@@ -117,6 +117,10 @@ class TrainConfig:
     """Tensor-parallel size: ranks across which each layer is partitioned."""
     sequence_parallel: bool = False
     """Whether tokens are also sharded across the tensor-parallel ranks, between the matrix products of a layer."""
+    tensor_overlap: bool = False
+    """Whether tensor-parallel communication overlaps with matrix products, through Transformer Engine's user buffers.
+    Needs `sequence_parallel`, and 2, 4 or 8 tensor-parallel ranks on one machine. megatron-core does not count it among
+    what a resumed run repeats bit for bit."""
     pipeline_parallel: int = 1
     """Pipeline-parallel size: ranks across which the layers are partitioned."""
     virtual_pipeline: int = 1
@@ -223,6 +227,19 @@ class TrainConfig:
                 self.precision == "fp32" and "bf16" in (self.moments, self.gradients),
             ),
             ("sequence_parallel needs tensor_parallel above 1", self.sequence_parallel and self.tensor_parallel == 1),
+            ("tensor_overlap needs sequence_parallel", self.tensor_overlap and not self.sequence_parallel),
+            (
+                f"tensor_overlap needs tensor_parallel 2, 4 or 8; it is {self.tensor_parallel}",
+                self.tensor_overlap and self.tensor_parallel not in (2, 4, 8),  # others have no kernel, and no error
+            ),
+            (
+                "tensor_overlap needs Transformer Engine: backend 'auto' or 'te', and precision 'bf16' or 'fp8'",
+                self.tensor_overlap and (self.backend == "torch" or self.precision == "fp32"),
+            ),
+            (
+                "tensor_overlap exchanges no activations in FP8 by blocks; choose fp8_recipe 'tensorwise' or 'delayed'",
+                self.tensor_overlap and self.precision == "fp8" and self.fp8_recipe == "blockwise",
+            ),
             (
                 "virtual_pipeline needs pipeline_parallel above 1",
                 self.virtual_pipeline > 1 and self.pipeline_parallel == 1,

@@ -29,6 +29,7 @@ from rsft_lib.training.metrics import scan_metrics
 
 MEASURED = 100  # last steps of a run whose time is expected of the next
 EXPECTED_MFU = 0.45  # assumed for GPUs; measured runs reach 0.5 and more with packs of 16,384 tokens
+OVERLAP_BUFFERS = 12  # that Transformer Engine allocates for `tensor_overlap`, outside of torch's memory
 GIB = 2**30
 
 
@@ -120,12 +121,13 @@ def memory(config: TrainConfig, hf: PretrainedConfig, ranks: int) -> Memory:
     tokens = config.seq_length * config.micro_batch_size / config.context_parallel
     vocabulary = hf.vocab_size / config.tensor_parallel
     saved, live = (values * tokens * width for values in _activations(config, hf))
+    buffers = OVERLAP_BUFFERS * tokens * hf.hidden_size * width if config.tensor_overlap else 0
     loss = min(CHUNK, tokens) * vocabulary * width + 2 * tokens * hf.hidden_size * width
     return Memory(
         weights=held * width,
         gradients=held * (2 if config.gradients == "bf16" else 4),
         optimizer=sharded * (moments + (2 if config.precision != "fp32" else 0)),
-        activations=saved + live,
+        activations=saved + live + buffers,
         loss=max(0.0, loss - live),  # it is over when the backward pass of the layers begins
     )
 

@@ -93,7 +93,7 @@ def test_all_ranks_write_one_log_and_share_the_cores(tmp_path, monkeypatch):
     launch("rank", [str(tmp_path), "finish"], 2, tmp_path / "new" / "train.log", lambda: polled.append(1))
     threads = max(1, os.cpu_count() // 2)
     log = (tmp_path / "new" / "train.log").read_text()
-    line = f"was here with threads and settings {threads} max_split_size_mb:512 1 1 1 1 1\n"
+    line = f"was here with threads and settings {threads} max_split_size_mb:512 1 1 1 1 1 1\n"
     assert all(f"rank {rank} {line}" in log for rank in (0, 1))
     assert "Warning" not in log
     assert polled

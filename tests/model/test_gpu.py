@@ -270,6 +270,26 @@ def test_two_gpus_follow_one_with_transformer_engine(precision, inputs, tmp_path
         assert [r["loss"] for r in metrics] == pytest.approx(whole, rel=2e-3 if precision == "bf16" else 0.02), name
 
 
+OVERLAPPED = {name: {"recompute": name} for name in ("none", "selective", "full")} | {"fp8": {"precision": "fp8"}}
+
+
+@TWO
+@pytest.mark.skipif(not HAS_TE, reason="Transformer Engine is not installed")
+@pytest.mark.parametrize("changes", OVERLAPPED.values(), ids=OVERLAPPED)
+def test_tensor_overlap_has_the_same_losses_and_gradients(changes, inputs, tmp_path):
+    kind = {"backend": "te", "save_interval": 1, "split": "8,2,0", **LAYOUTS["tp2-sp"], **changes}
+    plain, overlapping = run(inputs, tmp_path, {"plain": kind, "overlap": kind | {"tensor_overlap": True}}, 2).values()
+    noise = 10 if changes.get("precision") == "fp8" else 1
+    for key, tolerance in (("loss", 2e-3), ("eval_loss", 2e-3), ("grad_norm", 2e-2)):
+        found, expected = ([r[key] for r in records if key in r] for records in (overlapping, plain))
+        assert found == pytest.approx(expected, rel=noise * tolerance), key
+    found, expected = (all_tensors(tmp_path / name / "iter_0000001") for name in ("overlap", "plain"))
+    gradients = [key for key in expected if ".exp_avg." in key]  # the first moment is a tenth of the gradient
+    assert gradients
+    for key in gradients:
+        assert apart(found[key], expected[key]) < noise * 2e-2, key
+
+
 EXPERT_LAYOUTS = {
     "ep2": {"expert_parallel": 2},
     "tp2-sp": LAYOUTS["tp2-sp"],

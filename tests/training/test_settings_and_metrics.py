@@ -12,16 +12,18 @@ import psutil
 import pytest
 import torch
 from families import tiny_family
+from megatron.core.models.common.embeddings import rope_utils
 from support import ROOT, random_store, settings, tiny_model
 from transformers import Qwen2Config, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from rsft_lib.chain.parameters import declared_parameters
 from rsft_lib.chain.project_file import MEMORY, open_project
 from rsft_lib.checkpoint.convert import convert
-from rsft_lib.launch import LaunchOptions
+from rsft_lib.launch import LaunchOptions, start_training
 from rsft_lib.model import engine
 from rsft_lib.model.config import check_layout, read_config
-from rsft_lib.training import alarms, expert_stats, flops, metrics
+from rsft_lib.model.distributed import TE_BUFFERS, ranks
+from rsft_lib.training import alarms, build, expert_stats, flops, metrics
 from rsft_lib.training.alarms import FEWEST, Alarms
 from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.datasets import split
@@ -33,6 +35,8 @@ R1 = Qwen2Config(
     vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
     num_key_value_heads=2, tie_word_embeddings=False,
 )  # fmt: skip
+
+OVERLAP = {"tensor_parallel": 2, "sequence_parallel": True, "tensor_overlap": True, "precision": "bf16"}
 
 
 def config(**changes):
@@ -83,6 +87,11 @@ def test_every_setting_is_documented_and_the_training_notebook_has_it_as_a_param
         ({"backend": "te"}, "backend 'te' has no attention in precision 'fp32'"),
         ({"moments": "bf16"}, "precision is 'fp32'"),
         ({"sequence_parallel": True}, "sequence_parallel needs tensor_parallel above 1"),
+        ({"tensor_overlap": True, "tensor_parallel": 2}, "tensor_overlap needs sequence_parallel"),
+        (OVERLAP | {"tensor_parallel": 3}, "tensor_overlap needs tensor_parallel 2, 4 or 8; it is 3"),
+        (OVERLAP | {"precision": "fp32"}, "tensor_overlap needs Transformer Engine: .* precision 'bf16' or 'fp8'"),
+        (OVERLAP | {"backend": "torch"}, "tensor_overlap needs Transformer Engine: backend 'auto' or 'te'"),
+        (OVERLAP | {"precision": "fp8", "fp8_recipe": "blockwise"}, "choose fp8_recipe 'tensorwise' or 'delayed'"),
         ({"virtual_pipeline": 2}, "virtual_pipeline needs pipeline_parallel above 1"),
         ({"context_parallel": 5}, "seq_length=96 x micro_batch_size=1 is not divisible by context_parallel=5"),
         (
@@ -129,6 +138,52 @@ def test_ranks_that_do_not_fit_are_refused_before_anything_starts():
         config().data_parallel(3)
     with pytest.raises(ValueError, match="needs the 4 micro-batches of a rank to be divisible by pipeline_parallel=3"):
         config(pipeline_parallel=3, virtual_pipeline=2).data_parallel(3)
+
+
+def test_tensor_parallel_ranks_that_overlap_must_be_on_one_machine(tmp_path):
+    four = OVERLAP | {"tensor_parallel": 4, "checkpoint": "c", "data": "d", "output": str(tmp_path / "run")}
+    with pytest.raises(ValueError, match="ranks on one machine: nproc=2 is not divisible by tensor_parallel=4"):
+        start_training(settings(**four), 2, LaunchOptions(launcher="slurm", slurm_nodes=2))
+    assert not (tmp_path / "run").exists()
+
+
+class Built(Exception):
+    """Ends `build_state` before there are layers, which would need Transformer Engine."""
+
+
+def test_tensor_overlap_reaches_megatron_core_and_the_buffers_of_transformer_engine(tmp_path, monkeypatch):
+    tiny_model(tmp_path)
+    given = config(**OVERLAP, context_parallel=2, micro_batch_size=3)
+    settings_of = lambda changed: build.model_settings(changed, read_config(tmp_path))  # noqa: E731
+    assert not settings_of(dataclasses.replace(given, tensor_overlap=False)).tp_comm_overlap
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="tensor_overlap needs CUDA GPUs and transformer-engine"):
+            settings_of(given)
+
+    calls, names = [], types.SimpleNamespace(FP8="fp8", NONE="none")
+    initialize = lambda *given, **more: calls.append((*given, more["quantization_modes"]))  # noqa: E731
+    te = {"UserBufferQuantizationMode": names, "initialize_ub": initialize, "destroy_ub": lambda: calls.append("freed")}
+    monkeypatch.setitem(sys.modules, TE_BUFFERS, types.SimpleNamespace(**te))
+    monkeypatch.setattr(build, "resolve_backend", lambda *_: "te")
+    monkeypatch.setattr(rope_utils, "fused_apply_rotary_pos_emb", print)  # megatron-core looks for it
+    monkeypatch.setattr(build, "_wrapped", raises(Built))
+    for precision in ("bf16", "fp8"):
+        overlapping = settings_of(dataclasses.replace(given, precision=precision))
+        assert overlapping.tp_comm_overlap and overlapping.sequence_parallel
+        with pytest.raises(Built):
+            build.build_state(dataclasses.replace(given, precision=precision), tmp_path)
+    tokens, hidden = 96 * 3 // 2, read_config(tmp_path).hidden_size
+    assert calls == [([tokens, hidden], 2, [mode]) for mode in ("none", "fp8")]
+    with ranks():
+        pass
+    assert calls[2:] == ["freed"]
+
+
+def raises(error: type[Exception]):
+    def function(*_):
+        raise error
+
+    return function
 
 
 def test_a_model_that_cannot_be_partitioned_is_refused():
