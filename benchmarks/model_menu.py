@@ -38,6 +38,7 @@ FIELDS = (
 LOW = {"moments": "bf16", "gradients": "bf16"}
 TP2, TP4 = ({"tensor_parallel": size, "sequence_parallel": True} for size in (2, 4))
 CP2, CP4 = ({"context_parallel": size} for size in (2, 4))
+FP8 = {"precision": "fp8"}
 SELECTIVE, FULL = {"recompute": "selective"}, {"recompute": "full"}
 
 
@@ -80,6 +81,7 @@ MEASURED = [
     Measured("r1-7b", 4, LENGTH, TRACES, 16, {"pipeline_parallel": 2, **TP2}, 9_131, 55.0),
     Measured("r1-7b", 4, 32_768, 0, 8, {**TP4, **SELECTIVE}, 6_652, 36.4),
     Measured("r1-1.5b", 1, LENGTH, TRACES, 8, {}, 43_275, 51.4, "H200"),
+    Measured("r1-1.5b", 1, LENGTH, TRACES, 8, FP8, 51_279, 56.3, "H200"),
     Measured("r1-1.5b", 1, 65_536, 0, 2, {**SELECTIVE, **LOW}, 18_437, 46.5, "H200"),
     Measured("r1-1.5b", 1, 131_072, 0, 1, {**SELECTIVE, **LOW}, 10_965, 76.4, "H200"),
     Measured("r1-1.5b", 1, 262_144, 0, 1, {**FULL, **LOW}, 4_446, 65.3, "H200"),
@@ -90,6 +92,7 @@ MEASURED = [
     Measured("r1-1.5b", 4, 131_072, 0, 1, {**CP4, **SELECTIVE}, 11_035, 32.7, "H200", alone=True),
     Measured("r1-1.5b", 4, 131_072, 0, 2, {**CP2, **SELECTIVE}, 11_104, 49.3, "H200", alone=True),
     Measured("r1-7b", 4, LENGTH, TRACES, 32, {**SELECTIVE, **LOW}, 10_593, 56.4, "H200", alone=True),
+    Measured("r1-7b", 4, LENGTH, TRACES, 32, {**SELECTIVE, **LOW, **FP8}, 14_532, 69.5, "H200", alone=True),
     Measured("r1-7b", 4, LENGTH, TRACES, 16, {**CP2, **LOW}, 12_360, 67.9, "H200", alone=True),
     Measured("r1-7b", 4, LENGTH, TRACES, 8, {**CP4, **LOW}, 11_919, 53.8, "H200", alone=True),
 ]

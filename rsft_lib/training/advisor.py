@@ -202,7 +202,7 @@ def main() -> None:
     parser.add_argument("--gpus-per-node", type=int, default=8, help="GPUs of one machine")
     parser.add_argument("--seq-length", type=int, default=16384)
     parser.add_argument("--global-batch-size", type=int, default=128)
-    parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"])
+    parser.add_argument("--precision", default="bf16", choices=CHOICES["precision"])
     parser.add_argument(
         "--sample-length", type=float, default=0.0, help="mean length of a token's sample; 0: a whole pack"
     )

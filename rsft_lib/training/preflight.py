@@ -123,8 +123,10 @@ def memory(config: TrainConfig, hf: PretrainedConfig, ranks: int) -> Memory:
     saved, live = (values * tokens * width for values in _activations(config, hf))
     buffers = OVERLAP_BUFFERS * tokens * hf.hidden_size * width if config.tensor_overlap else 0
     loss = min(CHUNK, tokens) * vocabulary * width + 2 * tokens * hf.hidden_size * width
+    # Transformer Engine keeps each weight of a layer in FP8 as well, by rows and by columns.
+    copies = 2 * (held - _ends(config, hf)) if config.precision == "fp8" else 0
     return Memory(
-        weights=held * width,
+        weights=held * width + copies,
         gradients=held * (2 if config.gradients == "bf16" else 4),
         optimizer=sharded * (moments + (2 if config.precision != "fp32" else 0)),
         activations=saved + live + buffers,
@@ -135,13 +137,18 @@ def memory(config: TrainConfig, hf: PretrainedConfig, ranks: int) -> Memory:
 def held_parameters(config: TrainConfig, hf: PretrainedConfig, ranks: int) -> tuple[float, float]:
     """Parameters on the rank that has most, and those among them that its optimizer updates."""
     tensor, pipeline, context = config.tensor_parallel, config.pipeline_parallel, config.context_parallel
-    ends = 1 if pipeline > 1 or hf.tie_word_embeddings else 2  # embedding and output layer on one rank
     experts = hf.num_hidden_layers * expert_count(hf) * one_expert(hf)
     layers = hf.num_hidden_layers * layer_parameters(hf) - experts
-    held = (layers / pipeline + ends * hf.vocab_size * hf.hidden_size) / tensor
+    held = layers / pipeline / tensor + _ends(config, hf)
     across = pipeline * config.expert_parallel * config.expert_tensor_parallel
     shards = config.data_parallel(ranks) * context
     return held + experts / across, held / shards + experts / across / (ranks // across)
+
+
+def _ends(config: TrainConfig, hf: PretrainedConfig) -> float:
+    """Parameters of embedding and output layer on a rank; they are on one rank without pipeline parallelism."""
+    matrices = 1 if config.pipeline_parallel > 1 or hf.tie_word_embeddings else 2
+    return matrices * hf.vocab_size * hf.hidden_size / config.tensor_parallel
 
 
 def _activations(config: TrainConfig, hf: PretrainedConfig) -> tuple[float, float]:
@@ -168,6 +175,10 @@ def _activations(config: TrainConfig, hf: PretrainedConfig) -> tuple[float, floa
         live = 1.5 * inner + 4 * hidden
     # Residuals, and the outputs of norms, which `selective` recomputes.
     layer = {"none": 4 * hidden + attention + inner, "selective": 2 * hidden + attention + kept, "full": hidden}
+    if config.precision == "fp8":
+        # Inputs of products are kept in FP8, besides attention's output and in place of those of norms.
+        layer["none"] += heads / 2 + inner / 4 - hidden
+        layer["selective"] += heads / 2 + hidden / 2
     saved = layer[config.recompute] * hf.num_hidden_layers / config.pipeline_parallel
     if config.pipeline_parallel > 1:
         saved *= config.pipeline_parallel * (1 + (config.virtual_pipeline > 1))  # micro-batches of the first stage

@@ -11,7 +11,8 @@ from rsft_lib.training.flops import attention_flops, layer_flops
 from rsft_lib.training.preflight import context_parallel_width, held_parameters
 from rsft_lib.training.rates import Rates
 
-FP8_PRODUCTS = 1.35  # speed of products in FP8 with their casts, over that in bf16
+FP8_PRODUCTS = 1.8  # speed of products in FP8 over that in bf16
+FP8_CASTS = 4  # reads and writes of each value that goes into a product: for its scale, and by rows and by columns
 EXPERT_PRODUCTS = 0.6  # speed of the small products of experts over that of large ones
 EXCHANGED = 12  # reads and writes of the values that are sorted by rank before and after an exchange
 LATENCY = 30e-6  # seconds of an exchange of no bytes
@@ -76,7 +77,8 @@ def _products(config: TrainConfig, hf: PretrainedConfig, rates: Rates) -> float:
     if config.recompute == "full":
         dense, experts = dense * 4 / 3, experts * 4 / 3
     elif config.recompute == "selective" and not expert_count(hf):
-        dense += 2 * hf.hidden_size * 2 * hf.intermediate_size  # the first product of the MLP
+        # The first product of the MLP; in FP8 all of it.
+        dense += 2 * hf.hidden_size * (3 if config.precision == "fp8" else 2) * hf.intermediate_size
     layers = hf.num_hidden_layers / config.pipeline_parallel
     head = 6 * hf.hidden_size * hf.vocab_size / config.tensor_parallel
     # With expert parallelism a rank has fewer experts and as many more tokens for each.
@@ -108,6 +110,9 @@ def _elements(config: TrainConfig, hf: PretrainedConfig) -> float:
     if config.context_parallel > 1:
         heads, groups = context_parallel_width(config, hf)
         layer += EXCHANGED * (heads + groups)
+    if config.precision == "fp8":  # inputs of the four products, and gradients of their outputs
+        heads, groups = (n * head_dim(hf) / tensor for n in (hf.num_attention_heads, hf.num_key_value_heads))
+        layer += FP8_CASTS * (2 * heads + 2 * groups + 4 * hidden + 3 * inner / tensor)
     layer *= 4 / 3 if config.recompute == "full" else 1
     return 2 * (layer * hf.num_hidden_layers / config.pipeline_parallel + 3 * hf.vocab_size / tensor)
 
