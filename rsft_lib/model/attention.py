@@ -99,8 +99,8 @@ class _PackedAttention(torch.nn.Module):
 def heads_of_rank(heads: int, groups: int, ranks: int) -> tuple[int, int]:
     """Heads, and groups of keys and values, on each of `ranks` context-parallel ranks.
 
-    If heads are not divisible by ranks, they are padded. A group is repeated on several ranks if there are more of
-    these, and for each head if the groups cannot be divided.
+    If heads are not divisible by ranks, they are padded. If ranks are more than groups, each group is on several of
+    them; if groups cannot be divided, each head has a copy of its group.
 
     >>> [heads_of_rank(28, 4, ranks) for ranks in (2, 4, 8)], heads_of_rank(12, 2, 4)
     ([(14, 2), (7, 1), (4, 4)], (3, 1))
