@@ -87,8 +87,11 @@ def new(
     for name, value in (data | asked.get(PAIRS, {})).items():
         source_of(value, name)
     place.file.parent.mkdir(parents=True, exist_ok=True)
-    shared = {"model": _model(model), **data, "seq_length": seq_length or _positions(model), "nproc": _ranks()}
-    sections = {"05_train": {"epochs": 3.0, "global_batch_size": 16}} | asked
+    gpus = _gpus()
+    ranks = gpus or min(2, usable_cores())
+    shared = {"model": _model(model), **data, "seq_length": seq_length or _positions(model), "nproc": ranks}
+    training = {"epochs": 3.0, "global_batch_size": 16} | ({"layout": "auto"} if gpus else {})
+    sections = {"05_train": training} | asked
     with new_file(place.file) as file:
         file.write(HEAD + yaml.safe_dump(shared, sort_keys=False, allow_unicode=True) + "\n" + yaml.safe_dump(sections))
     return place.file
@@ -113,11 +116,10 @@ def _positions(model: str) -> int:
     return min(LONGEST, read_yaml(config).get("max_position_embeddings", LONGEST)) if config.is_file() else LONGEST
 
 
-def _ranks() -> int:
-    """One for each GPU of this machine, or up to two CPU processes."""
+def _gpus() -> int:
     import torch  # slow
 
-    return torch.cuda.device_count() or min(2, usable_cores())
+    return torch.cuda.device_count()
 
 
 def run(project: str, first: str = NOTEBOOKS[0], last: str = LAST) -> tuple[Path, str]:

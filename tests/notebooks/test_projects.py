@@ -318,6 +318,14 @@ def test_a_project_is_named_or_lies_anywhere(tmp_path):
         assert (open_project(given).name, open_project(given).folder) == ("sums", tmp_path / "sums")
 
 
+@pytest.mark.parametrize(("gpus", "layout"), [(4, "auto"), (0, None)])
+def test_a_new_project_takes_all_gpus_in_the_best_layout(mine, tmp_path, monkeypatch, gpus, layout):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    file = project.new(str(tmp_path / "on_gpus.yaml"), "model", "answers/long.jsonl")
+    training = open_project(file).parameters["05_train"]
+    assert training.get("layout") == layout and (training["nproc"] == gpus or not gpus)
+
+
 def test_a_new_project_is_refused_where_one_is_or_its_inputs_are_not(mine, tmp_path):
     with pytest.raises(FileExistsError, match=f"{mine} exists: edit it, or choose another name"):
         project.new(str(mine), "model", "answers/long.jsonl")
