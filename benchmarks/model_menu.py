@@ -81,6 +81,8 @@ MEASURED = [
     Measured("r1-7b", 4, LENGTH, TRACES, 16, {"pipeline_parallel": 2, **TP2}, 9_131, 55.0),
     Measured("r1-7b", 4, 32_768, 0, 8, {**TP4, **SELECTIVE}, 6_652, 36.4),
     Measured("r1-1.5b", 1, LENGTH, TRACES, 8, {}, 43_275, 51.4, "H200"),
+    Measured("r1-1.5b", 1, 4_096, 0, 8, {}, 31_739, 33.2, "H200"),
+    Measured("r1-1.5b", 1, 4_096, 0, 8, {"micro_batch_size": 4}, 51_322, 51.3, "H200"),
     Measured("r1-1.5b", 1, LENGTH, TRACES, 8, FP8, 51_279, 56.3, "H200"),
     Measured("r1-1.5b", 1, 65_536, 0, 2, {**SELECTIVE, **LOW}, 18_437, 46.5, "H200"),
     Measured("r1-1.5b", 1, 131_072, 0, 1, {**SELECTIVE, **LOW}, 10_965, 76.4, "H200"),

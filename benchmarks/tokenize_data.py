@@ -103,14 +103,14 @@ def run(source: Path, tokenizer: Path, out: Path, seconds, workers: int | None) 
 
 
 def scaling(folder: Path, counts: list[int]) -> None:
-    """Time by number of processes, without start-up, beside the time of the first number times the processes."""
+    """Time by number of processes, and the speed of each without start-up over that with the first number."""
     first = None
     for count in counts:
         start, whole = (timed(folder, name, count)[0] for name in ("one", "nx"))
         work = (whole - start) * count
         first = first or work
         print(
-            f"{count:3} workers: start-up {start:.2f} s, whole {whole:.2f} s, {work / first:.2f} of linear", flush=True
+            f"{count:3} workers: start-up {start:.2f} s, whole {whole:.2f} s, efficiency {first / work:.2f}", flush=True
         )
 
 

@@ -314,7 +314,8 @@ SECTIONS = {
     "1.5b-128k-replicas": run(3, "1.5b", "MFU 0.45", length=2**17, **SELECTIVE, **LOW),
     "1.5b-256k-1gpu": run(3, "1.5b", "fits", gpus=1, length=2**18, **FULL, **LOW),
 }
-SLOW = {key: 130 for key in SECTIONS if key.startswith("7b")}  # seconds; all others SECONDS
+ALONE = (ours, attention_of_ranks)  # what is meaningful without exchanges
+SLOW = {key: 130 for key in SECTIONS if key.startswith(("7b", "14b", "32b"))}  # seconds; all others SECONDS
 SLOW |= {"checkpoint-7b": 240, "1.5b-256k-1gpu": 200}
 
 
@@ -385,7 +386,9 @@ def run_here(key: str, section: Section, config: TrainConfig, arguments: argpars
             traceback.print_exc()
             result = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
         if torch.distributed.get_rank() == first:
-            (arguments.output / f"{key}.json").write_text(json.dumps(result | {"gpus": world}, indent=1))
+            (arguments.output / f"{key}.json").write_text(
+                json.dumps(result | {"gpus": world, "alone": arguments.one_rank is not None}, indent=1)
+            )
         sys.stdout.flush()
         os._exit("error" in result)  # without cleanup, which may hang after an error
 
@@ -477,7 +480,7 @@ def best(output: Path, gpus: int, small: bool, file: Path | None) -> list[str]:
         except ValueError as error:
             lines.append(f"advised for {model} at {length:,}: {error}")
             continue
-        rate = MICRO_BATCHES * length / chosen.time.total
+        rate = MICRO_BATCHES * section.length / chosen.time.total
         lines.append(f"advised for {model} at {length:,}: {name(chosen)}, {rate:,.0f} tokens/s/GPU")
     return lines
 
@@ -507,6 +510,8 @@ def main() -> None:
     make_traces(arguments.output / "inputs")
     for section in sections(arguments.small).values():
         inputs_of(section, arguments.output, arguments.small)  # once, not on every rank
+    if arguments.one_rank is not None:
+        chosen = [key for key in chosen if getattr(SECTIONS[key].run, "func", SECTIONS[key].run) in ALONE]
     for key in chosen:
         limit = SLOW.get(key, arguments.seconds)
         if arguments.minutes and time.time() - began + limit > 60 * arguments.minutes:

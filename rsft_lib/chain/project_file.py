@@ -132,6 +132,4 @@ def _checked(content: dict, file: Path) -> dict[str, dict]:
         if not isinstance(section, dict):
             raise ValueError(f"{file}: {name} is {section!r}, expected indented lines of the form `name: value`")
         found[name] |= checked(section, declared[name], f"{file}, {name}: ")
-    if memory and found[TRAIN].get("layout") == "auto":
-        raise ValueError(f"{file}: memory {memory!r} and layout 'auto' both choose recompute and dtypes: remove one")
     return found

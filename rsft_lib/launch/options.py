@@ -19,8 +19,8 @@ class LaunchOptions:
     launcher: str = "local"
     """'local': torchrun on this machine; 'slurm': a batch job."""
     layout: str = "given"
-    """Parallel sizes, `recompute`, `moments` and `gradients`: 'given' by the settings, or 'auto' to replace them by the
-    advisor's best for the number of ranks. On a login node without a GPU it assumes H100s."""
+    """'auto': for the number of ranks the advisor chooses parallel sizes, `recompute`, `moments`, `gradients` and
+    `micro_batch_size`, unless they are set to other than their defaults; without a GPU it assumes H100s. Or 'given'."""
     on_interrupt: str = "stop"
     """If the notebook is interrupted or its kernel ends for any reason: 'stop' (save and end) or 'leave' (continue)."""
     slurm_nodes: int = 1

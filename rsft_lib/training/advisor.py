@@ -28,9 +28,8 @@ from rsft_lib.training.rates import Rates, read_rates
 from rsft_lib.training.step_time import StepTime, step_time
 
 USABLE = 0.92  # of a GPU's memory; the rest is CUDA's own, and what the allocator cannot use
-NEARLY = (
-    1.01  # layouts within 1 % are equally fast: then the one with more precise states, and the simpler one, is better
-)
+NEARLY = 1.01  # layouts within 1 % are equally fast: then the simpler one, and the one with moments in fp32, is better
+ROUNDED = 1.05  # gradients in bf16 lose 2 % when 128 micro-batches are summed: only if that is 5 % faster, or to fit
 LAYOUT = (
     "tensor_parallel", "sequence_parallel", "pipeline_parallel", "context_parallel", "expert_parallel", "recompute",
     "moments", "gradients", "micro_batch_size",
@@ -48,11 +47,11 @@ class Advice(NamedTuple):
 
     @property
     def rank(self) -> tuple[float, int]:
-        """Order of preference: time with 1 % more for each simplification that it does without."""
+        """Order of preference: time, and 1 % more for each simplification that it lacks; more for lower precision."""
         config = self.config
-        low = (config.moments == "bf16") + (config.gradients == "bf16")
         more = sum(getattr(config, name) > 1 for name in LAYOUT if name.endswith(("_parallel", "_size")))
-        return self.time.total * NEARLY ** (low + more), more
+        rounded = ROUNDED if config.gradients == "bf16" else 1.0
+        return self.time.total * rounded * NEARLY ** (more + (config.moments == "bf16")), more
 
 
 def advise(
@@ -71,43 +70,53 @@ def advise(
         for one in _layouts(config, hf, ranks, rates.gpus_per_node)
     ]
     fitting = sorted((a for a in possible if a.nbytes < USABLE * rates.memory), key=lambda advice: advice.rank)
-    if not fitting:
-        least = min(possible, key=lambda advice: advice.nbytes, default=None)
-        needs = f"the smallest, {name(least)}, needs {least.nbytes / GIB:.1f} GiB" if least else "none is possible"
+    if fitting:
+        return fitting
+    fixed = "".join(f", {key}={value}" for key, value in settings_by_hand(config).items())
+    if not possible:
         raise ValueError(
-            f"no layout fits {ranks} GPUs of {rates.memory / GIB:.1f} GiB at seq_length={config.seq_length} and "
-            f"global_batch_size={config.global_batch_size}: {needs}. Take more GPUs or a shorter seq_length"
+            f"no layout is possible for {ranks} GPUs with global_batch_size={config.global_batch_size}{fixed}: packs, "
+            f"heads or layers are not divisible. Take other GPUs, or a global_batch_size divisible by {ranks}"
         )
-    return fitting
+    least = min(possible, key=lambda advice: advice.nbytes)
+    raise ValueError(
+        f"no layout fits {ranks} GPUs of {USABLE * rates.memory / GIB:.1f} usable GiB at seq_length={config.seq_length}"
+        f"{fixed}: the smallest, {name(least)}, needs {least.nbytes / GIB:.1f}. Take more GPUs or a shorter seq_length"
+    )
 
 
 def _layouts(config: TrainConfig, hf: PretrainedConfig, ranks: int, gpus_per_node: int) -> Iterator[TrainConfig]:
-    """Those that are possible, with tensor-, context- and expert-parallel ranks on one machine."""
+    """Those that are possible with what `config` sets, tensor-, context- and expert-parallel ranks on one machine."""
     sizes = [2**n for n in range(ranks.bit_length()) if ranks % 2**n == 0]
-    experts = sizes if expert_count(hf) else [1]
-    states = (
-        [("fp32", "fp32")] if config.precision == "fp32" else [("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16")]
-    )
-    for tensor, pipeline, context, expert, recompute, (moments, gradients), packs in itertools.product(
-        sizes, sizes, sizes, experts, CHOICES["recompute"], states, MICRO_BATCHES
-    ):
-        if gpus_per_node % (tensor * context) or gpus_per_node % expert:
+    searched = {
+        "tensor_parallel": sizes, "pipeline_parallel": sizes, "context_parallel": sizes,
+        "expert_parallel": sizes if expert_count(hf) else [1], "recompute": CHOICES["recompute"],
+        "moments": CHOICES["moments"], "gradients": CHOICES["gradients"], "micro_batch_size": MICRO_BATCHES,
+    }  # fmt: skip
+    fixed = settings_by_hand(config)
+    for values in itertools.product(*([fixed[key]] if key in fixed else searched[key] for key in searched)):
+        layout = dict(zip(searched, values, strict=True))
+        tensor, expert = layout["tensor_parallel"], layout["expert_parallel"]
+        if gpus_per_node % (tensor * layout["context_parallel"]) or gpus_per_node % expert:
             continue
         # Not possible: model, ranks or batch are not divisible by a size.
         with suppress(ValueError):
-            layout = dataclasses.replace(
-                config, tensor_parallel=tensor, sequence_parallel=tensor > 1,
-                tensor_overlap=config.tensor_overlap and tensor > 1, pipeline_parallel=pipeline, virtual_pipeline=1,
-                context_parallel=context, expert_parallel=expert, expert_tensor_parallel=1, recompute=recompute,
-                moments=moments, gradients=gradients, micro_batch_size=packs,
-            )  # fmt: skip
-            layout.data_parallel(ranks)
-            check_layout(hf, **layout.layout())
-            yield layout
+            one = dataclasses.replace(config, **layout, sequence_parallel=tensor > 1)
+            one.data_parallel(ranks)
+            check_layout(hf, **one.layout())
+            yield one
+
+
+def settings_by_hand(config: TrainConfig) -> dict:
+    """The settings of a layout that differ from their defaults."""
+    defaults = TrainConfig.with_defaults({})
+    return {key: getattr(config, key) for key in LAYOUT if getattr(config, key) != defaults[key]}
 
 
 def laid_out(config: TrainConfig, layout: str, nproc: int, nodes: int = 1) -> TrainConfig:
     """`config` as it is given, or, with `layout` "auto", with the best layout for its data and these ranks.
+
+    Settings that differ from their defaults stay as they are.
 
     Args:
         nproc: ranks on each of `nodes` machines, whose GPUs are assumed to be as this one's; without any, H100s.
@@ -122,13 +131,10 @@ def laid_out(config: TrainConfig, layout: str, nproc: int, nodes: int = 1) -> Tr
     rates = dataclasses.replace(read_rates(), gpus_per_node=nproc)
     length = sample_length(data)
     advice = advise(config, hf, ranks, rates, length)
-    best = advice[0].config
     print(table(advice, hf, ranks, rates, length))
-    defaults = TrainConfig.with_defaults({})
-    for key in LAYOUT:
-        if getattr(config, key) not in (defaults[key], getattr(best, key)):
-            print(f"layout 'auto' replaces {key}={getattr(config, key)!r}; to keep it, set layout to 'given'")
-    return best
+    if fixed := settings_by_hand(config):
+        print("as set:", ", ".join(f"{key}={value}" for key, value in fixed.items()))
+    return advice[0].config
 
 
 def sample_length(data: PackedDataset) -> float:
@@ -197,7 +203,7 @@ def _distinct(advice: list[Advice]) -> list[Advice]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
+    parser.add_argument("model", type=Path, metavar="MODEL")
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--gpus-per-node", type=int, default=8, help="GPUs of one machine")
     parser.add_argument("--seq-length", type=int, default=16384)
@@ -208,6 +214,13 @@ def main() -> None:
     )
     parser.add_argument("--rates", type=Path, help="a file that rsft_lib.training.rates has written")
     given = parser.parse_args()
+    try:
+        print(_advised(given))
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+
+
+def _advised(given: argparse.Namespace) -> str:
     hf = read_config(given.model)
     rates = dataclasses.replace(read_rates(given.rates), gpus_per_node=given.gpus_per_node)
     config = TrainConfig(
@@ -215,7 +228,7 @@ def main() -> None:
         global_batch_size=given.global_batch_size,
     )  # fmt: skip
     advice = advise(config, hf, given.gpus, rates, given.sample_length)
-    print(table(advice, hf, given.gpus, rates, given.sample_length))
+    return table(advice, hf, given.gpus, rates, given.sample_length)
 
 
 if __name__ == "__main__":

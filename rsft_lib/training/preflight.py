@@ -165,7 +165,7 @@ def _activations(config: TrainConfig, hf: PretrainedConfig) -> tuple[float, floa
         attention += heads + 2 * (repeated - groups)
     kept = 0.0  # by the MLP with selective recomputation
     # Activation, its gradient and that of the products before it; what is recomputed is there as well.
-    live = {"none": 2 * inner, "selective": hidden + 2.5 * inner, "full": 2.5 * inner}[config.recompute]
+    live = {"none": 2 * inner, "selective": hidden + 3.3 * inner, "full": 2.5 * inner}[config.recompute]
     if expert_count(hf):
         # Inputs, the two products and the activation of each chosen expert; the last is what is recomputed.
         sizes = (hf.hidden_size + 2 * expert_size(hf), expert_size(hf))
@@ -227,7 +227,7 @@ def _memory_line(config: TrainConfig, hf: PretrainedConfig, ranks: int) -> str:
     fits = (
         ""
         if need.total < 0.95 * available
-        else "  TOO LITTLE: see recompute, moments, gradients and the *_parallel settings"
+        else "  TOO LITTLE: set layout to 'auto', or see recompute, moments, gradients and the *_parallel settings"
     )
     return f"about {_size(need.total)} per rank ({parts}); {what} {_size(available)}{fits}"
 

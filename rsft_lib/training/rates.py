@@ -48,7 +48,7 @@ class Rates:
     """GPUs of one machine."""
     network: float = 50e9
     """Bytes/s between machines for each GPU; not measured but assumed: one 400 Gb/s InfiniBand adapter per GPU."""
-    host: float = 5.4e-3
+    host: float = 5.0e-3
     """Seconds in which a CPU starts the kernels of one layer, forward and backward."""
     source: str = ""
     """Where these come from."""

@@ -68,7 +68,12 @@ def test_a_job_of_two_nodes_is_stopped_before_its_limit_requeued_and_ends_as_an_
     tiny_model(tmp_path / "hf", hidden_size=32, intermediate_size=32, num_hidden_layers=2)
     convert(tmp_path / "hf", tmp_path / "megatron")
     random_store(tmp_path / "data")
-    place = {"checkpoint": str(tmp_path / "megatron"), "data": str(tmp_path / "data"), "train_iters": 300}
+    place = {
+        "checkpoint": str(tmp_path / "megatron"),
+        "data": str(tmp_path / "data"),
+        "train_iters": 300,
+        "micro_batch_size": 2,
+    }
     forked.train(settings(output=str(tmp_path / "straight"), **place), 2)
 
     run = tmp_path / "run"
@@ -89,7 +94,7 @@ def test_a_job_of_two_nodes_is_stopped_before_its_limit_requeued_and_ends_as_an_
     status = json.loads((run / "status.json").read_text())
     assert status["ended"] == "finished" and status["checkpoint"] == str(run / "iter_0000300")
     shown = (tmp_path / "out.ipynb").read_text()
-    assert "replicas is best" in shown and "2 = 2 data" in (run / "train.log").read_text()
+    assert "replicas, 2 packs at once is best" in shown and "2 = 2 data" in (run / "train.log").read_text()
     assert f"Slurm job {job}: running on n[0-1]" in shown and "image/png" in shown
     for written in [shown, *(path.read_text() for path in run.glob("*.*") if path.is_file())]:
         assert SECRET not in written

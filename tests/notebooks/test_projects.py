@@ -295,7 +295,6 @@ def test_the_sequence_length_of_tokens_without_one_is_the_projects(mine, tmp_pat
         ("05_train: 3", "05_train is 3, expected indented lines"),
         ("seq_length: long", "parameter seq_length is 'long' (str), expected int"),
         ("memory: none", "memory is 'none'; choose '', 'saving', 'smallest'"),
-        ("memory: saving\n05_train:\n  layout: auto", "both choose recompute and dtypes: remove one"),
         ("- model", "contains a list, expected lines"),
         ("output: x", "unknown parameter 'output'"),
     ],
