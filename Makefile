@@ -37,7 +37,8 @@ test: lint  ## lint and all tests
 	  $(LONGEST) $(filter-out $(LONGEST),$(wildcard tests/test_*.py tests/*/test_*.py))
 
 test-engine: $(VENV)/.installed  ## the tests of training, conversion and the demo only
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder $(ENGINE)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder $(ENGINE) \
+	  $(patsubst %,--ignore=tests/training/test_%.py,advisor model_menu)
 
 lint: $(VENV)/.installed  ## style of code and notebooks, types, and form of notebooks: parameters, no outputs, short cells
 	@$(BIN)/ruff check

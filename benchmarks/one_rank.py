@@ -88,3 +88,4 @@ def become(rank: int, size: int) -> None:
         return new_group(*args, **rest)
 
     distributed.init_process_group, distributed.new_group = init_process_group, group
+    distributed.batch_isend_irecv = lambda operations: []  # nothing is sent, and what is received is left as it is

@@ -19,12 +19,8 @@ from rsft_lib.chain.project_file import open_project
 from rsft_lib.checkpoint.convert import convert
 from rsft_lib.checkpoint.run_checkpoints import newest
 from rsft_lib.common import provenance
-from rsft_lib.model.config import read_config
-from rsft_lib.training.advisor import USABLE
 from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.metrics import read_metrics
-from rsft_lib.training.preflight import memory
-from rsft_lib.training.rates import H100
 
 NOTEBOOK = ROOT / "notebooks" / "05_train.ipynb"
 DECLARED = declared_parameters(NOTEBOOK)
@@ -140,30 +136,6 @@ def test_a_stopped_run_has_its_own_exit_code_and_resumes_when_run_again(run, tmp
     assert 0 < steps[1] < steps[2] == len(read_metrics(Path(run["output"])))
     log = (Path(run["output"]) / "train.log").read_text()
     assert log.count("=== run started") == log.count("stopped at the time limit after step") == 2
-
-
-def test_a_project_whose_layout_is_auto_trains_on_one_rank_and_resumes_on_two(tmp_path):
-    tiny_model(tmp_path / "hf", hidden_size=32, intermediate_size=32, num_hidden_layers=2)
-    random_store(tmp_path / "data")
-    data, small = str(tmp_path / "data"), {"seq_length": 96, "global_batch_size": 4}
-    given = {"checkpoint": str(tmp_path / "hf"), "data": data, "eval_data": data, "layout": "auto"} | small
-    (tmp_path / "project.yaml").write_text(json.dumps({"05_train": given}))
-    config = settings(checkpoint="c", data="d", output="o", precision="bf16")
-    room = 1.01 * memory(config, read_config(tmp_path / "hf"), ranks=2).total / USABLE  # with the states of two ranks
-    (tmp_path / "rsft_lib").mkdir()
-    rates = dataclasses.asdict(H100) | {"memory": int(room)}
-    (tmp_path / "rsft_lib" / "rates-cpu.json").write_text(json.dumps(rates))
-
-    command = [sys.executable, "-m", "rsft_lib.notebook", NOTEBOOK, tmp_path, "-p", "project", tmp_path]
-    for nproc, steps, moments in ((1, 2, "bf16"), (2, 4, "fp32")):
-        run = [*command, "-p", "nproc", str(nproc), "-p", "train_iters", str(steps)]
-        environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
-        subprocess.run(run, env=environment, check=True, capture_output=True, timeout=600)
-        status = json.loads((tmp_path / "05_train" / "status.json").read_text())
-        assert status["status"] == "done" and status["iteration"] == steps
-        assert json.loads((tmp_path / "05_train" / "config.json").read_text())["moments"] == moments
-    assert "moments: was 'bf16', now 'fp32'" in (tmp_path / "05_train" / "train.log").read_text()
-    assert [record["iteration"] for record in read_metrics(tmp_path / "05_train")] == [1, 2, 3, 4]
 
 
 FAILING = """

@@ -6,15 +6,18 @@ import math
 import subprocess
 import sys
 
+import forked
 import pytest
 from model_menu import LENGTH, MEASURED, TRACES, run, shape
 from real import needs_real
 from support import ROOT, random_store, settings, tiny_model
 
 from rsft_lib.checkpoint.convert import convert
-from rsft_lib.training import rates
-from rsft_lib.training.advisor import advise, laid_out, table
+from rsft_lib.model.config import read_config
+from rsft_lib.training import advisor, rates
+from rsft_lib.training.advisor import USABLE, advise, laid_out, table
 from rsft_lib.training.config import TrainConfig
+from rsft_lib.training.metrics import read_metrics
 from rsft_lib.training.preflight import GIB, memory
 from rsft_lib.training.rates import H100, read_rates
 from rsft_lib.training.step_time import step_time
@@ -110,6 +113,21 @@ def test_auto_takes_the_best_layout_for_the_data(tmp_path, monkeypatch, capsys):
 def test_what_is_set_by_hand_is_kept(by_hand):
     for one in advise(run(LENGTH, 128, **by_hand), LARGE, 8, H100, TRACES):
         assert {key: getattr(one.config, key) for key in by_hand} == by_hand
+
+
+def test_a_run_resumes_in_the_best_layout_of_another_number_of_ranks(tmp_path, monkeypatch):
+    tiny_model(tmp_path / "hf", hidden_size=32, intermediate_size=32, num_hidden_layers=2)
+    random_store(tmp_path / "data")
+    place = {"checkpoint": str(tmp_path / "hf"), "data": str(tmp_path / "data"), "output": str(tmp_path / "run")}
+    given = settings(**place, precision="bf16")
+    enough = memory(given, read_config(tmp_path / "hf"), ranks=2).total  # for the states of two ranks in float32
+    monkeypatch.setattr(advisor, "read_rates", lambda: dataclasses.replace(H100, memory=int(1.01 * enough / USABLE)))
+    for ranks, steps, moments in ((1, 2, "bf16"), (2, 4, "fp32")):
+        config = laid_out(dataclasses.replace(given, train_iters=steps), "auto", ranks)
+        assert config.moments == moments
+        forked.train(config, ranks)
+    assert "moments: was 'bf16', now 'fp32'" in (tmp_path / "run" / "train.log").read_text()
+    assert [record["iteration"] for record in read_metrics(tmp_path / "run")] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(("nproc", "nodes"), [(2, 8), (4, 4), (8, 2)])
