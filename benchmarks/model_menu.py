@@ -42,10 +42,11 @@ FP8 = {"precision": "fp8"}
 SELECTIVE, FULL = {"recompute": "selective"}, {"recompute": "full"}
 
 
-def shape(project: str) -> PretrainedConfig:
-    """The configuration of a project's model, as far as it has shapes."""
+def shape(project: str, **changes) -> PretrainedConfig:
+    """The configuration of a project's model, as far as it has shapes, with `changes`."""
     kind, *sizes = SHAPES[project]
-    return AutoConfig.for_model(kind, tie_word_embeddings=False, **dict(zip(FIELDS, sizes, strict=True)))
+    given = {"tie_word_embeddings": False} | dict(zip(FIELDS, sizes, strict=True))
+    return AutoConfig.for_model(kind, **given | changes)
 
 
 class Measured(NamedTuple):
@@ -87,6 +88,9 @@ MEASURED = [
     Measured("r1-1.5b", 1, 65_536, 0, 2, {**SELECTIVE, **LOW}, 18_437, 46.5, "H200"),
     Measured("r1-1.5b", 1, 131_072, 0, 1, {**SELECTIVE, **LOW}, 10_965, 76.4, "H200"),
     Measured("r1-1.5b", 1, 262_144, 0, 1, {**FULL, **LOW}, 4_446, 65.3, "H200"),
+    Measured("r1-1.5b", 2, LENGTH, TRACES, 8, TP2, 35_890, 25.8, "H200"),
+    Measured("r1-7b", 2, LENGTH, TRACES, 8, TP2, 10_799, 83.8, "H200"),
+    Measured("r1-7b", 2, LENGTH, TRACES, 8, {**CP2, **LOW}, 11_068, 78.5, "H200"),
     Measured("r1-1.5b", 4, LENGTH, TRACES, 16, TP2, 41_790, 21.7, "H200", alone=True),
     Measured("r1-1.5b", 4, LENGTH, TRACES, 8, CP4, 27_117, 21.1, "H200", alone=True),
     Measured("r1-1.5b", 4, 65_536, 0, 2, CP4, 18_894, 40.6, "H200", alone=True),

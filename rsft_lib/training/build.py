@@ -28,7 +28,10 @@ from rsft_lib.training.state import TrainState
 
 
 def build_state(config: TrainConfig, checkpoint: Path) -> TrainState:
-    """This rank's model chunks with gradient buffers, its shard of the optimizer, and the schedule."""
+    """This rank's model chunks with gradient buffers, its shard of the optimizer, and the schedule.
+
+    Weights are 0, so that `load` or `start` fills them.
+    """
     hf = read_config(checkpoint)
     check_model(config, hf)
     mcore = model_settings(config, hf)
@@ -132,4 +135,7 @@ def _wrapped(config: TrainConfig, mcore: TransformerConfig, hf: PretrainedConfig
         check_for_nan_in_grad=False,  # the gradient norm is checked before the update
     )
     model = Float16Module(mcore, model) if config.precision != "fp32" else model
+    for weight in filter(lambda weight: weight.requires_grad, model.parameters()):
+        # They are copied into one buffer below; as they were, all would be in memory twice.
+        weight.data = weight.data.new_zeros(()).expand(weight.shape)
     return DistributedDataParallel(mcore, ddp, model, disable_bucketing=bool(stage))

@@ -21,6 +21,7 @@ from rsft_lib.model.attention import TEAttention, TorchAttention, samples_of
 from rsft_lib.model.distributed import ranks
 from rsft_lib.model.loss_head import Targets, add_product_, cross_entropy_backward_, log_sum_exp, weighted_loss
 from rsft_lib.training.adam import MASTER, AdamW
+from rsft_lib.training.build import build_state
 from rsft_lib.training.metrics import MetricsWriter, read_metrics
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
@@ -155,6 +156,15 @@ def test_context_parallel_ranks_together_match_one_rank(kind, ends, size):
 @pytest.fixture(autouse=True)
 def many_can_be_imported(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(TESTS), prepend=os.pathsep)
+
+
+def test_building_needs_no_more_memory_than_what_is_built(tmp_path):
+    tiny_model(tmp_path, hidden_size=1024, intermediate_size=4096, num_attention_heads=8, num_key_value_heads=2)
+    given = settings(checkpoint=str(tmp_path), data="d", output="o", precision="bf16", gradients="bf16")
+    with ranks():
+        torch.cuda.reset_peak_memory_stats()
+        state = build_state(given, tmp_path)
+        assert torch.cuda.max_memory_allocated() < 1.1 * torch.cuda.memory_allocated(), state
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer.mlp import MLP
 from support import random_store, settings, tiny_model
@@ -12,6 +13,7 @@ from rsft_lib.data.store import TokenStore
 from rsft_lib.model.config import read_config, transformer_config
 from rsft_lib.model.distributed import ranks
 from rsft_lib.model.gpt import build_model
+from rsft_lib.training import build
 from rsft_lib.training.batches import Loader
 from rsft_lib.training.build import build_state
 from rsft_lib.training.loop import update
@@ -97,6 +99,21 @@ def test_the_first_step_starts_from_the_weights_of_the_checkpoint(precision, tmp
         moved = (after[name] - weight).abs()
         # AdamW's first step is one learning rate; weight decay is a thousandth of it, and bf16 has 8 bits.
         assert 0 < moved.max() < 1.1e-2 + 2**-7 * weight.abs().max(), name
+
+
+def test_the_weights_are_in_memory_once_when_their_buffer_is_allocated(tmp_path, monkeypatch):
+    tiny_model(tmp_path)
+    held = []
+
+    def wrap(settings, ddp, model, **rest):
+        held.append(sum(weight.untyped_storage().nbytes() for weight in model.parameters()))
+        return DistributedDataParallel(settings, ddp, model, **rest)
+
+    monkeypatch.setattr(build, "DistributedDataParallel", wrap)
+    with ranks():
+        state = build_state(settings(checkpoint=str(tmp_path), data="d", output="o"), tmp_path)
+        whole = sum(weight.nbytes for weight in state.chunks[0].parameters())
+    assert held[0] < whole / 100
 
 
 def test_without_gradients_nothing_is_discarded(model):

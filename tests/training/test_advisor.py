@@ -11,6 +11,7 @@ import pytest
 from model_menu import LENGTH, MEASURED, TRACES, run, shape
 from real import needs_real
 from support import ROOT, random_store, settings, tiny_model
+from transformers import AutoConfig
 
 from rsft_lib.checkpoint.convert import convert
 from rsft_lib.model.config import read_config
@@ -139,6 +140,15 @@ def test_ranks_that_exchange_much_are_on_one_machine(nproc, nodes, tmp_path, mon
     found = laid_out(given, "auto", nproc, nodes)
     assert nproc % (found.tensor_parallel * found.context_parallel) == 0
     assert found.data_parallel(16)
+
+
+def test_experts_are_partitioned_among_the_ranks_of_one_machine():
+    experts = AutoConfig.for_model("qwen3_moe", num_hidden_layers=4)
+    sizes = lambda per_node: {  # noqa: E731
+        one.config.expert_parallel
+        for one in advise(run(LENGTH, 128), experts, 16, dataclasses.replace(H100, gpus_per_node=per_node))
+    }
+    assert sizes(4) == {1, 2, 4} and sizes(16) == {1, 2, 4, 8, 16}
 
 
 def test_the_buffers_of_overlapped_tensor_parallelism_are_counted():

@@ -1,0 +1,99 @@
+"""The notebooks 01 to 08 by papermill, as a project, on a model of real shape with random weights: the time of each.
+
+    RSFT_REAL_DATA=FOLDER python benchmarks/chain_gpu.py --output OUT --gpus 4 [--project r1-7b] [--to 04] [--small]
+
+The model (15 GB for 7B) is written once; traces, short answers and tokenizer are those in RSFT_REAL_DATA. Training has
+`layout: auto` with moments in bf16, a few steps of 8 packs and one checkpoint with the states of the optimizer. Answers
+run to their limit, since weights are random. --small tries it with two layers, also on a CPU.
+"""
+
+import argparse
+import gzip
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parent))  # the modules beside this one
+
+from model_menu import SHAPES, shape
+
+from rsft_lib.project import LAST, run
+
+STEPS, PACKS, LENGTH = 5, 8, 16_384
+SMALL = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}  # fmt: skip
+
+
+def make_model(folder: Path, project: str, small: bool) -> None:
+    """Write a model with random weights, unless it is there."""
+    if folder.exists():
+        return
+    real = Path(os.environ["RSFT_REAL_DATA"]) / "tokenizers" / "r1-distill-qwen"
+    sizes = SMALL if small else {}
+    hf = shape(project, max_position_embeddings=2**17, bos_token_id=151_646, eos_token_id=151_643, **sizes)
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        network = AutoModelForCausalLM.from_config(hf, dtype=torch.bfloat16)
+    network.save_pretrained(folder, max_shard_size="2GB")
+    for file in real.iterdir():
+        if "token" in file.name or file.suffix in (".txt", ".jinja"):
+            shutil.copy(file, folder)
+
+
+def make_data(folder: Path, traces: int, short: int) -> None:
+    """Write the first traces and short answers."""
+    data = Path(os.environ["RSFT_REAL_DATA"]) / "data"
+    long = gzip.decompress((data / "long_planbench_r1.jsonl.gz").read_bytes()).splitlines(keepends=True)
+    (folder / "long.jsonl").write_bytes(b"".join(long[:traces]))
+    lines = (data / "short_gsm8k_train.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "short.jsonl").write_bytes(b"".join(lines[:short]))
+
+
+def write_project(folder: Path, gpus: int, small: bool) -> Path:
+    """The project file; its outputs are in `folder`."""
+    training = {
+        "train_iters": STEPS, "global_batch_size": PACKS, "eval_iters": 1, "log_interval": 1, "moments": "bf16",
+    }  # fmt: skip
+    project = {
+        "model": str(folder / "model"), "long": str(folder / "long.jsonl"), "short": str(folder / "short.jsonl"),
+        "seq_length": LENGTH, "nproc": gpus,
+        "05_train": training | ({"precision": "fp32", "train_iters": 1} if small else {"layout": "auto"}),
+        "07_export_and_generate": {"questions": 4, "max_new_tokens": 8 if small else 128},
+    }  # fmt: skip
+    (folder / "project.yaml").write_text(yaml.safe_dump(project, sort_keys=False))
+    return folder / "project.yaml"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder of the project; 110 GB for 7B")
+    parser.add_argument("--gpus", type=int, required=True)
+    parser.add_argument("--project", default="r1-7b", choices=list(SHAPES), help="whose shape the model has")
+    parser.add_argument("--to", default=LAST, metavar="NOTEBOOK", help="the last to run; a later call goes on")
+    parser.add_argument("--small", action="store_true", help="a tiny model, to try the script")
+    arguments = parser.parse_args()
+    folder = arguments.output.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    make_model(folder / "model", arguments.project, arguments.small)
+    make_data(folder, traces=20 if arguments.small else 100, short=20 if arguments.small else 200)
+    print(f"model and data: {time.perf_counter() - began:.0f} s", flush=True)
+    try:
+        run(str(write_project(folder, arguments.gpus, arguments.small)), last=arguments.to)
+    finally:
+        for path in sorted((folder / "executed").glob("*.ipynb")):
+            seconds = json.loads(path.read_text())["metadata"]["papermill"]["duration"]
+            print(f"{path.stem:28}{seconds or 0:8.1f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
