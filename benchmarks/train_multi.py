@@ -46,6 +46,7 @@ from rsft_lib.data.packed import PackedDataset
 from rsft_lib.data.store import StoreWriter, TokenStore
 from rsft_lib.launch.job import ENVIRONMENT
 from rsft_lib.model.config import read_config
+from rsft_lib.model.cpu_shim import device
 from rsft_lib.model.distributed import ranks
 from rsft_lib.training import rates
 from rsft_lib.training.advisor import advise, name, sample_length
@@ -138,6 +139,67 @@ def kernel_seconds(function: Callable, repeats: int = 5) -> float:
             function()
         torch.cuda.synchronize()
     return sum(event.self_device_time_total for event in profiler.key_averages()) / repeats / 1e6
+
+
+def profiled(config: TrainConfig) -> dict:
+    """ms of a micro-batch by kind of kernel on the first rank; "exchange alone" has no other kernel beside it."""
+    data = PackedDataset(TokenStore(config.data), config.seq_length, 0)
+    packs, loader = usual_step(data, config.global_batch_size), Loader(data, config)
+    state = build_state(config, Path(config.checkpoint))
+    randomize(state)
+    for _ in range(2):
+        update(state, loader, packs, packs)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        update(state, loader, packs, packs)
+        torch.cuda.synchronize()
+    spans: dict[str, list] = {kind: [] for kind in (*KERNELS, "other")}
+    for event in profiler.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            spans[kind_of(event.name.lower())].append((event.time_range.start, event.time_range.end))
+    everything = [span for some in spans.values() for span in some]
+    busy, first, last = covered(everything), min(everything)[0], max(end for _, end in everything)
+    without = covered([span for kind, some in spans.items() if kind != "exchange" for span in some])
+    found = {kind: covered(some) for kind, some in spans.items()}
+    found |= {"exchange alone": busy - without, "idle": last - first - busy, "all": last - first}
+    return {kind: value / 1000 / len(packs) for kind, value in found.items()}
+
+
+KERNELS = {  # kind -> parts of the names of kernels, the first that fits
+    "exchange": ("nccl", "ptop", "userbuffers"),
+    "attention": ("fmha", "flash", "attention", "sdpa"),
+    "products": ("gemm", "nvjet", "xmma", "cutlass"),
+}
+
+
+def kind_of(kernel: str) -> str:
+    return next((kind for kind, parts in KERNELS.items() if any(part in kernel for part in parts)), "other")
+
+
+def covered(spans: list[tuple[float, float]]) -> float:
+    """The time in which at least one of the spans runs."""
+    total, until = 0.0, 0.0
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return total
+
+
+def exchanges(config: TrainConfig) -> dict:
+    """GB/s that a rank sends in each exchange, by its MB; the settings of NCCL are those of the environment."""
+    world, found = torch.distributed.get_world_size(), {}
+    for megabytes in (8, 32, 128):
+        whole = torch.empty(megabytes * 2**19 // world * world, dtype=torch.bfloat16, device=device())
+        part, received = whole[: len(whole) // world], torch.empty_like(whole)
+        sent = whole.nbytes * (world - 1) / world
+        for exchange, call, times in (
+            ("all-to-all", partial(torch.distributed.all_to_all_single, received, whole), 1),
+            ("all-gather", partial(torch.distributed.all_gather_into_tensor, received, part), 1),
+            ("reduce-scatter", partial(torch.distributed.reduce_scatter_tensor, received[: len(part)], whole), 1),
+            ("all-reduce", partial(torch.distributed.all_reduce, whole), 2),
+        ):
+            found[f"{exchange} {megabytes}"] = times * sent / rates.seconds_of(call, 0.1, times=20) / 1e9
+    return found
 
 
 def plain_megatron(config: TrainConfig) -> dict:
@@ -294,6 +356,12 @@ SECTIONS = {
     "attention-7b": Section(0, "7b", attention_of_ranks, {}, gpus=1),
     "attention-1.5b-64k": Section(0, "1.5b", attention_of_ranks, {}, **LONG),
     "attention-7b-64k": Section(0, "7b", attention_of_ranks, {}, **LONG),
+    "exchanges": Section(0, "1.5b", exchanges, {}),
+    "profile-1.5b-tp2": Section(0, "1.5b", profiled, TP2),
+    "profile-1.5b-tp2-overlap": Section(0, "1.5b", profiled, {**TP2, "tensor_overlap": True}),
+    "profile-7b-tp2": Section(0, "7b", profiled, TP2),
+    "profile-7b-tp2-overlap": Section(0, "7b", profiled, {**TP2, "tensor_overlap": True}),
+    "profile-7b-cp2": Section(0, "7b", profiled, {"context_parallel": 2, **LOW}),
     "rates": Section(1, "1.5b", measure_rates, {}),
     "floor-1.5b": Section(1, "1.5b", floor, {}, gpus=1),
     "1.5b-1gpu": run(1, "1.5b", "MFU 0.52, 53 GiB", gpus=1),

@@ -109,7 +109,7 @@ def measure(size: int = 8192, length: int = 65536, seconds: float = 1.0) -> Rate
     """
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     left, right = (torch.randn(size, size, device=device(), dtype=dtype) for _ in range(2))
-    products = 2 * size**3 / _seconds(lambda: left @ right, seconds)
+    products = 2 * size**3 / seconds_of(lambda: left @ right, seconds)
     copied = torch.empty_like(left).copy_
     long, short = (_attention(n, dtype, seconds) for n in (length, length // 8))
     # rate(l) = a l / (l + h) at both lengths; without a gain with length, h is 0
@@ -117,7 +117,7 @@ def measure(size: int = 8192, length: int = 65536, seconds: float = 1.0) -> Rate
     name, memory = gpu() or ("cpu", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     return Rates(
         name, memory, products=products, attention=long * (1 + half / length), half_length=half,
-        copy=2 * left.nbytes / _seconds(lambda: copied(left), seconds), links=_links(left, seconds),
+        copy=2 * left.nbytes / seconds_of(lambda: copied(left), seconds), links=_links(left, seconds),
     )  # fmt: skip
 
 
@@ -138,7 +138,7 @@ def _attention(length: int, dtype: torch.dtype, seconds: float) -> float:
     def both() -> None:
         attention(query, key, value, attention_bias=samples).sum().backward()
 
-    return 6 * heads * width * length**2 / _seconds(both, seconds)
+    return 6 * heads * width * length**2 / seconds_of(both, seconds)
 
 
 def _links(tensor: torch.Tensor, seconds: float) -> dict[int, float]:
@@ -148,13 +148,13 @@ def _links(tensor: torch.Tensor, seconds: float) -> dict[int, float]:
         group = torch.distributed.new_group(list(range(size)))
         if torch.distributed.get_rank() < size:
             reduce = lambda group=group: torch.distributed.all_reduce(tensor, group=group)  # noqa: E731
-            taken = torch.tensor([_seconds(reduce, seconds, times=20)])
+            taken = torch.tensor([seconds_of(reduce, seconds, times=20)])
             found[size] = 2 * (size - 1) / size * tensor.nbytes / taken.item()
         torch.distributed.barrier()
     return found
 
 
-def _seconds(operation: Callable[[], object], seconds: float, times: int = 0) -> float:
+def seconds_of(operation: Callable[[], object], seconds: float, times: int = 0) -> float:
     """Mean time of an operation, repeated `times` times or for `seconds`."""
     for _ in range(2):
         operation()
