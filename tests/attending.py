@@ -1,6 +1,7 @@
 """Attention of context-parallel ranks, as threads of one process and in one autograd graph."""
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -25,14 +26,14 @@ def attend(kind: type, query: Tensor, key: Tensor, value: Tensor, samples: Sampl
     def work(rank: int) -> Tensor:
         module = attention(kind, query.shape[1], key.shape[1], query.shape[2], ranks)
 
-        def exchange(by_rank: Tensor) -> Tensor:
+        def start(by_rank: Tensor) -> Callable[[], Tensor]:
             given[rank] = by_rank
             barrier.wait(60)
             received = torch.stack([given[other][rank] for other in range(ranks)])
             barrier.wait(60)
-            return received
+            return lambda: received
 
-        module._exchange = exchange
+        module._start = start
         own = (x.chunk(ranks)[rank].unsqueeze(1) for x in (query, key, value))
         return module(*own, attention_bias=samples).squeeze(1)
 

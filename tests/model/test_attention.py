@@ -4,6 +4,7 @@ import pytest
 import torch
 from attending import attend
 
+from rsft_lib.model import attention
 from rsft_lib.model.attention import TorchAttention, samples_of
 
 ENDS, WIDTH = [0, 3, 19, 20, 48], 8
@@ -22,8 +23,10 @@ def written_out(query, key, value, ends: list[int]) -> torch.Tensor:
     return torch.stack(outputs, dim=1).flatten(1)
 
 
+@pytest.mark.parametrize("long", [0, 2**17], ids=["two parts", "at once"])
 @pytest.mark.parametrize(("heads", "groups", "ranks"), [*SHAPES, (12, 2, 1)])
-def test_output_and_gradients_equal_those_of_attention_that_is_written_out(heads, groups, ranks):
+def test_output_and_gradients_equal_those_of_attention_that_is_written_out(heads, groups, ranks, long, monkeypatch):
+    monkeypatch.setattr(attention, "LONG", long)
     torch.manual_seed(0)
     tensors = [torch.randn(ENDS[-1], n, WIDTH, dtype=torch.float64) for n in (heads, groups, groups)]
     grad, results = torch.randn(ENDS[-1], heads * WIDTH, dtype=torch.float64), []

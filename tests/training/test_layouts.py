@@ -15,6 +15,7 @@ from support import VOCAB, all_tensors, random_store, settings, tiny_model
 
 from rsft_lib.checkpoint.convert import convert
 from rsft_lib.checkpoint.run_checkpoints import newest
+from rsft_lib.model import attention
 from rsft_lib.training import build
 from rsft_lib.training.metrics import read_metrics
 
@@ -39,6 +40,9 @@ def run(inputs: dict, output, nproc: int = 1, **changes) -> tuple[list[dict], di
     forked.train(config, nproc)
     assert "differs from rank 0" not in (output / "train.log").read_text()
     return read_metrics(output), all_tensors(newest(output))
+
+
+TP2_SP = {"tensor_parallel": 2, "sequence_parallel": True}
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +93,22 @@ def test_every_layout_matches_the_losses_and_weights_of_one_rank(layout, inputs,
     same(tensors, expected)
 
 
+def in_two_parts(config) -> None:
+    attention.LONG = 0
+    forked.train_as_rank(config)
+
+
+@pytest.mark.parametrize("layout", [{}, {"recompute": "full"}, TP2_SP], ids=["", "full recomputation", "tp2 sp"])
+def test_heads_that_are_exchanged_in_two_parts_match_one_rank(layout, inputs, one_rank, tmp_path):
+    nproc = 2 * layout.get("tensor_parallel", 1)
+    config = settings(**inputs, output=str(tmp_path), train_iters=STEPS, context_parallel=2, **layout)
+    log = tmp_path / "train.log"
+    forked.join(forked.start(in_two_parts, nproc, log, config), log)
+    losses = ([r["loss"] for r in records] for records in (read_metrics(tmp_path), one_rank[0]))
+    assert next(losses) == pytest.approx(next(losses), rel=1e-5, abs=0)
+    same(all_tensors(newest(tmp_path)), one_rank[1])
+
+
 @pytest.fixture(scope="module")
 def with_experts(inputs, tmp_path_factory):
     """(inputs with a Qwen3-MoE, the result of training it on one rank)"""
@@ -99,7 +119,6 @@ def with_experts(inputs, tmp_path_factory):
     return changed, run(changed, folder / "one")
 
 
-TP2_SP = {"tensor_parallel": 2, "sequence_parallel": True}
 EXPERT_LAYOUTS = {
     "dp2": (2, {}),
     "ep2": (2, {"expert_parallel": 2}),
