@@ -1,9 +1,9 @@
 """The notebooks 01 to 08 by papermill, as a project, on a model of real shape with random weights: the time of each.
 
-    RSFT_REAL_DATA=FOLDER python benchmarks/chain_gpu.py --output OUT --gpus 4 [--project r1-7b] [--to 04] [--small]
+    RSFT_REAL_DATA=FOLDER python benchmarks/chain_gpu.py --output OUT --gpus 4 [--project r1-7b] [--layers 20] [--to 04]
 
 The model (15 GB for 7B) is written once; traces, short answers and tokenizer are those in RSFT_REAL_DATA. Training has
-`layout: auto` with moments in bf16, a few steps of 8 packs and one checkpoint with the states of the optimizer. Answers
+`layout: auto`, a few steps of 8 packs and one checkpoint with the states of the optimizer. Answers
 run to their limit, since weights are random. --small tries it with two layers, also on a CPU.
 """
 
@@ -33,12 +33,11 @@ SMALL = {
 }  # fmt: skip
 
 
-def make_model(folder: Path, project: str, small: bool) -> None:
+def make_model(folder: Path, project: str, sizes: dict) -> None:
     """Write a model with random weights, unless it is there."""
     if folder.exists():
         return
     real = Path(os.environ["RSFT_REAL_DATA"]) / "tokenizers" / "r1-distill-qwen"
-    sizes = SMALL if small else {}
     hf = shape(project, max_position_embeddings=2**17, bos_token_id=151_646, eos_token_id=151_643, **sizes)
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
@@ -61,7 +60,7 @@ def make_data(folder: Path, traces: int, short: int) -> None:
 def write_project(folder: Path, gpus: int, small: bool) -> Path:
     """The project file; its outputs are in `folder`."""
     training = {
-        "train_iters": STEPS, "global_batch_size": PACKS, "eval_iters": 1, "log_interval": 1, "moments": "bf16",
+        "train_iters": STEPS, "global_batch_size": PACKS, "eval_iters": 1, "log_interval": 1,
     }  # fmt: skip
     project = {
         "model": str(folder / "model"), "long": str(folder / "long.jsonl"), "short": str(folder / "short.jsonl"),
@@ -75,16 +74,20 @@ def write_project(folder: Path, gpus: int, small: bool) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder of the project; 110 GB for 7B")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder of the project; 152 GB for 7B, as 20 bytes a weight"
+    )
     parser.add_argument("--gpus", type=int, required=True)
     parser.add_argument("--project", default="r1-7b", choices=list(SHAPES), help="whose shape the model has")
+    parser.add_argument("--layers", type=int, help="fewer than the model has, for a smaller disk")
     parser.add_argument("--to", default=LAST, metavar="NOTEBOOK", help="the last to run; a later call goes on")
     parser.add_argument("--small", action="store_true", help="a tiny model, to try the script")
     arguments = parser.parse_args()
     folder = arguments.output.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
-    make_model(folder / "model", arguments.project, arguments.small)
+    fewer = {"num_hidden_layers": arguments.layers} if arguments.layers else {}
+    make_model(folder / "model", arguments.project, SMALL if arguments.small else fewer)
     make_data(folder, traces=20 if arguments.small else 100, short=20 if arguments.small else 200)
     print(f"model and data: {time.perf_counter() - began:.0f} s", flush=True)
     try:

@@ -17,7 +17,7 @@ from transformers import AutoConfig, PretrainedConfig
 from rsft_lib.training.advisor import LAYOUT, Advice, advise, name
 from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.flops import PEAKS, training_flops
-from rsft_lib.training.preflight import GIB
+from rsft_lib.training.memory import GIB
 from rsft_lib.training.rates import H100
 
 README = Path(__file__).parents[1] / "README.md"

@@ -49,12 +49,12 @@ from rsft_lib.model.config import read_config
 from rsft_lib.model.cpu_shim import device
 from rsft_lib.model.distributed import ranks
 from rsft_lib.training import rates
-from rsft_lib.training.advisor import advise, name, sample_length
+from rsft_lib.training.advisor import advise, name
 from rsft_lib.training.batches import Loader
 from rsft_lib.training.build import build_state
 from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.loop import update
-from rsft_lib.training.preflight import GIB, memory
+from rsft_lib.training.memory import GIB, memory
 from rsft_lib.training.saving import Saver
 from rsft_lib.training.state import load
 from rsft_lib.training.step_time import step_time
@@ -543,7 +543,7 @@ def _rates_of(known: dict, output: Path) -> Path:
 def predictions(section: Section, result: dict, output: Path, gpus: int, small: bool, file: Path | None) -> list[str]:
     model, data = inputs_of(section, output, small)
     config, hf = config_of(section, model, data, gpus), read_config(model)
-    sample = sample_length(PackedDataset(TokenStore(data), section.length, 0))
+    sample = PackedDataset(TokenStore(data), section.length, 0).sample_length
     tokens, cells = config.global_batch_size * section.length, []
     for known in (rates.H100, rates.read_rates(file) if file else None):
         if known is None:
@@ -563,7 +563,7 @@ def best(output: Path, gpus: int, small: bool, file: Path | None) -> list[str]:
         section = run(0, model, length=length)._replace(length=length // (SHORTER if small else 1))
         folder, data = inputs_of(section, output, small)
         config = dataclasses.replace(config_of(section, folder, data, gpus), global_batch_size=MICRO_BATCHES * gpus)
-        sample = sample_length(PackedDataset(TokenStore(data), section.length, 0))
+        sample = PackedDataset(TokenStore(data), section.length, 0).sample_length
         try:
             chosen, *_ = advise(
                 config, read_config(folder), gpus, rates.read_rates(file) if file else rates.H100, sample

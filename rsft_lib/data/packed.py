@@ -65,6 +65,11 @@ class PackedDataset:
         """Packs per epoch."""
         return len(self.packs)
 
+    @property
+    def sample_length(self) -> float:
+        """The mean length of the sample that a token of the packs is in."""
+        return sum(self.costs) / (len(self) * self.seq_length)
+
     def plan_sha256(self) -> str:
         """A hash of the assignment of samples to packs; with the seed it determines the batch of every step."""
         ends = np.cumsum([len(samples) for samples in self.packs], dtype=np.int64)

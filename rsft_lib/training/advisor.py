@@ -2,7 +2,7 @@
 
     python -m rsft_lib.training.advisor MODEL --gpus 4 --seq-length 16384 [--sample-length 7000]
 
-MODEL is a folder with a `config.json`. Memory is counted from shapes (preflight.py), time from FLOPs and bytes
+MODEL is a folder with a `config.json`. Memory is counted from shapes (memory.py), time from FLOPs and bytes
 (step_time.py) with this machine's rates (rates.py: measured once, else those of an H100).
 """
 
@@ -17,13 +17,12 @@ from typing import NamedTuple
 from transformers import PretrainedConfig
 
 from rsft_lib.common.paths import require_path
-from rsft_lib.data.packed import PackedDataset
 from rsft_lib.model.config import check_layout, read_config
 from rsft_lib.model.weight_map import expert_count
 from rsft_lib.training.config import CHOICES, TrainConfig
 from rsft_lib.training.datasets import open_datasets
 from rsft_lib.training.flops import training_flops
-from rsft_lib.training.preflight import GIB, memory
+from rsft_lib.training.memory import GIB, memory
 from rsft_lib.training.rates import Rates, read_rates
 from rsft_lib.training.step_time import StepTime, step_time
 
@@ -129,17 +128,11 @@ def laid_out(config: TrainConfig, layout: str, nproc: int, nodes: int = 1) -> Tr
     data = open_datasets(config).train
     hf, ranks = read_config(require_path(config.checkpoint, "checkpoint")), nproc * nodes
     rates = dataclasses.replace(read_rates(), gpus_per_node=nproc)
-    length = sample_length(data)
-    advice = advise(config, hf, ranks, rates, length)
-    print(table(advice, hf, ranks, rates, length))
+    advice = advise(config, hf, ranks, rates, data.sample_length)
+    print(table(advice, hf, ranks, rates, data.sample_length))
     if fixed := settings_by_hand(config):
         print("as set:", ", ".join(f"{key}={value}" for key, value in fixed.items()))
     return advice[0].config
-
-
-def sample_length(data: PackedDataset) -> float:
-    """The mean length of the sample that a token of the packs is in."""
-    return sum(data.costs) / (len(data) * data.seq_length)
 
 
 def name(advice: Advice) -> str:
@@ -160,11 +153,13 @@ def table(
     best = advice[0]
     tokens = best.config.global_batch_size * best.config.seq_length
     flops = training_flops(hf, tokens, tokens * (sample or best.config.seq_length))
-    lines = [f"{'':44}{'s/step':>8}{'tokens/s/GPU':>14}{'TFLOP/s/GPU':>13}{'GiB':>7}"]
+    shown = _distinct(advice)[:rows]
+    width = max(len(name(a)) for a in shown)
+    lines = [f"{'':{width}}{'s/step':>8}{'tokens/s/GPU':>14}{'TFLOP/s/GPU':>13}{'GiB':>7}"]
     lines += [
-        f"{name(a):44}{a.time.total:8.2f}{tokens / a.time.total / ranks:14,.0f}"
+        f"{name(a):{width}}{a.time.total:8.2f}{tokens / a.time.total / ranks:14,.0f}"
         f"{flops / a.time.total / ranks / 1e12:13.0f}{a.nbytes / GIB:7.1f}"
-        for a in _distinct(advice)[:rows]
+        for a in shown
     ]
     lines += [
         f"rates: {rates.source or rates.device}; memory usable: {USABLE * rates.memory / GIB:.1f} GiB",

@@ -1,7 +1,6 @@
-"""Estimates before a run starts: parameters, memory, disk, steps, time."""
+"""What a run will need, in words, before it starts: memory, disk, steps, time."""
 
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -10,42 +9,18 @@ import torch
 from transformers import PretrainedConfig
 
 from rsft_lib.common.paths import require_path, resolve
-from rsft_lib.model.attention import heads_of_rank
-from rsft_lib.model.config import check_layout, head_dim, read_config
+from rsft_lib.model.config import check_layout, read_config
 from rsft_lib.model.cpu_shim import gpu
-from rsft_lib.model.loss_head import CHUNK
-from rsft_lib.model.weight_map import expert_count, expert_size, shared_expert_size
+from rsft_lib.model.weight_map import expert_count
 from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.datasets import Datasets, open_datasets
-from rsft_lib.training.flops import (
-    layer_parameters,
-    matmul_parameters,
-    one_expert,
-    parameters,
-    peak_flops,
-    training_flops,
-)
+from rsft_lib.training.flops import matmul_parameters, parameters, peak_flops
+from rsft_lib.training.memory import GIB, memory, weight_bytes
 from rsft_lib.training.metrics import scan_metrics
+from rsft_lib.training.rates import rates_file, read_rates
+from rsft_lib.training.step_time import step_time
 
 MEASURED = 100  # last steps of a run whose time is expected of the next
-EXPECTED_MFU = 0.45  # assumed for GPUs; measured runs reach 0.5 and more with packs of 16,384 tokens
-OVERLAP_BUFFERS = 12  # that Transformer Engine allocates for `tensor_overlap`, outside of torch's memory
-GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Estimated bytes on one rank by purpose, from shapes; excludes fragmentation and CUDA's own memory."""
-
-    weights: float
-    gradients: float
-    optimizer: float
-    activations: float
-    loss: float
-
-    @property
-    def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.loss
 
 
 def preflight(config: TrainConfig, nproc: int) -> str:
@@ -113,90 +88,6 @@ def describe(config: TrainConfig, hf: PretrainedConfig, data: Datasets, ranks: i
     return "\n".join(f"{name:<12}{text}" for name, text in lines.items())
 
 
-def memory(config: TrainConfig, hf: PretrainedConfig, ranks: int) -> Memory:
-    """Memory of the rank that needs most: the first or the last pipeline stage."""
-    held, sharded = held_parameters(config, hf, ranks)
-    moments = 2 * (2 if config.moments == "bf16" else 4)
-    width = _width(config)
-    tokens = config.seq_length * config.micro_batch_size / config.context_parallel
-    vocabulary = hf.vocab_size / config.tensor_parallel
-    saved, live = (values * tokens * width for values in _activations(config, hf))
-    buffers = OVERLAP_BUFFERS * tokens * hf.hidden_size * width if config.tensor_overlap else 0
-    loss = min(CHUNK, tokens) * vocabulary * width + 2 * tokens * hf.hidden_size * width
-    # Transformer Engine keeps each weight of a layer in FP8 as well, by rows and by columns.
-    copies = 2 * (held - _ends(config, hf)) if config.precision == "fp8" else 0
-    return Memory(
-        weights=held * width + copies,
-        gradients=held * (2 if config.gradients == "bf16" else 4),
-        optimizer=sharded * (moments + (2 if config.precision != "fp32" else 0)),
-        activations=saved + live + buffers,
-        loss=max(0.0, loss - live),  # it is over when the backward pass of the layers begins
-    )
-
-
-def held_parameters(config: TrainConfig, hf: PretrainedConfig, ranks: int) -> tuple[float, float]:
-    """Parameters on the rank that has most, and those among them that its optimizer updates."""
-    tensor, pipeline, context = config.tensor_parallel, config.pipeline_parallel, config.context_parallel
-    experts = hf.num_hidden_layers * expert_count(hf) * one_expert(hf)
-    layers = hf.num_hidden_layers * layer_parameters(hf) - experts
-    held = layers / pipeline / tensor + _ends(config, hf)
-    across = pipeline * config.expert_parallel * config.expert_tensor_parallel
-    shards = config.data_parallel(ranks) * context
-    return held + experts / across, held / shards + experts / across / (ranks // across)
-
-
-def _ends(config: TrainConfig, hf: PretrainedConfig) -> float:
-    """Parameters of embedding and output layer on a rank; they are on one rank without pipeline parallelism."""
-    matrices = 1 if config.pipeline_parallel > 1 or hf.tie_word_embeddings else 2
-    return matrices * hf.vocab_size * hf.hidden_size / config.tensor_parallel
-
-
-def _activations(config: TrainConfig, hf: PretrainedConfig) -> tuple[float, float]:
-    """Values per token that a rank saves for the backward pass, and those that the backward pass of a layer adds."""
-    across = config.tensor_parallel if config.sequence_parallel else 1
-    hidden, inner = hf.hidden_size / across, 2 * hf.intermediate_size / config.tensor_parallel
-    heads, groups = (
-        n * head_dim(hf) / config.tensor_parallel for n in (hf.num_attention_heads, hf.num_key_value_heads)
-    )
-    attention = 2 * (heads + groups)
-    if config.context_parallel > 1:
-        # Attention saves its own copies, for all tokens and some heads; groups may be on several ranks.
-        _, repeated = context_parallel_width(config, hf)
-        attention += heads + 2 * (repeated - groups)
-    kept = 0.0  # by the MLP with selective recomputation
-    # Activation, its gradient and that of the products before it; what is recomputed is there as well.
-    live = {"none": 2 * inner, "selective": hidden + 3.3 * inner, "full": 2.5 * inner}[config.recompute]
-    if expert_count(hf):
-        # Inputs, the two products and the activation of each chosen expert; the last is what is recomputed.
-        sizes = (hf.hidden_size + 2 * expert_size(hf), expert_size(hf))
-        chosen, activation = (hf.num_experts_per_tok * size / across for size in sizes)
-        kept = chosen + 3 * shared_expert_size(hf) / config.tensor_parallel
-        inner = kept + activation
-        live = 1.5 * inner + 4 * hidden
-    # Residuals, and the outputs of norms, which `selective` recomputes.
-    layer = {"none": 4 * hidden + attention + inner, "selective": 2 * hidden + attention + kept, "full": hidden}
-    if config.precision == "fp8":
-        # Inputs of products are kept in FP8, besides attention's output and in place of those of norms.
-        layer["none"] += heads / 2 + inner / 4 - hidden
-        layer["selective"] += heads / 2 + hidden / 2
-    saved = layer[config.recompute] * hf.num_hidden_layers / config.pipeline_parallel
-    if config.pipeline_parallel > 1:
-        saved *= config.pipeline_parallel * (1 + (config.virtual_pipeline > 1))  # micro-batches of the first stage
-    again = 4 * hidden + attention + (inner if expert_count(hf) else 0) if config.recompute == "full" else 0
-    return saved, live + again
-
-
-def context_parallel_width(config: TrainConfig, hf: PretrainedConfig) -> tuple[float, float]:
-    """Width of the heads, and of the keys, per token of a context-parallel rank, with padded heads and repeated groups.
-
-    Without context parallelism, those of a tensor-parallel rank.
-    """
-    heads, groups = (max(1, n // config.tensor_parallel) for n in (hf.num_attention_heads, hf.num_key_value_heads))
-    own, own_groups = heads_of_rank(heads, groups, config.context_parallel)
-    width = config.context_parallel * head_dim(hf)
-    return own * width, own_groups * width
-
-
 def _layout(config: TrainConfig, ranks: int) -> str:
     sizes = {
         "tensor": config.tensor_parallel, "pipeline": config.pipeline_parallel, "context": config.context_parallel,
@@ -234,7 +125,7 @@ def _memory_line(config: TrainConfig, hf: PretrainedConfig, ranks: int) -> str:
 
 def checkpoint_bytes(config: TrainConfig, hf: PretrainedConfig) -> int:
     """Bytes of a checkpoint: weights, and float32 master weights and moments."""
-    return parameters(hf) * (_width(config) + 12)
+    return parameters(hf) * (weight_bytes(config) + 12)
 
 
 def _checkpoint_line(config: TrainConfig, hf: PretrainedConfig) -> str:
@@ -257,11 +148,6 @@ def _saving_line(config: TrainConfig, hf: PretrainedConfig) -> str:
     return f"in the background, from {memory}; this machine has {_size(available)}{fits}"
 
 
-def _width(config: TrainConfig) -> int:
-    """Bytes per weight."""
-    return 4 if config.precision == "fp32" else 2
-
-
 def _size(bytes_: float) -> str:
     return f"{bytes_ / GIB:,.1f} GiB" if bytes_ >= GIB else f"{bytes_ / 2**20:,.1f} MiB"
 
@@ -274,10 +160,8 @@ def _time_line(config: TrainConfig, hf: PretrainedConfig, data: Datasets, ranks:
     if done := scan_metrics(resolve(config.output)).records[-MEASURED:]:
         step, left = median(record["seconds"] for record in done), max(0, config.train_iters - done[-1]["iteration"])
         return f"{step:.3g} s per step as measured before; {left:,} more steps take {step * left / 60:,.1f} minutes"
-    peak = peak_flops()
-    if peak is None:
+    if peak_flops() is None and not rates_file().exists():
         return "unknown for this device until the first steps are done"
-    share = config.global_batch_size / len(data.train)
-    flops = training_flops(hf, config.global_batch_size * config.seq_length, sum(data.train.costs) * share)
-    step = flops / (peak * EXPECTED_MFU * ranks)
-    return f"about {step:.1f} s per step, {step * config.train_iters / 3600:.1f} hours at {EXPECTED_MFU:.0%} MFU"
+    rates = read_rates()
+    step = step_time(config, hf, ranks, rates, data.train.sample_length).total
+    return f"about {step:.1f} s per step, {step * config.train_iters / 3600:.1f} hours; rates: {rates.source}"

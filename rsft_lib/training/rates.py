@@ -25,6 +25,7 @@ from rsft_lib.model.attention import TEAttention, TorchAttention, samples_of
 from rsft_lib.model.cpu_shim import device, gpu
 from rsft_lib.model.distributed import ranks
 from rsft_lib.model.gpt import resolve_backend
+from rsft_lib.training.flops import PEAKS, peak_flops
 
 
 @dataclass(frozen=True)
@@ -81,16 +82,14 @@ def rates_file() -> Path:
 
 
 def read_rates(path: Path | None = None) -> Rates:
-    """The measured rates of this machine, or the defaults of the GPU that is nearest to it.
+    """The measured rates of this machine, or, if none are, what is known of its GPU; of an H100 if nothing is.
 
     Raises:
         ValueError: `path` is not a file of rates.
     """
     path = path or (rates_file() if rates_file().exists() else None)
     if path is None:
-        name, memory = gpu() or ("", 0)
-        default = H200 if "H200" in name else H100
-        return dataclasses.replace(default, memory=memory or default.memory)
+        return _defaults()
     try:
         given = json.loads(Path(path).read_text(encoding="utf-8"))
         return Rates(
@@ -98,6 +97,19 @@ def read_rates(path: Path | None = None) -> Rates:
         )
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is not a file of rates ({error}): write it with python -m {__spec__.name}") from error
+
+
+def _defaults() -> Rates:
+    """Those of an H100 or H200; for another GPU with a known peak, products and attention in proportion to it."""
+    name, memory = gpu() or ("", 0)
+    known, peak = H200 if "H200" in name else H100, peak_flops() or PEAKS["H100"]
+    if peak == PEAKS["H100"]:
+        return dataclasses.replace(known, memory=memory or known.memory)
+    faster = peak / PEAKS["H100"]
+    return dataclasses.replace(
+        known, device=name, memory=memory, products=known.products * faster, attention=known.attention * faster,
+        source=f"those of an H100, in proportion to the peak of this {name}",
+    )  # fmt: skip
 
 
 def measure(size: int = 8192, length: int = 65536, seconds: float = 1.0) -> Rates:

@@ -8,7 +8,7 @@ from rsft_lib.model.config import head_dim
 from rsft_lib.model.weight_map import expert_count
 from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.flops import attention_flops, layer_flops
-from rsft_lib.training.preflight import context_parallel_width, held_parameters
+from rsft_lib.training.memory import context_parallel_width, held_parameters
 from rsft_lib.training.rates import Rates
 
 FP8_PRODUCTS = 1.8  # speed of products in FP8 over that in bf16

@@ -15,11 +15,14 @@ from transformers import AutoConfig
 
 from rsft_lib.checkpoint.convert import convert
 from rsft_lib.model.config import read_config
-from rsft_lib.training import advisor, rates
+from rsft_lib.training import advisor, flops, rates
+from rsft_lib.training import preflight as preflight_module
 from rsft_lib.training.advisor import USABLE, advise, laid_out, table
 from rsft_lib.training.config import TrainConfig
+from rsft_lib.training.datasets import open_datasets
+from rsft_lib.training.memory import GIB, memory
 from rsft_lib.training.metrics import read_metrics
-from rsft_lib.training.preflight import GIB, memory
+from rsft_lib.training.preflight import preflight
 from rsft_lib.training.rates import H100, read_rates
 from rsft_lib.training.step_time import step_time
 
@@ -164,6 +167,24 @@ def test_one_rank_of_many_trains_by_itself(tmp_path):
     shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     result = json.loads((tmp_path / "32b-tp2-pp2-cp4.json").read_text())
     assert result["gpus"] == 16 and result["alone"] and result["tokens_per_second"] > 0 and "32b-tp2-pp2-cp4" in shown
+
+
+def test_the_time_that_is_stated_before_a_run_is_the_advisors(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    SMALL.save_pretrained(tmp_path / "hf")
+    store = str(random_store(tmp_path / "store", samples=40, longest=16_000))
+    given = {"checkpoint": str(tmp_path / "hf"), "data": store, "output": str(tmp_path / "run"), "split": "1,0,0"}
+    config = dataclasses.replace(run(LENGTH, 8), **given)
+    assert "unknown for this device" in preflight(config, 1)
+    steps = []
+    for name in ("NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB"):
+        for module in (flops, rates, preflight_module):
+            monkeypatch.setattr(module, "gpu", lambda name=name: (name, 80 * GIB))
+        (best, *_) = advise(config, SMALL, 1, read_rates(), open_datasets(config).train.sample_length)
+        steps.append(best.time)
+        assert f"about {best.time.total:.1f} s per step" in preflight(best.config, 1)
+    assert steps[1].products / steps[0].products == pytest.approx(989 / 312)
+    assert "in proportion to the peak of this NVIDIA A100" in preflight(config, 1)
 
 
 def test_rates_are_measured_once_and_read_again(tmp_path, monkeypatch):

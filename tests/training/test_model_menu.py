@@ -14,7 +14,7 @@ from rsft_lib.chain.project_file import notebook_file, open_project
 from rsft_lib.model.config import check_layout
 from rsft_lib.training.advisor import advise, laid_out
 from rsft_lib.training.config import TrainConfig
-from rsft_lib.training.preflight import memory
+from rsft_lib.training.memory import memory
 from rsft_lib.training.rates import H100
 from rsft_lib.training.step_time import step_time
 

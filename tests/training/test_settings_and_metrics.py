@@ -27,9 +27,10 @@ from rsft_lib.training import alarms, build, expert_stats, flops, metrics
 from rsft_lib.training.alarms import FEWEST, Alarms
 from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.datasets import split
+from rsft_lib.training.memory import GIB, memory
 from rsft_lib.training.metrics import FILE, MetricsWriter, open_writers, read_metrics
 from rsft_lib.training.optimizer import build_schedule
-from rsft_lib.training.preflight import GIB, memory, preflight
+from rsft_lib.training.preflight import preflight
 
 R1 = Qwen2Config(
     vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
