@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 DENSE = 1024
-LONG = 2**17  # heads times tokens of a rank from which the exchange of a part hides more than a further call costs
+LONG = 2**17  # heads on a rank times tokens of a micro-batch, from which it pays to exchange in two parts
 
 
 class Samples(NamedTuple):
@@ -95,7 +95,7 @@ class _PackedAttention(torch.nn.Module):
             pad(x, (0, 0, 0, self.parallel * sum(sizes) - x.shape[1])).unflatten(1, (self.parallel, -1)).split(sizes, 2)
             for x, sizes in zip((query, key, value), numbers, strict=True)
         ]
-        return [torch.cat(part, dim=2).transpose(0, 1).contiguous() for part in zip(*each, strict=True)]
+        return [torch.cat([x.transpose(0, 1) for x in part], dim=2) for part in zip(*each, strict=True)]
 
     def _start(self, by_rank: Tensor) -> Callable[[], Tensor]:
         """Start to send `by_rank[n]` to rank n; returns what waits for all that arrives, in the same shape."""
@@ -111,6 +111,10 @@ class _Exchange:
         self.work = torch.distributed.all_to_all_single(received, by_rank, group=group, async_op=True)
         return received
 
+    def finish(self) -> None:
+        self.work.wait()
+        self.work = None  # it holds both tensors, and autograd holds this object until the backward pass
+
 
 class _Start(torch.autograd.Function):
     """Starts an exchange; in the backward pass it ends that of the gradient, which `_Finish` has started."""
@@ -118,11 +122,11 @@ class _Start(torch.autograd.Function):
     @staticmethod
     def forward(ctx, by_rank: Tensor, exchange: _Exchange) -> Tensor:
         ctx.exchange = exchange
-        return exchange.start(by_rank)
+        return exchange.start(by_rank.contiguous())
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        ctx.exchange.work.wait()
+        ctx.exchange.finish()
         return grad, None
 
 
@@ -132,7 +136,7 @@ class _Finish(torch.autograd.Function):
     @staticmethod
     def forward(ctx, received: Tensor, exchange: _Exchange) -> Tensor:
         ctx.exchange = exchange
-        exchange.work.wait()
+        exchange.finish()
         return received
 
     @staticmethod

@@ -30,7 +30,7 @@ from rsft_lib.training.state import TrainState
 def build_state(config: TrainConfig, checkpoint: Path) -> TrainState:
     """This rank's model chunks with gradient buffers, its shard of the optimizer, and the schedule.
 
-    Weights are 0, so that `load` or `start` fills them.
+    Trained weights are 0 until `load` or `start` fills them.
     """
     hf = read_config(checkpoint)
     check_model(config, hf)
@@ -138,4 +138,5 @@ def _wrapped(config: TrainConfig, mcore: TransformerConfig, hf: PretrainedConfig
     for weight in filter(lambda weight: weight.requires_grad, model.parameters()):
         # They are copied into one buffer below; as they were, all would be in memory twice.
         weight.data = weight.data.new_zeros(()).expand(weight.shape)
+    torch.cuda.empty_cache()
     return DistributedDataParallel(mcore, ddp, model, disable_bucketing=bool(stage))

@@ -3,6 +3,7 @@
 import gc
 import itertools
 import math
+import os
 import resource
 import time
 from pathlib import Path
@@ -50,7 +51,8 @@ def train(config: TrainConfig) -> TrainState:
         config = config.for_packs(len(data.train))
         hf = read_config(checkpoint)
         if rank == 0:
-            print(describe(config, hf, data, torch.distributed.get_world_size()), flush=True)
+            nproc = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+            print(describe(config, hf, data, nproc, ranks // nproc), flush=True)
             if data.train.control is None:
                 print("no losses by mode: the data's tokenizer is missing or has no control tokens", flush=True)
         state = build_state(config, checkpoint)

@@ -1,6 +1,7 @@
 """What a run will need, in words, before it starts: memory, disk, steps, time."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -23,15 +24,16 @@ from rsft_lib.training.step_time import step_time
 MEASURED = 100  # last steps of a run whose time is expected of the next
 
 
-def preflight(config: TrainConfig, nproc: int) -> str:
-    """Describe a run on `nproc` ranks of this machine.
+def preflight(config: TrainConfig, nproc: int, nodes: int = 1) -> str:
+    """Describe a run on `nproc` ranks of each of `nodes` machines like this one.
 
     Raises:
         FileNotFoundError: a folder is missing.
         ValueError: the settings are inconsistent, or do not fit the model or the data.
     """
-    config.data_parallel(nproc)
-    return describe(config, read_config(require_path(config.checkpoint, "checkpoint")), open_datasets(config), nproc)
+    config.data_parallel(nproc * nodes)
+    hf = read_config(require_path(config.checkpoint, "checkpoint"))
+    return describe(config, hf, open_datasets(config), nproc, nodes)
 
 
 def check_model(config: TrainConfig, hf: PretrainedConfig) -> None:
@@ -65,8 +67,9 @@ def _require_rows(hf: PretrainedConfig, data: Datasets) -> None:
         )
 
 
-def describe(config: TrainConfig, hf: PretrainedConfig, data: Datasets, ranks: int) -> str:
+def describe(config: TrainConfig, hf: PretrainedConfig, data: Datasets, nproc: int, nodes: int) -> str:
     """The text of `preflight`, which also starts the log of a run."""
+    ranks = nproc * nodes
     check_model(config, hf)
     _require_rows(hf, data)
     given, config = config, config.for_packs(len(data.train))
@@ -77,13 +80,13 @@ def describe(config: TrainConfig, hf: PretrainedConfig, data: Datasets, ranks: i
         "model": f"{parameters(hf):,} parameters, {matmul_parameters(hf):,} of them in matrix products",
         **_experts_line(config, hf),
         "ranks": _layout(config, ranks),
-        "memory": _memory_line(config, hf, ranks),
+        "memory": _memory_line(config, hf, nproc, nodes),
         "step": f"{config.global_batch_size * config.seq_length:,} tokens in {config.global_batch_size} packs",
         "epoch": f"{per_epoch:,.1f} steps of {len(data.train):,} packs",
         "run": f"{config.train_iters:,} steps, {config.train_iters / per_epoch:,.1f} epochs{overrides}",
         "checkpoint": _checkpoint_line(config, hf),
         "saving": _saving_line(config, hf),
-        "time": _time_line(config, hf, data, ranks),
+        "time": _time_line(config, hf, data, nproc, nodes),
     }
     return "\n".join(f"{name:<12}{text}" for name, text in lines.items())
 
@@ -108,13 +111,13 @@ def _experts_line(config: TrainConfig, hf: PretrainedConfig) -> dict[str, str]:
     }
 
 
-def _memory_line(config: TrainConfig, hf: PretrainedConfig, ranks: int) -> str:
-    need = memory(config, hf, ranks)
+def _memory_line(config: TrainConfig, hf: PretrainedConfig, nproc: int, nodes: int) -> str:
+    need = memory(config, hf, nproc * nodes)
     parts = ", ".join(f"{name} {_size(getattr(need, name))}" for name in need.__dataclass_fields__)
     if device := gpu():
         available, what = device[1], "this GPU has"
     else:
-        available, what = psutil.virtual_memory().total / ranks, "each rank's share of this machine is"
+        available, what = psutil.virtual_memory().total / nproc, "each rank's share of this machine is"
     fits = (
         ""
         if need.total < 0.95 * available
@@ -156,12 +159,15 @@ def _first_existing(folder: Path) -> Path:
     return next(path for path in (folder, *folder.parents) if path.exists())
 
 
-def _time_line(config: TrainConfig, hf: PretrainedConfig, data: Datasets, ranks: int) -> str:
+def _time_line(config: TrainConfig, hf: PretrainedConfig, data: Datasets, nproc: int, nodes: int) -> str:
     if done := scan_metrics(resolve(config.output)).records[-MEASURED:]:
         step, left = median(record["seconds"] for record in done), max(0, config.train_iters - done[-1]["iteration"])
         return f"{step:.3g} s per step as measured before; {left:,} more steps take {step * left / 60:,.1f} minutes"
     if peak_flops() is None and not rates_file().exists():
         return "unknown for this device until the first steps are done"
-    rates = read_rates()
-    step = step_time(config, hf, ranks, rates, data.train.sample_length).total
+    try:
+        rates = replace(read_rates(), gpus_per_node=nproc)
+    except ValueError as error:  # a run does not need them
+        return f"unknown: {error}"
+    step = step_time(config, hf, nproc * nodes, rates, data.train.sample_length).total
     return f"about {step:.1f} s per step, {step * config.train_iters / 3600:.1f} hours; rates: {rates.source}"

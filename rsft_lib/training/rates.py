@@ -82,7 +82,7 @@ def rates_file() -> Path:
 
 
 def read_rates(path: Path | None = None) -> Rates:
-    """The measured rates of this machine, or, if none are, what is known of its GPU; of an H100 if nothing is.
+    """The measured rates of this machine, else the defaults for its GPU, else those of an H100.
 
     Raises:
         ValueError: `path` is not a file of rates.
@@ -108,7 +108,7 @@ def _defaults() -> Rates:
     faster = peak / PEAKS["H100"]
     return dataclasses.replace(
         known, device=name, memory=memory, products=known.products * faster, attention=known.attention * faster,
-        source=f"those of an H100, in proportion to the peak of this {name}",
+        source=f"those of an H100, products and attention in proportion to the peak of this {name}",
     )  # fmt: skip
 
 

@@ -1,5 +1,8 @@
 """Attention over packed samples, on one rank and on several, against attention that is written out."""
 
+import weakref
+
+import attending
 import pytest
 import torch
 from attending import attend
@@ -40,3 +43,26 @@ def test_output_and_gradients_equal_those_of_attention_that_is_written_out(heads
         results.append([output.detach(), *(x.grad for x in leaves)])
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(("long", "exchanges"), [(0, 4), (2**17, 2)])
+def test_an_exchange_holds_tensors_only_until_it_is_over(long, exchanges, monkeypatch):
+    class Work:
+        wait = print
+
+    running, started = weakref.WeakSet(), []
+
+    def send(received, by_rank, **_):
+        received.copy_(by_rank)
+        started.append(by_rank.shape)
+        running.add(work := Work())
+        return work
+
+    monkeypatch.setattr(attention, "LONG", long)
+    monkeypatch.setattr(torch.distributed, "all_to_all_single", send)
+    monkeypatch.setattr(attention.parallel_state, "get_context_parallel_group", print)
+    tensors = [torch.randn(24, 1, 4, WIDTH, requires_grad=True) for _ in range(3)]
+    output = attending.attention(TorchAttention, 4, 4, WIDTH, ranks=2)(*tensors, attention_bias=samples_of([0, 48]))
+    assert len(started) == exchanges and not running
+    output.sum().backward()
+    assert len(started) == 2 * exchanges and not running

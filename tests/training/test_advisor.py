@@ -23,7 +23,7 @@ from rsft_lib.training.datasets import open_datasets
 from rsft_lib.training.memory import GIB, memory
 from rsft_lib.training.metrics import read_metrics
 from rsft_lib.training.preflight import preflight
-from rsft_lib.training.rates import H100, read_rates
+from rsft_lib.training.rates import H100, rates_file, read_rates
 from rsft_lib.training.step_time import step_time
 
 SMALL, LARGE = shape("r1-1.5b"), shape("r1-7b")
@@ -180,11 +180,16 @@ def test_the_time_that_is_stated_before_a_run_is_the_advisors(tmp_path, monkeypa
     for name in ("NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB"):
         for module in (flops, rates, preflight_module):
             monkeypatch.setattr(module, "gpu", lambda name=name: (name, 80 * GIB))
-        (best, *_) = advise(config, SMALL, 1, read_rates(), open_datasets(config).train.sample_length)
+        for nodes, changes in ((1, {}), (2, {"pipeline_parallel": 4})):
+            one, known = dataclasses.replace(config, **changes), dataclasses.replace(read_rates(), gpus_per_node=2)
+            best = advise(one, SMALL, 2 * nodes, known, open_datasets(config).train.sample_length)[0]
+            assert f"about {best.time.total:.1f} s per step" in preflight(best.config, 2, nodes)
         steps.append(best.time)
-        assert f"about {best.time.total:.1f} s per step" in preflight(best.config, 1)
     assert steps[1].products / steps[0].products == pytest.approx(989 / 312)
     assert "in proportion to the peak of this NVIDIA A100" in preflight(config, 1)
+    rates_file().parent.mkdir(parents=True)
+    rates_file().write_text("[]")
+    assert "unknown: " in preflight(config, 1) and "is not a file of rates" in preflight(config, 1)
 
 
 def test_rates_are_measured_once_and_read_again(tmp_path, monkeypatch):
