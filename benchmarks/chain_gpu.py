@@ -3,8 +3,8 @@
     RSFT_REAL_DATA=FOLDER python benchmarks/chain_gpu.py --output OUT --gpus 4 [--project r1-7b] [--layers 20] [--to 04]
 
 The model (15 GB for 7B) is written once; traces, short answers and tokenizer are those in RSFT_REAL_DATA. Training has
-`layout: auto`, a few steps of 8 packs and one checkpoint with the states of the optimizer. Answers
-run to their limit, since weights are random. --small tries it with two layers, also on a CPU.
+`layout: auto`, a few steps of 8 packs and one checkpoint with the states of the optimizer. Answers run to their limit,
+since weights are random. --small tries it with a tiny model, also on a CPU.
 """
 
 import argparse
@@ -23,14 +23,11 @@ from transformers import AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).parent))  # the modules beside this one
 
 from model_menu import SHAPES, shape
+from train_multi import SMALL
 
 from rsft_lib.project import LAST, run
 
 STEPS, PACKS, LENGTH = 5, 8, 16_384
-SMALL = {
-    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}  # fmt: skip
 
 
 def make_model(folder: Path, project: str, sizes: dict) -> None:
@@ -42,10 +39,10 @@ def make_model(folder: Path, project: str, sizes: dict) -> None:
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         network = AutoModelForCausalLM.from_config(hf, dtype=torch.bfloat16)
-    network.save_pretrained(folder, max_shard_size="2GB")
-    for file in real.iterdir():
-        if "token" in file.name or file.suffix in (".txt", ".jinja"):
-            shutil.copy(file, folder)
+    unfinished = folder.with_name("unfinished")
+    shutil.copytree(real, unfinished, dirs_exist_ok=True)
+    network.save_pretrained(unfinished, max_shard_size="2GB")  # and its config.json, in place of the tokenizer's
+    unfinished.rename(folder)
 
 
 def make_data(folder: Path, traces: int, short: int) -> None:
@@ -59,9 +56,7 @@ def make_data(folder: Path, traces: int, short: int) -> None:
 
 def write_project(folder: Path, gpus: int, small: bool) -> Path:
     """The project file; its outputs are in `folder`."""
-    training = {
-        "train_iters": STEPS, "global_batch_size": PACKS, "eval_iters": 1, "log_interval": 1,
-    }  # fmt: skip
+    training = {"train_iters": STEPS, "global_batch_size": PACKS, "eval_iters": 1, "log_interval": 1}
     project = {
         "model": str(folder / "model"), "long": str(folder / "long.jsonl"), "short": str(folder / "short.jsonl"),
         "seq_length": LENGTH, "nproc": gpus,

@@ -90,10 +90,10 @@ class _PackedAttention(torch.nn.Module):
         times = (query.shape[1] if self.groups == self.heads else total) // key.shape[1]
         if times > 1:
             key, value = (x.repeat_interleave(times, dim=1) for x in (key, value))
-        numbers = [[n for n, _ in parts], *[[n for _, n in parts]] * 2]
+        heads, groups = map(list, zip(*parts, strict=True))
         each = [
             pad(x, (0, 0, 0, self.parallel * sum(sizes) - x.shape[1])).unflatten(1, (self.parallel, -1)).split(sizes, 2)
-            for x, sizes in zip((query, key, value), numbers, strict=True)
+            for x, sizes in ((query, heads), (key, groups), (value, groups))
         ]
         return [torch.cat([x.transpose(0, 1) for x in part], dim=2) for part in zip(*each, strict=True)]
 
