@@ -17,6 +17,7 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
+from uuid import uuid4
 
 from IPython.display import display
 from tqdm import tqdm
@@ -120,6 +121,16 @@ def finish(parameters: SimpleNamespace, **facts) -> None:
         raise Stopped(f"not done: {facts.get('hint', '')}")
 
 
+def kernel_options() -> dict[str, str]:
+    """Options of jupyter_client's `KernelManager` for one kernel: on Linux, Unix sockets in place of ports.
+
+    The manager looks for free ports, but the kernel binds them later, when another process may have taken one. Abstract
+    sockets have names of their own, no files that stay behind, and no paths that can be too long.
+    """
+    options = {"transport_encryption": "auto"}  # other users can reach sockets of either kind
+    return {**options, "transport": "ipc", "ip": f"@rsft-{uuid4()}"} if sys.platform == "linux" else options
+
+
 def run(notebook: str | Path, folder: str | Path, parameters: dict) -> tuple[Path, dict]:
     """Execute a notebook with papermill.
 
@@ -147,7 +158,7 @@ def run(notebook: str | Path, folder: str | Path, parameters: dict) -> tuple[Pat
     try:
         papermill.execute_notebook(
             notebook, executed, parameters, cwd=str(project_root()), stdout_file=_AboveProgressBar(),
-            config=Config({"KernelManager": {"transport_encryption": "auto"}}),  # avoids a warning of the kernel
+            config=Config({"KernelManager": kernel_options()}),
         )  # fmt: skip
     except PapermillExecutionError as error:
         if error.ename == RunStopped.__name__:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from jupyter_client.manager import start_new_kernel
+from jupyter_client import KernelManager
 from nbclient import NotebookClient
 from standin import Job, ended_job, record
 from support import TESTS
+from traitlets.config import Config
 
 from rsft_lib.display.live.live import LINES, LiveRun
 from rsft_lib.display.live.metrics_tail import Follower
@@ -19,6 +20,7 @@ from rsft_lib.display.metric_styles import CHOICES, LOSSES
 from rsft_lib.generation.answer_files import write_answers
 from rsft_lib.generation.generate import Answer
 from rsft_lib.generation.questions import Question
+from rsft_lib.notebook import kernel_options
 
 
 def watching(folder: Path, **job) -> str:
@@ -33,7 +35,7 @@ def watching(folder: Path, **job) -> str:
 
 def executed(source: str) -> nbformat.NotebookNode:
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
-    return NotebookClient(book, timeout=300).execute()
+    return NotebookClient(book, timeout=300, config=Config({"KernelManager": kernel_options()})).execute()
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +107,11 @@ class Kernel:
     """A kernel, and a front end that sends the cell id, as JupyterLab does."""
 
     def __init__(self):
-        self.manager, self.client = start_new_kernel()
+        self.manager = KernelManager(**kernel_options())
+        self.manager.start_kernel()
+        self.client = self.manager.blocking_client()
+        self.client.start_channels()
+        self.client.wait_for_ready(timeout=60)
 
     def run(self, source: str) -> str:
         session, content = self.client.session, {"code": source, "silent": False, "allow_stdin": False}

@@ -1,12 +1,17 @@
 """Notebooks as runs, with real kernels and the real papermill."""
 
+import json
 import re
+import socket
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import nbformat
 import pytest
 from chain import outputs
+from jupyter_client.provisioning import local_provisioner
 
 from rsft_lib.chain.parameters import Parameter, checked, declared_parameters
 from rsft_lib.notebook import pairs, run
@@ -156,11 +161,50 @@ def test_a_training_stopped_before_its_first_step_has_the_same_exit_code(tmp_pat
     assert not (tmp_path / "small" / "status.json").exists()
 
 
+KILL = "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"
+
+
 def test_a_killed_kernel_is_an_error(tmp_path):
-    notebook = write_notebook(tmp_path, "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
+    notebook = write_notebook(tmp_path, KILL)
     done = strict(notebook, tmp_path / "executed")
     assert done.returncode == 1 and "was killed" in done.stderr and "Traceback" not in done.stderr
     assert str(tmp_path / "executed" / "small.ipynb") in done.stderr
+
+
+@pytest.fixture
+def taken_ports(monkeypatch):
+    """Binds every TCP port between its choice and the start of the kernel that is to bind it."""
+    launch, servers = local_provisioner.launch_kernel, []
+
+    def take_ports_and_launch(command, **options):
+        connection = json.loads(Path(command[command.index("-f") + 1]).read_text())
+        if connection["transport"] == "tcp":
+            ports = [port for name, port in connection.items() if name.endswith("_port")]
+            servers.extend(socket.create_server((connection["ip"], port)) for port in ports)
+        return launch(command, **options)
+
+    monkeypatch.setattr(local_provisioner, "launch_kernel", take_ports_and_launch)
+    yield
+    for server in servers:
+        server.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere kernels use TCP ports")
+@pytest.mark.usefixtures("taken_ports")
+@pytest.mark.parametrize("killed", [False, True], ids=["runs another notebook", "is killed"])
+def test_a_kernel_starts_though_its_ports_were_taken_and_leaves_no_file(killed, tmp_path, monkeypatch):
+    temporary = tmp_path / ("long" * 30)  # a socket's path may have 107 characters
+    temporary.mkdir()
+    (tmp_path / "another").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    command = [sys.executable, "-m", "rsft_lib.notebook", str(write_notebook(tmp_path / "another")), str(tmp_path)]
+    notebook = write_notebook(tmp_path, KILL if killed else f"import subprocess\nsubprocess.run({command}, check=True)")
+    if killed:
+        with pytest.raises(RuntimeError, match="was killed"):
+            run(notebook, tmp_path / "executed", {})
+    else:
+        assert run(notebook, tmp_path / "executed", {})[1]["status"] == "done"
+    assert not list(temporary.iterdir())
 
 
 def test_the_status_of_an_earlier_run_does_not_count(tmp_path):
