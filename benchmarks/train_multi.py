@@ -114,7 +114,7 @@ def attention_seconds(config: TrainConfig, size: int) -> float:
 
     hf = read_config(config.checkpoint)
     inner = TEAttention(transformer_config(hf, context_parallel_size=size), 1, None, "self").cuda()
-    inner._start = lambda by_rank: lambda: by_rank
+    inner._exchange = lambda by_rank: by_rank
     data, width = PackedDataset(TokenStore(config.data), config.seq_length, 0), head_dim(hf)
     heads, groups, seconds = hf.num_attention_heads, hf.num_key_value_heads, 0.0
     for pack in usual_step(data, config.global_batch_size):

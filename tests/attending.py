@@ -1,7 +1,6 @@
 """Attention of context-parallel ranks, as threads of one process and in one autograd graph."""
 
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -22,20 +21,20 @@ def attention(kind: type, heads: int = 12, groups: int = 2, width: int = 128, ra
 def attend(kind: type, query: Tensor, key: Tensor, value: Tensor, samples: Samples, ranks: int = 1) -> Tensor:
     """[t, heads, d] and [t, groups, d] twice -> [t, heads * d], computed by `ranks` ranks."""
     barrier, given = threading.Barrier(ranks), {}
+    tokens = [x.unsqueeze(1).chunk(ranks) for x in (query, key, value)]
 
     def work(rank: int) -> Tensor:
         module = attention(kind, query.shape[1], key.shape[1], query.shape[2], ranks)
 
-        def start(by_rank: Tensor) -> Callable[[], Tensor]:
-            given[rank] = by_rank
+        def exchange(by_rank: Tensor) -> Tensor:
+            given[rank] = by_rank.unbind()
             barrier.wait(60)
             received = torch.stack([given[other][rank] for other in range(ranks)])
             barrier.wait(60)
-            return lambda: received
+            return received
 
-        module._start = start
-        own = (x.chunk(ranks)[rank].unsqueeze(1) for x in (query, key, value))
-        return module(*own, attention_bias=samples).squeeze(1)
+        module._exchange = exchange
+        return module(*(x[rank] for x in tokens), attention_bias=samples).squeeze(1)
 
     with ThreadPoolExecutor(ranks) as threads:
         return torch.cat(list(threads.map(work, range(ranks))))

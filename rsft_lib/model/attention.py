@@ -2,22 +2,20 @@
 
 A context-parallel rank has consecutive tokens of a micro-batch. For attention, an all-to-all gives each rank all of the
 tokens for a part of the heads (DeepSpeed-Ulysses, arXiv:2309.14509): every rank has the same work, whatever the lengths
-of the samples, and the kernel sees whole samples, for which it is fastest. Where attention takes long enough, the heads
-are exchanged in two parts: the second arrives, and the first returns, while the other one is computed.
+of the samples, and the kernel sees whole samples, for which it is fastest.
 """
 
 import inspect
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel import all_to_all
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 DENSE = 1024
-LONG = 2**17  # heads on a rank times tokens of a micro-batch, from which it pays to exchange in two parts
 
 
 class Samples(NamedTuple):
@@ -60,7 +58,6 @@ class _PackedAttention(torch.nn.Module):
         self.heads, self.groups = heads_of_rank(
             config.num_attention_heads // tensor_ranks, max(1, config.num_query_groups // tensor_ranks), self.parallel
         )
-        self.halves = halves_of(self.heads, self.groups)
         self.setup(config)
 
     def setup(self, config) -> None:
@@ -71,77 +68,45 @@ class _PackedAttention(torch.nn.Module):
         query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
         if self.parallel == 1:
             return self.attend(query, key, value, attention_bias).flatten(1).unsqueeze(1)
-        long = self.heads * len(query) * self.parallel >= LONG
-        parts = self.halves if long else [(self.heads, self.groups)]
-        arriving = [self._start(by_rank) for by_rank in self._by_rank(query, key, value, parts)]
-        returning = []
-        for (heads, groups), finish in zip(parts, arriving, strict=True):
-            sizes = [heads, groups, groups] if groups else [heads]
-            own, *others = (x.contiguous() for x in finish().flatten(0, 1).split(sizes, dim=1))
-            key, value = others or (key, value)
-            mixed = self.attend(own, key, value, attention_bias)
-            returning.append(self._start(mixed.unflatten(0, (self.parallel, -1))))
-        every = torch.cat([finish().transpose(0, 1) for finish in returning], dim=2)  # [t / CP, CP, self.heads, d]
-        return every.flatten(1, 2)[:, : query.shape[1]].flatten(1).unsqueeze(1)
+        copies = (query.shape[1] if self.groups == self.heads else self.parallel * self.groups) // key.shape[1]
+        if copies > 1:
+            key, value = (x.repeat_interleave(copies, dim=1) for x in (key, value))
+        sizes = ((query, self.heads), (key, self.groups), (value, self.groups))
+        mixed = self.attend(*(self._all_tokens(x, size) for x, size in sizes), attention_bias)
+        return self._all_heads(mixed)[:, : query.shape[1]].flatten(1).unsqueeze(1)
 
-    def _by_rank(self, query: Tensor, key: Tensor, value: Tensor, parts: list[tuple[int, int]]) -> list[Tensor]:
-        """For each part what every rank receives of it [CP, t / CP, heads and twice groups, d], padded with zeros."""
-        total = self.parallel * self.groups
-        times = (query.shape[1] if self.groups == self.heads else total) // key.shape[1]
-        if times > 1:
-            key, value = (x.repeat_interleave(times, dim=1) for x in (key, value))
-        heads, groups = map(list, zip(*parts, strict=True))
-        each = [
-            pad(x, (0, 0, 0, self.parallel * sum(sizes) - x.shape[1])).unflatten(1, (self.parallel, -1)).split(sizes, 2)
-            for x, sizes in ((query, heads), (key, groups), (value, groups))
-        ]
-        return [torch.cat([x.transpose(0, 1) for x in part], dim=2) for part in zip(*each, strict=True)]
+    def _all_tokens(self, x: Tensor, size: int) -> Tensor:
+        """[t / CP, heads, d], padded with zeros to CP * size heads -> [t, size, d]."""
+        if missing := self.parallel * size - x.shape[1]:
+            x = pad(x, (0, 0, 0, missing))
+        return self._exchange(_Transpose.apply(x.unflatten(1, (self.parallel, size)))).flatten(0, 1)
 
-    def _start(self, by_rank: Tensor) -> Callable[[], Tensor]:
-        """Start to send `by_rank[n]` to rank n; returns what waits for all that arrives, in the same shape."""
-        exchange = _Exchange()
-        return partial(_Finish.apply, _Start.apply(by_rank, exchange), exchange)
+    def _all_heads(self, mixed: Tensor) -> Tensor:
+        """[t, size, d] -> [t / CP, CP * size, d]."""
+        return _Transpose.apply(self._exchange(mixed.unflatten(0, (self.parallel, -1)))).flatten(1, 2)
+
+    def _exchange(self, by_rank: Tensor) -> Tensor:
+        """Send `by_rank[n]` to rank n; returns what arrives, in the same shape."""
+        return all_to_all(parallel_state.get_context_parallel_group(), by_rank)
 
 
-class _Exchange:
-    """An all-to-all among context-parallel ranks that goes on while the GPU computes."""
+class _Transpose(torch.autograd.Function):
+    """x [a, b, ..., d] -> [b, a, ..., d], contiguous; so is its gradient.
 
-    def start(self, by_rank: Tensor) -> Tensor:
-        received, group = torch.empty_like(by_rank), parallel_state.get_context_parallel_group()
-        self.work = torch.distributed.all_to_all_single(received, by_rank, group=group, async_op=True)
-        return received
-
-    def finish(self) -> None:
-        self.work.wait()
-        self.work = None  # it holds both tensors, and autograd holds this object until the backward pass
-
-
-class _Start(torch.autograd.Function):
-    """Starts an exchange; in the backward pass it ends that of the gradient, which `_Finish` has started."""
+    torch copies strided tensors element by element, which in bf16 reaches a third of an H200's bandwidth. So 16 bytes
+    are one element where the memory layout permits; a copy keeps their bits.
+    """
 
     @staticmethod
-    def forward(ctx, by_rank: Tensor, exchange: _Exchange) -> Tensor:
-        ctx.exchange = exchange
-        return exchange.start(by_rank.contiguous())
+    def forward(ctx, x: Tensor) -> Tensor:
+        ratio = torch.complex128.itemsize // x.itemsize
+        multiples = (x.shape[-1], x.storage_offset(), *x.stride()[:-1])
+        wide = x.stride(-1) == 1 and all(n % ratio == 0 for n in multiples)
+        return (x.view(torch.complex128) if wide else x).transpose(0, 1).contiguous().view(x.dtype)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        ctx.exchange.finish()
-        return grad, None
-
-
-class _Finish(torch.autograd.Function):
-    """Ends an exchange; in the backward pass it starts that of the gradient."""
-
-    @staticmethod
-    def forward(ctx, received: Tensor, exchange: _Exchange) -> Tensor:
-        ctx.exchange = exchange
-        exchange.finish()
-        return received
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.exchange.start(grad.contiguous()), None
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return _Transpose.apply(grad)
 
 
 def heads_of_rank(heads: int, groups: int, ranks: int) -> tuple[int, int]:
@@ -157,18 +122,6 @@ def heads_of_rank(heads: int, groups: int, ranks: int) -> tuple[int, int]:
     if heads % ranks or (groups % ranks and ranks % groups):
         return own, own
     return own, max(1, groups // ranks)
-
-
-def halves_of(heads: int, groups: int) -> list[tuple[int, int]]:
-    """Heads and groups of two parts of about the same size; 0 groups if those of the first part are for both.
-
-    >>> halves_of(14, 2), halves_of(7, 1), halves_of(9, 3), halves_of(1, 1)
-    ([(7, 1), (7, 1)], [(4, 1), (3, 0)], [(6, 2), (3, 1)], [(1, 1)])
-    """
-    if groups > 1:
-        each, first = heads // groups, (groups + 1) // 2
-        return [(each * first, first), (each * (groups - first), groups - first)]
-    return [((heads + 1) // 2, 1), (heads // 2, 0)][: min(2, heads)]
 
 
 class TorchAttention(_PackedAttention):
@@ -189,21 +142,17 @@ class TEAttention(_PackedAttention):
     def setup(self, config) -> None:
         from transformer_engine.pytorch import DotProductAttention
 
-        shapes = dict.fromkeys([(self.heads, self.groups), *(self.halves if self.parallel > 1 else [])])
-        self.packed, self.dense = torch.nn.ModuleDict(), torch.nn.ModuleDict()
-        for heads, groups in shapes:
-            kernel = partial(
-                DotProductAttention, heads, config.kv_channels, num_gqa_groups=max(1, groups), attention_dropout=0.0,
-                softmax_scale=self.scale,
-            )  # fmt: skip
-            self.packed[str(heads)] = kernel(qkv_format="thd", attn_mask_type="padding_causal")
-            self.dense[str(heads)] = kernel(qkv_format="sbhd", attn_mask_type="causal")
+        kernel = partial(
+            DotProductAttention, self.heads, config.kv_channels, num_gqa_groups=self.groups, attention_dropout=0.0,
+            softmax_scale=self.scale,
+        )  # fmt: skip
+        self.packed = kernel(qkv_format="thd", attn_mask_type="padding_causal")
+        self.dense = kernel(qkv_format="sbhd", attn_mask_type="causal")
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, samples: Samples) -> Tensor:
-        heads = str(query.shape[1])
         if samples.dense:
-            return self.dense[heads](query[:, None], key[:, None], value[:, None]).view_as(query)
-        return self.packed[heads](
+            return self.dense(query[:, None], key[:, None], value[:, None]).view_as(query)
+        return self.packed(
             query, key, value, cu_seqlens_q=samples.ends, cu_seqlens_kv=samples.ends,
             max_seqlen_q=samples.longest, max_seqlen_kv=samples.longest,
         ).view_as(query)  # fmt: skip

@@ -1,6 +1,6 @@
 """Attention over packed samples, on one rank and on several, against attention that is written out."""
 
-import weakref
+from types import SimpleNamespace
 
 import attending
 import pytest
@@ -26,10 +26,8 @@ def written_out(query, key, value, ends: list[int]) -> torch.Tensor:
     return torch.stack(outputs, dim=1).flatten(1)
 
 
-@pytest.mark.parametrize("long", [0, 2**17], ids=["two parts", "at once"])
 @pytest.mark.parametrize(("heads", "groups", "ranks"), [*SHAPES, (12, 2, 1)])
-def test_output_and_gradients_equal_those_of_attention_that_is_written_out(heads, groups, ranks, long, monkeypatch):
-    monkeypatch.setattr(attention, "LONG", long)
+def test_output_and_gradients_equal_those_of_attention_that_is_written_out(heads, groups, ranks):
     torch.manual_seed(0)
     tensors = [torch.randn(ENDS[-1], n, WIDTH, dtype=torch.float64) for n in (heads, groups, groups)]
     grad, results = torch.randn(ENDS[-1], heads * WIDTH, dtype=torch.float64), []
@@ -45,24 +43,47 @@ def test_output_and_gradients_equal_those_of_attention_that_is_written_out(heads
         torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize(("long", "exchanges"), [(0, 4), (2**17, 2)])
-def test_an_exchange_holds_tensors_only_until_it_is_over(long, exchanges, monkeypatch):
-    class Work:
-        wait = print
+class QueryOnly(TorchAttention):
+    """Exchanges heads and returns them as they are."""
 
-    running, started = weakref.WeakSet(), []
+    def attend(self, query, key, value, samples):
+        return query
 
-    def send(received, by_rank, **_):
-        received.copy_(by_rank)
-        started.append(by_rank.shape)
-        running.add(work := Work())
-        return work
 
-    monkeypatch.setattr(attention, "LONG", long)
-    monkeypatch.setattr(torch.distributed, "all_to_all_single", send)
-    monkeypatch.setattr(attention.parallel_state, "get_context_parallel_group", print)
-    tensors = [torch.randn(24, 1, 4, WIDTH, requires_grad=True) for _ in range(3)]
-    output = attending.attention(TorchAttention, 4, 4, WIDTH, ranks=2)(*tensors, attention_bias=samples_of([0, 48]))
-    assert len(started) == exchanges and not running
-    output.sum().backward()
-    assert len(started) == 2 * exchanges and not running
+@pytest.mark.parametrize("heads", [4, 7], ids=["divisible heads", "padded heads"])
+@pytest.mark.parametrize(("width", "start"), [(8, 0), (8, 1), (3, 0)], ids=["aligned", "misaligned", "odd width"])
+def test_an_exchange_keeps_every_bit_of_bf16_heads_and_gradients(heads, width, start):
+    numbers = torch.randint(-(2**15), 2**15, (24, heads, 16), dtype=torch.int16).view(torch.bfloat16)  # also NaN
+    query = numbers[..., start : start + width].requires_grad_()  # a part of wider rows, as keys and values are
+    key, grad = torch.zeros(24, 1, width, dtype=torch.bfloat16), numbers.flip(0)[..., :width].flatten(1)
+    output = attend(QueryOnly, query, key, key, samples_of([0, 24]), ranks=2)
+    output.backward(grad)
+    for found, expected in ((output, query.flatten(1)), (query.grad.flatten(1), grad)):
+        assert torch.equal(found.detach().view(torch.int16), expected.detach().contiguous().view(torch.int16))
+
+
+def test_an_exchange_accepts_a_gradient_that_is_one_number_for_all():
+    query = torch.randn(24, 4, WIDTH, requires_grad=True)
+    attend(QueryOnly, query, query[:, :1], query[:, :1], samples_of([0, 24]), ranks=2).sum().backward()
+    assert torch.equal(query.grad, torch.ones_like(query))
+
+
+def saved(compute) -> int:
+    """Bytes that autograd saves for the backward pass of `compute()`."""
+    storages = {}
+    keep = lambda x: storages.setdefault(x.untyped_storage().data_ptr(), x)  # noqa: E731
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        compute()
+    return sum(x.untyped_storage().nbytes() for x in storages.values())
+
+
+def test_an_exchange_saves_nothing_for_the_backward_pass(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "all_to_all_single", lambda received, sent, **_: received.copy_(sent))
+    group = SimpleNamespace(size=lambda: 2)
+    monkeypatch.setattr(attention.parallel_state, "get_context_parallel_group", lambda: group)
+    own, every = (
+        [torch.randn(*shape, n, WIDTH, requires_grad=True) for n in heads]
+        for shape, heads in (((24, 1), (12, 2, 2)), ((48,), (6, 1, 1)))
+    )
+    module, samples = attending.attention(TorchAttention, 12, 2, WIDTH, ranks=2), samples_of([0, 48])
+    assert saved(lambda: module(*own, attention_bias=samples)) == saved(lambda: module.attend(*every, samples)) > 0

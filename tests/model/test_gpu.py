@@ -17,7 +17,6 @@ from rsft_lib.checkpoint.run_checkpoints import newest
 from rsft_lib.common.artifact import write_json
 from rsft_lib.evaluation.score import TokenLosses
 from rsft_lib.launch import launch, launch_scoring
-from rsft_lib.model import attention
 from rsft_lib.model.attention import TEAttention, TorchAttention, samples_of
 from rsft_lib.model.distributed import ranks
 from rsft_lib.model.loss_head import Targets, add_product_, cross_entropy_backward_, log_sum_exp, weighted_loss
@@ -143,9 +142,7 @@ def test_attention_and_its_gradients_match_float32_sample_by_sample(kind, ends):
 @SAMPLES
 @pytest.mark.parametrize("kind", ATTENTIONS)
 @pytest.mark.parametrize("size", [2, 4, 8])  # heads divided, groups repeated, heads padded
-@pytest.mark.parametrize("long", [0, attention.LONG], ids=["two parts", "at once"])
-def test_context_parallel_ranks_together_match_one_rank(kind, ends, size, long, monkeypatch):
-    monkeypatch.setattr(attention, "LONG", long)
+def test_context_parallel_ranks_together_match_one_rank(kind, ends, size):
     tensors, results = [x.cuda() for x in heads_and_grad(ends[-1])], []
     for parallel in (1, size):
         query, key, value = (x.clone().requires_grad_() for x in tensors[:3])
@@ -283,15 +280,6 @@ def test_two_gpus_follow_one_with_transformer_engine(precision, inputs, tmp_path
     variants["pp2-selective"] = variants["pp2"] | {"recompute": "selective"}
     for name, metrics in run(inputs, tmp_path, variants, nproc=2).items():
         assert [r["loss"] for r in metrics] == pytest.approx(whole, rel=2e-3 if precision == "bf16" else 0.02), name
-
-
-@TWO
-def test_two_gpus_match_one_with_heads_exchanged_in_two_parts(inputs, tmp_path):
-    length = attention.LONG // 2  # a rank has two of four heads
-    kind = {"backend": "te" if HAS_TE else "torch", "seq_length": length, "global_batch_size": 1}
-    whole = [r["loss"] for r in run(inputs, tmp_path, {"one": kind})["one"]]
-    two = run(inputs, tmp_path, {"two": kind | {"context_parallel": 2}}, nproc=2)["two"]
-    assert [r["loss"] for r in two] == pytest.approx(whole, rel=2e-3)
 
 
 OVERLAPPED = {name: {"recompute": name} for name in ("none", "selective", "full")} | {"fp8": {"precision": "fp8"}}
