@@ -126,9 +126,9 @@ def _exchange(config: TrainConfig, hf: PretrainedConfig, rates: Rates, tokens: f
         # Before and after attention and MLP, forward and backward; two inputs are gathered again for weight gradients.
         times = 10 + 4 * again + (config.recompute == "selective") if config.sequence_parallel else 8 + 4 * again
         seconds += times * _ring(2 * tokens * hf.hidden_size, tensor, rates)
-    if context > 1:  # queries, keys and values, and outputs; then their gradients
-        heads, groups = context_parallel_width(config, hf)
-        seconds += (2 + again) * sum(_ring(2 * tokens * width, context, rates) for width in (heads + 2 * groups, heads))
+    if context > 1:  # queries, keys, values and outputs; then their gradients
+        widths = 2 * context_parallel_width(config, hf)
+        seconds += (2 + again) * sum(_ring(2 * tokens * width, context, rates) for width in widths)
     if expert > 1:
         hidden = hf.hidden_size / (tensor if config.sequence_parallel else 1)
         seconds += (4 + 2 * again) * _ring(2 * tokens * min(hf.num_experts_per_tok, expert) * hidden, expert, rates)
