@@ -142,7 +142,7 @@ def kernel_seconds(function: Callable, repeats: int = 5) -> float:
 
 
 def profiled(config: TrainConfig) -> dict:
-    """ms of a micro-batch by kind of kernel on the first rank; "exchange alone" has no other kernel beside it."""
+    """ms of a micro-batch by kind of kernel; "exchange alone" has no other beside it. The longest are in the log."""
     data = PackedDataset(TokenStore(config.data), config.seq_length, 0)
     packs, loader = usual_step(data, config.global_batch_size), Loader(data, config)
     state = build_state(config, Path(config.checkpoint))
@@ -153,6 +153,10 @@ def profiled(config: TrainConfig) -> dict:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         update(state, loader, packs, packs)
         torch.cuda.synchronize()
+    longest = sorted(profiler.key_averages(), key=lambda event: -event.self_device_time_total)[:40]
+    for event in longest if torch.distributed.get_rank() == 0 else []:
+        ms = event.self_device_time_total / 1000 / len(packs)
+        print(f"{kind_of(event.key.lower()):10} {ms:7.2f} ms {event.count:6}  {event.key[:120]}")
     spans: dict[str, list] = {kind: [] for kind in (*KERNELS, "other")}
     for event in profiler.events():
         if event.device_type == torch.autograd.DeviceType.CUDA:
@@ -358,6 +362,7 @@ SECTIONS = {
     "attention-7b-64k": Section(0, "7b", attention_of_ranks, {}, **LONG),
     "exchanges": Section(0, "1.5b", exchanges, {}),
     "profile-1.5b-tp2": Section(0, "1.5b", profiled, TP2),
+    "profile-1.5b-tp2-2-packs": Section(0, "1.5b", profiled, {**TP2, "micro_batch_size": 2}),
     "profile-1.5b-tp2-overlap": Section(0, "1.5b", profiled, {**TP2, "tensor_overlap": True}),
     "profile-7b-tp2": Section(0, "7b", profiled, TP2),
     "profile-7b-tp2-overlap": Section(0, "7b", profiled, {**TP2, "tensor_overlap": True}),
@@ -371,6 +376,8 @@ SECTIONS = {
     "1.5b-cp2": run(1, "1.5b", context_parallel=2),
     "1.5b-4k": run(1, "1.5b", gpus=1, length=2**12),
     "1.5b-4k-4-packs": run(1, "1.5b", gpus=1, length=2**12, micro_batch_size=4),
+    "1.5b-tp2-2-packs": run(1, "1.5b", ">= 0.85 of 1gpu", **TP2, micro_batch_size=2),
+    "1.5b-tp2-2-packs-overlap": run(1, "1.5b", ">= 0.85 of 1gpu", **TP2, micro_batch_size=2, tensor_overlap=True),
     "1.5b-tp2-overlap": run(1, "1.5b", ">= 0.85 of 1gpu", **TP2, tensor_overlap=True),
     "1.5b-fp8": run(1, "1.5b", gpus=1, precision="fp8"),
     "1.5b-fsdp2-liger": Section(1, "1.5b", partial(fsdp2, checkpointing=False), {}),
@@ -380,6 +387,8 @@ SECTIONS = {
     "7b-cp4": run(2, "7b", "MFU 0.56", context_parallel=4, **LOW),
     "7b-cp2": run(2, "7b", "MFU 0.56", context_parallel=2, **LOW),
     "7b-replicas": run(2, "7b", "MFU 0.56", **SELECTIVE, **LOW),
+    "7b-replicas-16-layers": run(2, "7b", "MFU 0.56", **SELECTIVE, recompute_layers=16, **LOW),
+    "7b-replicas-all-kept": run(2, "7b", "MFU 0.56", **LOW),
     "7b-replicas-fp8": run(2, "7b", "MFU 0.66", precision="fp8", **SELECTIVE, **LOW),
     "7b-1gpu": run(2, "7b", "MFU 0.56", gpus=1, **SELECTIVE, **LOW),
     "7b-1gpu-fp8": run(2, "7b", "MFU 0.66", gpus=1, precision="fp8", **SELECTIVE, **LOW),

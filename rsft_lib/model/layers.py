@@ -7,6 +7,7 @@ backward pass, and the router of experts by one that counts tokens (`router.py`)
 in the TransformerConfig and put whatever megatron-core lacks into the spec in `block_spec`.
 """
 
+import copy
 from collections.abc import Callable
 from functools import partial
 
@@ -16,7 +17,7 @@ from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 from torch.nn.functional import silu
 
@@ -27,23 +28,38 @@ from rsft_lib.model.router import Router
 
 
 def block_spec(backend: str, config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """Layers of this pipeline stage, with modules of Transformer Engine ('te') or of megatron-core ('torch')."""
+    """Layers of this pipeline stage, with modules of Transformer Engine ('te') or of megatron-core ('torch').
+
+    With selective recomputation, those from `config.recompute_num_layers` on keep their activations.
+    """
     te = backend == "te"
     block = get_gpt_decoder_block_spec(config, use_transformer_engine=te, normalization="RMSNorm", vp_stage=vp_stage)
-    for layer in (spec.submodules for spec in block.layer_specs):
-        attention = layer.self_attention.submodules
+    block.layer_specs = [copy.deepcopy(spec) for spec in block.layer_specs]  # megatron-core repeats one
+    for number, spec in enumerate(block.layer_specs):
+        layer, attention = spec.submodules, spec.submodules.self_attention.submodules
         attention.core_attention = TEAttention if te else TorchAttention
         engine.replace_dense_mlp(layer, LeanMLP)
         if experts := engine.moe_of(layer):
             experts.router = Router
             layer.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)  # the norm is not part of fc1
-        if te and "layernorm" in recomputed(config):
+        if recomputed(config) and number >= (config.recompute_num_layers or len(block.layer_specs)):
+            spec.module = KeepingLayer
+        elif te and "layernorm" in recomputed(config):
             _separate_norm(layer)
         if not te:
             layer.input_layernorm = layer.pre_mlp_layernorm = block.layer_norm = Norm
             if config.qk_layernorm:
                 attention.q_layernorm = attention.k_layernorm = Norm
     return block
+
+
+class KeepingLayer(TransformerLayer):
+    """A layer in which nothing is recomputed, whatever the config of its model says."""
+
+    def __init__(self, config: TransformerConfig, *args, **kwargs):
+        config = copy.copy(config)
+        config.recompute_granularity = None
+        super().__init__(config, *args, **kwargs)
 
 
 def recomputed(config: TransformerConfig) -> list[str]:

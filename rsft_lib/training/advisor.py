@@ -7,6 +7,7 @@ MODEL is a folder with a `config.json`. Memory is counted from shapes (memory.py
 """
 
 import argparse
+import bisect
 import dataclasses
 import itertools
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ NEARLY = 1.01  # layouts within 1 % are equally fast: then the simpler one, and 
 ROUNDED = 1.05  # gradients in bf16 lose 2 % when 128 micro-batches are summed: only if that is 5 % faster, or to fit
 LAYOUT = (
     "tensor_parallel", "sequence_parallel", "pipeline_parallel", "context_parallel", "expert_parallel", "recompute",
-    "moments", "gradients", "micro_batch_size",
+    "recompute_layers", "moments", "gradients", "micro_batch_size",
 )  # fmt: skip
 MICRO_BATCHES = (1, 2, 4, 8)  # packs; with more, a CPU that starts the kernels keeps up with the GPU on short packs
 
@@ -64,14 +65,17 @@ def advise(
     Raises:
         ValueError: none fits; the message has the one that needs least.
     """
+    usable, by_hand = USABLE * rates.memory, settings_by_hand(config)
+    layouts = list(_layouts(config, hf, ranks, rates.gpus_per_node))
+    if not by_hand.keys() & {"recompute", "recompute_layers"}:
+        layouts = list(dict.fromkeys(_least_recomputed(one, hf, ranks, usable) for one in layouts))
     possible = [
-        Advice(one, memory(one, hf, ranks).total, step_time(one, hf, ranks, rates, sample_length))
-        for one in _layouts(config, hf, ranks, rates.gpus_per_node)
+        Advice(one, memory(one, hf, ranks).total, step_time(one, hf, ranks, rates, sample_length)) for one in layouts
     ]
-    fitting = sorted((a for a in possible if a.nbytes < USABLE * rates.memory), key=lambda advice: advice.rank)
+    fitting = sorted((a for a in possible if a.nbytes < usable), key=lambda advice: advice.rank)
     if fitting:
         return fitting
-    fixed = "".join(f", {key}={value}" for key, value in settings_by_hand(config).items())
+    fixed = "".join(f", {key}={value}" for key, value in by_hand.items())
     if not possible:
         raise ValueError(
             f"no layout is possible for {ranks} GPUs with global_batch_size={config.global_batch_size}{fixed}: packs, "
@@ -79,7 +83,7 @@ def advise(
         )
     least = min(possible, key=lambda advice: advice.nbytes)
     raise ValueError(
-        f"no layout fits {ranks} GPUs of {USABLE * rates.memory / GIB:.1f} usable GiB at seq_length={config.seq_length}"
+        f"no layout fits {ranks} GPUs of {usable / GIB:.1f} usable GiB at seq_length={config.seq_length}"
         f"{fixed}: the smallest, {name(least)}, needs {least.nbytes / GIB:.1f}. Take more GPUs or a shorter seq_length"
     )
 
@@ -104,6 +108,16 @@ def _layouts(config: TrainConfig, hf: PretrainedConfig, ranks: int, gpus_per_nod
             one.data_parallel(ranks)
             check_layout(hf, **one.layout())
             yield one
+
+
+def _least_recomputed(config: TrainConfig, hf: PretrainedConfig, ranks: int, usable: float) -> TrainConfig:
+    """`config` with selective recomputation in as few layers as fit into `usable` bytes, at most in all."""
+    if config.recompute != "selective":
+        return config
+    stage = hf.num_hidden_layers // (config.pipeline_parallel * config.virtual_pipeline)
+    each = [dataclasses.replace(config, recompute_layers=layers) for layers in range(1, stage)]
+    each = [dataclasses.replace(config, recompute="none"), *each, config]
+    return each[bisect.bisect_left(each[:-1], True, key=lambda one: memory(one, hf, ranks).total < usable)]
 
 
 def settings_by_hand(config: TrainConfig) -> dict:
@@ -141,7 +155,9 @@ def name(advice: Advice) -> str:
     short = {"TP": config.tensor_parallel, "PP": config.pipeline_parallel, "CP": config.context_parallel}
     sizes = [f"{key}{size}" for key, size in (short | {"EP": config.expert_parallel}).items() if size > 1]
     low = [key for key in ("moments", "gradients") if getattr(config, key) == "bf16"]
-    words = [*(sizes or ["replicas"]), *([config.recompute] if config.recompute != "none" else [])]
+    layers = f" in {config.recompute_layers} layer" + "s" * (config.recompute_layers > 1)
+    recompute = config.recompute + layers * (config.recompute_layers > 0)
+    words = [*(sizes or ["replicas"]), *([recompute] if config.recompute != "none" else [])]
     packs = f", {config.micro_batch_size} packs at once" if config.micro_batch_size > 1 else ""
     return " ".join(words) + (f", bf16 {' and '.join(low)}" if low else "") + packs
 

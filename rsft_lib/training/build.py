@@ -81,6 +81,8 @@ def model_settings(config: TrainConfig, hf: PretrainedConfig) -> TransformerConf
         **_recompute(config, expert_count(hf) > 0),
         **_fp8(config),
     )
+    if config.recompute_layers:  # here, since megatron-core's own 'selective' is for all layers
+        settings.recompute_num_layers = config.recompute_layers
     # Fuse the QKV split with the rotary embedding if nothing happens in between.
     fusable = (
         not settings.qk_layernorm and not settings.no_rope_freq and settings.num_query_groups >= config.tensor_parallel

@@ -32,7 +32,15 @@ CHOICES = {
     "lr_schedule": ("constant", "linear", "cosine", "wsd"),
 }
 BEST = re.compile(r"eval_(.+_)?loss(_.+)?|(think|short|choice|answer)_(accuracy|well_formed)")  # for keep_best
-MAY_BE_ZERO = {"seed", "keep_last", "keep_every", "hang_timeout", "eval_generate_every", "eval_max_new_tokens"}
+MAY_BE_ZERO = {
+    "seed",
+    "keep_last",
+    "keep_every",
+    "hang_timeout",
+    "eval_generate_every",
+    "eval_max_new_tokens",
+    "recompute_layers",
+}
 
 
 def explained(cls: type) -> type:
@@ -108,6 +116,8 @@ class TrainConfig:
     """Attention of Transformer Engine ('te') or PyTorch ('torch'), or of TE where it runs ('auto')."""
     recompute: str = "none"
     """Activation recomputation: 'none', 'selective' (the wide products of the MLP) or 'full' (whole layers)."""
+    recompute_layers: int = 0
+    """Layers of each pipeline stage in which 'selective' recomputes, to use the memory that is left; 0 for all."""
     moments: str = "fp32"
     """Dtype of AdamW's moments: 'fp32', or 'bf16' to save 4 bytes per parameter."""
     gradients: str = "fp32"
@@ -225,6 +235,10 @@ class TrainConfig:
             (
                 "moments 'bf16' and gradients 'bf16' need precision 'bf16' or 'fp8'; precision is 'fp32'",
                 self.precision == "fp32" and "bf16" in (self.moments, self.gradients),
+            ),
+            (
+                f"recompute_layers={self.recompute_layers} needs recompute 'selective'; it is '{self.recompute}'",
+                self.recompute_layers > 0 and self.recompute != "selective",
             ),
             ("sequence_parallel needs tensor_parallel above 1", self.sequence_parallel and self.tensor_parallel == 1),
             ("tensor_overlap needs sequence_parallel", self.tensor_overlap and not self.sequence_parallel),

@@ -96,11 +96,21 @@ def _activations(config: TrainConfig, hf: PretrainedConfig) -> tuple[float, floa
         # Inputs of products are kept in FP8, besides attention's output and in place of those of norms.
         layer["none"] += heads / 2 + inner / 4 - hidden
         layer["selective"] += heads / 2 + hidden / 2
-    saved = layer[config.recompute] * hf.num_hidden_layers / config.pipeline_parallel
+    share = recomputed_share(config, hf)
+    saved = share * layer[config.recompute] + (1 - share) * layer["none"]
+    saved *= hf.num_hidden_layers / config.pipeline_parallel
     if config.pipeline_parallel > 1:
         saved *= config.pipeline_parallel * (1 + (config.virtual_pipeline > 1))  # micro-batches of the first stage
     again = 4 * hidden + attention + (inner if expert_count(hf) else 0) if config.recompute == "full" else 0
     return saved, live + again
+
+
+def recomputed_share(config: TrainConfig, hf: PretrainedConfig) -> float:
+    """Share of the layers to which `recompute` applies."""
+    if config.recompute == "none":
+        return 0.0
+    stage = hf.num_hidden_layers / (config.pipeline_parallel * config.virtual_pipeline)
+    return min(1.0, config.recompute_layers / stage) if config.recompute_layers else 1.0
 
 
 def context_parallel_width(config: TrainConfig, hf: PretrainedConfig) -> tuple[float, float]:

@@ -8,7 +8,7 @@ from rsft_lib.model.config import head_dim
 from rsft_lib.model.weight_map import expert_count
 from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.flops import attention_flops, layer_flops
-from rsft_lib.training.memory import context_parallel_width, held_parameters
+from rsft_lib.training.memory import context_parallel_width, held_parameters, recomputed_share
 from rsft_lib.training.rates import Rates
 
 FP8_PRODUCTS = 1.8  # speed of products in FP8 over that in bf16
@@ -78,7 +78,8 @@ def _products(config: TrainConfig, hf: PretrainedConfig, rates: Rates) -> float:
         dense, experts = dense * 4 / 3, experts * 4 / 3
     elif config.recompute == "selective" and not expert_count(hf):
         # The first product of the MLP; in FP8 all of it.
-        dense += 2 * hf.hidden_size * (3 if config.precision == "fp8" else 2) * hf.intermediate_size
+        again = 2 * hf.hidden_size * (3 if config.precision == "fp8" else 2) * hf.intermediate_size
+        dense += recomputed_share(config, hf) * again
     layers = hf.num_hidden_layers / config.pipeline_parallel
     head = 6 * hf.hidden_size * hf.vocab_size / config.tensor_parallel
     # With expert parallelism a rank has fewer experts and as many more tokens for each.
@@ -124,7 +125,8 @@ def _exchange(config: TrainConfig, hf: PretrainedConfig, rates: Rates, tokens: f
     seconds = 0.0
     if tensor > 1:
         # Before and after attention and MLP, forward and backward; two inputs are gathered again for weight gradients.
-        times = 10 + 4 * again + (config.recompute == "selective") if config.sequence_parallel else 8 + 4 * again
+        gathered = recomputed_share(config, hf) if config.recompute == "selective" else 0
+        times = 10 + 4 * again + gathered if config.sequence_parallel else 8 + 4 * again
         seconds += times * _ring(2 * tokens * hf.hidden_size, tensor, rates)
     if context > 1:  # queries, keys, values and outputs; then their gradients
         widths = 2 * context_parallel_width(config, hf)

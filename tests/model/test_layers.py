@@ -73,6 +73,20 @@ def test_recomputed_norms_and_mlps_have_the_same_gradients(model, monkeypatch):
     assert len(passes) == 2 * len(model.decoder.layers)
 
 
+@pytest.mark.parametrize(("layers", "passes"), [(0, [2, 2, 2, 2]), (3, [2, 2, 2, 1]), (9, [2, 2, 2, 2])])
+def test_selective_recomputation_may_be_limited_to_some_layers(layers, passes, tmp_path):
+    tiny_model(tmp_path)
+    config = settings(checkpoint="c", data="d", output="o", recompute="selective", recompute_layers=layers)
+    hf, tokens = read_config(tmp_path), torch.arange(LENGTH)[None]
+    with ranks():
+        model = build_model(hf, build.model_settings(config, hf), "torch", LENGTH)
+        found = [[] for _ in passes]
+        for layer, calls in zip(model.decoder.layers, found, strict=True):
+            layer.mlp.linear_fc1.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        model(tokens, tokens).sum().backward()
+    assert [len(calls) for calls in found] == passes
+
+
 def test_a_second_backward_pass_through_a_graph_works(model):
     tokens = torch.arange(LENGTH)[None]
     total = model(tokens, tokens).square().sum()

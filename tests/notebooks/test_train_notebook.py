@@ -27,7 +27,8 @@ DECLARED = declared_parameters(NOTEBOOK)
 PROJECTS = sorted(path.stem for path in (ROOT / "projects").glob("*.yaml"))
 SETTINGS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
 FOR_MEMORY = {
-    "recompute", "moments", "gradients", "tensor_parallel", "sequence_parallel", "pipeline_parallel", "expert_parallel",
+    "recompute", "recompute_layers", "moments", "gradients", "tensor_parallel", "sequence_parallel",
+    "pipeline_parallel", "expert_parallel",
 }  # fmt: skip
 SECRETS = {"HF_TOKEN": "hf_" + "S" * 34, "WANDB_API_KEY": "5ec7e7" * 6 + "beef"}
 

@@ -80,6 +80,21 @@ def test_with_room_for_all_states_and_activations_nothing_is_recomputed_or_round
     assert (best.recompute, best.moments, best.gradients, best.data_parallel(4)) == ("none", "fp32", "fp32", 4)
 
 
+def test_as_few_layers_as_possible_are_recomputed():
+    advice = advise(run(LENGTH, 128), LARGE, 16, H100, TRACES)
+    some = [one for one in advice if one.config.recompute_layers]
+    assert some and all(one.config.recompute == "selective" for one in some)
+    for one in some:
+        fewer = one.config.recompute_layers - 1
+        fewer = {"recompute_layers": fewer} if fewer else {"recompute_layers": 0, "recompute": "none"}
+        less = dataclasses.replace(one.config, **fewer)
+        assert memory(less, LARGE, 16).total > USABLE * H100.memory > one.nbytes
+        assert step_time(less, LARGE, 16, H100, TRACES).total < one.time.total
+    assert {
+        one.config.recompute_layers for one in advise(run(LENGTH, 128, recompute="selective"), LARGE, 16, H100)
+    } == {0}
+
+
 def test_a_model_that_fits_in_no_layout_is_refused_with_the_smallest():
     small = dataclasses.replace(H100, memory=8 * GIB)
     with pytest.raises(
@@ -108,6 +123,7 @@ def test_auto_takes_the_best_layout_for_the_data(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "by_hand",
     [
+        {"recompute": "selective", "recompute_layers": 20},
         {"recompute": "full", "moments": "bf16"},
         {"tensor_parallel": 2, "sequence_parallel": True, "tensor_overlap": True},
         {"pipeline_parallel": 4, "virtual_pipeline": 7},

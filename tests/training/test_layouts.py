@@ -70,6 +70,10 @@ LAYOUTS = {
     ),
     "full recomputation": (1, {"recompute": "full"}),
     "selective recomputation": (1, {"recompute": "selective"}),
+    "pp2, the same in two of three layers": (
+        2,
+        {"pipeline_parallel": 2, "recompute": "selective", "recompute_layers": 2},
+    ),
     "micro-batches of two packs": (1, {"micro_batch_size": 2}),
 }
 if os.environ.get("RSFT_LONG_TESTS"):
