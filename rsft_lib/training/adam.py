@@ -93,15 +93,15 @@ class AdamW:
                 value.zero_()
 
     def get_state(self, weight: Tensor, name: str, part: slice = slice(None)) -> Tensor:
-        """Elements of a state of a flat weight, as float32; MASTER is the full-precision weight."""
+        """Elements of a state of a flat weight, moments as they are; MASTER is the full-precision weight."""
         if name != MASTER:
-            return self.state[weight][name][part].float()
+            return self.state[weight][name][part]
         rest = self.state[weight].get(MASTER)
         return weight.detach()[part] if rest is None else join(weight.detach()[part], rest[part])
 
     @torch.no_grad()
     def set_state(self, weight: Tensor, name: str, value: Tensor, part: slice = slice(None)) -> None:
-        """Set elements of a state from float32; MASTER also sets the weight."""
+        """Set elements of a state, MASTER from float32, moments from any dtype; MASTER also sets the weight."""
         if name == MASTER and MASTER in self.state[weight]:
             split_(value.to(weight.device), weight[part], self.state[weight][MASTER][part])
         else:

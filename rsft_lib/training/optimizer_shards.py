@@ -70,7 +70,7 @@ def _shard(adam, flat: torch.Tensor, state: str, part: slice, key: str, box: Box
     return Shard(
         key,
         data=None,
-        dtype=torch.float32,
+        dtype=torch.float32 if state == MASTER else adam.state[flat][state].dtype,
         local_shape=shape,
         global_shape=tensor.global_shape,
         global_offset=(*stacked, *(a + b for a, b in zip(place, offset, strict=True))),

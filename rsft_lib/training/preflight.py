@@ -127,8 +127,8 @@ def _memory_line(config: TrainConfig, hf: PretrainedConfig, nproc: int, nodes: i
 
 
 def checkpoint_bytes(config: TrainConfig, hf: PretrainedConfig) -> int:
-    """Bytes of a checkpoint: weights, and float32 master weights and moments."""
-    return parameters(hf) * (weight_bytes(config) + 12)
+    """Bytes of a checkpoint: weights, float32 master weights, and moments in their dtype."""
+    return parameters(hf) * (weight_bytes(config) + 4 + 2 * (2 if config.moments == "bf16" else 4))
 
 
 def _checkpoint_line(config: TrainConfig, hf: PretrainedConfig) -> str:

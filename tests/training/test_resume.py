@@ -25,8 +25,10 @@ from rsft_lib.common.artifact import MANIFEST, new_folder
 from rsft_lib.common.hashing_writer import HashedFile
 from rsft_lib.common.locks import locked
 from rsft_lib.launch.local import LocalJob
+from rsft_lib.model.config import read_config
 from rsft_lib.training.best import chosen_checkpoint
 from rsft_lib.training.metrics import MetricsWriter, read_metrics
+from rsft_lib.training.preflight import checkpoint_bytes
 from rsft_lib.training.retention import remove_leftovers, remove_old
 from rsft_lib.training.run_folder import read_ended
 
@@ -87,6 +89,13 @@ def test_bf16_resumes_bit_for_bit(inputs, tmp_path, changes):
     same(run(inputs, again, precision="bf16", **changes), whole)
     found, expected = all_tensors(newest(again)), all_tensors(newest(tmp_path / "whole"))
     assert [name for name, tensor in found.items() if not torch.equal(tensor, expected[name])] == []
+    moment = torch.bfloat16 if changes else torch.float32
+    states = {".param.": torch.float32, ".exp_avg.": moment, ".exp_avg_sq.": moment}
+    dtypes = {part: {t.dtype for name, t in found.items() if part in name} for part in states}
+    assert dtypes == {part: {dtype} for part, dtype in states.items()}
+    config = settings(**inputs, output="o", precision="bf16", **changes)
+    expected_bytes = checkpoint_bytes(config, read_config(newest(again)))
+    assert sum(tensor.nbytes for tensor in found.values()) == pytest.approx(expected_bytes, rel=0.01)
 
 
 FOUR = {"tensor_parallel": 2, "sequence_parallel": True, "pipeline_parallel": 2, "virtual_pipeline": 2}
