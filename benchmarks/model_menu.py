@@ -89,8 +89,10 @@ MEASURED = [
     Measured("r1-1.5b", 1, 131_072, 0, 1, {**SELECTIVE, **LOW}, 10_965, 76.4, "H200"),
     Measured("r1-1.5b", 1, 262_144, 0, 1, {**FULL, **LOW}, 4_446, 65.3, "H200"),
     Measured("r1-1.5b", 2, LENGTH, TRACES, 8, TP2, 35_890, 25.8, "H200"),
+    Measured("r1-1.5b", 2, LENGTH, TRACES, 8, {**TP2, "micro_batch_size": 2}, 37_111, 37.9, "H200"),
     Measured("r1-7b", 2, LENGTH, TRACES, 8, TP2, 10_799, 83.8, "H200"),
-    Measured("r1-7b", 2, LENGTH, TRACES, 8, {**CP2, **LOW}, 11_068, 78.5, "H200"),
+    Measured("r1-7b", 2, LENGTH, TRACES, 8, {**CP2, **LOW}, 11_069, 78.5, "H200"),
+    Measured("r1-7b", 2, LENGTH, TRACES, 16, LOW, 11_877, 103.7, "H200"),
     Measured("r1-1.5b", 4, LENGTH, TRACES, 16, TP2, 41_790, 21.7, "H200", alone=True),
     Measured("r1-1.5b", 4, LENGTH, TRACES, 8, CP4, 27_117, 21.1, "H200", alone=True),
     Measured("r1-1.5b", 4, 65_536, 0, 2, CP4, 18_894, 40.6, "H200", alone=True),
@@ -98,6 +100,9 @@ MEASURED = [
     Measured("r1-1.5b", 4, 131_072, 0, 1, {**CP4, **SELECTIVE}, 11_035, 32.7, "H200", alone=True),
     Measured("r1-1.5b", 4, 131_072, 0, 2, {**CP2, **SELECTIVE}, 11_104, 49.3, "H200", alone=True),
     Measured("r1-7b", 4, LENGTH, TRACES, 32, {**SELECTIVE, **LOW}, 10_593, 56.4, "H200", alone=True),
+    Measured(
+        "r1-7b", 4, LENGTH, TRACES, 32, {**SELECTIVE, "recompute_layers": 16, **LOW}, 11_395, 71.0, "H200", alone=True
+    ),
     Measured("r1-7b", 4, LENGTH, TRACES, 32, {**SELECTIVE, **LOW, **FP8}, 14_532, 69.5, "H200", alone=True),
     Measured("r1-7b", 4, LENGTH, TRACES, 16, {**CP2, **LOW}, 12_360, 67.9, "H200", alone=True),
     Measured("r1-7b", 4, LENGTH, TRACES, 8, {**CP4, **LOW}, 11_919, 53.8, "H200", alone=True),

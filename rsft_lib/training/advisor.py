@@ -185,16 +185,18 @@ def table(
 
 
 def why(advice: list[Advice]) -> str:
-    """What the best layout does without that costs the next one of another kind its time."""
+    """What the best layout does without that costs the next one of another kind its time, and which one is faster."""
     best = advice[0]
     parts = ", ".join(f"{part} {value / best.time.total:.0%}" for part, value in vars(best.time).items() if value)
     text = f"{name(best)} is best: its step is {parts}"
-    other = next((a for a in advice if _kind(a) != _kind(best)), None)
+    fastest = min(advice, key=lambda a: a.time.total)
+    faster = 1 - fastest.time.total / best.time.total
+    if faster > NEARLY - 1:
+        text += f"; {name(fastest)} is {faster:.1%} faster, not enough for less precise states or more partitioning"
+    other = next((a for a in advice if _kind(a) != _kind(best) and a.time.total >= best.time.total), None)
     if other is None:
         return text
     slower = other.time.total / best.time.total - 1
-    if slower < 0:
-        return f"{text}; {name(other)} is {-slower:.1%} faster, not enough for less precise states or more partitioning"
     costs = {part: value - getattr(best.time, part) for part, value in vars(other.time).items()}
     part = max(costs, key=lambda part: costs[part])
     return f"{text}; {name(other)} takes {slower:.0%} more, most of it for {part}"

@@ -15,6 +15,7 @@ FP8_PRODUCTS = 1.8  # speed of products in FP8 over that in bf16
 FP8_CASTS = 4  # reads and writes of each value that goes into a product: for its scale, and by rows and by columns
 EXPERT_PRODUCTS = 0.6  # speed of the small products of experts over that of large ones
 EXCHANGED = 12  # reads and writes of the values that are sorted by rank before and after an exchange
+CONTEXT_WAITS = 2  # time of context-parallel exchanges over that of their bytes: each waits for the slowest rank
 LATENCY = 30e-6  # seconds of an exchange of no bytes
 UPDATE_HIDES = 0.5  # share of a micro-batch behind which gradients and weights are exchanged
 
@@ -130,7 +131,8 @@ def _exchange(config: TrainConfig, hf: PretrainedConfig, rates: Rates, tokens: f
         seconds += times * _ring(2 * tokens * hf.hidden_size, tensor, rates)
     if context > 1:  # queries, keys, values and outputs; then their gradients
         widths = 2 * context_parallel_width(config, hf)
-        seconds += (2 + again) * sum(_ring(2 * tokens * width, context, rates) for width in widths)
+        times = (2 + again) * CONTEXT_WAITS
+        seconds += times * sum(_ring(2 * tokens * width, context, rates) for width in widths)
     if expert > 1:
         hidden = hf.hidden_size / (tensor if config.sequence_parallel else 1)
         seconds += (4 + 2 * again) * _ring(2 * tokens * min(hf.num_experts_per_tok, expert) * hidden, expert, rates)
