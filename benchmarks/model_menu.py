@@ -128,7 +128,8 @@ def cell(project: str, gpus: int) -> str:
         best, *_ = advise(config, hf, gpus, H100, TRACES)
     except ValueError:
         endless = dataclasses.replace(H100, memory=2**60)
-        least = min(one.nbytes for one in advise(config, hf, gpus, endless, TRACES))
+        smallest = dataclasses.replace(config, recompute="full")
+        least = min(one.nbytes for one in advise(smallest, hf, gpus, endless, TRACES))
         return f"needs {least / GIB:.0f} GiB"
     rate, gib, bold = PACKS * LENGTH / best.time.total / gpus, best.nbytes / GIB, ""
     if found := measured(project, gpus, best):

@@ -30,7 +30,7 @@ from rsft_lib.model.router import Router
 def block_spec(backend: str, config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """Layers of this pipeline stage, with modules of Transformer Engine ('te') or of megatron-core ('torch').
 
-    With selective recomputation, those from `config.recompute_num_layers` on keep their activations.
+    Less is recomputed in the layers from `config.recompute_num_layers` on.
     """
     te = backend == "te"
     block = get_gpt_decoder_block_spec(config, use_transformer_engine=te, normalization="RMSNorm", vp_stage=vp_stage)
@@ -42,9 +42,10 @@ def block_spec(backend: str, config: TransformerConfig, vp_stage: int | None = N
         if experts := engine.moe_of(layer):
             experts.router = Router
             layer.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)  # the norm is not part of fc1
-        if recomputed(config) and number >= (config.recompute_num_layers or len(block.layer_specs)):
-            spec.module = KeepingLayer
-        elif te and "layernorm" in recomputed(config):
+        granularity = config.recompute_granularity
+        if granularity and number >= (config.recompute_num_layers or len(block.layer_specs)):
+            spec.module, granularity = LessRecomputed, LESS[granularity]
+        if te and granularity == "selective" and "layernorm" in config.recompute_modules:
             _separate_norm(layer)
         if not te:
             layer.input_layernorm = layer.pre_mlp_layernorm = block.layer_norm = Norm
@@ -53,13 +54,16 @@ def block_spec(backend: str, config: TransformerConfig, vp_stage: int | None = N
     return block
 
 
-class KeepingLayer(TransformerLayer):
-    """A layer in which nothing is recomputed, whatever the config of its model says."""
+class LessRecomputed(TransformerLayer):
+    """A layer in which less is recomputed than its model's config says."""
 
     def __init__(self, config: TransformerConfig, *args, **kwargs):
         config = copy.copy(config)
-        config.recompute_granularity = None
+        config.recompute_granularity = LESS[config.recompute_granularity]
         super().__init__(config, *args, **kwargs)
+
+
+LESS = {"full": "selective", "selective": None}
 
 
 def recomputed(config: TransformerConfig) -> list[str]:

@@ -68,7 +68,7 @@ def advise(
     usable, by_hand = USABLE * rates.memory, settings_by_hand(config)
     layouts = list(_layouts(config, hf, ranks, rates.gpus_per_node))
     if not by_hand.keys() & {"recompute", "recompute_layers"}:
-        layouts = list(dict.fromkeys(_least_recomputed(one, hf, ranks, usable) for one in layouts))
+        layouts = [_least_recomputed(one, hf, ranks, usable) for one in layouts]
     possible = [
         Advice(one, memory(one, hf, ranks).total, step_time(one, hf, ranks, rates, sample_length)) for one in layouts
     ]
@@ -93,8 +93,8 @@ def _layouts(config: TrainConfig, hf: PretrainedConfig, ranks: int, gpus_per_nod
     sizes = [2**n for n in range(ranks.bit_length()) if ranks % 2**n == 0]
     searched = {
         "tensor_parallel": sizes, "pipeline_parallel": sizes, "context_parallel": sizes,
-        "expert_parallel": sizes if expert_count(hf) else [1], "recompute": CHOICES["recompute"],
-        "moments": CHOICES["moments"], "gradients": CHOICES["gradients"], "micro_batch_size": MICRO_BATCHES,
+        "expert_parallel": sizes if expert_count(hf) else [1], "moments": CHOICES["moments"],
+        "gradients": CHOICES["gradients"], "micro_batch_size": MICRO_BATCHES,
     }  # fmt: skip
     fixed = settings_by_hand(config)
     for values in itertools.product(*([fixed[key]] if key in fixed else searched[key] for key in searched)):
@@ -111,13 +111,17 @@ def _layouts(config: TrainConfig, hf: PretrainedConfig, ranks: int, gpus_per_nod
 
 
 def _least_recomputed(config: TrainConfig, hf: PretrainedConfig, ranks: int, usable: float) -> TrainConfig:
-    """`config` with selective recomputation in as few layers as fit into `usable` bytes, at most in all."""
-    if config.recompute != "selective":
+    """`config` with as little recomputation as fits into `usable` bytes; with all of it if even that does not."""
+    fits = lambda one: memory(one, hf, ranks).total < usable  # noqa: E731
+    if fits(config):
         return config
     stage = hf.num_hidden_layers // (config.pipeline_parallel * config.virtual_pipeline)
-    each = [dataclasses.replace(config, recompute_layers=layers) for layers in range(1, stage)]
-    each = [dataclasses.replace(config, recompute="none"), *each, config]
-    return each[bisect.bisect_left(each[:-1], True, key=lambda one: memory(one, hf, ranks).total < usable)]
+    for kind in ("selective", "full"):
+        some = [] if kind == "full" and expert_count(hf) else [*range(1, stage)]
+        more = [dataclasses.replace(config, recompute=kind, recompute_layers=layers) for layers in (*some, 0)]
+        if fits(more[-1]):
+            break
+    return more[bisect.bisect_left(more[:-1], True, key=fits)]
 
 
 def settings_by_hand(config: TrainConfig) -> dict:

@@ -18,7 +18,6 @@ from rsft_lib.model.config import read_config, transformer_config
 from rsft_lib.model.cpu_shim import device
 from rsft_lib.model.distributed import allocate_overlap_buffers
 from rsft_lib.model.gpt import build_model, resolve_backend
-from rsft_lib.model.layers import recomputed
 from rsft_lib.model.router import routers
 from rsft_lib.model.weight_map import expert_count
 from rsft_lib.training.config import TrainConfig
@@ -35,7 +34,7 @@ def build_state(config: TrainConfig, checkpoint: Path) -> TrainState:
     hf = read_config(checkpoint)
     check_model(config, hf)
     mcore = model_settings(config, hf)
-    if "layernorm" in recomputed(mcore):
+    if mcore.recompute_granularity and "layernorm" in mcore.recompute_modules:
         engine.prepare_recomputation()
     if config.tensor_overlap:
         tokens = config.seq_length * config.micro_batch_size // config.context_parallel
@@ -78,11 +77,11 @@ def model_settings(config: TrainConfig, hf: PretrainedConfig) -> TransformerConf
         moe_aux_loss_coeff=config.router_aux_loss,
         use_te_activation_func=backend == "te" and not expert_count(hf),
         apply_rope_fusion=backend == "te",
-        **_recompute(config, expert_count(hf) > 0),
+        **_recompute(config, hf),
         **_fp8(config),
     )
-    if config.recompute_layers:  # here, since megatron-core's own 'selective' is for all layers
-        settings.recompute_num_layers = config.recompute_layers
+    if config.recompute == "selective":  # here, since megatron-core's own is for all layers
+        settings.recompute_num_layers = config.recompute_layers or None
     # Fuse the QKV split with the rotary embedding if nothing happens in between.
     fusable = (
         not settings.qk_layernorm and not settings.no_rope_freq and settings.num_query_groups >= config.tensor_parallel
@@ -102,18 +101,20 @@ def _interleaving(config: TrainConfig) -> dict:
     }
 
 
-def _recompute(config: TrainConfig, experts: bool) -> dict:
+def _recompute(config: TrainConfig, hf: PretrainedConfig) -> dict:
+    if config.recompute == "none":
+        return {}
+    # Transformer Engine always saves the inputs of FP8 linear layers.
+    lean = resolve_backend(config.backend, config.precision) == "te" and config.precision == "bf16"
+    if expert_count(hf):
+        modules = ["layernorm", "moe_act"] if lean else ["moe"]
+    else:
+        modules = ["layernorm" if lean else "mlp"]
+    given: dict = {"recompute_granularity": config.recompute, "recompute_modules": modules}
     if config.recompute == "full":
-        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    if config.recompute == "selective":
-        # Transformer Engine always saves the inputs of FP8 linear layers.
-        lean = resolve_backend(config.backend, config.precision) == "te" and config.precision == "bf16"
-        if experts:
-            modules = ["layernorm", "moe_act"] if lean else ["moe"]
-        else:
-            modules = ["layernorm" if lean else "mlp"]
-        return {"recompute_granularity": "selective", "recompute_modules": modules}
-    return {}
+        layers = config.recompute_layers or hf.num_hidden_layers
+        given |= {"recompute_method": "block", "recompute_num_layers": layers}
+    return given
 
 
 def _fp8(config: TrainConfig) -> dict:

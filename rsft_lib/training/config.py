@@ -117,7 +117,8 @@ class TrainConfig:
     recompute: str = "none"
     """Activation recomputation: 'none', 'selective' (the wide products of the MLP) or 'full' (whole layers)."""
     recompute_layers: int = 0
-    """Layers of each pipeline stage in which 'selective' recomputes, to use the memory that is left; 0 for all."""
+    """Layers of each pipeline stage (or of a chunk of `virtual_pipeline`) with `recompute`; 0 for all. In the others
+    nothing is recomputed in place of 'selective', and what 'selective' does in place of 'full', to use all memory."""
     moments: str = "fp32"
     """Dtype of AdamW's moments: 'fp32', or 'bf16' to save 4 bytes per parameter."""
     gradients: str = "fp32"
@@ -237,8 +238,8 @@ class TrainConfig:
                 self.precision == "fp32" and "bf16" in (self.moments, self.gradients),
             ),
             (
-                f"recompute_layers={self.recompute_layers} needs recompute 'selective'; it is '{self.recompute}'",
-                self.recompute_layers > 0 and self.recompute != "selective",
+                f"recompute_layers={self.recompute_layers} needs recompute 'selective' or 'full'; it is 'none'",
+                self.recompute_layers > 0 and self.recompute == "none",
             ),
             ("sequence_parallel needs tensor_parallel above 1", self.sequence_parallel and self.tensor_parallel == 1),
             ("tensor_overlap needs sequence_parallel", self.tensor_overlap and not self.sequence_parallel),

@@ -8,7 +8,7 @@ from rsft_lib.model.attention import heads_of_rank
 from rsft_lib.model.config import head_dim
 from rsft_lib.model.loss_head import CHUNK
 from rsft_lib.model.weight_map import expert_count, expert_size, shared_expert_size
-from rsft_lib.training.config import TrainConfig
+from rsft_lib.training.config import CHOICES, TrainConfig
 from rsft_lib.training.flops import layer_parameters, one_expert
 
 OVERLAP_BUFFERS = 12  # that Transformer Engine allocates for `tensor_overlap`, outside of torch's memory
@@ -96,8 +96,7 @@ def _activations(config: TrainConfig, hf: PretrainedConfig) -> tuple[float, floa
         # Inputs of products are kept in FP8, besides attention's output and in place of those of norms.
         layer["none"] += heads / 2 + inner / 4 - hidden
         layer["selective"] += heads / 2 + hidden / 2
-    share = recomputed_share(config, hf)
-    saved = share * layer[config.recompute] + (1 - share) * layer["none"]
+    saved = sum(share * layer[kind] for kind, share in recomputed_shares(config, hf).items())
     saved *= hf.num_hidden_layers / config.pipeline_parallel
     if config.pipeline_parallel > 1:
         saved *= config.pipeline_parallel * (1 + (config.virtual_pipeline > 1))  # micro-batches of the first stage
@@ -105,12 +104,13 @@ def _activations(config: TrainConfig, hf: PretrainedConfig) -> tuple[float, floa
     return saved, live + again
 
 
-def recomputed_share(config: TrainConfig, hf: PretrainedConfig) -> float:
-    """Share of the layers to which `recompute` applies."""
-    if config.recompute == "none":
-        return 0.0
+def recomputed_shares(config: TrainConfig, hf: PretrainedConfig) -> dict[str, float]:
+    """Share of the layers with each kind of recomputation: `recompute` in some, the one below it in the others."""
+    kinds = CHOICES["recompute"]
     stage = hf.num_hidden_layers / (config.pipeline_parallel * config.virtual_pipeline)
-    return min(1.0, config.recompute_layers / stage) if config.recompute_layers else 1.0
+    share = min(1.0, config.recompute_layers / stage) if config.recompute_layers else 1.0
+    below = kinds[max(0, kinds.index(config.recompute) - 1)]
+    return dict.fromkeys(kinds, 0.0) | {below: 1 - share} | {config.recompute: share}
 
 
 def context_parallel_width(config: TrainConfig, hf: PretrainedConfig) -> tuple[float, float]:

@@ -50,6 +50,11 @@ def check_model(config: TrainConfig, hf: PretrainedConfig) -> None:
         raise ValueError(
             f"router_aux_loss={config.router_aux_loss:g} has no effect with freeze_router: set one of them"
         )
+    if expert_count(hf) and config.recompute == "full" and config.recompute_layers:
+        raise ValueError(
+            f"recompute_layers={config.recompute_layers} with recompute 'full' is not possible for a model with "
+            "experts: megatron-core 0.16 would count padding as tokens in the other layers. Set recompute_layers to 0"
+        )
     if min(config.expert_parallel, config.expert_tensor_parallel) > 1 and not torch.cuda.is_available():
         raise ValueError(
             "expert_parallel and expert_tensor_parallel together need GPUs: on CPUs, gloo cannot gather an unequal "

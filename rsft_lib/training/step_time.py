@@ -8,7 +8,7 @@ from rsft_lib.model.config import head_dim
 from rsft_lib.model.weight_map import expert_count
 from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.flops import attention_flops, layer_flops
-from rsft_lib.training.memory import context_parallel_width, held_parameters, recomputed_share
+from rsft_lib.training.memory import context_parallel_width, held_parameters, recomputed_shares
 from rsft_lib.training.rates import Rates
 
 FP8_PRODUCTS = 1.8  # speed of products in FP8 over that in bf16
@@ -74,13 +74,12 @@ def step_time(
 
 def _products(config: TrainConfig, hf: PretrainedConfig, rates: Rates) -> float:
     """Seconds per token of the last pipeline stage, which also has the output layer."""
-    dense, experts = layer_flops(hf)
-    if config.recompute == "full":
-        dense, experts = dense * 4 / 3, experts * 4 / 3
-    elif config.recompute == "selective" and not expert_count(hf):
-        # The first product of the MLP; in FP8 all of it.
+    shares = recomputed_shares(config, hf)
+    dense, experts = (flops * (1 + shares["full"] / 3) for flops in layer_flops(hf))
+    if not expert_count(hf):
+        # Selective: the first product of the MLP; in FP8 all of it.
         again = 2 * hf.hidden_size * (3 if config.precision == "fp8" else 2) * hf.intermediate_size
-        dense += recomputed_share(config, hf) * again
+        dense += shares["selective"] * again
     layers = hf.num_hidden_layers / config.pipeline_parallel
     head = 6 * hf.hidden_size * hf.vocab_size / config.tensor_parallel
     # With expert parallelism a rank has fewer experts and as many more tokens for each.
@@ -94,7 +93,7 @@ def _attention(config: TrainConfig, hf: PretrainedConfig, rates: Rates, sample_l
     length = sample_length or config.seq_length
     flops = attention_flops(hf, length) / config.pipeline_parallel / config.tensor_parallel
     rate = rates.attention * length / (length + rates.half_length)
-    again = 4 / 3 if config.recompute == "full" else 1
+    again = 1 + recomputed_shares(config, hf)["full"] / 3
     heads, _ = context_parallel_width(config, hf)
     padded = heads * config.tensor_parallel / (hf.num_attention_heads * head_dim(hf))
     return again * padded * flops / rate
@@ -115,19 +114,19 @@ def _elements(config: TrainConfig, hf: PretrainedConfig) -> float:
     if config.precision == "fp8":  # inputs of the four products, and gradients of their outputs
         heads, groups = (n * head_dim(hf) / tensor for n in (hf.num_attention_heads, hf.num_key_value_heads))
         layer += FP8_CASTS * (2 * heads + 2 * groups + 4 * hidden + 3 * inner / tensor)
-    layer *= 4 / 3 if config.recompute == "full" else 1
+    layer *= 1 + recomputed_shares(config, hf)["full"] / 3
     return 2 * (layer * hf.num_hidden_layers / config.pipeline_parallel + 3 * hf.vocab_size / tensor)
 
 
 def _exchange(config: TrainConfig, hf: PretrainedConfig, rates: Rates, tokens: float) -> float:
     """Seconds per layer and micro-batch between tensor-, context- and expert-parallel ranks."""
     tensor, context, expert = config.tensor_parallel, config.context_parallel, config.expert_parallel
-    again = config.recompute == "full"
+    shares = recomputed_shares(config, hf)
+    again = shares["full"]
     seconds = 0.0
     if tensor > 1:
         # Before and after attention and MLP, forward and backward; two inputs are gathered again for weight gradients.
-        gathered = recomputed_share(config, hf) if config.recompute == "selective" else 0
-        times = 10 + 4 * again + gathered if config.sequence_parallel else 8 + 4 * again
+        times = 10 + 4 * again + shares["selective"] if config.sequence_parallel else 8 + 4 * again
         seconds += times * _ring(2 * tokens * hf.hidden_size, tensor, rates)
     if context > 1:  # queries, keys, values and outputs; then their gradients
         widths = 2 * context_parallel_width(config, hf)

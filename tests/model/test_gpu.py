@@ -201,7 +201,7 @@ def test_both_backends_and_fp8_follow_float32(inputs, tmp_path):
     variants = {"fp32": {"precision": "fp32", "backend": "torch"}, "torch": {"backend": "torch"}}
     if HAS_TE:
         variants |= {"te": {"backend": "te"}, "selective": {"recompute": "selective"}, "full": {"recompute": "full"}}
-        variants |= {"in one layer": {"recompute": "selective", "recompute_layers": 1}}
+        variants |= {f"{name} in one layer": variants[name] | {"recompute_layers": 1} for name in ("selective", "full")}
         variants |= {f"fp8-{r}": {"precision": "fp8", "fp8_recipe": r} for r in ("delayed", "tensorwise", "blockwise")}
         variants |= {"low": {"moments": "bf16", "gradients": "bf16"}}
     losses = {name: [r["loss"] for r in metrics] for name, metrics in run(inputs, tmp_path, variants).items()}

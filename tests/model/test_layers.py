@@ -73,18 +73,23 @@ def test_recomputed_norms_and_mlps_have_the_same_gradients(model, monkeypatch):
     assert len(passes) == 2 * len(model.decoder.layers)
 
 
-@pytest.mark.parametrize(("layers", "passes"), [(0, [2, 2, 2, 2]), (3, [2, 2, 2, 1]), (9, [2, 2, 2, 2])])
-def test_selective_recomputation_may_be_limited_to_some_layers(layers, passes, tmp_path):
+@pytest.mark.parametrize(("layers", "more"), [(0, 4), (3, 3), (9, 4)])
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputation_may_be_limited_to_some_layers(recompute, layers, more, tmp_path):
+    """Passes through attention and MLP: the MLP alone is recomputed where it is selective."""
     tiny_model(tmp_path)
-    config = settings(checkpoint="c", data="d", output="o", recompute="selective", recompute_layers=layers)
+    config = settings(checkpoint="c", data="d", output="o", recompute=recompute, recompute_layers=layers)
     hf, tokens = read_config(tmp_path), torch.arange(LENGTH)[None]
     with ranks():
         model = build_model(hf, build.model_settings(config, hf), "torch", LENGTH)
-        found = [[] for _ in passes]
-        for layer, calls in zip(model.decoder.layers, found, strict=True):
-            layer.mlp.linear_fc1.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        found = [{"attention": 0, "mlp": 0} for _ in model.decoder.layers]
+        for layer, passes in zip(model.decoder.layers, found, strict=True):
+            for part, module in (("attention", layer.self_attention), ("mlp", layer.mlp.linear_fc1)):
+                count = lambda *_, passes=passes, part=part: passes.update({part: passes[part] + 1})  # noqa: E731
+                module.register_forward_hook(count)
         model(tokens, tokens).sum().backward()
-    assert [len(calls) for calls in found] == passes
+    first, rest = {"selective": ((1, 2), (1, 1)), "full": ((2, 2), (1, 2))}[recompute]
+    assert [tuple(passes.values()) for passes in found] == [first] * more + [rest] * (4 - more)
 
 
 def test_a_second_backward_pass_through_a_graph_works(model):

@@ -74,6 +74,7 @@ LAYOUTS = {
         2,
         {"pipeline_parallel": 2, "recompute": "selective", "recompute_layers": 2},
     ),
+    "full recomputation in one layer": (1, {"recompute": "full", "recompute_layers": 1}),
     "micro-batches of two packs": (1, {"micro_batch_size": 2}),
 }
 if os.environ.get("RSFT_LONG_TESTS"):
