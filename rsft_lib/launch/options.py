@@ -19,8 +19,9 @@ class LaunchOptions:
     launcher: str = "local"
     """'local': torchrun on this machine; 'slurm': a batch job."""
     layout: str = "given"
-    """'auto': for the number of ranks the advisor chooses parallel sizes, `recompute`, `moments`, `gradients` and
-    `micro_batch_size`, unless they are set to other than their defaults; without a GPU it assumes H100s. Or 'given'."""
+    """'auto': for the number of ranks the advisor chooses parallel sizes, `recompute`, `recompute_layers`, `moments`,
+    `gradients` and `micro_batch_size`, unless they are set to other than their defaults; without a GPU it assumes
+    H100s. Or 'given'."""
     on_interrupt: str = "stop"
     """If the notebook is interrupted or its kernel ends for any reason: 'stop' (save and end) or 'leave' (continue)."""
     slurm_nodes: int = 1

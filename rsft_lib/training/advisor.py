@@ -189,7 +189,7 @@ def table(
 
 
 def why(advice: list[Advice]) -> str:
-    """What the best layout does without that costs the next one of another kind its time, and which one is faster."""
+    """What the best layout spends its time on, whether another is faster, and what the next of another kind loses."""
     best = advice[0]
     parts = ", ".join(f"{part} {value / best.time.total:.0%}" for part, value in vars(best.time).items() if value)
     text = f"{name(best)} is best: its step is {parts}"
@@ -211,7 +211,7 @@ def _kind(advice: Advice) -> tuple:
 
 
 def _distinct(advice: list[Advice]) -> list[Advice]:
-    """The best of those that differ in the dtypes of their states alone."""
+    """The best of those with the same parallel sizes and kind of recomputation."""
     found: dict[tuple, Advice] = {}
     for one in advice:
         found.setdefault((_kind(one), one.config.recompute), one)

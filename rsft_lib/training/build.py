@@ -34,7 +34,7 @@ def build_state(config: TrainConfig, checkpoint: Path) -> TrainState:
     hf = read_config(checkpoint)
     check_model(config, hf)
     mcore = model_settings(config, hf)
-    if mcore.recompute_granularity and "layernorm" in mcore.recompute_modules:
+    if (config.recompute == "selective" or config.recompute_layers) and "layernorm" in mcore.recompute_modules:
         engine.prepare_recomputation()
     if config.tensor_overlap:
         tokens = config.seq_length * config.micro_batch_size // config.context_parallel

@@ -117,8 +117,8 @@ class TrainConfig:
     recompute: str = "none"
     """Activation recomputation: 'none', 'selective' (the wide products of the MLP) or 'full' (whole layers)."""
     recompute_layers: int = 0
-    """Layers of each pipeline stage (or of a chunk of `virtual_pipeline`) with `recompute`; 0 for all. In the others
-    nothing is recomputed in place of 'selective', and what 'selective' does in place of 'full', to use all memory."""
+    """Layers of each pipeline stage (or chunk, with `virtual_pipeline`) with `recompute`; 0 for all. The others
+    recompute nothing if it is 'selective', and what 'selective' does if it is 'full'; so memory is used up."""
     moments: str = "fp32"
     """Dtype of AdamW's moments: 'fp32', or 'bf16' to save 4 bytes per parameter."""
     gradients: str = "fp32"

@@ -38,7 +38,7 @@ class Saver:
         self, output: Path, model_config: Path, facts: dict, *, iteration: int, size: float, timeout: float,
         keep_last: int, keep_every: int, keep_best: str = "",
     ):  # fmt: skip
-        """`iteration` is the step at which the run starts; `size` the estimated bytes of its first checkpoint."""
+        """`iteration` is the step at which the run starts; `size` the estimated bytes of a checkpoint."""
         self.output, self.model_config, self.facts, self.size = output, model_config, facts, size
         self.timeout = timeout
         self.remove_old = partial(remove_old, output, keep_last=keep_last, keep_every=keep_every, keep_best=keep_best)
@@ -50,7 +50,7 @@ class Saver:
         if _rank_0():
             remove_leftovers(output)
             self.remove_old(iteration)  # in case the last save was killed before that
-            self.size = next(map(_bytes, reversed(checkpoints(output))), size)
+            self.size = max(size, next(map(_bytes, reversed(checkpoints(output))), 0))  # moments may grow on resuming
 
     def reserve(self, state: TrainState) -> None:
         """Allocate the memory for saves in the background now, which takes seconds, and not at the first of them."""

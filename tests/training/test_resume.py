@@ -19,6 +19,7 @@ from support import VOCAB, all_tensors, random_store, settings, tiny_model
 from rsft_lib import launch
 from rsft_lib.checkpoint.any_format import identity
 from rsft_lib.checkpoint.convert import convert
+from rsft_lib.checkpoint.formats import torch_dist
 from rsft_lib.checkpoint.run_checkpoints import checkpoints, newest
 from rsft_lib.common import artifact
 from rsft_lib.common.artifact import MANIFEST, new_folder
@@ -93,6 +94,10 @@ def test_bf16_resumes_bit_for_bit(inputs, tmp_path, changes):
     states = {".param.": torch.float32, ".exp_avg.": moment, ".exp_avg_sq.": moment}
     dtypes = {part: {t.dtype for name, t in found.items() if part in name} for part in states}
     assert dtypes == {part: {dtype} for part, dtype in states.items()}
+    listed = torch_dist.read_metadata(newest(again)).state_dict_metadata
+    assert {name: tensor.dtype for name, tensor in found.items()} == {
+        name: listed[name].properties.dtype for name in found
+    }
     config = settings(**inputs, output="o", precision="bf16", **changes)
     expected_bytes = checkpoint_bytes(config, read_config(newest(again)))
     assert sum(tensor.nbytes for tensor in found.values()) == pytest.approx(expected_bytes, rel=0.01)

@@ -82,6 +82,7 @@ def test_every_setting_is_documented_and_the_training_notebook_has_it_as_a_param
         ({"min_lr": 1.0}, "min_lr 1.0 is above lr"),
         ({"precision": "fp16"}, "precision is 'fp16'; choose 'bf16', 'fp32', 'fp8'"),
         ({"recompute": "some"}, "choose 'none', 'selective', 'full'"),
+        ({"recompute_layers": 1}, "recompute_layers=1 needs recompute 'selective' or 'full'; it is 'none'"),
         ({"warmup_fraction": 1.1}, "warmup_fraction is 1.1"),
         ({"adam_beta2": 1.0}, "adam_beta2 is 1.0; it must be below 1"),
         ({"precision": "fp8", "backend": "torch"}, "needs Transformer Engine; backend is 'torch'"),
