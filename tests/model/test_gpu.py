@@ -284,6 +284,7 @@ def test_two_gpus_follow_one_with_transformer_engine(precision, inputs, tmp_path
 
 
 OVERLAPPED = {name: {"recompute": name} for name in ("none", "selective", "full")} | {"fp8": {"precision": "fp8"}}
+OVERLAPPED |= {"selective in one layer": {"recompute": "selective", "recompute_layers": 1}}
 
 
 @TWO
