@@ -33,14 +33,8 @@ CHOICES = {
 }
 BEST = re.compile(r"eval_(.+_)?loss(_.+)?|(think|short|choice|answer)_(accuracy|well_formed)")  # for keep_best
 MAY_BE_ZERO = {
-    "seed",
-    "keep_last",
-    "keep_every",
-    "hang_timeout",
-    "eval_generate_every",
-    "eval_max_new_tokens",
-    "recompute_layers",
-}
+    "seed", "keep_last", "keep_every", "hang_timeout", "eval_generate_every", "eval_max_new_tokens", "recompute_layers",
+}  # fmt: skip
 
 
 def explained(cls: type) -> type:
