@@ -1,7 +1,6 @@
 """The handle of a training that runs in other processes: watch it, wait for it, ask it to stop."""
 
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypedDict
@@ -39,7 +38,7 @@ class Common(TypedDict):
     patience: float
 
 
-class Job(ABC):
+class Job:
     """A training in its run folder. `local.LocalJob` and `slurm.SlurmJob` find and end its processes."""
 
     launcher = ""
@@ -49,22 +48,22 @@ class Job(ABC):
         self.train_iters, self.on_interrupt, self.patience = train_iters, on_interrupt, patience
 
     @property
-    @abstractmethod
     def running(self) -> bool:
         """Whether it has not ended."""
+        raise NotImplementedError
 
     @property
-    @abstractmethod
     def state(self) -> str:
         """A description for people."""
+        raise NotImplementedError
 
-    @abstractmethod
     def stop(self) -> None:
         """Ask it to save and end."""
+        raise NotImplementedError
 
-    @abstractmethod
     def kill(self) -> None:
         """End it without saving."""
+        raise NotImplementedError
 
     @property
     def ended(self) -> dict:

@@ -17,7 +17,7 @@ from support import TESTS
 
 from rsft_lib import launch
 from rsft_lib.launch import local
-from rsft_lib.launch.job import JOB
+from rsft_lib.launch.job import JOB, Job
 from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.run_folder import STOPPING
 
@@ -196,7 +196,7 @@ def test_the_end_of_the_log_lacks_torchruns_report_of_ranks_that_were_stopped(tm
     """Ranks that are asked to stop while they import end by the signal, which torchrun reports as a failure."""
     stub = "import signal, os; print('importing', flush=True); os.kill(os.getpid(), signal.SIGTERM)"
     (tmp_path / "stub.py").write_text(stub)
-    job = local.LocalJob(tmp_path, pid=0, birth="", **COMMON)
+    job = Job(tmp_path, **COMMON)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", str(tmp_path / "stub.py")]
     with job.log.open("wb") as file:
         subprocess.run(command, stdout=file, stderr=subprocess.STDOUT)
@@ -205,7 +205,7 @@ def test_the_end_of_the_log_lacks_torchruns_report_of_ranks_that_were_stopped(tm
 
 
 def test_of_a_long_log_only_the_end_is_read(tmp_path):
-    job = local.LocalJob(tmp_path, pid=0, birth="", **COMMON)
+    job = Job(tmp_path, **COMMON)
     assert job.tail() == ""
     with job.log.open("wb") as file:
         file.seek(100 * 2**20)
