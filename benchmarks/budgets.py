@@ -15,7 +15,8 @@ from statistics import fmean, median, stdev
 from rsft_lib import TrainConfig, build_hybrid, convert, demo, export, patch_tokenizer, tokenize, train
 from rsft_lib.data.records import read_records
 from rsft_lib.display.model.answers import wilson
-from rsft_lib.generation.generate import count_correct, open_speaker
+from rsft_lib.generation.answer import count_correct
+from rsft_lib.generation.generate import open_speaker
 from rsft_lib.generation.inference_engines import Sampling
 from rsft_lib.generation.questions import held_out_questions
 from rsft_lib.tokenizer.dialect import END_THINK, THINK

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 from rsft_lib import TrainConfig, build_hybrid, convert, demo, export, patch_tokenizer, tokenize, train
-from rsft_lib.generation.generate import generate_modes, obeyed
+from rsft_lib.generation.answer import obeyed
+from rsft_lib.generation.generate import generate_modes
 from rsft_lib.generation.inference_engines import Sampling
 from rsft_lib.generation.questions import held_out_questions
 from rsft_lib.tokenizer.dialect import QWEN3, dialect_of

@@ -10,9 +10,10 @@ from train_gpu import GIB, LENGTH, MICRO_BATCHES, usual_step
 from rsft_lib.data.packed import PackedDataset
 from rsft_lib.data.store import TokenStore
 from rsft_lib.model.attention import TEAttention, samples_of
-from rsft_lib.model.config import head_dim, read_config, transformer_config
+from rsft_lib.model.config import head_dim, read_config
 from rsft_lib.model.distributed import ranks
 from rsft_lib.model.loss_head import Targets, add_product_, weighted_loss
+from rsft_lib.model.transformer_config import transformer_config
 from rsft_lib.training.flops import parameters
 
 

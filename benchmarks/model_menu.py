@@ -87,6 +87,7 @@ MEASURED = [
     Measured("r1-1.5b", 1, LENGTH, TRACES, 8, FP8, 51_279, 56.3, "H200"),
     Measured("r1-1.5b", 1, 65_536, 0, 2, {**SELECTIVE, **LOW}, 18_437, 46.5, "H200"),
     Measured("r1-1.5b", 1, 131_072, 0, 1, {**SELECTIVE, **LOW}, 10_965, 76.4, "H200"),
+    Measured("r1-1.5b", 1, 131_072, 0, 1, {**FULL, "recompute_layers": 5, **LOW}, 10_473, 70.1, "H200"),
     Measured("r1-1.5b", 1, 262_144, 0, 1, {**FULL, **LOW}, 4_446, 65.3, "H200"),
     Measured("r1-1.5b", 2, LENGTH, TRACES, 8, TP2, 35_890, 25.8, "H200"),
     Measured("r1-1.5b", 2, LENGTH, TRACES, 8, {**TP2, "micro_batch_size": 2}, 37_111, 37.9, "H200"),
@@ -101,11 +102,12 @@ MEASURED = [
     Measured("r1-1.5b", 4, 131_072, 0, 2, {**CP2, **SELECTIVE}, 11_104, 49.3, "H200", alone=True),
     Measured("r1-7b", 4, LENGTH, TRACES, 32, {**SELECTIVE, **LOW}, 10_593, 56.4, "H200", alone=True),
     Measured(
-        "r1-7b", 4, LENGTH, TRACES, 32, {**SELECTIVE, "recompute_layers": 16, **LOW}, 11_395, 71.0, "H200", alone=True
+        "r1-7b", 4, LENGTH, TRACES, 32, {**SELECTIVE, "recompute_layers": 16, **LOW}, 11_338, 71.0, "H200", alone=True
     ),
     Measured("r1-7b", 4, LENGTH, TRACES, 32, {**SELECTIVE, **LOW, **FP8}, 14_532, 69.5, "H200", alone=True),
     Measured("r1-7b", 4, LENGTH, TRACES, 16, {**CP2, **LOW}, 12_360, 67.9, "H200", alone=True),
     Measured("r1-7b", 4, LENGTH, TRACES, 8, {**CP4, **LOW}, 11_919, 53.8, "H200", alone=True),
+    Measured("r1-14b", 16, LENGTH, TRACES, 16, {"context_parallel": 8, **LOW}, 5_667, 73.4, "H200", alone=True),
 ]
 
 

@@ -42,13 +42,13 @@ from train_gpu import LENGTH, MICRO_BATCHES, make_traces, measure, randomize, se
 from rsft_lib.checkpoint import any_format
 from rsft_lib.checkpoint.export import export
 from rsft_lib.common.artifact import new_folder, read_manifest
+from rsft_lib.common.device import device
 from rsft_lib.data.packed import PackedDataset
 from rsft_lib.data.store import StoreWriter, TokenStore
 from rsft_lib.launch.job import ENVIRONMENT
 from rsft_lib.model.config import read_config
-from rsft_lib.model.cpu_shim import device
 from rsft_lib.model.distributed import ranks
-from rsft_lib.training import rates
+from rsft_lib.training import measured_rates, rates
 from rsft_lib.training.advisor import advise, name
 from rsft_lib.training.batches import Loader
 from rsft_lib.training.build import build_state
@@ -110,7 +110,8 @@ def attention_seconds(config: TrainConfig, size: int) -> float:
     from gpu_floor import random
 
     from rsft_lib.model.attention import TEAttention, samples_of
-    from rsft_lib.model.config import head_dim, transformer_config
+    from rsft_lib.model.config import head_dim
+    from rsft_lib.model.transformer_config import transformer_config
 
     hf = read_config(config.checkpoint)
     inner = TEAttention(transformer_config(hf, context_parallel_size=size), 1, None, "self").cuda()
@@ -202,7 +203,7 @@ def exchanges(config: TrainConfig) -> dict:
             ("reduce-scatter", partial(torch.distributed.reduce_scatter_tensor, received[: len(part)], whole), 1),
             ("all-reduce", partial(torch.distributed.all_reduce, whole), 2),
         ):
-            found[f"{exchange} {megabytes}"] = times * sent / rates.seconds_of(call, 0.1, times=20) / 1e9
+            found[f"{exchange} {megabytes}"] = times * sent / measured_rates.seconds_of(call, 0.1, times=20) / 1e9
     return found
 
 
@@ -257,7 +258,7 @@ def floor(config: TrainConfig) -> dict:
 
 
 def measure_rates(config: TrainConfig) -> dict:
-    found = rates.measure() if torch.cuda.is_available() else rates.measure(512, 512, 0.1)
+    found = measured_rates.measure() if torch.cuda.is_available() else measured_rates.measure(512, 512, 0.1)
     return dataclasses.asdict(found)
 
 
@@ -411,6 +412,7 @@ SECTIONS = {
     "1.5b-128k-cp4": run(3, "1.5b", "MFU 0.45", length=2**17, context_parallel=4, **SELECTIVE),
     "1.5b-128k-cp2": run(3, "1.5b", "MFU 0.45", length=2**17, context_parallel=2, **SELECTIVE),
     "1.5b-128k-1gpu": run(3, "1.5b", "MFU 0.45", gpus=1, length=2**17, **SELECTIVE, **LOW),
+    "1.5b-128k-1gpu-5-full": run(3, "1.5b", "MFU 0.45", gpus=1, length=2**17, **FULL, recompute_layers=5, **LOW),
     "1.5b-128k-replicas": run(3, "1.5b", "MFU 0.45", length=2**17, **SELECTIVE, **LOW),
     "1.5b-256k-1gpu": run(3, "1.5b", "fits", gpus=1, length=2**18, **FULL, **LOW),
 }

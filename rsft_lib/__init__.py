@@ -81,7 +81,7 @@ for _module in (  # loggers: missing features of later versions, and an MLP that
     logging.getLogger(f"megatron.core.{_module}").setLevel(logging.ERROR)
 
 # On import, megatron-core passes functions to torch.compile, which makes torch import its compilers: a quarter of the
-# start-up time of a rank or notebook. Without a GPU none of these functions is called.
+# start-up time of a rank. Without a GPU none of these functions is called.
 HAS_GPU = any(map(os.path.exists, ("/proc/driver/nvidia", "/dev/nvidiactl", "/dev/dxg")))  # the last is under WSL
 if not HAS_GPU:  # then a CUDA toolkit is of no use; torch says so in every notebook that imports megatron-core
     logging.getLogger("torch.utils.cpp_extension").addFilter(

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
-import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast
 
 from rsft_lib.common.artifact import new_folder
 from rsft_lib.common.paths import resolve
@@ -47,6 +46,9 @@ def make_model(folder: str | Path, seed: int) -> Path:
     A `Qwen2ForCausalLM` with about two million fp32 parameters: 4 layers, 4 heads in 2 query groups, QKV biases, and
     untied embeddings with more rows than the tokenizer has tokens, as in the real model.
     """
+    import torch  # these two take seconds, and most notebooks that import this module do not need them
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
     folder = resolve(folder)
     with new_folder(folder, {"made_by": "demo.make_model", "seed": seed}) as temporary:
         tokenizer = _train_tokenizer(text for p in problems(500, seed) for text in (p["problem"], p["think"]))

@@ -18,9 +18,10 @@ from megatron.core import parallel_state  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 
 from rsft_lib.checkpoint.sharded import load_weights  # noqa: E402
-from rsft_lib.model.config import read_config, transformer_config  # noqa: E402
+from rsft_lib.model.config import read_config  # noqa: E402
 from rsft_lib.model.cpu_shim import cuda_on_cpu  # noqa: E402
 from rsft_lib.model.gpt import build_model  # noqa: E402
+from rsft_lib.model.transformer_config import transformer_config  # noqa: E402
 from rsft_lib.model.weight_map import expert_count  # noqa: E402
 
 SIZES = (1, 2, 4)

@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -130,6 +132,16 @@ def test_cells_are_short_python_without_outputs(notebook):
             ast.parse(cell.source)  # a magic or a shell command is not Python
             assert not cell.outputs and cell.execution_count is None
             assert len(cell.source.splitlines()) <= 15 or "parameters" in cell.metadata.get("tags", []), cell.source
+
+
+@pytest.mark.parametrize(
+    "name", ["03_build_dataset", "04_tokenize_and_inspect", "06_loss_curves", "08_loss_lab", "09_sweep"]
+)
+def test_a_notebook_that_only_reads_files_or_starts_processes_does_not_wait_for_torch(name):
+    nodes = [node for source in code(ROOT / "notebooks" / f"{name}.ipynb") for node in ast.parse(source).body]
+    imports = [ast.unparse(node) for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+    source = "\n".join([*imports, "import sys", "print('torch' in sys.modules)"])
+    assert subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, cwd=ROOT).stdout == "False\n"
 
 
 def test_a_notebook_says_what_it_takes_and_leads_to_the_next(notebook):

@@ -14,6 +14,7 @@ from huggingface_hub.hf_api import ModelInfo
 from rsft_lib.common.artifact import MANIFEST, file_hash, publish, read_manifest, require_space
 from rsft_lib.common.paths import folder_name, require_path, resolve
 from rsft_lib.common.temporary import alone
+from rsft_lib.model.config import read_config
 
 CHECKPOINTS = Path("assets") / "checkpoints"
 CONFIG = "config.json"
@@ -102,8 +103,6 @@ def _refuse_what_cannot_be_trained(name: str, folder: Path) -> None:
     Raises:
         ValueError: this kit cannot train such a model; the folder has been removed.
     """
-    from rsft_lib.model.config import read_config  # imports megatron-core, which takes seconds
-
     try:
         read_config(folder)
     except ValueError as error:

@@ -20,10 +20,11 @@ from rsft_lib.checkpoint.lazy_weights import Box, Weights, grown, resized, with_
 from rsft_lib.checkpoint.proofs import proofs
 from rsft_lib.checkpoint.sharded import load_weights
 from rsft_lib.common.artifact import VERIFICATION, new_folder, own_manifest, write_json
-from rsft_lib.model.config import read_config, transformer_config
-from rsft_lib.model.cpu_shim import device
+from rsft_lib.common.device import device
+from rsft_lib.model.config import read_config
 from rsft_lib.model.distributed import ranks
 from rsft_lib.model.gpt import build_model
+from rsft_lib.model.transformer_config import transformer_config
 from rsft_lib.tokenizer.patch import load_tokenizer
 
 SENTENCE = "The quick brown fox jumps over the lazy dog. How many words does this sentence have?"

@@ -1,17 +1,17 @@
 """Tokenized samples on disk, unpadded: Megatron's indexed dataset and a loss mask.
 
-text_document.bin, .idx   token ids, int32, one document per sample (megatron.core.datasets.IndexedDataset)
+text_document.bin, .idx   token ids, int32, one document per sample, as megatron.core.datasets.IndexedDataset reads them
 loss_mask.bin             uint8, one byte per token in the same order: 0 untrained, 1 trained, others see LOSS_WEIGHTS
 lengths.npy               int32, tokens of every accepted record before overlong ones were dropped or truncated
 rows.npy                  int64, the record number of every sample, counted from 1
 manifest.json             the inputs, and size and hash of every file
 """
 
+import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 from numpy.typing import NDArray
 
 from rsft_lib.common.artifact import read_manifest
@@ -23,17 +23,18 @@ NAME = "text_document"
 MASK = "loss_mask.bin"
 LENGTHS = "lengths.npy"
 ROWS = "rows.npy"
+INDEX = struct.Struct("<9sQB2Q")  # magic, version, code of the dtype, sequences, documents + 1
+MAGIC, VERSION, INT32 = b"MMIDIDX\0\0", 1, 4
 
 
 class StoreWriter:
     """Writes a store into a folder; call `close` at the end."""
 
     def __init__(self, folder: Path):
-        # Always int32; megatron-core would choose uint16 for a small vocabulary.
-        self.folder, self.prefix = folder, str(folder / NAME)
-        self.builder = IndexedDatasetBuilder(f"{self.prefix}.bin", dtype=np.int32)
-        self.mask = (folder / MASK).open("wb")
+        self.folder = folder
+        self.tokens, self.mask = (folder / f"{NAME}.bin").open("wb"), (folder / MASK).open("wb")
         self.lengths: list[NDArray[np.int32]] = []
+        self.before: list[NDArray[np.int32]] = []
         self.rows: list[NDArray[np.int64]] = []
 
     def add(self, ids: Sequence[int], loss_mask: Sequence[int]) -> None:
@@ -52,19 +53,46 @@ class StoreWriter:
             rows: int64 [samples], record numbers
         """
         assert len(tokens) == len(loss_mask) == lengths.sum() and len(lengths) == len(rows)
-        self.builder.data_file.write(tokens.astype(np.int32, copy=False).data)
-        documents = len(self.builder.sequence_lengths)
-        self.builder.sequence_lengths.extend(lengths.tolist())
-        self.builder.document_indices.extend(range(documents + 1, documents + len(lengths) + 1))
+        self.tokens.write(tokens.astype(np.int32, copy=False).data)
         self.mask.write(loss_mask.data)
-        self.lengths.append(before)
+        self.lengths.append(lengths)
+        self.before.append(before)
         self.rows.append(rows)
 
     def close(self) -> None:
-        self.builder.finalize(f"{self.prefix}.idx")
+        self.tokens.close()
         self.mask.close()
-        np.save(self.folder / LENGTHS, np.concatenate([*self.lengths, np.zeros(0, dtype=np.int32)]))
+        _write_index(self.folder / f"{NAME}.idx", np.concatenate([*self.lengths, np.zeros(0, dtype=np.int32)]))
+        np.save(self.folder / LENGTHS, np.concatenate([*self.before, np.zeros(0, dtype=np.int32)]))
         np.save(self.folder / ROWS, np.concatenate([*self.rows, np.zeros(0, dtype=np.int64)]))
+
+
+def _write_index(path: Path, lengths: NDArray[np.int32]) -> None:
+    """Write the index of int32 [samples] documents of one sequence each.
+
+    The format is that of megatron.core.datasets.indexed_dataset, whose import takes seconds: it loads Transformer
+    Engine. After the header come the lengths (int32), the byte at which each sequence begins, and the first sequence of
+    each document and their number (both int64).
+    """
+    begins = (np.cumsum(lengths, dtype=np.int64) - lengths) * np.dtype(np.int32).itemsize
+    with path.open("wb") as file:
+        file.write(INDEX.pack(MAGIC, VERSION, INT32, len(lengths), len(lengths) + 1))
+        for part in (lengths, begins, np.arange(len(lengths) + 1, dtype=np.int64)):
+            file.write(part.data)
+
+
+def _read_index(path: Path) -> NDArray[np.int32]:
+    """The lengths, int32 [samples], in an index of int32 tokens.
+
+    Raises:
+        ValueError: the file is no such index, or is cut off.
+    """
+    content = path.read_bytes()
+    if len(content) >= INDEX.size:
+        *kind, sequences, _ = INDEX.unpack_from(content)
+        if kind == [MAGIC, VERSION, INT32] and len(content) >= INDEX.size + 4 * sequences:
+            return np.frombuffer(content, dtype=np.int32, count=sequences, offset=INDEX.size)
+    raise ValueError(f"{path} is not megatron-core's index of int32 tokens, or is cut off: tokenize again")
 
 
 def is_a_part(manifest: dict) -> bool:
@@ -83,7 +111,7 @@ class TokenStore:
 
         Raises:
             FileNotFoundError: the store is incomplete, or a file is missing.
-            ValueError: the mask does not match the tokens, or the store is a part of a dataset.
+            ValueError: tokens or mask do not match the index, or the store is a part of a dataset.
         """
         self.folder = Path(folder)
         require_path(self.folder / f"{NAME}.idx", "tokens")
@@ -92,16 +120,17 @@ class TokenStore:
             raise ValueError(
                 f"{self.folder} holds a part of its dataset, as an older version wrote them: tokenize again"
             )
-        self.tokens = IndexedDataset(str(self.folder / NAME))
-        # Copied, here and below: megatron-core unmaps its files with the dataset, even if views of them remain.
-        self.lengths = np.array(self.tokens.sequence_lengths)  # int32 [samples]
-        self.mask = np.memmap(self.folder / MASK, dtype=np.uint8, mode="r")
+        self.lengths = _read_index(self.folder / f"{NAME}.idx")  # int32 [samples]
         self.ends = np.cumsum(self.lengths, dtype=np.int64)
-        if len(self.mask) != self.ends[-1]:
-            raise ValueError(
-                f"{self.folder / MASK} has {len(self.mask)} bytes, expected one for each of {self.ends[-1]} tokens: "
-                "tokenize again"
-            )
+        self.tokens, self.mask = self._mapped(f"{NAME}.bin", np.int32), self._mapped(MASK, np.uint8)
+
+    def _mapped(self, name: str, dtype: type) -> np.memmap:
+        """A file with a value for each token, memory-mapped."""
+        path, tokens = self.folder / name, int(self.ends[-1])
+        expected, found = tokens * np.dtype(dtype).itemsize, path.stat().st_size
+        if found != expected:
+            raise ValueError(f"{path} has {found} bytes, expected {expected} for {tokens} tokens: tokenize again")
+        return np.memmap(path, dtype=dtype, mode="r")
 
     @property
     def dialect(self) -> Dialect:
@@ -120,5 +149,5 @@ class TokenStore:
             first = last
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        end = self.ends[index]
-        return np.array(self.tokens[index]), np.array(self.mask[end - self.lengths[index] : end])
+        place = slice(self.ends[index] - self.lengths[index], self.ends[index])
+        return np.array(self.tokens[place]), np.array(self.mask[place])

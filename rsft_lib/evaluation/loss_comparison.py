@@ -12,7 +12,7 @@ import numpy as np
 
 from rsft_lib.data.span_kinds import KINDS, MODE_NAMES, SPAN_NAMES, control_tokens, kinds
 from rsft_lib.data.store import TokenStore
-from rsft_lib.evaluation.score import TokenLosses
+from rsft_lib.evaluation.token_losses import TokenLosses
 
 CHUNK = 1 << 23  # tokens per chunk; takes some 500 MB
 OUTLIER = 4.0  # robust z-score of a sample's log loss within its mode, above which it is suspect

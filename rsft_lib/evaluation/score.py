@@ -22,45 +22,21 @@ from megatron.core import parallel_state
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from rsft_lib.checkpoint.sharded import load_weights
-from rsft_lib.common.artifact import MANIFEST, file_hash, new_folder, read_manifest
+from rsft_lib.common.artifact import MANIFEST, file_hash, new_folder
+from rsft_lib.common.device import device
 from rsft_lib.common.paths import require_path, resolve
 from rsft_lib.data.packed import PackedDataset
 from rsft_lib.data.store import TokenStore
+from rsft_lib.evaluation.token_losses import FILE
 from rsft_lib.model.attention import samples_of
-from rsft_lib.model.config import read_config, transformer_config
-from rsft_lib.model.cpu_shim import device
+from rsft_lib.model.config import read_config
 from rsft_lib.model.distributed import ranks
 from rsft_lib.model.gpt import ResponseModel, build_model, resolve_backend
 from rsft_lib.model.loss_head import Targets
+from rsft_lib.model.transformer_config import transformer_config
 
-FILE = "token_loss.bin"
 POSITIONS = 2048  # of a pack, at least: many short samples at once
 SCORED = "scored {} of {} packs"  # printed once a second
-
-
-class TokenLosses:
-    """The output of `score`: `losses[i]` is float32 [n], the loss in nats of each token of sample i; NaN: untrained."""
-
-    def __init__(self, folder: str | Path):
-        """Open a finished folder.
-
-        Raises:
-            FileNotFoundError: the folder or its data is missing or unfinished.
-            ValueError: the data has changed since.
-        """
-        folder = require_path(folder, "folder of token losses")
-        self.manifest = read_manifest(folder)
-        self.store = TokenStore(require_path(self.manifest["data"], "data"))
-        if file_hash(self.store.folder / MANIFEST) != self.manifest["data_sha256"]:
-            raise ValueError(f"{self.store.folder} has changed since {folder} was written: score again")
-        self.values = np.memmap(folder / FILE, dtype=np.float32, mode="r")
-
-    def __len__(self) -> int:
-        return len(self.store)
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        end = self.store.ends[index]
-        return np.array(self.values[end - self.store.lengths[index] : end])
 
 
 def score(checkpoint: str | Path, data: str | Path, output: str | Path) -> Path | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rsft_lib.common.artifact import MANIFEST, verify
 from rsft_lib.common.paths import require_path, resolve
-from rsft_lib.evaluation.score import TokenLosses
+from rsft_lib.evaluation.token_losses import TokenLosses
 from rsft_lib.launch import launch_scoring
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rsft_lib.common.temporary import new_file
-from rsft_lib.generation.generate import Answer, is_correct
+from rsft_lib.generation.answer import Answer, is_correct
 from rsft_lib.generation.questions import Question
 from rsft_lib.tokenizer.dialect import dialect_of
 

@@ -13,7 +13,7 @@ from rsft_lib.common.progress import progress
 from rsft_lib.data.answers import equal_by_math_verify, final_answer, has_math_verify
 from rsft_lib.data.clean_questions import text_of
 from rsft_lib.data.records import read_records
-from rsft_lib.generation.generate import Answer, is_correct, well_formed
+from rsft_lib.generation.answer import Answer, is_correct, well_formed
 from rsft_lib.generation.sampled_answers import Asked, read_answers, read_questions
 from rsft_lib.tokenizer.dialect import END_THINK, MODES, SHORT, THINK
 

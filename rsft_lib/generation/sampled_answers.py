@@ -19,7 +19,8 @@ import torch
 from rsft_lib.common.artifact import MANIFEST, file_hash, own_manifest
 from rsft_lib.common.temporary import new_file
 from rsft_lib.data.records import read_records
-from rsft_lib.generation.generate import Answer, Speaker, dialect_of_any, open_speaker
+from rsft_lib.generation.answer import Answer
+from rsft_lib.generation.generate import Speaker, dialect_of_any, open_speaker
 from rsft_lib.generation.inference_engines import BATCH, Sampling
 from rsft_lib.generation.questions import Question
 

@@ -16,7 +16,7 @@ def launch_scoring(checkpoint: str | Path, data: str | Path, output: str | Path,
     """Write the loss of every trained token of tokenized data under a checkpoint into the folder `output`.
 
     A bar shows how many packs have been scored.
-    `evaluation.score.TokenLosses` reads it.
+    `evaluation.token_losses.TokenLosses` reads it.
 
     Raises:
         RunFailed: the scoring failed; the message starts with the traceback.

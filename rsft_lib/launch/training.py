@@ -159,7 +159,7 @@ def _finished(config: TrainConfig, output: Path) -> bool:
     if checkpoint not in checkpoints(output):
         return False
     from rsft_lib.training.datasets import open_datasets
-    from rsft_lib.training.same_run import facts_of, refuse_another_run  # imports megatron-core, which takes seconds
+    from rsft_lib.training.same_run import facts_of, refuse_another_run  # imports torch, which takes seconds
 
     done, data, recorded = ended["iteration"] >= config.train_iters, open_datasets(config), read_manifest(checkpoint)
     try:

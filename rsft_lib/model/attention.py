@@ -15,6 +15,8 @@ from megatron.core.tensor_parallel import all_to_all
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from rsft_lib.model.shapes import heads_of_rank
+
 DENSE = 1024
 
 
@@ -107,21 +109,6 @@ class _Transpose(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
         return _Transpose.apply(grad)
-
-
-def heads_of_rank(heads: int, groups: int, ranks: int) -> tuple[int, int]:
-    """Heads, and groups of keys and values, on each of `ranks` context-parallel ranks.
-
-    If heads are not divisible by ranks, they are padded. If ranks are more than groups, each group is on several of
-    them; if groups cannot be divided, each head has a copy of its group.
-
-    >>> [heads_of_rank(28, 4, ranks) for ranks in (2, 4, 8)], heads_of_rank(12, 2, 4)
-    ([(14, 2), (7, 1), (4, 4)], (3, 1))
-    """
-    own = -(-heads // ranks)
-    if heads % ranks or (groups % ranks and ranks % groups):
-        return own, own
-    return own, max(1, groups // ranks)
 
 
 class TorchAttention(_PackedAttention):

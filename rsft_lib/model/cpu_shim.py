@@ -5,8 +5,6 @@ calls use the CPU. With CUDA, nothing is changed.
 """
 
 import functools
-import shutil
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from unittest import mock
@@ -16,25 +14,6 @@ from megatron.core.jit import jit_fuser
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer.moe import token_dispatcher
 from torch.overrides import TorchFunctionMode
-
-
-def device() -> torch.device:
-    """The device for this process's tensors."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
-
-
-@functools.cache
-def gpu() -> tuple[str, int] | None:
-    """Name and memory in bytes of this machine's first GPU, read without allocating on it; None without a GPU."""
-    if not torch.cuda.is_available() or not shutil.which("nvidia-smi"):
-        return None
-    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
-    name, mebibytes = (
-        subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].split(",")
-    )
-    return name.strip(), int(mebibytes) * 2**20
 
 
 def fused(function):

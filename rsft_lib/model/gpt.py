@@ -11,10 +11,11 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from rsft_lib.model.attention import samples_of
-from rsft_lib.model.config import attention_window, check_layout, inverse_frequencies, padded_vocab_size
+from rsft_lib.model.config import attention_window, check_layout, padded_vocab_size
 from rsft_lib.model.layers import block_spec
 from rsft_lib.model.loss_head import Loss, Targets, weighted_loss
 from rsft_lib.model.router import Router, routers
+from rsft_lib.model.transformer_config import inverse_frequencies
 
 
 def resolve_backend(backend: str, precision: str = "bf16") -> str:

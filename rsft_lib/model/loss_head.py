@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from rsft_lib.model.cpu_shim import fused
-
-CHUNK = 3072  # maximum rows of logits in memory at once: 0.9 GB for 151,936 tokens in bf16
+from rsft_lib.model.shapes import CHUNK
 
 
 class Targets(NamedTuple):

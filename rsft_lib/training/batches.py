@@ -10,8 +10,8 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from rsft_lib.common.device import device
 from rsft_lib.data.packed import PackedDataset, rank_share
-from rsft_lib.model.cpu_shim import device
 from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.loss import MicroBatch, forward_step, micro_batch
 from rsft_lib.training.loss_stats import SIZE

@@ -13,12 +13,13 @@ from megatron.core.transformer.attention import HAVE_FUSED_QKV_ROPE
 from megatron.core.transformer.module import Float16Module
 from transformers import PretrainedConfig
 
+from rsft_lib.common.device import device
 from rsft_lib.model import engine
-from rsft_lib.model.config import read_config, transformer_config
-from rsft_lib.model.cpu_shim import device
+from rsft_lib.model.config import read_config
 from rsft_lib.model.distributed import allocate_overlap_buffers
 from rsft_lib.model.gpt import build_model, resolve_backend
 from rsft_lib.model.router import routers
+from rsft_lib.model.transformer_config import transformer_config
 from rsft_lib.model.weight_map import expert_count
 from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.optimizer import build_optimizer, build_schedule

@@ -6,8 +6,8 @@ the parameters are those that a token uses: the router, `num_experts_per_tok` ex
 
 from transformers import PretrainedConfig
 
+from rsft_lib.common.device import gpu
 from rsft_lib.model.config import head_dim
-from rsft_lib.model.cpu_shim import gpu
 from rsft_lib.model.weight_map import expert_count, expert_size, shared_expert_size
 
 # Dense bf16 FLOP/s from the vendor's datasheets; the first key contained in the device's name applies.

@@ -14,8 +14,9 @@ from rsft_lib.checkpoint.export import export_unfinished
 from rsft_lib.common.paths import require_path
 from rsft_lib.common.progress import without_bars
 from rsft_lib.data.store import TokenStore
+from rsft_lib.generation.answer import Answer, chosen_mode, count_correct, score
 from rsft_lib.generation.answer_files import NAMES, remove_later, write_answers
-from rsft_lib.generation.generate import Answer, chosen_mode, count_correct, open_speaker, score
+from rsft_lib.generation.generate import open_speaker
 from rsft_lib.generation.inference_engines import Sampling
 from rsft_lib.generation.intervals import wilson
 from rsft_lib.generation.questions import held_out_questions, modes_asked, room_for_answers

@@ -15,10 +15,10 @@ from transformers import PretrainedConfig
 from rsft_lib.checkpoint.formats import torch_dist
 from rsft_lib.checkpoint.run_checkpoints import intact
 from rsft_lib.common.artifact import DamagedError, write_json
+from rsft_lib.common.device import device
 from rsft_lib.common.paths import require_path, resolve
 from rsft_lib.data.packed import PackedDataset
 from rsft_lib.model.config import read_config
-from rsft_lib.model.cpu_shim import device
 from rsft_lib.model.router import expert_load
 from rsft_lib.training import expert_stats, loss_stats, optimizer, watchdog
 from rsft_lib.training.alarms import Alarms

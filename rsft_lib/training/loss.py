@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rsft_lib.common.device import device
 from rsft_lib.model.attention import Samples, samples_of
-from rsft_lib.model.cpu_shim import device
 from rsft_lib.model.loss_head import Loss, Targets
 from rsft_lib.training.loss_stats import tally
 

@@ -4,9 +4,8 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
-from rsft_lib.model.attention import heads_of_rank
 from rsft_lib.model.config import head_dim
-from rsft_lib.model.loss_head import CHUNK
+from rsft_lib.model.shapes import CHUNK, heads_of_rank
 from rsft_lib.model.weight_map import expert_count, expert_size, shared_expert_size
 from rsft_lib.training.config import CHOICES, TrainConfig
 from rsft_lib.training.flops import layer_parameters, one_expert

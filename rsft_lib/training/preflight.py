@@ -9,9 +9,9 @@ import psutil
 import torch
 from transformers import PretrainedConfig
 
+from rsft_lib.common.device import gpu
 from rsft_lib.common.paths import require_path, resolve
 from rsft_lib.model.config import check_layout, read_config
-from rsft_lib.model.cpu_shim import gpu
 from rsft_lib.model.weight_map import expert_count
 from rsft_lib.training.config import TrainConfig
 from rsft_lib.training.datasets import Datasets, open_datasets

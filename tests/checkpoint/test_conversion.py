@@ -10,6 +10,8 @@ from collections import namedtuple
 import pytest
 import torch
 from families import FAMILIES, tiny_family
+from megatron.core.dist_checkpointing import load_plain_tensors
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, maybe_load_config
 from safetensors.torch import load_file, save_file
 from support import all_tensors, differing_tensors, logit_difference, record_checksums, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -22,6 +24,7 @@ from rsft_lib.checkpoint.lazy_weights import Weights
 from rsft_lib.common import artifact
 from rsft_lib.common.artifact import new_folder, read_manifest, verify
 from rsft_lib.common.hashing_writer import HashedFile
+from rsft_lib.model.distributed import ranks
 from rsft_lib.tokenizer.patch import fingerprint
 
 
@@ -63,6 +66,15 @@ def test_an_export_contains_every_perturbed_tensor_including_biases(model, token
     assert logit_difference(tmp_path / "out", noisy) < 1e-4
     assert (tmp_path / "out" / "config.json").read_bytes() == (model / "config.json").read_bytes()
     verify(tmp_path / "out")
+
+
+def test_megatron_core_itself_loads_a_converted_checkpoint(model, tmp_path):
+    convert(model, tmp_path / "megatron")
+    weights = torch_dist.open_weights(tmp_path / "megatron")
+    with ranks():
+        loaded = load_plain_tensors(str(tmp_path / "megatron"))
+    assert maybe_load_config(str(tmp_path / "megatron")) == CheckpointingConfig("torch_dist")
+    assert same_tensors(loaded, {name: weights.read(name) for name in weights})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 from processes import wait_until
 from support import settings, to_messages
 
@@ -24,7 +25,7 @@ from rsft_lib.data.encoder import ReferenceEncoder
 from rsft_lib.data.options import Options
 from rsft_lib.data.pool import Process, pool_for
 from rsft_lib.data.records import Row, blocks, read_records, source_of
-from rsft_lib.data.store import LENGTHS, MASK, ROWS, TokenStore
+from rsft_lib.data.store import LENGTHS, MASK, NAME, ROWS, TokenStore
 from rsft_lib.data.tokenize import tokenize
 from rsft_lib.data.worker import Job, Worker
 from rsft_lib.tokenizer.chat import LOSS_WEIGHTS, ChatTemplate, encode
@@ -86,6 +87,34 @@ def test_a_store_gives_back_ids_and_masks_as_int32_and_refuses_a_mask_of_another
         file.write(b"1")
     with pytest.raises(ValueError, match="tokenize again"):
         TokenStore(store.folder)
+
+
+def test_a_store_is_an_indexed_dataset_of_megatron_core_byte_for_byte(patched, problems, tmp_path):
+    tokenize(problems, patched, tmp_path / "out", workers=0)
+    store, theirs = TokenStore(tmp_path / "out"), IndexedDataset(str(tmp_path / "out" / NAME))
+    builder = IndexedDatasetBuilder(str(tmp_path / "again.bin"), dtype=np.int32)
+    for tokens, read in zip(store, theirs, strict=True):
+        assert read.tolist() == tokens[0].tolist()
+        builder.add_document(tokens[0], [len(tokens[0])])
+    builder.finalize(str(tmp_path / "again.idx"))
+    for suffix in (".bin", ".idx"):
+        assert (tmp_path / f"again{suffix}").read_bytes() == (store.folder / f"{NAME}{suffix}").read_bytes()
+
+
+@pytest.mark.parametrize("damage", ["cut off", "shorter than its header", "uint16 tokens", "tokens are missing"])
+def test_an_index_that_does_not_fit_its_tokens_is_refused_by_name(patched, tmp_path, damage):
+    tokenize(lines(tmp_path, GOOD, GOOD), patched, tmp_path / "out", workers=0)
+    index, tokens = (tmp_path / "out" / f"{NAME}.{suffix}" for suffix in ("idx", "bin"))
+    content = index.read_bytes()
+    changed, damaged = {
+        "cut off": (index, content[:40]),
+        "shorter than its header": (index, content[:20]),
+        "uint16 tokens": (index, content[:17] + b"\x08" + content[18:]),
+        "tokens are missing": (tokens, tokens.read_bytes()[:-4]),
+    }[damage]
+    changed.write_bytes(damaged)
+    with pytest.raises(ValueError, match=f"{changed.name}.*tokenize again"):
+        TokenStore(tmp_path / "out")
 
 
 def test_any_number_of_workers_writes_the_same_bytes_and_the_rejects_in_order(patched, problems, tmp_path):

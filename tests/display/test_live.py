@@ -17,8 +17,8 @@ from rsft_lib.display.live.live import LINES, LiveRun
 from rsft_lib.display.live.metrics_tail import Follower
 from rsft_lib.display.live.run_card import LOG_LINES, Card, duration, log_end, plot_live
 from rsft_lib.display.metric_styles import CHOICES, LOSSES
+from rsft_lib.generation.answer import Answer
 from rsft_lib.generation.answer_files import write_answers
-from rsft_lib.generation.generate import Answer
 from rsft_lib.generation.questions import Question
 from rsft_lib.notebook import kernel_options
 

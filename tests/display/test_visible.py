@@ -18,7 +18,7 @@ from rsft_lib.display.html import Table, caption
 from rsft_lib.display.model.answers import side_by_side
 from rsft_lib.display.model.checkpoint_tables import facts_table, outputs_table
 from rsft_lib.display.model.template_diff import Difference, changes_table
-from rsft_lib.generation.generate import Answer
+from rsft_lib.generation.answer import Answer
 from rsft_lib.tokenizer.contract import check_contract
 from rsft_lib.tokenizer.patch import patch_tokenizer
 

@@ -30,8 +30,8 @@ from rsft_lib.display.losses.comparison import (
 from rsft_lib.display.losses.token_loss_map import STYLES, level_of, show_losses
 from rsft_lib.evaluation import loss_comparison, token_loss_cache
 from rsft_lib.evaluation.loss_comparison import Suspect, chosen, compare, hardest_spans, suspects, typical
-from rsft_lib.evaluation.score import FILE, TokenLosses
 from rsft_lib.evaluation.token_loss_cache import scored
+from rsft_lib.evaluation.token_losses import FILE, TokenLosses
 from rsft_lib.tokenizer.patch import load_tokenizer, patch_tokenizer
 
 HARD_TEXT = "解く 👩‍👩‍👧 é <script>alert('x')</script> $x$ & <b>bold</b>\n\tindented"

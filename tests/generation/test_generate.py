@@ -24,18 +24,8 @@ from rsft_lib.display.model.answers import (
     side_by_side,
 )
 from rsft_lib.display.model.checkpoint_tables import outputs_table, tensors_table
-from rsft_lib.generation.generate import (
-    Answer,
-    chosen_mode,
-    generate,
-    generate_modes,
-    is_correct,
-    loops,
-    obeyed,
-    open_speaker,
-    score,
-    well_formed,
-)
+from rsft_lib.generation.answer import Answer, chosen_mode, is_correct, loops, obeyed, score, well_formed
+from rsft_lib.generation.generate import generate, generate_modes, open_speaker
 from rsft_lib.generation.inference_engines import Sampling, open_engine
 from rsft_lib.generation.intervals import wilson
 from rsft_lib.tokenizer.chat import prompt_ids

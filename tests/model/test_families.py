@@ -13,9 +13,10 @@ from support import TESTS, logit_difference, settings, tiny_tokenizer
 
 from rsft_lib.checkpoint.convert import convert
 from rsft_lib.checkpoint.verify import lost_in_round_trip
-from rsft_lib.model.config import check_layout, read_config, transformer_config
+from rsft_lib.model.config import check_layout, read_config
 from rsft_lib.model.distributed import ranks
 from rsft_lib.model.gpt import build_model
+from rsft_lib.model.transformer_config import transformer_config
 from rsft_lib.model.weight_map import expert_count
 from rsft_lib.training.build import build_state
 

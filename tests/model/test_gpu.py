@@ -15,7 +15,7 @@ from support import TESTS, VOCAB, all_tensors, random_store, settings, tiny_mode
 from rsft_lib.checkpoint.convert import convert
 from rsft_lib.checkpoint.run_checkpoints import newest
 from rsft_lib.common.artifact import write_json
-from rsft_lib.evaluation.score import TokenLosses
+from rsft_lib.evaluation.token_losses import TokenLosses
 from rsft_lib.launch import launch, launch_scoring
 from rsft_lib.model.attention import TEAttention, TorchAttention, samples_of
 from rsft_lib.model.distributed import ranks

@@ -10,9 +10,10 @@ from support import random_store, settings, tiny_model
 from rsft_lib.checkpoint.convert import convert
 from rsft_lib.data.packed import PackedDataset
 from rsft_lib.data.store import TokenStore
-from rsft_lib.model.config import read_config, transformer_config
+from rsft_lib.model.config import read_config
 from rsft_lib.model.distributed import ranks
 from rsft_lib.model.gpt import build_model
+from rsft_lib.model.transformer_config import transformer_config
 from rsft_lib.training import build
 from rsft_lib.training.batches import Loader
 from rsft_lib.training.build import build_state

@@ -17,7 +17,8 @@ from rsft_lib.checkpoint.sharded import load_weights, sharded_weights
 from rsft_lib.common.artifact import new_folder
 from rsft_lib.data.packed import PackedDataset
 from rsft_lib.data.store import StoreWriter, TokenStore
-from rsft_lib.evaluation.score import TokenLosses, score
+from rsft_lib.evaluation.score import score
+from rsft_lib.evaluation.token_losses import TokenLosses
 from rsft_lib.model import loss_head
 from rsft_lib.model.config import read_config
 from rsft_lib.model.distributed import ranks

@@ -54,6 +54,30 @@ def project_to_sweep(folder: Path, training: dict) -> Path:
     return file
 
 
+WITHOUT_MEGATRON = """
+import sys
+
+class Refused:
+    def find_spec(self, name, path=None, target=None):
+        if name == "megatron.core":
+            raise ImportError("a notebook imports megatron-core, which takes many seconds with Transformer Engine")
+
+sys.meta_path.insert(0, Refused())
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels_cannot_import_megatron(tmp_path_factory):
+    """IPython runs its start-up files in kernels alone, not in the processes that train."""
+    folder = tmp_path_factory.mktemp("ipython")
+    startup = folder / "profile_default" / "startup" / "refuse.py"
+    startup.parent.mkdir(parents=True)
+    startup.write_text(WITHOUT_MEGATRON)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("IPYTHONDIR", str(folder))
+        yield
+
+
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory) -> SimpleNamespace:
     """Notebooks 01 to 10: their `folder`, `given` parameters, `executed` notebooks and `status`."""
@@ -273,7 +297,7 @@ def test_the_dashboard_advances_and_its_button_stops_and_saves(lab):
 BOX = """
 from rsft_lib.display.model.answers import SideBySide
 from rsft_lib.display.model.prompt_box import ask_more
-from rsft_lib.generation.generate import Answer
+from rsft_lib.generation.answer import Answer
 from rsft_lib.generation.inference_engines import Sampling
 
 modes = {mode: Answer("", 0, True) for mode in ("think", "short")}

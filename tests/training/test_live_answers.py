@@ -15,8 +15,9 @@ from rsft_lib.checkpoint.convert import convert
 from rsft_lib.checkpoint.export import export
 from rsft_lib.data.hybrid import build_hybrid
 from rsft_lib.data.tokenize import tokenize
+from rsft_lib.generation.answer import score
 from rsft_lib.generation.answer_files import newest_answers
-from rsft_lib.generation.generate import generate_modes, score
+from rsft_lib.generation.generate import generate_modes
 from rsft_lib.generation.inference_engines import Sampling
 from rsft_lib.generation.questions import held_out_questions
 from rsft_lib.launch import start_training

@@ -8,6 +8,7 @@ instantiate classes of this format, and everything else is loaded with `weights_
 """
 
 import dataclasses
+import json
 import pickle
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,6 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 import torch
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -34,6 +34,7 @@ from rsft_lib.common.artifact import WRITERS, read_manifest, verify, verify_file
 from rsft_lib.common.hashing_writer import HashedFile
 
 METADATA, COMMON, SUFFIX = ".metadata", "common.pt", ".distcp"
+CONFIG = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}  # megatron-core's `metadata.json`
 FILE_SIZE = 2**29  # bytes after which a new file is started
 
 _OF_THE_FORMAT = {
@@ -254,7 +255,7 @@ def write_metadata(
 def write_common(folder: Path, common: dict) -> None:
     """Write the contents besides sharded tensors (`common.pt`), and megatron-core's `metadata.json`."""
     torch.save(common, folder / COMMON)
-    save_config(CheckpointingConfig("torch_dist"), str(folder))
+    (folder / "metadata.json").write_text(json.dumps(CONFIG))
 
 
 def write_files(contents: dict[Path, Iterable[Tensor]]) -> tuple[dict[Path, list[_StorageInfo]], dict]:

@@ -18,7 +18,7 @@ from rsft_lib.display.mask.sample import COLOR, chip
 from rsft_lib.display.plot_style import NEUTRAL, finished
 from rsft_lib.display.stacked_bars import LOOK
 from rsft_lib.evaluation.verification_card import budgets_of
-from rsft_lib.generation.generate import Answer, chosen_mode, count_correct, is_correct, loops, obeyed, well_formed
+from rsft_lib.generation.answer import Answer, chosen_mode, count_correct, is_correct, loops, obeyed, well_formed
 from rsft_lib.generation.intervals import wilson
 from rsft_lib.tokenizer.dialect import END_THINK, MODES, THINK
 

@@ -9,7 +9,8 @@ from IPython.display import display
 from rsft_lib.display.html import warning
 from rsft_lib.display.live.kernel_events import process_widget_events, somebody_looks
 from rsft_lib.display.model.answers import SideBySide
-from rsft_lib.generation.generate import Answer, Speaker, open_speaker
+from rsft_lib.generation.answer import Answer
+from rsft_lib.generation.generate import Speaker, open_speaker
 from rsft_lib.generation.inference_engines import Sampling
 
 PAUSE = 0.1  # seconds between updates
