@@ -87,11 +87,11 @@ def _read_index(path: Path) -> NDArray[np.int32]:
     Raises:
         ValueError: the file is no such index, or is cut off.
     """
-    content = path.read_bytes()
-    if len(content) >= INDEX.size:
-        *kind, sequences, _ = INDEX.unpack_from(content)
-        if kind == [MAGIC, VERSION, INT32] and len(content) >= INDEX.size + 4 * sequences:
-            return np.frombuffer(content, dtype=np.int32, count=sequences, offset=INDEX.size)
+    with path.open("rb") as file:
+        *kind, samples, _ = INDEX.unpack(file.read(INDEX.size).ljust(INDEX.size))
+        expected = INDEX.size + 20 * samples + 8  # bytes, as `_write_index` writes
+        if kind == [MAGIC, VERSION, INT32] and path.stat().st_size == expected:
+            return np.fromfile(file, dtype=np.int32, count=samples)
     raise ValueError(f"{path} is not megatron-core's index of int32 tokens, or is cut off: tokenize again")
 
 

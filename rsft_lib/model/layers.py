@@ -25,6 +25,7 @@ from rsft_lib.model import engine
 from rsft_lib.model.attention import TEAttention, TorchAttention
 from rsft_lib.model.cpu_shim import fused
 from rsft_lib.model.router import Router
+from rsft_lib.model.shapes import LESS
 
 
 def block_spec(backend: str, config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
@@ -61,9 +62,6 @@ class LessRecomputed(TransformerLayer):
         config = copy.copy(config)
         config.recompute_granularity = LESS[config.recompute_granularity]
         super().__init__(config, *args, **kwargs)
-
-
-LESS = {"full": "selective", "selective": None}
 
 
 def recomputed(config: TransformerConfig) -> list[str]:

@@ -1,6 +1,7 @@
-"""Shapes in which the model computes, shared with the predictions of memory and time: free of megatron-core."""
+"""How the model computes, as far as predictions of memory and time have to know it: free of megatron-core."""
 
 CHUNK = 3072  # maximum rows of logits in memory at once: 0.9 GB for 151,936 tokens in bf16
+LESS = {"full": "selective", "selective": None}  # recomputation in some layers -> in the others
 
 
 def heads_of_rank(heads: int, groups: int, ranks: int) -> tuple[int, int]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig
 
 from rsft_lib.model.config import head_dim
-from rsft_lib.model.shapes import CHUNK, heads_of_rank
+from rsft_lib.model.shapes import CHUNK, LESS, heads_of_rank
 from rsft_lib.model.weight_map import expert_count, expert_size, shared_expert_size
 from rsft_lib.training.config import CHOICES, TrainConfig
 from rsft_lib.training.flops import layer_parameters, one_expert
@@ -105,11 +105,10 @@ def _activations(config: TrainConfig, hf: PretrainedConfig) -> tuple[float, floa
 
 def recomputed_shares(config: TrainConfig, hf: PretrainedConfig) -> dict[str, float]:
     """Share of the layers with each kind of recomputation: `recompute` in some, the one below it in the others."""
-    kinds = CHOICES["recompute"]
     stage = hf.num_hidden_layers / (config.pipeline_parallel * config.virtual_pipeline)
     share = min(1.0, config.recompute_layers / stage) if config.recompute_layers else 1.0
-    below = kinds[max(0, kinds.index(config.recompute) - 1)]
-    return dict.fromkeys(kinds, 0.0) | {below: 1 - share} | {config.recompute: share}
+    others = LESS.get(config.recompute) or "none"
+    return dict.fromkeys(CHOICES["recompute"], 0.0) | {others: 1 - share} | {config.recompute: share}
 
 
 def context_parallel_width(config: TrainConfig, hf: PretrainedConfig) -> tuple[float, float]:
