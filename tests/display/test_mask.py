@@ -308,7 +308,7 @@ def test_a_pack_is_shown_as_its_training_batch(tokenizer, tmp_path):
         filled = int((store.lengths[samples] - 1).sum())
         for text in (repr(view), Page(view._repr_html_()).text):
             assert f"{len(samples)} samples in {filled} of {seq_length} positions" in text
-            assert f"{trained} in the loss; {seq_length - filled} are padding" in text
+            assert f"{trained} in the loss; padding: {seq_length - filled}" in text
     with pytest.raises(ValueError, match="the pack has 20"):
         show_pack(store, [0, 1], tokenizer, 20)
 

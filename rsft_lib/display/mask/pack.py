@@ -44,7 +44,7 @@ class PackView:
         trained = sum(int(np.count_nonzero(view.weights[1:])) for view in self.samples)
         return (
             f"{len(self.samples):,} samples in {filled:,} of {self.seq_length:,} positions "
-            f"({filled / self.seq_length:.1%}), {trained:,} in the loss; {self.seq_length - filled:,} are padding"
+            f"({filled / self.seq_length:.1%}), {trained:,} in the loss; padding: {self.seq_length - filled:,}"
         )
 
     def contents(self, first: int = 0, last: int | None = None) -> Table:
