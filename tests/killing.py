@@ -28,15 +28,20 @@ RANKS = 2
 
 
 def run_settings(folder: Path, name: str, steps: int) -> TrainConfig:
-    """Settings of a run of many short steps that saves often and keeps few checkpoints; its inputs are made once."""
+    """Settings of a run of many short steps that saves often and keeps few checkpoints; its inputs are made once.
+
+    The best checkpoint, which is kept, too, is an early one.
+    """
     if not (folder / "store").exists():
         shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
         tiny_model(folder / "hf", **shape)
         convert(folder / "hf", folder / "megatron")
         random_store(folder / "store", samples=80, longest=30)
+        random_store(folder / "held-out", samples=8, longest=30)
     return settings(
         checkpoint=str(folder / "megatron"), data=str(folder / "store"), output=str(folder / name), seq_length=48,
-        global_batch_size=2, train_iters=steps, save_interval=2, keep_last=2, keep_every=10, async_save=True,
+        global_batch_size=2, train_iters=steps, save_interval=2, keep_last=2, keep_every=6, async_save=True,
+        eval_data=str(folder / "held-out"), eval_interval=2, eval_iters=1, keep_best="eval_loss", lr=3e-2,
     )  # fmt: skip
 
 
