@@ -35,7 +35,7 @@ from train_gpu import GIB, LENGTH, MICRO_BATCHES, PEAK, WARMUP, make_traces, mea
 from rsft_lib.data.packed import PackedDataset
 from rsft_lib.data.store import TokenStore
 from rsft_lib.launch.job import ENVIRONMENT
-from rsft_lib.model import config as model_config
+from rsft_lib.model import transformer_config
 from rsft_lib.model.config import read_config
 from rsft_lib.model.distributed import ranks
 from rsft_lib.training.config import TrainConfig
@@ -67,9 +67,9 @@ def selective(config: TrainConfig) -> dict:
 
 def exchanged(config: TrainConfig) -> dict:
     """A token is sent once per expert, although it has more experts than there are ranks."""
-    experts = model_config._experts
+    experts = transformer_config._experts
     dispatcher = {"moe_token_dispatcher_type": "alltoall"}
-    with mock.patch.object(model_config, "_experts", lambda *given: experts(*given) | dispatcher):
+    with mock.patch.object(transformer_config, "_experts", lambda *given: experts(*given) | dispatcher):
         return ours(config)
 
 

@@ -48,7 +48,7 @@ from rsft_lib.data.store import StoreWriter, TokenStore
 from rsft_lib.launch.job import ENVIRONMENT
 from rsft_lib.model.config import read_config
 from rsft_lib.model.distributed import ranks
-from rsft_lib.training import measured_rates, rates
+from rsft_lib.training import measure_rates, rates
 from rsft_lib.training.advisor import advise, name
 from rsft_lib.training.batches import Loader
 from rsft_lib.training.build import build_state
@@ -203,7 +203,7 @@ def exchanges(config: TrainConfig) -> dict:
             ("reduce-scatter", partial(torch.distributed.reduce_scatter_tensor, received[: len(part)], whole), 1),
             ("all-reduce", partial(torch.distributed.all_reduce, whole), 2),
         ):
-            found[f"{exchange} {megabytes}"] = times * sent / measured_rates.seconds_of(call, 0.1, times=20) / 1e9
+            found[f"{exchange} {megabytes}"] = times * sent / measure_rates.seconds_of(call, 0.1, times=20) / 1e9
     return found
 
 
@@ -257,8 +257,8 @@ def floor(config: TrainConfig) -> dict:
     return {"ms_per_micro_batch": found["total_ms"], "tokens_per_second": LENGTH / found["total_ms"] * 1000, **found}
 
 
-def measure_rates(config: TrainConfig) -> dict:
-    found = measured_rates.measure() if torch.cuda.is_available() else measured_rates.measure(512, 512, 0.1)
+def machine_rates(config: TrainConfig) -> dict:
+    found = measure_rates.measure() if torch.cuda.is_available() else measure_rates.measure(512, 512, 0.1)
     return dataclasses.asdict(found)
 
 
@@ -368,7 +368,7 @@ SECTIONS = {
     "profile-7b-tp2": Section(0, "7b", profiled, TP2),
     "profile-7b-tp2-overlap": Section(0, "7b", profiled, {**TP2, "tensor_overlap": True}),
     "profile-7b-cp2": Section(0, "7b", profiled, {"context_parallel": 2, **LOW}),
-    "rates": Section(1, "1.5b", measure_rates, {}),
+    "rates": Section(1, "1.5b", machine_rates, {}),
     "floor-1.5b": Section(1, "1.5b", floor, {}, gpus=1),
     "1.5b-1gpu": run(1, "1.5b", "MFU 0.52, 53 GiB", gpus=1),
     "1.5b-replicas": run(1, "1.5b", ">= 0.99 of 1gpu"),

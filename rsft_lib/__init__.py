@@ -44,7 +44,7 @@ __all__ = [*_HOMES]
 
 
 def __getattr__(name: str):
-    """Import a public name when it is first used: torch and megatron-core take seconds."""
+    """Import a public name when it is first used: torch and transformers take seconds."""
     if name == "__version__":
         value = version("rsft-lib")
     elif name in _HOMES:
@@ -83,7 +83,7 @@ for _module in (  # loggers: missing features of later versions, and an MLP that
 # On import, megatron-core passes functions to torch.compile, which makes torch import its compilers: a quarter of the
 # start-up time of a rank. Without a GPU none of these functions is called.
 HAS_GPU = any(map(os.path.exists, ("/proc/driver/nvidia", "/dev/nvidiactl", "/dev/dxg")))  # the last is under WSL
-if not HAS_GPU:  # then a CUDA toolkit is of no use; torch says so in every notebook that imports megatron-core
+if not HAS_GPU:  # then a CUDA toolkit is of no use; torch says so in every process that imports megatron-core
     logging.getLogger("torch.utils.cpp_extension").addFilter(
         lambda record: "No CUDA runtime" not in record.getMessage()
     )

@@ -1,6 +1,8 @@
 """Requirements, constraints, imports and notebooks agree with each other."""
 
 import ast
+import importlib
+import importlib.util
 import re
 import subprocess
 import sys
@@ -74,6 +76,26 @@ def test_a_folder_imports_only_from_those_before_it():
     for number, folder in enumerate(FOLDERS):
         for path in (library / folder).rglob("*.py"):
             assert imported(path) <= set(FOLDERS[: number + 1]), path
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_a_benchmark_uses_only_what_the_library_has(script):
+    """Their functions run on GPUs, where no test does."""
+    tree, modules = ast.parse(script.read_text(encoding="utf-8")), {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "rsft_lib":
+            for name in node.names:
+                if is_package(node.module) and importlib.util.find_spec(f"{node.module}.{name.name}"):
+                    modules[name.asname or name.name] = importlib.import_module(f"{node.module}.{name.name}")
+                else:
+                    assert hasattr(importlib.import_module(node.module), name.name), f"{node.module}.{name.name}"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+            assert hasattr(modules[node.value.id], node.attr), f"{node.value.id}.{node.attr}"
+
+
+def is_package(module: str) -> bool:
+    return hasattr(importlib.import_module(module), "__path__")
 
 
 @pytest.fixture(params=NOTEBOOKS)

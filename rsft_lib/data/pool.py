@@ -1,6 +1,6 @@
 """A pool of lightweight worker processes for tokenization.
 
-`multiprocessing` would import the caller's main module, and with it torch and megatron-core, into each process: seconds
+`multiprocessing` would import the caller's main module, and with it torch in many a script, into each process: seconds
 and half a gigabyte each. These processes run only `rsft_lib.data.worker.main`; one thread per process sends calls and
 receives the results. Messages are pickled twice: the outer bytes can always be read completely, so a message whose
 content cannot be unpickled does not desynchronize the stream.

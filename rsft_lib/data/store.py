@@ -1,6 +1,6 @@
 """Tokenized samples on disk, unpadded: Megatron's indexed dataset and a loss mask.
 
-text_document.bin, .idx   token ids, int32, one document per sample, as megatron.core.datasets.IndexedDataset reads them
+text_document.bin, .idx   token ids, always int32, one document per sample: megatron.core.datasets.IndexedDataset
 loss_mask.bin             uint8, one byte per token in the same order: 0 untrained, 1 trained, others see LOSS_WEIGHTS
 lengths.npy               int32, tokens of every accepted record before overlong ones were dropped or truncated
 rows.npy                  int64, the record number of every sample, counted from 1
@@ -62,9 +62,13 @@ class StoreWriter:
     def close(self) -> None:
         self.tokens.close()
         self.mask.close()
-        _write_index(self.folder / f"{NAME}.idx", np.concatenate([*self.lengths, np.zeros(0, dtype=np.int32)]))
-        np.save(self.folder / LENGTHS, np.concatenate([*self.before, np.zeros(0, dtype=np.int32)]))
-        np.save(self.folder / ROWS, np.concatenate([*self.rows, np.zeros(0, dtype=np.int64)]))
+        _write_index(self.folder / f"{NAME}.idx", _joined(self.lengths, np.int32))
+        np.save(self.folder / LENGTHS, _joined(self.before, np.int32))
+        np.save(self.folder / ROWS, _joined(self.rows, np.int64))
+
+
+def _joined(parts: list[NDArray], dtype: type) -> NDArray:
+    return np.concatenate([np.zeros(0, dtype), *parts], dtype=dtype)
 
 
 def _write_index(path: Path, lengths: NDArray[np.int32]) -> None:
@@ -82,17 +86,17 @@ def _write_index(path: Path, lengths: NDArray[np.int32]) -> None:
 
 
 def _read_index(path: Path) -> NDArray[np.int32]:
-    """The lengths, int32 [samples], in an index of int32 tokens.
+    """The lengths, int32 [samples], in an index as `_write_index` writes it.
 
     Raises:
-        ValueError: the file is no such index, or is cut off.
+        ValueError: the file is another kind of index, is cut off, or has no samples.
     """
     with path.open("rb") as file:
-        *kind, samples, _ = INDEX.unpack(file.read(INDEX.size).ljust(INDEX.size))
-        expected = INDEX.size + 20 * samples + 8  # bytes, as `_write_index` writes
-        if kind == [MAGIC, VERSION, INT32] and path.stat().st_size == expected:
+        *kind, samples, documents = INDEX.unpack(file.read(INDEX.size).ljust(INDEX.size))
+        whole = documents == samples + 1 and path.stat().st_size == INDEX.size + 20 * samples + 8
+        if kind == [MAGIC, VERSION, INT32] and samples and whole:
             return np.fromfile(file, dtype=np.int32, count=samples)
-    raise ValueError(f"{path} is not megatron-core's index of int32 tokens, or is cut off: tokenize again")
+    raise ValueError(f"{path} is not megatron-core's index of int32 tokens, is cut off or empty: tokenize again")
 
 
 def is_a_part(manifest: dict) -> bool:
@@ -132,6 +136,9 @@ class TokenStore:
             raise ValueError(f"{path} has {found} bytes, expected {expected} for {tokens} tokens: tokenize again")
         return np.memmap(path, dtype=dtype, mode="r")
 
+    def __reduce__(self):
+        return TokenStore, (self.folder,)  # a copy in another process maps the files itself
+
     @property
     def dialect(self) -> Dialect:
         """The dialect of its answers."""
@@ -150,4 +157,4 @@ class TokenStore:
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         place = slice(self.ends[index] - self.lengths[index], self.ends[index])
-        return np.array(self.tokens[place]), np.array(self.mask[place])
+        return np.array(self.tokens[place]), np.array(self.mask[place])  # copies, which may be written to

@@ -1,4 +1,4 @@
-"""An answer of a model, and what can be told from it: its mode, its format, whether it is correct."""
+"""An answer of a model: its mode, its format, whether it ends in a loop, whether it is correct."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 """Layer specs: megatron-core's for a config, with this kit's attention and MLP.
 
-`config.py` converts a Hugging Face `config.json` into a TransformerConfig; here it becomes layers.
+`transformer_config.py` converts a Hugging Face `config.json` into a TransformerConfig; here it becomes layers.
 `get_gpt_decoder_block_spec` chooses Transformer Engine's modules or megatron-core's local ones. `block_spec` replaces
 the core attention by one that separates the samples of a pack (`attention.py`), the MLP by one that saves less for the
 backward pass, and the router of experts by one that counts tokens (`router.py`). To add another kind of layer, set it

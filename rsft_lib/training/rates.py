@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=rates_file())
     arguments = parser.parse_args()
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={arguments.gpus or 1}"]
-    measured = subprocess.run([*launch, "-m", "rsft_lib.training.measured_rates", str(arguments.output)], check=False)
+    measured = subprocess.run([*launch, "-m", "rsft_lib.training.measure_rates", str(arguments.output)], check=False)
     sys.exit(measured.returncode)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -25,7 +26,7 @@ from rsft_lib.data.encoder import ReferenceEncoder
 from rsft_lib.data.options import Options
 from rsft_lib.data.pool import Process, pool_for
 from rsft_lib.data.records import Row, blocks, read_records, source_of
-from rsft_lib.data.store import LENGTHS, MASK, NAME, ROWS, TokenStore
+from rsft_lib.data.store import LENGTHS, MASK, NAME, ROWS, TokenStore, _write_index
 from rsft_lib.data.tokenize import tokenize
 from rsft_lib.data.worker import Job, Worker
 from rsft_lib.tokenizer.chat import LOSS_WEIGHTS, ChatTemplate, encode
@@ -101,14 +102,43 @@ def test_a_store_is_an_indexed_dataset_of_megatron_core_byte_for_byte(patched, p
         assert (tmp_path / f"again{suffix}").read_bytes() == (store.folder / f"{NAME}{suffix}").read_bytes()
 
 
-@pytest.mark.parametrize("damage", ["cut off", "shorter than its header", "uint16 tokens", "tokens are missing"])
+def test_a_store_may_have_more_than_2_31_tokens(patched, tmp_path):
+    tokenize(lines(tmp_path, GOOD), patched, tmp_path / "out", workers=0)
+    prefix, lengths = tmp_path / "out" / NAME, np.array([2**31 - 1, 5, 2**31 - 1, 7], dtype=np.int32)
+    (tmp_path / "out" / MASK).write_bytes(b"")
+    for path, size in ((prefix.with_suffix(".bin"), 4), (tmp_path / "out" / MASK, 1)):
+        os.truncate(path, size * lengths.sum(dtype=np.int64))  # sparse
+    with prefix.with_suffix(".bin").open("r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        file.write(b"\7\0\0\0")
+    _write_index(prefix.with_suffix(".idx"), lengths)
+    store, theirs = TokenStore(tmp_path / "out"), IndexedDataset(str(prefix))
+    assert store[3][0].tolist() == theirs[3].tolist() == [0] * 6 + [7]
+
+
+def test_a_store_in_another_process_opens_its_files_there(patched, problems, tmp_path):
+    tokenize(problems, patched, tmp_path / "out", workers=0)
+    store = TokenStore(tmp_path / "out")
+    pickled = pickle.dumps(store)
+    assert len(pickled) < 1000
+    tokens, mask = pickle.loads(pickled)[1]
+    assert (tokens == store[1][0]).all() and (mask == store[1][1]).all()
+    tokens[0], mask[0] = 1, 1  # copies: the files are mapped read-only
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["a byte is missing", "only half a header", "uint16 tokens", "another magic", "tokens are missing", "empty"],
+)
 def test_an_index_that_does_not_fit_its_tokens_is_refused_by_name(patched, tmp_path, damage):
     tokenize(lines(tmp_path, GOOD, GOOD), patched, tmp_path / "out", workers=0)
     index, tokens = (tmp_path / "out" / f"{NAME}.{suffix}" for suffix in ("idx", "bin"))
     content = index.read_bytes()
     changed, damaged = {
-        "cut off": (index, content[:40]),
-        "shorter than its header": (index, content[:20]),
+        "a byte is missing": (index, content[:-1]),
+        "another magic": (index, b"X" + content[1:]),
+        "empty": (index, content[:18] + bytes(8) + b"\1" + bytes(7) + bytes(8)),
+        "only half a header": (index, content[:20]),
         "uint16 tokens": (index, content[:17] + b"\x08" + content[18:]),
         "tokens are missing": (tokens, tokens.read_bytes()[:-4]),
     }[damage]

@@ -174,12 +174,14 @@ def test_the_typical_sample_of_a_mode_has_its_median_loss(comparison):
 
 
 def test_losses_of_different_data_are_not_compared(folder, comparison):
-    tokenize(
-        folder / "data" / "heldout.jsonl", folder / "tokenizer", folder / "other", 200, reject_limit=0.5, workers=0
-    )
+    data, tokenizer = folder / "data" / "heldout.jsonl", folder / "tokenizer"
+    tokenize(data, tokenizer, folder / "other", 200, reject_limit=0.5, workers=0)
     other = write_losses(folder / "of_other", TokenStore(folder / "other"))
     with pytest.raises(ValueError, match="different data"):
         compare(comparison.before, other)
+    tokenize(data, tokenizer, folder / "other", 150, reject_limit=0.5, workers=0, overwrite=True)
+    with pytest.raises(ValueError, match="score again"):
+        TokenLosses(folder / "of_other")
 
 
 def test_losses_are_cached_by_checkpoint(folder, tmp_path, monkeypatch, capsys):

@@ -87,7 +87,7 @@ def steps(tmp_path_factory) -> SimpleNamespace:
     given = chained(folder)
     given["09_sweep"] = {"project": str(project_to_sweep(folder, given["05_train"]))}
     more = f"again -> {given['05_train']['eval_data']}"
-    given["05_train"] |= {"save_interval": 3, "keep_best": "eval_again_loss", "eval_more": more}
+    given["05_train"] |= {"save_interval": 3, "keep_best": "eval_again_loss", "eval_more": more, "layout": "auto"}
     given["07_export_and_generate"]["which"] = "best"
     given["10_make_pairs"] = {
         "model": str(folder / "out"), "questions": str(folder / "sources" / "long.jsonl"), "count": 3,

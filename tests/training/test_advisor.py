@@ -229,13 +229,15 @@ def test_the_time_that_is_stated_before_a_run_is_the_advisors(tmp_path, monkeypa
 def test_rates_are_measured_once_and_read_again(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert read_rates() == H100 and rates.rates_file().parent == tmp_path / "rsft_lib"
-    subprocess.run([sys.executable, "-m", "rsft_lib.training.rates", "--gpus", "2"], check=True)
+    command = [sys.executable, "-m", "rsft_lib.training.rates", "--gpus", "2"]
+    subprocess.run(command, check=True)
     found = read_rates()
     assert found.device == "cpu" and found.source == str(rates.rates_file()) and list(found.links) == [2]
     assert min(found.products, found.attention, found.copy, found.links[2], found.link(8)) > 0
     rates.rates_file().write_text("[]")
     with pytest.raises(ValueError, match="is not a file of rates"):
         read_rates()
+    assert subprocess.run([*command, "--output", str(tmp_path)], check=False).returncode == 1  # it is a folder
 
 
 def test_the_command_prints_the_table(tmp_path):
