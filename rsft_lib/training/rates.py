@@ -1,6 +1,8 @@
 """What a machine reaches in matrix products, attention, copies and exchanges, measured once and kept in a file.
 
-python -m rsft_lib.training.rates [--gpus 4]        measure in about 20 seconds, and write the file
+    python -m rsft_lib.training.rates [--gpus 4]        measure in about 20 seconds, and write the file
+
+Without that file `read_rates` returns defaults for the GPU.
 """
 
 import argparse
